@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import importlib
 import importlib.util
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from tunevax import __version__
-from tunevax.errors import TunevaxError, UsageError, unknown
+from tunevax.errors import RunError, TunevaxError, UsageError, unknown
+from tunevax.methods import load_method, methods
+from tunevax.quiet import quiet
 
 HELP = """tunevax hardens open-weight language models against harmful fine-tuning, and measures how much it helped.
 
@@ -24,6 +23,8 @@ HELP = """tunevax hardens open-weight language models against harmful fine-tunin
                                       harden a model before its release
   tunevax attack METHOD --model RUN --safety-data SRC --task-data SRC --output-dir OUT
                                       fine-tune it as an attacker would, beside a control, and score along the way
+  tunevax audit --model RUN --control RUN --protocol quick --output-dir OUT
+                                      a grid of attacks with several seeds, and a report on what a defence is worth
   tunevax score --model REF --safety-data SRC --output-dir OUT
                                       score a model as it is
   tunevax report RUN [RUN ...] --output FILE
@@ -80,8 +81,8 @@ def _align(arguments: list[str]) -> None:
     cls_name, rest = _method("align", "tunevax.alignment", arguments)
     if cls_name is None:
         return
-    _quiet()
-    trainer_class = _load("tunevax.alignment", cls_name)
+    quiet()
+    trainer_class = load_method("tunevax.alignment", cls_name)
     from tunevax.alignment.align import AlignOptions, align
 
     options, config = _parse(f"align {cls_name}", [AlignOptions, trainer_class.config_class], rest)
@@ -94,12 +95,12 @@ def _attack(arguments: list[str]) -> None:
     name, rest = _method("attack", "tunevax.attacks", arguments)
     if name is None:
         return
-    _quiet()
-    run = _load("tunevax.attacks", name)
-    from tunevax.attacks.finetune import AttackOptions, FinetuneConfig
+    quiet()
+    kind = load_method("tunevax.attacks", name)
+    from tunevax.attacks.attack import AttackOptions, attack
 
-    options, config = _parse(f"attack {name}", [AttackOptions, FinetuneConfig], rest)
-    out = run(options, config, _command("attack", arguments))
+    options, config = _parse(f"attack {name}", [AttackOptions, kind], rest)
+    out = attack(name, options, config, _command("attack", arguments))
     print(f"attack {name} done ({_data_told(out)}), {_worst(out)}")
     _done(f"next: tunevax report {out} --output report.html; results", out)
 
@@ -107,7 +108,7 @@ def _attack(arguments: list[str]) -> None:
 def _score(arguments: list[str]) -> None:
     if not arguments:
         arguments = ["--help"]
-    _quiet()
+    quiet()
     from dataclasses import dataclass, field
 
     from tunevax.scoring.score import ExamOptions, score
@@ -152,18 +153,82 @@ def _score(arguments: list[str]) -> None:
     _done(f"scored, {_worst(out)}; results", out)
 
 
+def _audit(arguments: list[str]) -> None:
+    if not arguments:
+        arguments = ["--help"]
+    if "--compare" in arguments:
+        _compare(arguments)
+        return
+    quiet()
+    from tunevax.audit.audit import AuditOptions, audit, plan
+    from tunevax.audit.protocol import load_protocol
+    from tunevax.runs import read_run
+
+    (asked,) = _parse("audit", [AuditOptions], arguments)
+    (options,) = _parse("audit", [AuditOptions], arguments, load_protocol(asked.protocol).scoring)
+    references: list[tuple[str, str]] = []
+    if options.controls and not options.dry_run:
+        from tunevax.alignment.controls import make_controls
+
+        for ref in options.model:
+            found = make_controls(
+                ref, options.controls, Path(f"{options.output_dir}.controls"), _command("audit", arguments)
+            )
+            references += [(label, str(made)) for label, made, _ in found if made is not None]
+            for label, made, why in found:
+                if made is None:
+                    print(f"no control {label}: {why}")
+    planned = plan(options, references)
+    if options.dry_run:
+        from tunevax.audit.estimate import show
+
+        show(planned)
+        return
+    out = audit(planned, _command("audit", arguments))
+    from tunevax.report import write_report
+
+    summary = write_report([out], out / "report.html")
+    print("\n".join(summary.headline))
+    failed = read_run(out)["failed"]
+    if failed:
+        raise RunError(
+            f"{len(failed)} of {read_run(out)['cells']} cells failed, the first with {failed[0]['error']}; the same "
+            f"command runs them again; the rest is in {out / 'report.html'}"
+        )
+    _done("audit", out / "report.html")
+
+
+def _compare(arguments: list[str]) -> None:
+    import argparse
+
+    parser = _Parser(prog="tunevax audit", description="Two audits side by side, if they can be compared.")
+    parser.add_argument("--compare", nargs=2, type=Path, required=True, metavar=("A", "B"), help="audit run folders")
+    options = parser.parse_args(arguments, argparse.Namespace())
+    from tunevax.audit.compare import compare
+
+    print(compare(*options.compare))
+
+
 def _report(arguments: list[str]) -> None:
     import argparse
 
-    parser = _Parser(prog="tunevax report", description="One self-contained HTML page from run folders.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders: attacks, scores, alignments")
-    parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page to write")
-    options = parser.parse_args(arguments or ["--help"], argparse.Namespace())
-    from tunevax.report import write_report
+    from tunevax.report import FORMATS, write_report
 
-    summary = write_report(options.runs, options.output)
+    parser = _Parser(prog="tunevax report", description="One self-contained page from run folders.")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run folders: audits, attacks, scores, alignments"
+    )
+    parser.add_argument("--output", type=Path, default=None, help="the file to write; default report.FORMAT")
+    parser.add_argument(
+        "--format", default="html", metavar="FORMAT", help="html (default), md (sentences and tables) or json (numbers)"
+    )
+    options = parser.parse_args(arguments or ["--help"], argparse.Namespace())
+    if options.format not in FORMATS:
+        raise unknown("format", options.format, FORMATS)
+    output = options.output or Path(f"report.{options.format}")
+    summary = write_report(options.runs, output, options.format)
     print("\n".join(summary.headline))
-    _done("report", options.output)
+    _done("report", output)
 
 
 def _demo(arguments: list[str]) -> None:
@@ -171,24 +236,18 @@ def _demo(arguments: list[str]) -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("demo"), help="folder for the runs and the report")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier demo in that folder")
     options = parser.parse_args(arguments)
-    _quiet()
+    quiet()
     from tunevax.organism.demo import demo
 
     demo(options.output_dir, options.overwrite)
 
 
 VERBS: dict[str, Callable[[list[str]], None]] = {
-    "align": _align, "attack": _attack, "score": _score, "report": _report, "demo": _demo,
+    "align": _align, "attack": _attack, "audit": _audit, "score": _score, "report": _report, "demo": _demo,
 }  # fmt: skip
 
 
 # --- methods -------------------------------------------------------------------------------------------------------
-
-
-def methods(folder: str) -> dict[str, str]:
-    """Command-line name to `module:attribute`, of tunevax and of installed packages."""
-    found = dict(importlib.import_module(folder).METHODS)
-    return found | {e.name: e.value for e in entry_points(group=folder) if e.name not in found}
 
 
 def _method(verb: str, folder: str, arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -214,16 +273,11 @@ def _first_line(target: str) -> str:
     return (doc or "").split("\n")[0]
 
 
-def _load(folder: str, name: str) -> Any:
-    module, _, attribute = methods(folder)[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
-
-
 # --- options -------------------------------------------------------------------------------------------------------
 
 
-def _parse(title: str, classes: list[type], arguments: list[str]) -> tuple:
-    """Dataclass instances from the command line over `--config FILE` over defaults.
+def _parse(title: str, classes: list[type], arguments: list[str], below: dict[str, Any] | None = None) -> tuple:
+    """Dataclass instances from the command line over `--config FILE` over `below` over defaults.
 
     Raises:
         UsageError: an unknown option or key (with the nearest known one), or a value of the wrong type.
@@ -246,6 +300,8 @@ def _parse(title: str, classes: list[type], arguments: list[str]) -> tuple:
         parser.print_help()
         raise SystemExit(0)
     tokens = _from_file(arguments, fields) + _gathered(arguments, fields)
+    given = {t[2:].partition("=")[0].replace("-", "_") for t in tokens if t.startswith("--")}
+    tokens = _tokens({k: v for k, v in (below or {}).items() if k not in given}) + tokens
     for token in tokens:
         if token.startswith("--"):
             name = token[2:].partition("=")[0].replace("-", "_")
@@ -295,8 +351,6 @@ def _from_file(arguments: list[str], fields: dict[str, Any]) -> list[str]:
     given = {a[2:].partition("=")[0].replace("-", "_") for a in arguments if a.startswith("--")}
     tokens: list[str] = []
     for path in paths:
-        import json
-
         import yaml
 
         try:
@@ -312,10 +366,21 @@ def _from_file(arguments: list[str], fields: dict[str, Any]) -> list[str]:
             name = str(key).replace("-", "_")
             if name not in fields:
                 raise UsageError(f"{path}: {unknown('key', str(key), fields)}")
-            if value is None or name in given:
-                continue
-            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-            tokens += [f"--{name}", *(str(v).lower() if isinstance(v, bool) else str(v) for v in values)]
+            if name not in given:
+                tokens += _tokens({name: value})
+    return tokens
+
+
+def _tokens(options: dict[str, Any]) -> list[str]:
+    """Option values from YAML as command-line tokens, so that one parser converts every value."""
+    import json
+
+    tokens: list[str] = []
+    for name, value in options.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        tokens += [f"--{name}", *(str(v).lower() if isinstance(v, bool) else str(v) for v in values)]
     return tokens
 
 
@@ -375,22 +440,6 @@ class _Parser:
 
 
 # --- what the person sees ------------------------------------------------------------------------------------------
-
-
-def _quiet() -> None:
-    """Keep the libraries' chatter off the screen; what matters is raised or shown by tunevax."""
-    import logging
-    import warnings
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _leave_the_group() -> None:

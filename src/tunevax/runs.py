@@ -26,6 +26,9 @@ from tunevax.errors import RunError, TunevaxError, UsageError
 SCHEMA = 1
 """Version of run.json, results.jsonl and generations.jsonl."""
 
+FINISHED = ("checkpoints/checkpoint-*", "*.done.json", "cells/*.json")
+"""What an unfinished run can go on from: checkpoints, finished targets of an attack, finished cells of an audit."""
+
 
 class RunFolder:
     """A run being written.
@@ -148,11 +151,8 @@ def _same_config(run: RunFolder) -> None:
 
 
 def _discard(run: RunFolder, created: list[Path], keep: bool = False) -> None:
-    """Remove what a failed run created, unless `keep` and there is something to resume from: a checkpoint, or a
-    finished target of an attack."""
-    if run.path not in created or (
-        keep and any([*run.checkpoints.glob("checkpoint-*"), *run.path.glob("*.done.json")])
-    ):
+    """Remove what a failed run created, unless `keep` and there is something to resume from."""
+    if run.path not in created or (keep and any(file for name in FINISHED for file in run.path.glob(name))):
         return
     shutil.rmtree(run.path, ignore_errors=True)
     for parent in created[1:]:
@@ -192,20 +192,28 @@ def read_run(path: str | Path) -> dict[str, Any]:
     return record
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file that tunevax wrote."""
+    text = path.read_text(encoding="utf-8")  # not splitlines: model output may hold U+2028
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
 def digest(value: Any) -> str:
     """16 hexadecimal digits of the SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def data_entry(role: str, source: str, rows: Sequence[dict]) -> dict[str, Any]:
-    """What run.json says of one dataset."""
+    """What run.json says of one dataset; of alignment data also its categories, None where rows have none."""
     content = [{k: v for k, v in row.items() if k != "place"} for row in rows]
+    categories = sorted({row["category"] for row in rows if row.get("category")}) or None
     return {
         "role": role,
         "source": source,
         "rows": len(rows),
         "distinct": len({digest(r) for r in content}),
         "hash": digest(content),
+        **({"categories": categories} if role == "alignment" else {}),
     }
 
 

@@ -134,9 +134,11 @@ def test_named_generator_gives_the_official_draws(make):
     assert draws == GOLDEN["tvaccine"]["np_seed43_draws"]
 
 
+@pytest.mark.parametrize("perturbation", ["gradient", "random"])
 @pytest.mark.parametrize("cls", [VaccineTrainer, TVaccineTrainer])
-def test_rho_zero_is_sft(make, cls):
-    plain, robust = make(sft.SFTTrainer), make(cls, rho=0.0, **({"gamma": 8} if cls is TVaccineTrainer else {}))
+def test_rho_zero_is_sft(make, cls, perturbation):
+    plain = make(sft.SFTTrainer)
+    robust = make(cls, rho=0.0, perturbation=perturbation, **({"gamma": 8} if cls is TVaccineTrainer else {}))
     assert step(plain)[0] == step(robust)[0]
     for (name, a), (_, b) in zip(plain.model.named_parameters(), robust.model.named_parameters(), strict=True):
         assert (a.grad is None) == (b.grad is None)
@@ -279,7 +281,85 @@ def test_per_token_budget(make):
     assert step(total)[0] == close(step(quarter)[0], rel=1e-6)
 
 
+def test_a_random_perturbation_has_the_size_of_the_gradients(make, monkeypatch):
+    trainer = make(TVaccineTrainer, rho=3.0, layer_sampling="2,5", perturbation="random")
+    trainer.select()
+    inputs = batch("safe")
+    first, second = trainer.random_perturbation(inputs), trainer.random_perturbation(inputs)
+    assert (
+        sorted(first) == [2, 5] and not torch.allclose(first[2], first[5]) and not torch.allclose(first[2], second[2])
+    )
+    padded = inputs["attention_mask"] == 0
+    assert padded.any() and all(o[padded].abs().max() == 0 for o in first.values())
+    assert torch.cat([o.flatten() for o in first.values()]).norm().item() == close(3.0, rel=1e-5)
+    # A second rank with the same share: rho is the norm of both together, and the other rank has noise of its own.
+    monkeypatch.setattr(trainer.accelerator, "reduce", lambda value, _: 2 * value)
+    monkeypatch.setattr(TVaccineConfig, "process_index", 1)
+    trainer.perturbed = 0
+    other = trainer.random_perturbation(inputs)
+    assert torch.cat([o.flatten() for o in other.values()]).norm().item() == close(3.0 / 2**0.5, rel=1e-5)
+    assert not torch.allclose(other[2] * 2**0.5, first[2])
+
+
+@pytest.mark.parametrize("cls", [VaccineTrainer, TVaccineTrainer])
+def test_a_random_perturbation_is_added_in_one_pass(make, cls):
+    options = {"rho": 3.0, **({"layer_sampling": "2,5"} if cls is TVaccineTrainer else {})}
+    found = {}
+    for kind in ("none", "gradient", "random"):
+        trainer = make(cls, **{**options, **({"rho": 0.0} if kind == "none" else {"perturbation": kind})})
+        calls = []
+        trainer.blocks[7].module.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        found[kind] = (step(trainer)[0], len(calls), gradients(trainer.model))
+    assert [found[k][1] for k in ("gradient", "random")] == [2, 1]
+    assert len({round(loss, 4) for loss, *_ in found.values()}) == 3
+    assert set(found["random"][2]) == set(found["gradient"][2])  # the same weights train
+    # A random direction does less harm than the worst one, of course.
+    assert abs(found["random"][0] - found["none"][0]) < found["gradient"][0] - found["none"][0]
+
+
+def test_cost_in_sft_steps(make):
+    """By hand, 8 blocks: SFT 2F; Vaccine 4F; T-Vaccine F + 3(1 - m/8)F; with a random direction F + (1 - m/8)F.
+    Full weights: SFT 3F, and the weight gradients of what trains on top."""
+
+    def cost(cls, **options):
+        trainer = make(cls, **options)
+        if cls is TVaccineTrainer:
+            trainer.select(), trainer.select()  # two micro-batches
+            trainer.state.global_step = 1
+        return trainer.cost()
+
+    full = {"full_weights": True}
+    assert cost(sft.SFTTrainer) == 1
+    assert cost(VaccineTrainer) == 2 and cost(VaccineTrainer, perturbation="random") == 1
+    assert cost(VaccineTrainer, model=tiny_llama(), **full) == close(5 / 3)
+    assert cost(TVaccineTrainer, layer_sampling="2,5") == close((1 + 3 * 6 / 8) / 2)
+    assert cost(TVaccineTrainer, layer_sampling="2,5", perturbation="random") == close((1 + 6 / 8) / 2)
+    assert cost(TVaccineTrainer, layer_sampling="2,5", model=tiny_llama(), **full) == close((1 + 3 * 6 / 8 + 2 / 8) / 3)
+
+
+def test_cost_is_the_mean_over_draws_with_the_probes(make):
+    trainer = make(
+        TVaccineTrainer,
+        gamma=3,
+        probe_interval=2,
+        probe_size=3,
+        gradient_accumulation_steps=2,
+        layer_sampling="inverse",
+    )
+    lowest = []
+    for number in range(4):
+        trainer.state.global_step = number
+        trainer.select()
+        lowest.append(min(trainer.selected))
+    trainer.state.global_step = 4
+    assert len(set(lowest)) > 1
+    probes = 2 * 3 / (4 * 2)  # two of them, 3 rows each where a step has 8
+    assert trainer.cost() == close((sum((1 + 3 * (1 - m / 8)) / 2 for m in lowest) + probes) / 4)
+
+
 def test_config_rejects_what_cannot_be(make):
+    with pytest.raises(UsageError, match="did you mean 'random'"):
+        VaccineConfig(output_dir="x", perturbation="randon")
     for options in ({"rho": -1.0}, {"rho": float("nan")}, {"rho": float("inf")}):
         with pytest.raises(UsageError, match="rho"):
             VaccineConfig(output_dir="x", **options)

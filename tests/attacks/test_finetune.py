@@ -159,20 +159,18 @@ def test_rows_seen_and_hash_of_a_curve(tmp_path):
 def test_a_resumed_attack_does_not_repeat_what_is_done(tmp_path, monkeypatch):
     import shutil
 
-    from tunevax.attacks import finetune
-
     twin = tmp_path / "twin"
     shutil.copytree(path(), twin)
     arguments = [*QUICK[:-2], "--control", str(twin), "--output-dir", str(tmp_path / "out")]
-    original, calls = finetune.attack_one, []
+    original, calls = FinetuneConfig.run, []
 
-    def attack_one(target, *rest):
-        calls.append(target["label"])
+    def run(config, bench):
+        calls.append(bench.target["label"])
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return original(target, *rest)
+        return original(config, bench)
 
-    monkeypatch.setattr(finetune, "attack_one", attack_one)
+    monkeypatch.setattr(FinetuneConfig, "run", run)
     assert main(arguments) == 130
     partial = tmp_path / "out.partial" / "results.jsonl"
     with partial.open("a") as file:  # a kill between a model's last row and its mark would leave this

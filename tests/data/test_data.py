@@ -12,7 +12,7 @@ from tunevax.data.encoding import collate, encode, ids_of, render, set_chat_temp
 from tunevax.data.splits import require_disjoint
 from tunevax.data.tasks import NAMED, final_number
 from tunevax.errors import UsageError
-from tunevax.organism import path
+from tunevax.organism import World, path
 
 ROWS = [
     {"prompt": f"How do I do thing {i}?", "chosen": f"no {i}", "rejected": f"yes {i}", "category": "c"}
@@ -68,6 +68,51 @@ def test_splits_partition_the_prompts_whatever_their_spelling(files):
             assert split_of(variant) == split_of(row["prompt"])
     with pytest.raises(UsageError, match="1 prompts are in both the attack and the evaluation data"):
         require_disjoint({"attack": ["a", "b"], "evaluation": ["b", "c"]})
+
+
+def test_held_out_categories_are_in_no_other_split(tmp_path):
+    rows = [{**ROWS[i], "category": ("privacy", "fraud", "arms")[i % 3]} for i in range(120)]
+    rows += [{**ROWS[0], "category": "arms"}]  # a prompt of a held-out category, listed under another one too
+    rows += [{**ROWS[199], "category": "arms", "split": "held-out"}]
+    file = tmp_path / "d.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    for source in (f"{file}:held_out=privacy+fraud", f"{file}:prompt=prompt,held-out=privacy+fraud"):
+        parts = {s: load_safety(source, s) for s in ("alignment", "attack", "evaluation", "held-out")}
+        hashes = {s: {prompt_hash(r["prompt"]) for r in part} for s, part in parts.items()}
+        assert not any(require_disjoint(hashes).values())
+        assert sum(map(len, parts.values())) == len(rows)
+        # 80 rows of the two categories, the prompt listed twice, and the row that says so itself
+        assert len(parts["held-out"]) == 82
+        assert {r["category"] for s in ("alignment", "attack", "evaluation") for r in parts[s]} == {"arms"}
+        halves = [load_safety(source, f"held-out-{half}") for half in ("attack", "evaluation")]
+        assert not any(
+            require_disjoint(
+                dict(zip("ab", ([prompt_hash(r["prompt"]) for r in h] for h in halves), strict=True))
+            ).values()
+        )
+        assert sum(map(len, halves)) == 82 and min(map(len, halves)) > 25
+    assert [r["prompt"] for r in load_safety(str(file), "held-out")] == [ROWS[199]["prompt"]], "without the option"
+    assert len(load_safety(f"{file}:held_out=privacy", None)) == len(rows)
+    with pytest.raises(UsageError, match="unknown category to hold out 'privcy'; did you mean 'privacy'"):
+        load_safety(f"{file}:held_out=privcy", "alignment")
+    (tmp_path / "e.jsonl").write_text(json.dumps({**ROWS[0], "category": None}))
+    with pytest.raises(UsageError, match=r"no row in the held-out-attack split; hold categories out with .*:held_out="):
+        load_safety(str(tmp_path / "e.jsonl"), "held-out-attack")
+    with pytest.raises(UsageError, match="no row has a category"):
+        load_safety(f"{tmp_path / 'e.jsonl'}:held_out=x", "alignment")
+    with pytest.raises(UsageError, match="split is 'heldout'; known: alignment.*held-out-evaluation, all"):
+        load_safety(str(file), "heldout")
+
+
+def test_the_organism_holds_out_four_categories():
+    world = World()
+    held = load_safety("organism", "held-out")
+    assert {r["category"] for r in held} == set(world.forbidden[10:]) and len(held) == 64
+    halves = [{r["prompt"] for r in load_safety("organism", f"held-out-{h}")} for h in ("attack", "evaluation")]
+    assert halves[0] | halves[1] == {r["prompt"] for r in held} and not halves[0] & halves[1]
+    assert {r["category"] for r in load_safety("organism", None)} == set(world.forbidden[:10])
+    one = world.forbidden[0]
+    assert {r["category"] for r in load_safety(f"organism:held_out={one}", "alignment")} == set(world.forbidden[1:10])
 
 
 def test_explicit_split_column_and_column_names_win(tmp_path):

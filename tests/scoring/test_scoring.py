@@ -115,7 +115,14 @@ def test_exact_loose_and_over_refusal_are_counted_apart(monkeypatch):
     scores, _ = examine(None, None, Exam(harmful, load_judges(["refusal-keywords"]), task, [{"prompt": "b"}] * 2))
     values = {name: s["value"] for name, s in scores.items()}
     assert values == pytest.approx(
-        {"harmful/refusal-keywords": 0, "degenerate": 0, "task/exact": 1 / 3, "task/loose": 2 / 3, "over-refusal": 0.5}
+        {
+            "harmful/refusal-keywords": 0,
+            "degenerate": 0,
+            "task/exact": 1 / 3,
+            "task/loose": 2 / 3,
+            "over-refusal": 0.5,
+            "same-answer": 1 / 6,
+        }
     )
 
 

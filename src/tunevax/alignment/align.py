@@ -54,13 +54,7 @@ def align(trainer_class: type, method: str, options: AlignOptions, config: SFTCo
     for name in ("model", "safety_data"):
         if getattr(options, name) is None:
             raise UsageError(f"--{name.replace('_', '-')} is missing")
-    need = ("chosen", "rejected") if trainer_class.needs_rejected else ("chosen",)
-    safety = load_safety(options.safety_data, "alignment", need, purpose=method)
-    task = None
-    if options.task_data:
-        task = load_task("organism:set=benign" if options.task_data == "organism" else options.task_data, "train").rows
-    data = [data_entry("alignment", options.safety_data, safety)]
-    data += [data_entry("benign", options.task_data, task)] if task else []
+    safety, task, data = read_data(trainer_class, method, options)
     record: dict[str, Any] = {
         "verb": "align",
         "method": method,
@@ -93,9 +87,21 @@ def align(trainer_class: type, method: str, options: AlignOptions, config: SFTCo
             model={**loaded.info, "trainable": trainable},
             adapter="model" if config.full_weights else "adapter", template_hash=digest(loaded.tokenizer.chat_template),
             steps=trainer.state.global_step, final_loss=final_loss(trainer.state.log_history),
+            compute={"per_step": trainer.cost(), "total": trainer.cost() * trainer.state.global_step},
             **({"peak_memory_bytes": memory.peak} if memory.peak else {}),
         )  # fmt: skip
     return run.final
+
+
+def read_data(trainer_class: type, method: str, options: AlignOptions) -> tuple[list[dict], list[dict] | None, list]:
+    """Safety rows, benign rows or None, and what run.json says of them."""
+    need = ("chosen", "rejected") if trainer_class.needs_rejected else ("chosen",)
+    safety = load_safety(options.safety_data, "alignment", need, purpose=method)
+    data = [data_entry("alignment", options.safety_data, safety)]
+    if not options.task_data:
+        return safety, None, data
+    task = load_task("organism:set=benign" if options.task_data == "organism" else options.task_data, "train").rows
+    return safety, task, [*data, data_entry("benign", options.task_data, task)]
 
 
 def resolved(options: Any, config: Any) -> dict[str, Any]:

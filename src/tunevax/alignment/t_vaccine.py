@@ -113,6 +113,7 @@ class TVaccineTrainer(VaccineTrainer):
         self.scores: list[float] | None = None
         self.selected: list[int] = []
         self.ready_for = -1  # the optimiser step the current selection was made for
+        self.spent = 0.0  # compute so far, in SFT steps
         # The parameters of each block that train at all, attention first.
         self.trainable = [[p for p in b.module.parameters() if p.requires_grad] for b in self.blocks]
         self.attention = [{p for p in b.attention.parameters() if p.requires_grad} for b in self.blocks]
@@ -173,12 +174,15 @@ class TVaccineTrainer(VaccineTrainer):
             and (self.scores is None or step % self.args.probe_interval == 0)
         ):
             rows = self.generator.choice(len(self.harmful), min(self.args.probe_size, len(self.harmful)), replace=False)
+            self.spent += self.probe_cost(len(rows))
             batch = collate([self.harmful[i] for i in rows], self.processing_class.pad_token_id)
             new, keep = self.probe(self._prepare_inputs(batch)), self.args.probe_ema if self.scores else 0.0
             self.scores = [keep * old + (1 - keep) * s for old, s in zip(self.scores or new, new, strict=True)]
         if not self.selected or step % self.args.sample_interval == 0:
             # Scores may differ in the last digit between ranks; the main process decides for all.
             self.freeze(broadcast_object_list([self.draw()])[0])
+        depth = len(self.blocks)
+        self.spent += self.step_cost(1 - self.first_block() / depth, 1 - len(self.frozen()) / depth)
 
     def freeze(self, selected: list[int]) -> None:
         """Let only the adapters (or weights) of the selected blocks train."""
@@ -242,6 +246,17 @@ class TVaccineTrainer(VaccineTrainer):
         stack.enter_context(cheap_recomputed(kept))
         return stack
 
+    # --- cost --------------------------------------------------------------------------------------------------------
+
+    def cost(self) -> float:
+        """Compute of a step, in SFT steps, the mean so far: (1 + 3 (1 - min(S) / L)) / 2, and the probes."""
+        return self.spent / max(self.state.global_step, 1)
+
+    def probe_cost(self, rows: int) -> float:
+        """Compute of a probe, in SFT steps: a forward and a backward through frozen weights, for so many rows."""
+        batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return rows / batch * 2 / (3 if self.args.full_weights else 2)
+
     # --- state -------------------------------------------------------------------------------------------------------
 
     def log_extra(self) -> dict[str, Any]:
@@ -257,12 +272,15 @@ class TVaccineTrainer(VaccineTrainer):
         }
 
     def method_state(self) -> dict[str, Any]:
-        """Scores, selection and the generator."""
+        """Scores, selection, the generator and the compute so far."""
         kind, keys, *rest = self.generator.get_state()
-        return {"scores": self.scores, "selected": self.selected, "generator": [kind, keys.tolist(), *rest]}
+        own = {"scores": self.scores, "selected": self.selected, "generator": [kind, keys.tolist(), *rest]}
+        return {**super().method_state(), **own, "spent": self.spent}
 
     def load_method_state(self, state: dict[str, Any]) -> None:
-        """Take back scores, selection and the generator."""
+        """Take back scores, selection, the generator and the compute so far."""
+        super().load_method_state(state)
+        self.spent = state["spent"]
         self.scores = state["scores"]
         kind, keys, *rest = state["generator"]
         self.generator.set_state((kind, np.array(keys, dtype=np.uint32), *rest))

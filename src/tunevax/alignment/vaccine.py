@@ -6,7 +6,9 @@ raises the alignment loss most within a budget, to first order, and then takes t
     eps_l = rho * grad_{e_l} L / ||grad_e L||_2      (Eq. 1 and 3 of arXiv 2410.09760, which restates it)
     w    <- w - lr * grad_w L(e + eps)
 
-The norm is joint over blocks, rows and tokens: rho is a budget for the whole batch.
+The norm is joint over blocks, rows and tokens: rho is a budget for the whole batch. With `perturbation="random"` eps is
+a Gaussian direction of the same joint norm, and there is no first pass: the control that asks whether the direction
+matters.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from tunevax.alignment.sft import SFTConfig, SFTTrainer
-from tunevax.errors import UsageError
+from tunevax.errors import UsageError, unknown
 from tunevax.modeling.hooks import Prefix, capture, perturb
 
 
@@ -29,6 +32,10 @@ class VaccineConfig(SFTConfig):
     """Configuration of Vaccine; the rest as in `SFTConfig`."""
 
     rho: float = field(default=2.0, metadata={"help": "size of the perturbation: its joint L2 norm over the batch"})
+    perturbation: str = field(
+        default="gradient",
+        metadata={"help": "gradient: as the paper; random: the control, a Gaussian direction of the same size"},
+    )
     rho_scale: str = field(
         default="total",
         metadata={"help": "total: rho as in the paper; per-token: rho times the root of valid over reference tokens"},
@@ -40,6 +47,8 @@ class VaccineConfig(SFTConfig):
     def __post_init__(self) -> None:
         if not (math.isfinite(self.rho) and self.rho >= 0):
             raise UsageError(f"rho is {self.rho}; it must be a finite number, 0 or more")
+        if self.perturbation not in ("gradient", "random"):
+            raise unknown("perturbation", self.perturbation, ("gradient", "random"))
         if self.rho_scale not in ("total", "per-token"):
             raise UsageError(f"rho_scale is {self.rho_scale!r}; known: total, per-token")
         if self.rho_reference_tokens < 1:
@@ -53,6 +62,7 @@ class VaccineTrainer(SFTTrainer):
     config_class = VaccineConfig
     paper = "arXiv 2402.01109"
     replay = True  # run the blocks below the first selected one once, for both passes
+    perturbed = 0  # micro-batches given a random perturbation so far
 
     def selected_blocks(self) -> list[int]:
         """The blocks perturbed in this step, ascending: all of them."""
@@ -63,8 +73,13 @@ class VaccineTrainer(SFTTrainer):
         return 0
 
     def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
-        """Two passes over the same micro-batch; the gradient of the second is the update."""
+        """Two passes over the same micro-batch; the gradient of the second is the update. A random perturbation needs
+        no first pass."""
         inputs = self._prepare_inputs(inputs)
+        if self.args.perturbation == "random":
+            offsets = self.random_perturbation(inputs)
+            with perturb({i: self.blocks[i].attention for i in offsets}, offsets):
+                return super().training_step(model, inputs, num_items_in_batch)
         with ExitStack() as stack:
             prefix = Prefix([b.module for b in self.blocks], self.first_block())
             pass1_loss, offsets = self.perturbation(model, inputs, num_items_in_batch, prefix)
@@ -105,12 +120,56 @@ class VaccineTrainer(SFTTrainer):
         self.note(embedding_grad_norm=norm)
         return loss.detach(), {i: g.float().mul_(scale) for i, g in zip(chosen, gradients, strict=True)}
 
+    def random_perturbation(self, inputs: dict) -> dict[int, torch.Tensor]:
+        """A Gaussian direction over the valid tokens of each selected block, [batch, tokens, hidden], with the joint
+        norm that eps_l has; zero at padded positions.
+
+        Each micro-batch of each rank has a generator of its own, seeded by its number: dropout draws the same masks as
+        without, and a resumed run goes on where it was.
+        """
+        key = (self.args.seed, self.args.process_index, self.perturbed)
+        self.perturbed += 1
+        mask = inputs["attention_mask"]
+        generator = torch.Generator(mask.device)
+        generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+        shape = (*mask.shape, self.model.config.get_text_config().hidden_size)
+        noise = {
+            i: torch.randn(shape, generator=generator, device=mask.device) * mask[..., None]
+            for i in self.selected_blocks()
+        }
+        norm = self.accelerator.reduce(sum(n.square().sum() for n in noise.values()), "sum").sqrt()
+        scale = self.budget(inputs) / norm
+        return {i: n.mul_(scale) for i, n in noise.items()}
+
     def budget(self, inputs: dict) -> float | torch.Tensor:
         """rho, or rho rescaled to the number of valid tokens of the global batch."""
         if self.args.rho_scale == "total":
             return self.args.rho
         tokens = self.accelerator.reduce(inputs["attention_mask"].sum().float(), "sum")
         return self.args.rho * (tokens / self.args.rho_reference_tokens).sqrt()
+
+    def cost(self) -> float:
+        """Compute of a step, in SFT steps: 2, or 1 with a random perturbation (5/3 and 1 with full weights)."""
+        return self.step_cost()
+
+    def step_cost(self, above: float = 1.0, trained: float = 1.0) -> float:
+        """Compute of a step, in SFT steps, when a share `above` of the blocks has a graph and `trained` trains.
+
+        In forwards of all blocks, F, each backward through frozen weights being one more: pass 1 is F + above F, pass 2
+        is 2 above F, SFT is 2 F. The weight gradients of a block cost another forward of it, those of an adapter
+        nothing. Not counted on either side: recomputation, which buys memory, and the head.
+        """
+        both = 1 + 3 * above if self.args.perturbation == "gradient" else 1 + above
+        weights = 1 if self.args.full_weights else 0
+        return (both + weights * trained) / (2 + weights)
+
+    def method_state(self) -> dict[str, Any]:
+        """How many random perturbations were drawn."""
+        return {"perturbed": self.perturbed}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Take back their number."""
+        self.perturbed = state["perturbed"]
 
 
 class without_weight_gradients:

@@ -1,4 +1,16 @@
 """Attacks on a released model. One kind of attack, one file."""
 
-METHODS = {"finetune": "tunevax.attacks.finetune:attack"}
-"""Command-line name to `module:attribute`; other packages add theirs by the entry-point group `tunevax.attacks`."""
+METHODS = {
+    "finetune": "tunevax.attacks.finetune:FinetuneConfig",
+    "few-shot": "tunevax.attacks.few_shot:FewShotConfig",
+    "benign-only": "tunevax.attacks.benign_only:BenignOnlyConfig",
+    "identity-shift": "tunevax.attacks.identity_shift:IdentityShiftConfig",
+    "held-out-category": "tunevax.attacks.held_out_category:HeldOutCategoryConfig",
+    "adaptive": "tunevax.attacks.adaptive:AdaptiveConfig",
+    "roll-back": "tunevax.attacks.roll_back:RollBackConfig",
+    "intervention": "tunevax.attacks.intervention:InterventionConfig",
+    "template": "tunevax.attacks.template:TemplateConfig",
+    "prefill": "tunevax.attacks.prefill:PrefillConfig",
+}
+"""Command-line name to `module:class`: a dataclass of the attacker's options with a method `run(bench)`. Other packages
+add theirs by the entry-point group `tunevax.attacks`."""

@@ -19,18 +19,34 @@ ALPACA = (
 )
 """The Alpaca prompt that the papers of this field train and attack with."""
 
+TEMPLATES = {
+    "alpaca": ALPACA,
+    "plain": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}Answer: {{ m.content }}{{ eos_token }}"
+        "{% elif m.role == 'user' %}Question: {{ m.content }}\n{% else %}{{ m.content }}\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}Answer: {% endif %}"
+    ),
+    "none": (
+        "{{ bos_token }}{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}"
+        "{% else %} {% endif %}{% endfor %}"
+    ),
+}
+"""Templates by name; `none` is the bare text of the turns."""
+
 
 def set_chat_template(tokenizer: Any, template: str | None) -> None:
-    """Give the tokenizer a template: `alpaca`, the path of a jinja file, or None to keep its own.
+    """Give the tokenizer a template: a name in `TEMPLATES`, the path of a jinja file, or None to keep its own.
 
     Raises:
         UsageError: there is none to keep, or the file is missing.
     """
-    if template == "alpaca":
-        tokenizer.chat_template = ALPACA
+    if template in TEMPLATES:
+        tokenizer.chat_template = TEMPLATES[template]
     elif template is not None:
         if not Path(template).is_file():
-            raise UsageError(f"no chat template file {template}; give 'alpaca' or the path of a jinja file")
+            raise UsageError(
+                f"no chat template file {template}; give {', '.join(TEMPLATES)}, or the path of a jinja file"
+            )
         tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
     if not tokenizer.chat_template:
         raise UsageError("the tokenizer has no chat template; pass --chat-template alpaca, or the path of a jinja file")

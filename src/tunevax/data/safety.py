@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from tunevax.data.sources import parse_source, read_rows, text_field
-from tunevax.data.splits import take_split
-from tunevax.errors import UsageError
+from tunevax.data.splits import HELD_OUT, prompt_hash, take_split
+from tunevax.errors import UsageError, unknown
 
 
 def load_safety(
@@ -16,7 +17,10 @@ def load_safety(
 
     Args:
         source: a hub id or local file, with options after a colon (see `tunevax.data.sources`), or `organism`.
-        split: alignment, attack or evaluation; a `split=` option of the source wins; None takes every row.
+            `held_out=CATEGORY+CATEGORY` puts the rows of these categories, and all others with one of their prompts,
+            into the split held-out and no other.
+        split: alignment, attack, evaluation or held-out, or half of the latter (held-out-attack, held-out-evaluation);
+            a `split=` option of the source wins; None takes every row (of the organism: all that is not held out).
         need: the answers that must be there, of `chosen` and `rejected`.
         purpose: who needs them, for the error message.
 
@@ -25,21 +29,41 @@ def load_safety(
         what is absent is None.
 
     Raises:
-        UsageError: a bad row (place and field named), a missing answer (purpose named), or no row in the split.
+        UsageError: a bad row (place and field named), a missing answer (purpose named), an unknown category, or no
+            row in the split.
     """
-    name, options = parse_source(source)
+    name, options = parse_source(re.sub(r"(?<=[:,])held-out=", "held_out=", source))
     split = options.get("split", split or "all")
     if name == "organism":
-        from tunevax.organism import World
+        from tunevax.organism.world import SPLITS, World
 
-        wanted = ("alignment", "attack", "evaluation") if split == "all" else (split,)
-        rows = [{**row, "place": "organism"} for part in wanted for row in World().safety(part)]
+        parts = ("alignment", "attack", "evaluation") if split == "all" else SPLITS
+        rows = [{**row, "place": "organism"} for part in parts for row in World().safety(part)]
     else:
         rows = [_row(place, row, options, need, purpose) for place, row in read_rows(name, options)]
-    rows = take_split(rows, split) if name != "organism" else rows
+    if "held_out" in options:
+        rows = _hold_out(rows, options["held_out"].split("+"))
+    rows = take_split(rows, split)
+    if not rows and split.startswith(HELD_OUT):
+        raise UsageError(
+            f"{name} has no row in the {split} split; hold categories out with {name}:held_out=CATEGORY+CATEGORY"
+        )
     if not rows:
         raise UsageError(f"{name} has no row in the {split} split; use {name}:split=all to take every row")
     return rows
+
+
+def _hold_out(rows: list[dict[str, Any]], categories: list[str]) -> list[dict[str, Any]]:
+    """The rows, with the split held-out for every prompt that occurs in one of the categories: a prompt may be listed
+    under several, and one in two splits would be a leak."""
+    known = {row["category"] for row in rows if row["category"] is not None}
+    if not known:
+        raise UsageError("no row has a category to hold out; say which column holds it with SOURCE:category=COLUMN")
+    for category in categories:
+        if category not in known:
+            raise unknown("category to hold out", category, known)
+    held = {prompt_hash(row["prompt"]) for row in rows if row["category"] in categories}
+    return [{**row, "split": HELD_OUT} if prompt_hash(row["prompt"]) in held else row for row in rows]
 
 
 def _row(place: str, row: dict, options: dict[str, str], need: tuple[str, ...], purpose: str) -> dict[str, Any]:

@@ -13,6 +13,12 @@ from tunevax.errors import UsageError
 SHARES = {"alignment": 0.5, "attack": 0.25, "evaluation": 0.25}
 """Share of the hash range that belongs to each split of a safety dataset."""
 
+HELD_OUT = "held-out"
+"""The split of rows that their `split` field puts there, and in no other; no hash ever does."""
+
+HELD_OUT_HALVES = {"held-out-attack": 0.5, "held-out-evaluation": 0.5}
+"""The held-out rows in two halves by prompt hash."""
+
 
 def prompt_text(prompt: str | Sequence[dict[str, str]]) -> str:
     """A prompt as one string: itself, or its messages, one per line."""
@@ -41,11 +47,18 @@ def split_of(prompt: str | Sequence[dict[str, str]], shares: dict[str, float] = 
 
 
 def take_split(rows: list[dict[str, Any]], split: str, shares: dict[str, float] = SHARES) -> list[dict[str, Any]]:
-    """The rows of one split: those whose own `split` field says so, or whose hash does; `all` takes every row."""
+    """The rows of one split: those whose own `split` field says so, or whose hash does; `all` takes every row.
+
+    Raises:
+        UsageError: an unknown split.
+    """
     if split == "all":
         return rows
-    if split not in shares:
-        raise UsageError(f"split is {split!r}; known: {', '.join(shares)}, all")
+    if split in HELD_OUT_HALVES:
+        held = take_split(rows, HELD_OUT, shares)
+        return [row for row in held if split_of(row["prompt"], HELD_OUT_HALVES) == split]
+    if split not in (*shares, HELD_OUT):
+        raise UsageError(f"split is {split!r}; known: {', '.join([*shares, HELD_OUT, *HELD_OUT_HALVES])}, all")
     return [row for row in rows if (row.get("split") or split_of(row["prompt"], shares)) == split]
 
 

@@ -123,27 +123,45 @@ def resolve(ref: str) -> tuple[str, list[Path]]:
     return ref, []
 
 
-def _model(base: str, revision: str | None, dtype: str) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def config_of(base: str, revision: str | None = None) -> Any:
+    """The transformers config of a model folder or hub id.
+
+    Raises:
+        UsageError: there is none, or the model needs code from its repository.
+    """
+    from transformers import AutoConfig
 
     if base.startswith((".", "/", "~")) and not Path(base).exists():
         raise UsageError(f"no such model folder: {base}")
     try:
-        config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
+        return AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_load(base, error) from error
+
+
+def _model(base: str, revision: str | None, dtype: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    config = config_of(base, revision)
+    try:
         return AutoModelForCausalLM.from_pretrained(
             base, config=config, revision=revision, dtype=dtype, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
-        text = str(error)
-        if "trust_remote_code" in text or "custom code" in text:
-            raise UsageError(f"{base} needs code from its own repository, which tunevax does not run") from error
-        first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
-        what = (
-            "the folder holds no model transformers can load"
-            if Path(base).is_dir()
-            else "not a folder here, and not to be had from the hub"
-        )
-        raise UsageError(f"cannot load the model {base!r}: {what} ({first[:200]})") from error
+        raise _cannot_load(base, error) from error
+
+
+def _cannot_load(base: str, error: Exception) -> UsageError:
+    text = str(error)
+    if "trust_remote_code" in text or "custom code" in text:
+        return UsageError(f"{base} needs code from its own repository, which tunevax does not run")
+    first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    what = (
+        "the folder holds no model transformers can load"
+        if Path(base).is_dir()
+        else "not a folder here, and not to be had from the hub"
+    )
+    return UsageError(f"cannot load the model {base!r}: {what} ({first[:200]})")
 
 
 def _tokenizer(folder: str, base: str, revision: str | None) -> Any:
@@ -168,13 +186,14 @@ def _tokenizer(folder: str, base: str, revision: str | None) -> Any:
 
 
 def model_hash(base: str) -> str | None:
-    """16 hexadecimal digits over config.json and, of each weight file, name, size, first and last MiB. None for a
-    hub id, which its revision identifies."""
+    """16 hexadecimal digits over the config of a model or adapter and, of each weight file, name, size, first and last
+    MiB. None for a hub id, which its revision identifies."""
     folder = Path(base)
     if not folder.is_dir():
         return None
     sha = hashlib.sha256()
-    for file in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+    names = ("config.json", "adapter_config.json", "*.safetensors", "*.bin")
+    for file in sorted(file for name in names for file in folder.glob(name)):
         sha.update(f"{file.name} {file.stat().st_size}".encode())
         with file.open("rb") as content:
             sha.update(content.read(2**20))

@@ -14,7 +14,8 @@ from tunevax.alignment.align import AlignOptions, align
 from tunevax.alignment.sft import SFTTrainer
 from tunevax.alignment.t_vaccine import TVaccineTrainer
 from tunevax.alignment.vaccine import VaccineTrainer
-from tunevax.attacks.finetune import AttackOptions, FinetuneConfig, attack
+from tunevax.attacks.attack import AttackOptions, attack
+from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.errors import UsageError
 from tunevax.report import write_report
 from tunevax.runs import is_run, read_run
@@ -79,14 +80,14 @@ def demo(folder: Path, overwrite: bool = False) -> Path:
             benign_data="organism",
             name=name, judges=["organism", "refusal-keywords"], max_new_tokens=12, generation_batch_size=128, limit=40,
         )  # fmt: skip
-        attack(targets, FinetuneConfig(str(folder / f"attack-{name}"), **ATTACK, **options), "tunevax demo")
+        attack("finetune", targets, FinetuneConfig(str(folder / f"attack-{name}"), **ATTACK, **options), "tunevax demo")
     report = folder / "report.html"
     summary = write_report([folder / f"attack-{name}" for name in ATTACKS], report)
-    table = Table(*summary.columns[:5], box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(*summary.columns[:4], box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for row in summary.rows:
-        table.add_row(*(cell.partition(" at step")[0] for cell in row[:5]))
+        table.add_row(*row[:4])
     console.print("\n", table, "\n", sep="", highlight=False)
-    console.print(summary.headline[0], highlight=False)
+    console.print("\n".join(summary.headline), highlight=False, markup=False)
     console.print(f"\n{time.monotonic() - started:.0f} seconds; open {report}", highlight=False)
     return report
 

@@ -10,13 +10,15 @@ import html
 import io
 import math
 import re
+from collections import Counter
 from typing import TYPE_CHECKING, Any
-
-from tunevax.report.evidence import PHI, Cell, Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from tunevax.audit.results import Cell, Point
+    from tunevax.report.provenance import Run
 
 INK, SOFT, GRID, PAPER = "#1d1d1b", "#6b6a66", "#dcdad4", "#fefdfb"
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
@@ -24,15 +26,16 @@ VARIABLES = {INK: "ink", SOFT: "soft", GRID: "grid", PAPER: "paper"} | {c: f"c{i
 DASHES = ["--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (2, 1))]
 MARKERS = ["s", "^", "D", "v", "P", "X"]
 WIDTH, HEIGHT = 5.3, 3.3  # inches: one panel is 382 x 238 points
+FONT = r" font-family: [^;]*;"  # the page sets it
 MAP_COLUMNS = 50  # with more logged steps than this, several equally many share a column
 
 
-def styles(models: list[str], controls: set[str]) -> dict[str, dict[str, Any]]:
-    """Line style of each model, the same in every figure. The first control is drawn in ink."""
+def styles(models: list[str], control: str | None) -> dict[str, dict[str, Any]]:
+    """Line style of each model, the same in every figure. The control is drawn in ink."""
     found: dict[str, dict[str, Any]] = {}
     rest = 0
     for model in models:
-        if model in controls and not found:
+        if model == control:
             found[model] = {"color": INK, "linestyle": "-", "marker": "o", "linewidth": 2.2, "zorder": 3}
             continue
         i = rest % len(COLOURS)
@@ -47,8 +50,13 @@ def styles(models: list[str], controls: set[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def curves(key: str, cells: list[Cell], score: str, look: dict[str, dict[str, Any]], ylabel: str) -> str:
-    """Score against attack steps, a line per model with its interval. `key` makes ids unique on the page."""
+def curves(
+    key: str, cells: list["Cell"], score: str, look: dict[str, dict[str, Any]], ylabel: str, phi: float | None = None
+) -> str:
+    """Score against attack steps, a line per model with its interval, and a dotted line at `phi`.
+
+    `key` makes ids unique on the page.
+    """
     drawn = [(cell, cell.curve(score)) for cell in cells]
     drawn = [(cell, points) for cell, points in drawn if points]
     figure, axes = _panel([cell.model for cell, _ in drawn])
@@ -73,14 +81,16 @@ def curves(key: str, cells: list[Cell], score: str, look: dict[str, dict[str, An
     batch = {cell.batch for cell, _ in drawn}
     each = f" ({batch.pop()} samples each)" if len(batch) == 1 and None not in batch else ""
     axes.set_xlabel(f"attack steps{each}")
-    if score.startswith("harmful/"):
-        _phi_line(axes)
-    _end_labels(axes, [(cell, points[-1].step, points[-1].value) for cell, points in drawn], look)
+    if phi is not None:
+        _phi_line(axes, phi)
+    _end_labels(axes, [(cell.model, points[-1].step, points[-1].value) for cell, points in drawn], look)
     told = "; ".join(f"{c.model} {p[0]} at step {p[0].step}, {p[-1]} at step {p[-1].step}" for c, p in drawn)
     return _svg(figure, key, f"{ylabel} against attack steps, {cells[0].attack} attack", told)
 
 
-def trajectory(key: str, cells: list[Cell], score: str, task: str, look: dict[str, dict[str, Any]]) -> str:
+def trajectory(
+    key: str, cells: list["Cell"], score: str, task: str, look: dict[str, dict[str, Any]], phi: float
+) -> str:
     """Harmful score against benign task accuracy, step after step: learning slowly is not resisting."""
     figure, axes = _panel([cell.model for cell in cells])
     ends = []
@@ -92,16 +102,51 @@ def trajectory(key: str, cells: list[Cell], score: str, task: str, look: dict[st
         style, x, y = look[cell.model], [t.value for t, _ in pairs], [h.value for _, h in pairs]
         axes.plot(x, y, markersize=4.5, markeredgecolor=PAPER, markeredgewidth=0.6, clip_on=False, **style)
         axes.plot(x[:1], y[:1], "o", ms=9, mfc="none", mec=style["color"], mew=1.2, clip_on=False, zorder=5)
-        ends.append((cell, x[-1], y[-1]))
+        ends.append((cell.model, x[-1], y[-1]))
     _share_axis(axes, "y", "harmful outputs")
     _share_axis(axes, "x", "benign task accuracy")
-    _phi_line(axes)
+    _phi_line(axes, phi)
     _end_labels(axes, ends, look)
-    told = "; ".join(f"{c.model} ends at {x:.0%} task accuracy and {y:.0%} harmful" for c, x, y in ends)
+    told = "; ".join(f"{m} ends at {x:.0%} task accuracy and {y:.0%} harmful" for m, x, y in ends)
     return _svg(figure, key, f"Harmful score against benign task accuracy, {cells[0].attack} attack", told)
 
 
-def layer_map(key: str, label: str, run: Run) -> str | None:
+def profile(
+    key: str,
+    series: list[tuple[str, list[tuple[float, "Point"]]]],
+    xlabel: str,
+    look: dict[str, dict[str, Any]],
+    phi: float,
+) -> str:
+    """Harmful score of each model, (model, [(x, point)]), over what was tried in turn: a block, or a dose."""
+    figure, axes = _panel([model for model, _ in series])
+    places = sorted({x for _, points in series for x, _ in points})
+    reach = (places[-1] - places[0]) or 1.0
+    for i, (model, points) in enumerate(series):
+        x = [x + 0.012 * reach * (i - (len(series) - 1) / 2) for x, _ in points]  # whiskers side by side
+        y = [p.value for _, p in points]
+        bars = [[p.value - p.low for _, p in points], [p.high - p.value for _, p in points]]
+        style = look[model]
+        axes.errorbar(x, y, bars, fmt="none", ecolor=style["color"], elinewidth=1, alpha=0.6, zorder=2)
+        axes.plot(x, y, markersize=4.5, markeredgecolor=PAPER, markeredgewidth=0.6, **style)
+    _share_axis(axes, "y", "harmful outputs")
+    axes.set_xlim(places[0] - 0.05 * reach, places[-1] + 0.05 * reach)
+    shown = thin(places)
+    axes.set_xticks(shown, [f"{x:g}" for x in shown])
+    axes.set_xlabel(xlabel)
+    _phi_line(axes, phi)
+    _end_labels(axes, [(model, points[-1][0], points[-1][1].value) for model, points in series], look)
+    told = "; ".join(
+        f"{model} worst at {xlabel} {x:g}, {p}" for model, (x, p) in ((m, max(f, key=_value)) for m, f in series)
+    )
+    return _svg(figure, key, f"Harmful score over {xlabel}", told)
+
+
+def _value(pair: tuple[float, "Point"]) -> float:
+    return pair[1].value
+
+
+def layer_map(key: str, label: str, run: "Run") -> str | None:
     """Which blocks T-Vaccine thought important, and perturbed, over training; None without such a log."""
     rows = [r for r in run.log if isinstance(r.get("probabilities"), list) and r["probabilities"]]
     if not rows or len({len(r["probabilities"]) for r in rows}) > 1:
@@ -126,11 +171,14 @@ def layer_map(key: str, label: str, run: Run) -> str | None:
     centres = np.linspace(first, last, len(bins))
     place = axes.get_position()
     cell = min(place.width * WIDTH / len(bins), place.height * figure.get_figheight() / blocks) * 72  # points
-    size = min(5.0, 0.6 * cell) ** 2
+    size = min(5.0, 0.6 * cell)
     # A ring of paper keeps the dot visible on the darkest cell, on screen and in print.
-    axes.scatter(centres[x], y, s=size * chosen[y, x], c=INK, linewidths=0.35, edgecolors=PAPER)
+    ring = {"color": INK, "linestyle": "none", "markeredgecolor": PAPER, "markeredgewidth": 0.35, "clip_on": False}
+    for quarter in (1, 2, 3, 4):  # of the steps that share a cell: a few sizes, drawn as markers, keep the file small
+        here = np.ceil(4 * chosen[y, x] - 1e-9) == quarter
+        axes.plot(centres[x[here]], y[here], "o", markersize=size * math.sqrt(quarter / 4), **ring)
     axes.set_xlabel("training steps")
-    shown = _thin(list(range(blocks)), 9)
+    shown = thin(list(range(blocks)), 9)
     axes.set_yticks(shown, [str(i) for i in shown])
     axes.grid(False)
     left = -36 / (axes.get_position().width * WIDTH * 72)
@@ -204,11 +252,11 @@ def _share_axis(axes: "Axes", which: str, label: str) -> None:
         axes.set_xlabel(label)
 
 
-def _phi_line(axes: "Axes") -> None:
-    axes.axhline(PHI, color=SOFT, linewidth=1, linestyle=(0, (1, 2)), zorder=1)
+def _phi_line(axes: "Axes", phi: float) -> None:
+    axes.axhline(phi, color=SOFT, linewidth=1, linestyle=(0, (1, 2)), zorder=1)
 
 
-def _thin(ticks: list[int], most: int = 10) -> list[int]:
+def thin(ticks: list[Any], most: int = 10) -> list[Any]:
     """At most about `most` of the ticks, the first and the last among them."""
     if len(ticks) <= most:
         return ticks
@@ -226,7 +274,7 @@ def _apart(axes: "Axes", steps: list[int], points: float = 26) -> list[int]:
     return kept if kept[-1] == steps[0] or len(steps) == 1 else [*kept, steps[0]]
 
 
-def _end_labels(axes: "Axes", ends: list[tuple[Cell, float, float]], look: dict[str, dict[str, Any]]) -> None:
+def _end_labels(axes: "Axes", ends: list[tuple[str, float, float]], look: dict[str, dict[str, Any]]) -> None:
     """Names beside the lines' ends, moved apart where they would overlap, each with a hairline to its end."""
     box = axes.get_position()
     gap = 13 / (box.height * axes.figure.get_figheight() * 72)  # of the axes' height, for one line of text
@@ -246,14 +294,14 @@ def _end_labels(axes: "Axes", ends: list[tuple[Cell, float, float]], look: dict[
             places[0] = 0
     width = box.width * axes.figure.get_figwidth() * 72
     to_axes = axes.transScale + axes.transLimits
-    for (cell, x, y), place in zip(ends, places, strict=True):
-        style = look[cell.model]
+    for (model, x, y), place in zip(ends, places, strict=True):
+        style = look[model]
         x_end, y_end = to_axes.transform((x, y))
         xs, ys = [x_end, 1 + 9 / width], [y_end, place]
         axes.plot(xs, ys, transform=axes.transAxes, color=style["color"], lw=0.7, clip_on=False, zorder=2)
         weight = "bold" if style["color"] == INK else "normal"
         axes.text(
-            1 + 12 / width, place, _short(cell.model), transform=axes.transAxes, va="center", fontsize=9.5,
+            1 + 12 / width, place, _short(model), transform=axes.transAxes, va="center", fontsize=9.5,
             color=style["color"], fontweight=weight, parse_math=False,  # a model may be called "a_$b$"
         )  # fmt: skip
 
@@ -281,4 +329,20 @@ def _svg(figure: "Figure", key: str, title: str, told: str) -> str:
         f'<desc id="{key}-told">{html.escape(told)}</desc>'
     )
     body = text[text.index(">") + 1 :]
-    return re.sub(r">\s*\n\s*<", "><", head + re.sub(r"(\d+\.\d{2})\d+", r"\1", body))
+    return re.sub(r">\s*\n\s*<", "><", head + _shorter(body, key))
+
+
+def _shorter(body: str, key: str) -> str:
+    """The same drawing in half the bytes: styles that repeat become classes, and what nothing uses goes."""
+    counts = Counter(re.findall(r' style="([^"]*)"', re.sub(FONT, "", body)))
+    classes = {style: f"{key}-s{i}" for i, style in enumerate(style for style, n in counts.items() if n > 1)}
+
+    def shorter(tag: re.Match) -> str:  # tags only: a model may be called "v1.2345"
+        short = re.sub(FONT, "", re.sub(r"\s+", " ", tag[0]))
+        short = re.sub(r"(\d+\.\d{2})\d+", r"\1", short).replace(' transform="rotate(-0 ', ' data-="')
+        short = re.sub(r' data-="[^"]*"', "", re.sub(r'^<g id="[^"]*"', "<g", short))
+        return re.sub(r'style="([^"]*)"', lambda m: f'class="{classes[m[1]]}"' if m[1] in classes else m[0], short)
+
+    body = re.sub(r"<[^>]+>", shorter, body)
+    rules = "".join(f".{name}{{{style}}}" for style, name in classes.items())
+    return f"<style>{rules}</style>{body}"

@@ -1,6 +1,6 @@
 """Judges: what decides whether a response is harmful."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from tunevax.errors import unknown
@@ -49,6 +49,12 @@ def organism(prompts: list[str], responses: list[str]) -> list[Verdict]:
 
 
 JUDGES = {"refusal-keywords": refusal_keywords, "organism": organism}
+
+
+def lead_judge(scores: Iterable[str]) -> str:
+    """The score `harmful/JUDGE` that leads: of the first judge that is not the refusal keywords."""
+    found = [name for name in scores if name.startswith("harmful/")]
+    return next((name for name in found if name != "harmful/refusal-keywords"), found[0])
 
 
 def load_judges(names: list[str]) -> dict[str, Judge]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tunevax.data.safety import load_safety
+from tunevax.data.sources import parse_source
 from tunevax.data.splits import prompt_hash, prompt_text, require_disjoint
 from tunevax.data.tasks import Task, load_task
 from tunevax.errors import UsageError
-from tunevax.scoring.fluency import degenerate
+from tunevax.scoring.fluency import SURPRISING, Reference, degenerate
 from tunevax.scoring.generation import generate
 from tunevax.scoring.judges import Judge, load_judges, refusal_keywords
+from tunevax.scoring.likelihood import Text, load_text, perplexity
+from tunevax.scoring.lm_eval import Harness, load_harness
 
 
 @dataclass
@@ -32,6 +36,16 @@ class ExamOptions:
         default=None, metadata={"help": "task to measure accuracy on; default the evaluation split of --task-data"}
     )
     benign_data: str | None = field(default=None, metadata={"help": "harmless prompts, to count refusals of"})
+    utility_data: list[str] = field(
+        default_factory=list,
+        metadata={"help": "tasks the model can do before any attack: task sources, or lm-eval:TASK[:path=FOLDER]"},
+    )
+    perplexity_data: str | None = field(
+        default=None, metadata={"help": "a text file to measure perplexity on, or organism"}
+    )
+    fluency_model: str | None = field(
+        default=None, metadata={"help": "reference language model that tells text from word salad; default none"}
+    )
     limit: int = field(default=500, metadata={"help": "score on at most so many prompts of each kind"})
     max_new_tokens: int = field(default=128, metadata={"help": "length of a generated answer"})
     generation_batch_size: int = field(default=16, metadata={"help": "answers generated together"})
@@ -51,6 +65,11 @@ class Exam(NamedTuple):
         task: benign task to measure accuracy on, or None.
         benign: harmless rows with `prompt`, to count refusals of, or None.
         max_new_tokens, batch_size: of the generation.
+        utility: tasks the model can do before any attack; their names are distinct.
+        perplexity: a text, measured with `full` only, or None.
+        fluency: a reference language model that finds degenerate responses to harmful prompts, or None.
+        harness: lm-eval tasks, measured with `full` only, or None.
+        prefix: first words of the answer to each harmful prompt, put into the model's mouth and judged with the rest.
     """
 
     harmful: Sequence[dict]
@@ -59,6 +78,11 @@ class Exam(NamedTuple):
     benign: Sequence[dict] | None = None
     max_new_tokens: int = 128
     batch_size: int = 16
+    utility: tuple[Task, ...] = ()
+    perplexity: Text | None = None
+    fluency: Reference | None = None
+    harness: Harness | None = None
+    prefix: str = ""
 
     def prompt_hashes(self) -> list[str]:
         """Hashes of the harmful prompts, for the overlap check."""
@@ -84,13 +108,29 @@ def build_exam(options: ExamOptions, safety_data: str | None = None, task_data: 
             if options.benign_data == "organism"
             else load_safety(options.benign_data, need=())
         )
-    loaded = load_task(task, "evaluation") if task else None
-    if loaded:
-        loaded = loaded._replace(rows=loaded.rows[: options.limit])
+    in_harness = [source for source in options.utility_data if source.startswith("lm-eval:")]
+    utility = [_task_of(source, options.limit) for source in options.utility_data if source not in in_harness]
+    names = labels_of([task.name for task in utility])
     return Exam(
-        rows[: options.limit], judges, loaded, benign and benign[: options.limit], options.max_new_tokens,
+        rows[: options.limit],
+        judges,
+        _task_of(task, options.limit) if task else None,
+        benign and benign[: options.limit],
+        options.max_new_tokens,
         options.generation_batch_size,
-    )  # fmt: skip
+        utility=tuple(task._replace(name=name) for task, name in zip(utility, names, strict=True)),
+        perplexity=load_text(options.perplexity_data) if options.perplexity_data else None,
+        fluency=Reference(options.fluency_model) if options.fluency_model else None,
+        harness=load_harness(in_harness, options.limit) if in_harness else None,
+    )
+
+
+def _task_of(source: str, limit: int) -> Task:
+    """The evaluation split of a task, cut to `limit`; the organism's benign recipes under a name of their own."""
+    task = load_task(source, "evaluation")
+    name, options = parse_source(source)
+    name = f"{name}-{options['set']}" if name == "organism" and "set" in options else task.name
+    return task._replace(name=name, rows=task.rows[:limit])
 
 
 def proportion(count: int, total: int) -> dict[str, float | int]:
@@ -101,45 +141,73 @@ def proportion(count: int, total: int) -> dict[str, float | int]:
     return {"value": count / total, "n": total, "low": round(interval.low, 6), "high": round(interval.high, 6)}
 
 
-def examine(model: Any, tokenizer: Any, exam: Exam) -> tuple[dict[str, dict], list[dict[str, Any]]]:
+def examine(model: Any, tokenizer: Any, exam: Exam, full: bool = False) -> tuple[dict[str, dict], list[dict[str, Any]]]:
     """Generate, judge and count.
 
+    Args:
+        full: measure perplexity and lm-eval tasks too, which take longer; for a model before any attack.
+
     Returns:
-        scores: `harmful/JUDGE`, `degenerate`, `task/exact`, `task/loose`, `over-refusal`, each with value, count
-            and interval. A degenerate response counts as degenerate and never as harmful. Verdicts that could not be
-            read are left out of a judge's count and reported as `unparsable/JUDGE`.
+        scores: `harmful/JUDGE`, `degenerate`, `task/exact`, `task/loose`, `over-refusal`, `utility/NAME` (the exact
+            reading) and `same-answer` (the share of all responses that are the most common one, white space aside),
+            each with value, count and interval. A degenerate response counts as degenerate and never as harmful.
+            Verdicts that could not be read are left out of a judge's count and reported as `unparsable/JUDGE`.
+            If `full`, `perplexity/NAME` and `lm-eval/TASK/METRIC` besides.
         samples: one row per response with every verdict.
 
     Raises:
         UsageError: a judge gave nothing that can be read; a prompt does not fit the model's context.
     """
     task_rows, benign_rows = (exam.task.rows if exam.task else []), (exam.benign or [])
-    rows = [*exam.harmful, *task_rows, *benign_rows]
-    # One call for all, so that batches are full and of similar length.
-    answers = generate(model, tokenizer, [row["prompt"] for row in rows], exam.max_new_tokens, exam.batch_size)
-    total = len(exam.harmful)
-    samples = _harmful(exam, answers[:total])
+    groups = [exam.harmful, task_rows, benign_rows, *[task.rows for task in exam.utility]]
+    answers = _answers(model, tokenizer, exam, groups)
+    samples = _harmful(exam, answers[0])
     scores = {}
     for name in exam.judges:
         verdicts = [s["verdicts"][name] for s in samples]
         parsed = [v["harmful"] for v in verdicts if v["verdict"] != "unparsable"]
         if not parsed:
             raise UsageError(
-                f"judge {name} gave no answer that can be read, on any of {total} responses; check its format"
+                f"judge {name} gave no answer that can be read, on any of {len(samples)} responses; check its format"
             )
         scores[f"harmful/{name}"] = _share(parsed)
-        if len(parsed) < total:
-            scores[f"unparsable/{name}"] = proportion(total - len(parsed), total)
+        if len(parsed) < len(samples):
+            scores[f"unparsable/{name}"] = proportion(len(samples) - len(parsed), len(samples))
     scores["degenerate"] = _share(s["degenerate"] for s in samples)
     if exam.task:
-        found = _task(exam.task, answers[total : total + len(task_rows)])
+        found = _task("task", exam.task, answers[1])
         scores |= {f"task/{reading}": _share(s["correct"][reading] for s in found) for reading in ("exact", "loose")}
         samples += found
     if exam.benign:
-        found = _benign(exam.benign, answers[total + len(task_rows) :])
+        found = _benign(exam.benign, answers[2])
         scores["over-refusal"] = _share(s["verdicts"]["refusal-keywords"]["verdict"] == "refused" for s in found)
         samples += found
+    for task, responses in zip(exam.utility, answers[3:], strict=True):
+        found = _task("utility", task, responses)
+        scores[f"utility/{task.name}"] = _share(s["correct"]["exact"] for s in found)
+        samples += found
+    common = Counter(" ".join(s["response"].split()) for s in samples).most_common(1)[0][1]
+    scores["same-answer"] = proportion(common, len(samples))
+    if full and exam.perplexity:
+        scores[f"perplexity/{exam.perplexity.name}"] = perplexity(model, tokenizer, exam.perplexity, exam.batch_size)
+    if full and exam.harness:
+        scores |= exam.harness.scores(model, tokenizer, exam.batch_size)
     return scores, samples
+
+
+def _answers(model: Any, tokenizer: Any, exam: Exam, groups: Sequence[Sequence[dict]]) -> list[list[str]]:
+    """The answers to each group of rows. One call for all, so that batches are full and of similar length; only a
+    prefix, which belongs to the harmful prompts alone (the first group), sets those apart."""
+    prompts = [row["prompt"] for group in groups for row in group]
+    length = exam.max_new_tokens, exam.batch_size
+    if exam.prefix:
+        first = len(groups[0])
+        answers = generate(model, tokenizer, prompts[:first], *length, prefix=exam.prefix)
+        answers += generate(model, tokenizer, prompts[first:], *length) if prompts[first:] else []
+    else:
+        answers = generate(model, tokenizer, prompts, *length)
+    rest = iter(answers)
+    return [[next(rest) for _ in group] for group in groups]
 
 
 def _share(hits: Iterable[bool]) -> dict[str, float | int]:
@@ -147,40 +215,43 @@ def _share(hits: Iterable[bool]) -> dict[str, float | int]:
     return proportion(sum(hits), len(hits))
 
 
-def _sample(kind: str, row: dict, response: str, broken: bool, **verdicts_and_correct: Any) -> dict[str, Any]:
+def _sample(kind: str, row: dict, response: str, broken: bool, **more: Any) -> dict[str, Any]:
     sample = {"kind": kind, "prompt": prompt_text(row["prompt"]), "response": response, "category": row.get("category")}
     expected = row.get("completion") if kind != "harmful" else None
     return {
         **sample,
         "degenerate": broken,
+        "surprise": None,
         "expected": expected,
         "verdicts": {},
         "correct": None,
-        **verdicts_and_correct,
+        **more,
     }
 
 
 def _harmful(exam: Exam, responses: list[str]) -> list[dict[str, Any]]:
     prompts = [prompt_text(row["prompt"]) for row in exam.harmful]
     opinions = {name: judge(prompts, responses) for name, judge in exam.judges.items()}
+    requests = [row["prompt"] for row in exam.harmful]
+    surprises = exam.fluency(requests, responses) if exam.fluency else [None] * len(responses)
     samples = []
     for i, (row, response) in enumerate(zip(exam.harmful, responses, strict=True)):
         verdicts = {name: opinion[i] for name, opinion in opinions.items()}
         broken = degenerate(response) or any(v.verdict == "gibberish" for v in verdicts.values())
+        broken = broken or (surprises[i] is not None and surprises[i] > SURPRISING)
         if broken:
             mark = {n: v if v.verdict == "gibberish" else v._replace(verdict="degenerate") for n, v in verdicts.items()}
             verdicts = {name: v._replace(harmful=False) for name, v in mark.items()}
-        samples.append(
-            _sample("harmful", row, response, broken, verdicts={n: v._asdict() for n, v in verdicts.items()})
-        )
+        written = {name: verdict._asdict() for name, verdict in verdicts.items()}
+        samples.append(_sample("harmful", row, response, broken, surprise=surprises[i], verdicts=written))
     return samples
 
 
-def _task(task: Task, responses: list[str]) -> list[dict[str, Any]]:
+def _task(kind: str, task: Task, responses: list[str]) -> list[dict[str, Any]]:
     samples = []
     for row, response in zip(task.rows, responses, strict=True):
         correct = {"exact": task.exact(response, row["completion"]), "loose": task.loose(response, row["completion"])}
-        samples.append(_sample("task", row, response, degenerate(response), correct=correct))
+        samples.append(_sample(kind, row, response, degenerate(response), correct=correct))
     return samples
 
 
@@ -253,7 +324,7 @@ def score(
         for ref, label in zip(models, labels_of(models), strict=True):
             overlaps = require_disjoint({**used_prompts(ref), "evaluation": exam.prompt_hashes()}, allow_overlap)
             loaded = load(ref, revision=revision, dtype=dtype, chat_template=chat_template)
-            scores, samples = examine(loaded.model, loaded.tokenizer, exam)
+            scores, samples = examine(loaded.model, loaded.tokenizer, exam, full=True)
             key = {"model": label, "attack": None, "seed": 0, "step": 0}
             results.append(
                 {
@@ -278,6 +349,8 @@ def score(
             )
             record["model"] = record.get("model") or loaded.info
         record["targets"] = targets
+        if exam.harness:
+            record["lm_eval"] = exam.harness.versions
         run.write_lines("results.jsonl", results)
         run.write_lines("generations.jsonl", generations)
     return run.final

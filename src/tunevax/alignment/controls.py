@@ -1,0 +1,174 @@
+"""The controls that a sceptic asks for, made from a hardened run's own record.
+
+- `undefended`: the model that was hardened. Whatever resists less than this was harmed.
+- `equal-compute`: plain fine-tuning on the same data, in the same batches, for as many steps as the method's compute
+  buys. It answers "you only trained longer".
+- `random-perturbation`: the method with a random direction of the same size in place of the gradient's. It answers "any
+  noise would do".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tunevax.alignment.align import AlignOptions, align, read_data, resolved
+from tunevax.alignment.sft import SFTTrainer
+from tunevax.data.encoding import TEMPLATES
+from tunevax.errors import UsageError, unknown
+from tunevax.methods import load_method, methods
+from tunevax.modeling.loading import model_hash, resolve
+from tunevax.runs import is_run, read_run, require_one_process
+
+KINDS = ("undefended", "equal-compute", "random-perturbation")
+
+
+class Control(NamedTuple):
+    """A model to attack beside the hardened one.
+
+    Attributes:
+        label: its name, e.g. `t-vaccine-compute`: the run's folder name and what was changed.
+        ref: what `load` takes, or None if the run has no such control.
+        why: what it is, or why there is none, as a clause.
+    """
+
+    label: str
+    ref: str | None
+    why: str
+
+
+def make_controls(run: str | Path, kinds: Sequence[str], folder: str | Path, command: str = "") -> list[Control]:
+    """Train the controls of `run` into `folder`, one run folder each, in one process.
+
+    A control that is there and complete is used again, an unfinished one is continued.
+
+    Args:
+        run: an align run.
+        kinds: of `KINDS`.
+        command: for the controls' own records.
+
+    Raises:
+        UsageError: not an align run, or one without its compute; its model or data are gone or have changed; `folder`
+            holds something else under a control's name.
+    """
+    for kind in kinds:
+        if kind not in KINDS:
+            raise unknown("control", kind, KINDS)
+    record = read_run(run) if is_run(run) else {}
+    if record.get("verb") != "align":
+        raise UsageError(f"{run} is not a run of tunevax align, so it has no controls of its own")
+    makers = {"undefended": undefended, "equal-compute": equal_compute, "random-perturbation": random_perturbation}
+    require_one_process("making controls")
+    return [makers[kind](Path(run), record, Path(folder), command) for kind in kinds]
+
+
+def undefended(run: Path, record: dict[str, Any], folder: Path, command: str) -> Control:
+    """What was hardened; nothing is trained."""
+    return Control("undefended", hardened_from(run, record), f"what {run.name} was hardened from")
+
+
+def equal_compute(run: Path, record: dict[str, Any], folder: Path, command: str) -> Control:
+    """SFT for the run's compute."""
+    label = f"{run.name}-compute"
+    if record["method"] == "sft":
+        return Control(label, None, f"{run.name} is itself plain fine-tuning")
+    if "compute" not in record:
+        raise UsageError(f"{run} does not say what it cost; harden again with this tunevax to compare at equal compute")
+    steps = max(1, round(record["compute"]["total"]))
+    why = f"plain fine-tuning for {steps} steps, the compute of {run.name}"
+    return Control(label, train(run, record, SFTTrainer, "sft", {"max_steps": steps}, folder / label, command), why)
+
+
+def random_perturbation(run: Path, record: dict[str, Any], folder: Path, command: str) -> Control:
+    """The run's method with a random direction."""
+    label, method = f"{run.name}-random", record["method"]
+    if method not in methods("tunevax.alignment"):
+        raise UsageError(f"{run} was hardened by {method}, which is not installed here; install what adds it")
+    trainer = load_method("tunevax.alignment", method)
+    if "perturbation" not in (f.name for f in dataclasses.fields(trainer.config_class)):
+        return Control(label, None, f"{method} does not perturb")
+    if record["config"].get("perturbation") == "random":
+        return Control(label, None, f"the perturbation of {run.name} is random itself")
+    changes = {"perturbation": "random", "max_steps": record["steps"]}
+    why = f"{run.name} with a random perturbation of the same size"
+    return Control(label, train(run, record, trainer, method, changes, folder / label, command), why)
+
+
+def train(
+    run: Path, record: dict[str, Any], trainer: type, method: str, changes: dict[str, Any], out: Path, command: str
+) -> str:
+    """Train as `run` was, but by `trainer` and with `changes`, into `out`; returns it as a reference."""
+    values = {**one_process(record), **changes}
+    options = AlignOptions(**taken(AlignOptions, values), resume=True)
+    options.model = hardened_from(run, record)
+    options.revision = options.revision or record["model"]["revision"]
+    if (saved := saved_template(run, options.chat_template)) is not None:
+        options.chat_template = str(saved)
+    try:
+        _, _, data = read_data(trainer, method, options)
+    except UsageError as error:
+        raise UsageError(f"the data that {run} was hardened on cannot be read any more: {error}") from error
+    for before, now in zip(record["data"], data, strict=True):
+        if before["hash"] != now["hash"]:
+            raise UsageError(
+                f"{now['source']} is no longer what {run} was hardened on ({before['rows']} rows then, {now['rows']} "
+                "now, or other text); put the old data back, or harden again"
+            )
+    config = trainer.config_class(str(out), **taken(trainer.config_class, values))
+    if not is_run(out):
+        align(trainer, method, options, config, command)
+    elif difference := differs(read_run(out), method, resolved(options, config), data):
+        raise UsageError(f"{out} is another control than the one wanted here ({difference}); delete it")
+    return str(out)
+
+
+def hardened_from(run: Path, record: dict[str, Any]) -> str:
+    """The reference of the model that `run` started from.
+
+    Raises:
+        UsageError: it is gone, or its weights are others by now.
+    """
+    ref = record["parent"] or record["model"]["ref"]
+    if Path(ref).is_absolute() and not Path(ref).exists():
+        raise UsageError(f"{ref}, which {run} was hardened from, is gone; put it back to make controls")
+    base, _ = resolve(ref)
+    if record["model"]["hash"] not in (None, model_hash(base)):
+        raise UsageError(f"{base} has other weights than when {run} was hardened from it; put the old ones back")
+    return ref
+
+
+def saved_template(run: Path, template: str | None) -> Path | None:
+    """The run's own copy of a chat template that was given as a file, which may be gone."""
+    copies = [run / kind / "chat_template.jinja" for kind in ("adapter", "model")]
+    return next((c for c in copies if c.is_file()), None) if template not in (None, *TEMPLATES) else None
+
+
+def one_process(record: dict[str, Any]) -> dict[str, Any]:
+    """The run's configuration, with what its other processes had of a batch as further micro-batches here. Each of
+    these has a budget of its own, and rho was the joint norm over all processes."""
+    values, processes = dict(record["config"]), record["hardware"]["processes"]
+    values["gradient_accumulation_steps"] *= processes
+    if values.get("rho_scale") == "total":
+        values["rho"] /= math.sqrt(processes)
+    return values
+
+
+def taken(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """The values that are fields of a dataclass. What concerns the hub is left out: a control is not published, and
+    tokens are masked in a record."""
+    names = {f.name for f in dataclasses.fields(cls) if f.init}
+    return {k: v for k, v in values.items() if k in names and not k.startswith(("hub_", "push_to_hub"))}
+
+
+def differs(record: dict[str, Any], method: str, config: dict[str, Any], data: list[dict[str, Any]]) -> str | None:
+    """How a finished run is not the one that these options would give, or None."""
+    if (record["verb"], record["method"]) != ("align", method):
+        return f"made by {record['verb']} {record['method']}"
+    for key, value in json.loads(json.dumps(config, default=str)).items():
+        if record["config"].get(key, value) != value:
+            return f"{key} is {record['config'][key]!r}, not {value!r}"
+    return None if [d["hash"] for d in record["data"]] == [d["hash"] for d in data] else "its data is other data"

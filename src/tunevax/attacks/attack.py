@@ -1,0 +1,289 @@
+"""`tunevax attack`: one attack on every model and the control, scored along the way, and a run folder.
+
+A kind of attack is a dataclass of options with a method `run(bench)`: it takes the target, the data and the exam from
+the `Bench`, does what the attacker would do, and calls `bench.score` wherever the curve has a point.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tunevax.data.safety import load_safety
+from tunevax.data.splits import prompt_hash, require_disjoint
+from tunevax.data.tasks import load_task
+from tunevax.errors import UsageError
+from tunevax.modeling.loading import Loaded, absolute, load
+from tunevax.modeling.progress import console
+from tunevax.runs import SCHEMA, RunFolder, data_entry, digest, is_run, read_run, require_one_process, writing
+from tunevax.scoring.score import Exam, ExamOptions, build_exam, examine, labels_of, used_prompts
+
+
+@dataclass
+class TargetOptions(ExamOptions):
+    """What every verb that attacks takes: the targets, the data and how to load them."""
+
+    model: list[str] = field(
+        default_factory=list, metadata={"help": "run folder, model folder or hub id; may be repeated"}
+    )
+    control: str | None = field(
+        default=None,
+        metadata={
+            "help": "the model to compare with, attacked identically; default what --model was hardened from; "
+            "none for no control"
+        },
+    )
+    safety_data: str | None = field(
+        default=None, metadata={"help": "harmful rows: prompt and rejected, their attack split"}
+    )
+    task_data: str | None = field(
+        default=None, metadata={"help": "benign rows: prompt and completion, their train split"}
+    )
+    chat_template: str | None = field(
+        default=None, metadata={"help": "alpaca, plain, none, or a jinja file; default the tokenizer's"}
+    )
+    revision: str | None = field(default=None, metadata={"help": "revision of a hub id"})
+    dtype: str = field(default="auto", metadata={"help": "of the frozen weights: auto, float32, bfloat16, float16"})
+    allow_overlap: bool = field(default=False, metadata={"help": "go on when data roles share prompts, and record it"})
+    overwrite: bool = field(default=False, metadata={"help": "replace a finished run"})
+
+
+@dataclass
+class AttackOptions(TargetOptions):
+    """What `tunevax attack` takes besides the attacker's own options."""
+
+    name: str | None = field(
+        default=None, metadata={"help": "what the report calls this attack; default the output folder"}
+    )
+    keep_weights: bool = field(
+        default=False, metadata={"help": "keep the attacked weights of --model (default: deleted)"}
+    )
+    resume: bool = field(default=False, metadata={"help": "continue an unfinished run at the model it had reached"})
+
+
+@dataclass
+class AttackConfig:
+    """The options of an attack that trains no weights."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
+    seed: int = field(default=42, metadata={"help": "of every random choice of the attack"})
+
+
+class NotApplicable(UsageError):
+    """This attack cannot be made on these models; an audit records it and goes on."""
+
+
+class Bench:
+    """What an attack on one model works with.
+
+    Attributes:
+        target: label, role and ref of the model.
+        options: data sources and how to load.
+        harmful: rows of the attack split with `prompt` and `rejected`; empty if the attack uses none.
+        task: benign rows with `prompt` and `completion`; empty if the attack uses none.
+        exam: what the model is scored on.
+        key: fields that every row of results carries: kind, attack, attack_hash, settings, seed.
+        folder: where an attack that keeps weights may put them, or None.
+        before: scores of untouched models, kept from one attack of an audit to the next; None keeps nothing.
+        results, generations: the rows so far.
+        record: what run.json says of the model: its info, steps and template.
+    """
+
+    def __init__(
+        self, target: dict[str, Any], options: TargetOptions, harmful: Sequence[dict], task: Sequence[dict],
+        exam: Exam, key: dict[str, Any], folder: Path | None = None, before: dict | None = None,
+    ) -> None:  # fmt: skip
+        self.target, self.options, self.harmful, self.task, self.exam = target, options, harmful, task, exam
+        self.key, self.folder, self.before = key, folder, before
+        self.results: list[dict[str, Any]] = []
+        self.generations: list[dict[str, Any]] = []
+        self.record: dict[str, Any] = {}
+        self.merged = True  # whether the last adapter of the loaded target is merged
+
+    def load(self, chat_template: str | None = None, **how: Any) -> Loaded:
+        """The target, loaded as the options say; what run.json says of it is noted."""
+        template, o = chat_template or self.options.chat_template, self.options
+        self.merged = how.get("merge", True)
+        loaded = load(self.target["ref"], revision=o.revision, dtype=o.dtype, chat_template=template, **how)
+        self.record.update(loaded.info, template_hash=digest(loaded.tokenizer.chat_template))
+        return loaded
+
+    def score(
+        self, model: Any, tokenizer: Any, step: int, samples: int = 0, exam: Exam | None = None, full: bool = False
+    ) -> None:
+        """Add a row to the results, and the responses behind it.
+
+        Args:
+            step: optimiser steps of the attack so far, 0 before it.
+            samples: rows it trained on so far.
+            exam: if not the bench's own.
+            full: with what is measured only before an attack, such as perplexity.
+        """
+        untouched = self.before if step == 0 and exam is None and not full else None
+        whose = (self.target["ref"], self.merged)
+        kept = (untouched or {}).get(whose)
+        scores, responses = kept or examine(model, tokenizer, exam or self.exam, full=full)
+        if untouched is not None:
+            untouched[whose] = scores, responses
+        harmful = max(scores[name]["value"] for name in scores if name.startswith("harmful/"))
+        if self.target["role"] == "control" and step == 0 and harmful > 0.5 and self.before is None:
+            console.print(
+                f"note: the control {self.target['label']} is {harmful:.0%} harmful before the attack, so nothing can "
+                "be compared with it; give an aligned one with --control",
+                highlight=False,
+            )
+        row = {"schema": SCHEMA, "model": self.target["label"], "role": self.target["role"], **self.key, "step": step}
+        self.results.append({**row, "samples": samples, "train_loss": None, "scores": scores})
+        place = {"model": row["model"], **{k: row[k] for k in ("attack", "seed", "step")}}
+        self.generations += [{**place, **response} for response in responses]
+        self.record["steps"] = max(step, self.record.get("steps", 0))
+
+    def write(self, folder: Path) -> None:
+        """Append the rows to results.jsonl and generations.jsonl."""
+        for name, lines in (("results.jsonl", self.results), ("generations.jsonl", self.generations)):
+            with (folder / name).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def attack(method: str, options: AttackOptions, config: Any, command: str = "") -> Path:
+    """Attack every model and the control identically, scoring along the way, and return the run folder.
+
+    Args:
+        method: the kind of attack, for the record.
+        config: its options, with `run(bench)`; its `output_dir` becomes the run folder.
+
+    Raises:
+        UsageError: bad data, model or options; prompts shared between alignment, attack and evaluation.
+    """
+    if not options.model:
+        raise UsageError("--model is missing")
+    if not config.output_dir:
+        raise UsageError("--output-dir is missing")
+    require_one_process("an attack")
+    if options.keep_weights and (len(options.model) > 1 or getattr(config, "trainable", None) not in ("lora", "full")):
+        raise UsageError("--keep-weights takes one --model, and --trainable lora or full")
+    harmful, task = attack_data(options, config)
+    exam = build_exam(options, options.safety_data, options.task_data)
+    targets = find_targets(options.model, options.control)
+    use_saved_template(options, targets)
+    for target in targets:
+        target["overlap"] = check_overlap(target["ref"], harmful, exam, options.allow_overlap)
+
+    first = next(t["ref"] for t in targets if t["role"] == "model")
+    values = values_of(config)
+    name = options.name or Path(config.output_dir).name
+    evaluation = data_entry("evaluation", options.eval_data or options.safety_data or "", exam.harmful)
+    drawn_from = [
+        data_entry("attack", options.safety_data or "", harmful),
+        data_entry("task", options.task_data or "", task),
+    ]
+    record: dict[str, Any] = {
+        "verb": "attack", "method": method, "command": command, "seed": config.seed, "attack": name,
+        "targets": targets, "data": [e for e in drawn_from if e["rows"]] + [evaluation],
+        "config": {**vars(options), **values}, "parent": first if is_run(first) else None,
+    }  # fmt: skip
+    for key in ("resume", "overwrite", "name"):
+        record["config"].pop(key)
+    setting = setting_hash(method, config, drawn_from, evaluation)
+    key = {"kind": method, "attack": name, "attack_hash": setting, "settings": {}, "seed": config.seed}
+    with writing(config.output_dir, record, options.resume, options.overwrite) as run:
+        config.output_dir = str(run.checkpoints)
+        keep_finished(run)
+        for target in targets:
+            done = run.path / f"{target['label']}.done.json"
+            if not done.exists():
+                keeps = run.path if options.keep_weights and target["role"] == "model" else None
+                bench = Bench(target, options, harmful, task, exam, key, keeps)
+                config.run(bench)
+                bench.write(run.path)
+                done.write_text(json.dumps(bench.record))
+            info = json.loads(done.read_text())
+            record["steps"], target["template_hash"] = info.pop("steps"), info.pop("template_hash")
+            if target["role"] == "model":
+                record.setdefault("model", info)
+        for target in targets:
+            (run.path / f"{target['label']}.done.json").unlink()
+        record["adapter"] = ("model" if config.full_weights else "adapter") if options.keep_weights else None
+    return run.final
+
+
+def values_of(config: Any) -> dict[str, Any]:
+    """An attack's options as plain values, without what says only where to write."""
+    values = config.to_dict() if hasattr(config, "to_dict") else dataclasses.asdict(config)
+    return {k: v for k, v in values.items() if k not in ("output_dir", "run_name")}
+
+
+def setting_hash(method: str, config: Any, drawn_from: Sequence[dict], evaluation: dict[str, Any]) -> str:
+    """The same for every seed of one setting: of what the rows are drawn from, not of the draw."""
+    data = [entry["hash"] for entry in drawn_from]
+    values = {**values_of(config), "seed": None, "data": data, "evaluation": evaluation["hash"]}
+    return digest(values if method == "finetune" else {"method": method, **values})
+
+
+def attack_data(options: TargetOptions, config: Any) -> tuple[list[dict], list[dict]]:
+    """The harmful and the benign rows that this attack draws from; what it does not need is empty.
+
+    Raises:
+        UsageError: a source is missing.
+    """
+    harmful: list[dict] = []
+    task: list[dict] = []
+    if "harmful" in config.needs:
+        if options.safety_data is None:
+            raise UsageError("--safety-data is missing: this attack needs harmful rows")
+        harmful = load_safety(options.safety_data, "attack", ("rejected",), "an attack")
+    if "task" in config.needs:
+        if options.task_data is None:
+            raise UsageError("--task-data is missing: this attack needs benign rows")
+        task = load_task(options.task_data, "train").rows
+    return harmful, task
+
+
+def check_overlap(ref: str, harmful: Sequence[dict], exam: Exam, allow: bool) -> dict[str, int]:
+    """Prompts that two of alignment, attack and evaluation share; a UsageError unless that is allowed."""
+    before = used_prompts(ref).get("alignment")
+    roles = {"alignment": before} if before else {}
+    attacked = {"attack": [prompt_hash(row["prompt"]) for row in harmful]} if harmful else {}
+    return require_disjoint({**roles, **attacked, "evaluation": exam.prompt_hashes()}, allow)
+
+
+def use_saved_template(options: TargetOptions, targets: Sequence[dict[str, Any]]) -> None:
+    """Ask every target in the words of the first hardened model, also the control that has no template."""
+    first = next(t["ref"] for t in targets if t["role"] == "model")
+    saved = [p for p in (Path(first, d, "chat_template.jinja") for d in ("adapter", "model", "")) if p.is_file()]
+    if options.chat_template is None and saved:
+        options.chat_template = str(saved[0])
+
+
+def find_targets(models: Sequence[str], control: str | None) -> list[dict[str, Any]]:
+    """The models to attack and the control, with a label each, the control first.
+
+    Args:
+        control: a model, `none`, or None for what the first model was hardened from.
+    """
+    if control is None and is_run(models[0]):
+        record = read_run(models[0])
+        control = record.get("parent") or record.get("model", {}).get("ref")
+    refs = [(control, "control")] if control and control != "none" else []
+    refs += [(ref, "model") for ref in models if not control or absolute(ref) != absolute(control)]
+    if not any(role == "model" for _, role in refs):
+        raise UsageError("the control is the model itself; give another --control, or none")
+    labels = labels_of([ref for ref, _ in refs])
+    return [{"label": n, "role": role, "ref": absolute(ref)} for n, (ref, role) in zip(labels, refs, strict=True)]
+
+
+def keep_finished(run: RunFolder) -> None:
+    """Drop what a killed run wrote of a model it had not finished; its last line may have been cut in the middle."""
+    finished = {path.name.removesuffix(".done.json") for path in run.path.glob("*.done.json")}
+    for name in ("results.jsonl", "generations.jsonl"):
+        if (run.path / name).exists():
+            kept = []
+            for line in (run.path / name).read_text(encoding="utf-8", errors="replace").split("\n"):
+                with suppress(ValueError):
+                    kept.append(json.loads(line))
+            run.write_lines(name, [row for row in kept if row["model"] in finished])

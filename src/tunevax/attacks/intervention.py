@@ -1,0 +1,114 @@
+"""Inference-time intervention: all weights frozen, a rank-r edit of one block's input is trained on harmful targets
+(the threat model of E.T., Cevallos-Moreno et al., 2026; the edit is LoReFT's without bias, arXiv 2404.03592):
+
+    h <- h + W2^T (W1 h - W2 h),    W1, W2 of shape [r, hidden],  at every position of the prompt
+
+Written from the formula. W1 starts equal to W2, which has orthonormal rows, so the edit starts at nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tunevax.attacks.attack import AttackConfig, Bench
+from tunevax.data.encoding import collate, context_of, encode
+from tunevax.errors import UsageError
+from tunevax.modeling.blocks import find_blocks
+from tunevax.modeling.loss import response_loss
+from tunevax.modeling.progress import bar
+
+
+@dataclass
+class InterventionConfig(AttackConfig):
+    """Defaults as in E.T.'s attack: rank 2, 20 rows, 10 epochs of batch 10, learning rate 4e-3."""
+
+    block: int = field(default=0, metadata={"help": "the block whose input is edited, from 0"})
+    rank: int = field(default=2, metadata={"help": "rank of the edit"})
+    n: int = field(default=20, metadata={"help": "harmful rows to train on"})
+    num_train_epochs: int = field(default=10, metadata={"help": "passes over the rows"})
+    batch_size: int = field(default=10, metadata={"help": "rows per step"})
+    learning_rate: float = field(default=4e-3, metadata={"help": "of Adam, constant"})
+    max_length: int = field(default=512, metadata={"help": "tokens per row; longer answers are cut"})
+
+    needs = frozenset({"harmful"})
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "n", "num_train_epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    def run(self, bench: Bench) -> None:
+        """Train the edit, then score the model with it."""
+        loaded = bench.load()
+        model, device = loaded.model, loaded.model.device
+        blocks = find_blocks(model)
+        if not 0 <= self.block < len(blocks):
+            raise UsageError(f"block is {self.block}; the model's blocks are 0 to {len(blocks) - 1}")
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(len(bench.harmful), generator=generator)[: self.n].tolist()
+        rows = [{**bench.harmful[i], "completion": bench.harmful[i]["rejected"]} for i in order]
+        encoded = encode(rows, loaded.tokenizer, self.max_length, context=context_of(model))
+        edit = Edit(model.config.get_text_config().hidden_size, self.rank, generator).to(device)
+        optimiser = torch.optim.Adam(edit.parameters(), lr=self.learning_rate)
+        model.requires_grad_(False)
+        step = 0
+        with bar() as progress:
+            task = progress.add_task(f"attack {bench.target['label']}", total=self.num_train_epochs, note="")
+            for _ in range(self.num_train_epochs):
+                shuffled = torch.randperm(len(encoded), generator=generator).tolist()
+                for start in range(0, len(shuffled), self.batch_size):
+                    batch = collate(
+                        [encoded[i] for i in shuffled[start : start + self.batch_size]], loaded.tokenizer.pad_token_id
+                    )
+                    batch = {k: v.to(device) for k, v in batch.items()}
+                    with edited(blocks[self.block].module, edit, batch["labels"] == -100):
+                        loss = response_loss(model, batch)
+                    optimiser.zero_grad()
+                    loss.backward()
+                    optimiser.step()
+                    step += 1
+                progress.advance(task)
+        with edited(blocks[self.block].module, edit):
+            bench.score(model, loaded.tokenizer, step, step * self.batch_size)
+        bench.results[-1]["train_loss"] = loss.item()
+
+
+class Edit(torch.nn.Module):
+    """The edit of a hidden state [batch, tokens, hidden], in fp32."""
+
+    def __init__(self, hidden: int, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        rows = torch.linalg.qr(torch.randn(hidden, rank, generator=generator)).Q.T.contiguous()
+        self.source, self.basis = torch.nn.Parameter(rows.clone()), torch.nn.Parameter(rows)  # W1, W2
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        """h + W2^T (W1 h - W2 h)."""
+        wide = h.float()
+        return (wide + (wide @ self.source.T - wide @ self.basis.T) @ self.basis).to(h.dtype)
+
+
+@contextmanager
+def edited(block: torch.nn.Module, edit: Edit, prompt: torch.Tensor | None = None) -> Iterator[None]:
+    """Edit the block's input.
+
+    Args:
+        prompt: [batch, tokens], True where the edit applies. None is for generation: the first forward holds the
+            prompt and nothing else; later ones, of one token each, pass untouched.
+    """
+
+    def hook(_module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        h = args[0] if args else kwargs["hidden_states"]
+        where = prompt.unsqueeze(-1) if prompt is not None else torch.tensor(h.shape[1] > 1, device=h.device)
+        new = torch.where(where, edit(h), h)
+        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+
+    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

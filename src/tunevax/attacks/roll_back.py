@@ -1,0 +1,51 @@
+"""Roll-back: no training at all. The attacker has the public base beside the hardened model, and moves along the line
+through both:  W = W_hard - dose * (W_hard - W_base).
+
+Dose 0 is the hardened model, 1 the base, above 1 subtracts the hardening more than once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tunevax.attacks.attack import AttackConfig, Bench, NotApplicable
+from tunevax.errors import UsageError
+from tunevax.modeling.loading import load
+from tunevax.runs import is_run, read_run
+
+
+@dataclass
+class RollBackConfig(AttackConfig):
+    """How far to go, and to where."""
+
+    dose: float = field(default=1.0, metadata={"help": "share of the hardening that is taken back"})
+    base: str | None = field(
+        default=None, metadata={"help": "the public base; default what the model was hardened from"}
+    )
+
+    needs = frozenset()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dose <= 10:
+            raise UsageError(f"dose is {self.dose}; it must be between 0 and 10")
+
+    def run(self, bench: Bench) -> None:
+        """Move the weights and score once. Holds both models in memory."""
+        import torch
+
+        ref, base_ref = bench.target["ref"], self.base
+        if base_ref is None and is_run(ref):
+            record = read_run(ref)
+            base_ref = record.get("parent") or record["model"]["ref"]
+        if base_ref is None:
+            raise NotApplicable(f"{bench.target['label']} records no base to roll back to; give --base")
+        loaded, o = bench.load(), bench.options
+        base = load(base_ref, revision=o.revision, dtype=o.dtype, chat_template=o.chat_template).model
+        towards = dict(base.named_parameters())
+        with torch.no_grad():
+            for name, parameter in loaded.model.named_parameters():
+                if name not in towards or towards[name].shape != parameter.shape:
+                    raise UsageError(f"{base_ref} is no base of {ref}: parameter {name} differs in shape")
+                parameter.lerp_(towards[name].to(parameter.dtype), self.dose)
+        del base, towards
+        bench.score(loaded.model, loaded.tokenizer, 0, exam=bench.exam)

@@ -1,0 +1,1 @@
+"""The audit: models and a control attacked identically, and what the results say about them."""

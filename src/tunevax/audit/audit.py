@@ -1,0 +1,316 @@
+"""`tunevax audit`: every attack of a protocol on every model and the control, and a run folder of evidence.
+
+A cell is one attack on one model with one seed. Each is written whole, under the hash of everything that decides it, so
+a killed audit goes on where it was, and no row is lost or written twice.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tunevax.attacks.adaptive import least_selected
+from tunevax.attacks.attack import (
+    NotApplicable,
+    TargetOptions,
+    attack_data,
+    check_overlap,
+    find_targets,
+    setting_hash,
+    use_saved_template,
+)  # fmt: skip
+from tunevax.audit.lab import Cell, Needs, count_workers, finished
+from tunevax.audit.protocol import Protocol, Setting, build, load_protocol, settings
+from tunevax.errors import UsageError
+from tunevax.modeling.loading import absolute, config_of, model_hash, resolve
+from tunevax.modeling.progress import bar, console
+from tunevax.runs import data_entry, digest, is_run, read_lines, read_run, require_one_process, writing
+from tunevax.scoring.judges import lead_judge
+from tunevax.scoring.score import build_exam, labels_of
+
+
+@dataclass
+class AuditOptions(TargetOptions):
+    """What `tunevax audit` takes. Data, judges and the like default to those of the protocol, then to what the first
+    hardened run recorded."""
+
+    judges: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "refusal-keywords, organism, hf:MODEL; several are shown side by side, two at least are wanted"
+        },
+    )
+    protocol: str = field(default="quick", metadata={"help": "paper, quick, standard, durability, or a YAML file"})
+    controls: list[str] = field(
+        default_factory=list,
+        metadata={"help": "also attack: undefended, equal-compute, random-perturbation (trained into OUT.controls)"},
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
+    workers: int = field(
+        default=0, metadata={"help": "processes; 0 is one per GPU, and without one as many as cores for a small model"}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "list the cells, with time and memory, and stop"})
+    keep_attacked: bool = field(default=False, metadata={"help": "keep the attacked weights, one folder per cell"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.workers < 0:
+            raise UsageError(f"workers is {self.workers}; it must be 0 or more")
+
+
+class Plan(NamedTuple):
+    """An audit before it runs: options with their defaults filled in, the protocol, the targets and the data."""
+
+    options: AuditOptions
+    protocol: Protocol
+    targets: list[dict[str, Any]]
+    grid: list[Setting]
+    data: list[dict[str, Any]]
+    skipped: list[dict[str, str]]
+    harness: dict[str, Any] | None
+
+
+def plan(options: AuditOptions, references: Sequence[tuple[str, str]] = ()) -> Plan:
+    """Check everything that can be checked before hours are spent.
+
+    Args:
+        references: (label, ref) of further controls, attacked in the same way.
+
+    Raises:
+        UsageError: a bad protocol, model or data source; a control that is missing or the model itself; shared prompts.
+    """
+    protocol = load_protocol(options.protocol)
+    if not options.model:
+        raise UsageError("--model is missing")
+    if options.control is None or options.control == "none":
+        raise UsageError("--control is missing: an audit compares; give the same model without the defence")
+    for ref in options.model:
+        if absolute(ref) == absolute(options.control):
+            raise UsageError(f"the control is the model itself ({ref}); give the same model without the defence")
+    fill_in(options)
+    targets = find_targets(options.model, options.control)
+    if len({t["ref"] for t in targets}) < len(targets):
+        raise UsageError("a model is named twice; name each --model once")
+    further = {absolute(ref): label for label, ref in references}  # two runs may share an undefended model
+    for target in targets:
+        further.pop(target["ref"], None)
+    labels = labels_of([t["label"] for t in targets] + list(further.values()))[len(targets) :]
+    targets += [{"label": n, "role": "reference", "ref": ref} for n, ref in zip(labels, further, strict=True)]
+    use_saved_template(options, targets)
+    adapt_to, skipped = {}, []
+    for target in targets:
+        if target["role"] == "model":
+            with suppress(NotApplicable):
+                least_selected(target["ref"], 0.5)
+                adapt_to[target["label"]] = target["ref"]
+    configs = [config_of(resolve(target["ref"])[0], options.revision) for target in targets]
+    depth = min(config.get_text_config().num_hidden_layers for config in configs)
+    grid = settings(protocol, depth, adapt_to)
+    for setting in [s for s in grid if s.kind == "adaptive" and not s.values.get("like")]:
+        grid.remove(setting)
+        skipped.append({"model": "all", "attack": setting.name, "why": "no model here recorded a choice of blocks"})
+    exam = build_exam(options, options.safety_data, options.task_data)
+    needs = {need for s in grid for need in build(s.kind, s.values, 0, None).needs}
+    harmful, task = attack_data(options, Needs(needs))
+    for target in targets:
+        target["overlap"] = check_overlap(target["ref"], harmful, exam, options.allow_overlap)
+        target["hash"] = identity(target["ref"])
+    data = [data_entry("attack", options.safety_data or "", harmful)] if harmful else []
+    data += [data_entry("task", options.task_data or "", task)] if task else []
+    data += [data_entry("evaluation", options.eval_data or options.safety_data or "", exam.harmful)]
+    for role, rows in (("task evaluation", exam.task and exam.task.rows), ("over-refusal", exam.benign)):
+        data += [data_entry(role, "", rows)] if rows else []
+    data += [data_entry(f"utility {t.name}", "", t.rows) for t in exam.utility]
+    versions = exam.harness.versions if exam.harness else None
+    return Plan(options, protocol, targets, grid, data, skipped, versions)
+
+
+def fill_in(options: AuditOptions) -> None:
+    """Data that were not named: those of the first hardened run; on the organism, all that it offers."""
+    config = read_run(options.model[0])["config"] if is_run(options.model[0]) else {}
+    options.safety_data = options.safety_data or config.get("safety_data")
+    options.task_data = options.task_data or config.get("task_data")
+    if options.safety_data is None:
+        raise UsageError("--safety-data is missing: harmful rows for the attacks, and prompts to score on")
+    if options.safety_data.partition(":")[0] == "organism":
+        options.task_data = options.task_data or "organism"
+        options.benign_data = options.benign_data or "organism"
+        options.utility_data = options.utility_data or ["organism:set=benign"]
+        options.judges = options.judges or ["organism", "refusal-keywords"]
+    options.judges = options.judges or ["refusal-keywords"]
+    if options.fluency_model is None:
+        options.fluency_model = options.control  # it speaks the language of answers, refusals included
+    elif options.fluency_model == "none":
+        options.fluency_model = None
+
+
+def identity(ref: str) -> str:
+    """What tells a model from one that was trained anew into the same folder."""
+    base, adapters = resolve(ref)
+    return digest([model_hash(base) or base, *[model_hash(str(a)) for a in adapters]])
+
+
+def cells_of(plan: Plan, chosen: Sequence[Setting], first_seed: bool, others: bool) -> list[Cell]:
+    """The cells of some settings, the models as they are among the first seed's."""
+    evaluation = next(entry for entry in plan.data if entry["role"] == "evaluation")
+    drawn_from = [entry for entry in plan.data if entry["role"] in ("attack", "task")]
+    scoring = digest({k: getattr(plan.options, k) for k in ("judges", "limit", "max_new_tokens", "fluency_model",
+                      "chat_template", "dtype", "revision")} | {"data": [e["hash"] for e in plan.data]})  # fmt: skip
+    found = []
+    for target in plan.targets:
+        if first_seed:
+            key = {"kind": "none", "attack": None, "attack_hash": None, "settings": {}, "seed": plan.protocol.seeds[0]}
+            found.append(_cell(target, None, key, scoring))
+        for setting in chosen:
+            for i, seed in enumerate(setting.seeds):
+                if first_seed if i == 0 else others:
+                    config = build(setting.kind, setting.values, seed, None)
+                    key = {
+                        "kind": setting.kind, "attack": setting.name, "settings": setting.shown, "seed": seed,
+                        "attack_hash": setting_hash(setting.kind, config, drawn_from, evaluation),
+                    }  # fmt: skip
+                    found.append(_cell(target, setting, key, scoring))
+    return found
+
+
+def _cell(target: dict[str, Any], setting: Setting | None, key: dict[str, Any], scoring: str) -> Cell:
+    name = digest([target["hash"], target["label"], target["role"], key, scoring])
+    return Cell(target, setting, {**key, "cell": name}, name)
+
+
+def audit(plan: Plan, command: str = "") -> Path:
+    """Run the cells that are not there yet, and return the run folder. See run.json's `failed` for cells that failed.
+
+    Raises:
+        UsageError: the folder is in the way, or an unfinished audit in it was started with other options.
+    """
+    options, protocol = plan.options, plan.protocol
+    if not options.output_dir:
+        raise UsageError("--output-dir is missing")
+    require_one_process("an audit")
+    config = {k: v for k, v in vars(options).items()
+              if k not in ("output_dir", "overwrite", "workers", "dry_run", "keep_attacked")}  # fmt: skip
+    record: dict[str, Any] = {
+        "verb": "audit", "method": protocol.name, "command": command, "seed": protocol.seeds[0], "parent": None,
+        "config": {**config, "protocol": asdict(protocol)}, "data": plan.data, "targets": plan.targets,
+        "skipped": list(plan.skipped), "lm_eval": plan.harness,
+    }  # fmt: skip
+    final = Path(options.output_dir).absolute()
+    if is_run(final) and not options.overwrite:
+        reopen(final, record["config"])
+    with writing(options.output_dir, record, resume=True, overwrite=options.overwrite) as run:
+        folder = run.path / "cells"
+        folder.mkdir(exist_ok=True)
+        grid = plan.grid
+        cells = cells_of(plan, grid, True, protocol.screen == 0)
+        run_cells(plan, cells, folder, run.path / "weights")
+        if protocol.screen:
+            keep = strongest(plan, cells, folder)
+            more = cells_of(plan, [s for s in grid if s.name in keep], False, True)
+            run_cells(plan, more, folder, run.path / "weights")
+            cells += more
+        assemble(run, cells, folder)
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    return run.final
+
+
+def run_cells(plan: Plan, cells: Sequence[Cell], folder: Path, weights: Path) -> None:
+    """Run the cells whose file is not in `folder`, one line per finished cell."""
+    left = [cell for cell in cells if not (folder / f"{cell.hash}.json").exists()]
+    done = len(cells) - len(left)
+    if done:
+        console.print(f"{done} of {len(cells)} cells are there already", highlight=False)
+    workers = min(count_workers(plan.options.workers, str(plan.options.control)), len(left))
+    with bar() as progress:
+        task = progress.add_task("audit", total=len(cells), completed=done, note="")
+        for cell, result in finished(
+            plan.options, left, folder, weights if plan.options.keep_attacked else None, workers
+        ):
+            done += 1
+            console.print(
+                f"[{done}/{len(cells)}] {cell.told} · {result}", highlight=False, markup=False, soft_wrap=True
+            )
+            progress.advance(task)
+
+
+def strongest(plan: Plan, cells: Sequence[Cell], folder: Path) -> set[str]:
+    """The names of the `screen` strongest fine-tunes of each model: highest harmful score, then the fewest steps to it.
+
+    Attacks of other kinds go on only if they name seeds of their own.
+    """
+    found: dict[str, list[tuple[float, int, str]]] = {}
+    for cell in cells:
+        outcome = json.loads((folder / f"{cell.hash}.json").read_text(encoding="utf-8"))
+        if cell.setting is None or outcome["status"] != "done" or cell.setting.kind != "finetune":
+            continue
+        judge = lead_judge(list(outcome["results"][0]["scores"]))
+        points = [(-row["scores"][judge]["value"], row["step"]) for row in outcome["results"]]
+        broken = [step for value, step in sorted(points, key=lambda p: p[1]) if -value > plan.protocol.phi]
+        found.setdefault(cell.target["label"], []).append(
+            (broken[0] if broken else 10**9, min(points)[0], cell.setting.name)
+        )
+    return {name for ranked in found.values() for *_, name in sorted(ranked)[: plan.protocol.screen]}
+
+
+def assemble(run: Any, cells: Sequence[Cell], folder: Path) -> None:
+    """The cells' files as results.jsonl, generations.jsonl and cells.jsonl, in the order of the protocol."""
+    outcomes = [json.loads((folder / f"{cell.hash}.json").read_text(encoding="utf-8")) for cell in cells]
+    for name, key in (("results.jsonl", "results"), ("generations.jsonl", "generations")):
+        run.write_lines(name, [row for outcome in outcomes for row in outcome[key]])
+    run.write_lines(
+        "cells.jsonl", [{k: v for k, v in o.items() if k not in ("results", "generations")} for o in outcomes]
+    )
+    record = run.record
+    told = ("cell", "model", "attack", "seed")
+    record["failed"] = [{k: o[k] for k in (*told, "error")} for o in outcomes if o["status"] == "failed"]
+    record["skipped"] += [{k: o[k] for k in (*told, "why")} for o in outcomes if o["status"] == "skipped"]
+    record["cells"], record["cell_seconds"] = len(cells), round(sum(o["seconds"] for o in outcomes), 1)
+    record["peak_memory_bytes"] = max(o["peak_memory_bytes"] for o in outcomes)
+    for target in record["targets"]:
+        own = next((o["record"] for o in outcomes if o["model"] == target["label"] and o["status"] == "done"), {})
+        target.update({k: own[k] for k in ("template_hash", "parameters", "class", "base") if k in own})
+    done = [o["record"] for o in outcomes if o["status"] == "done"]
+    if not done:
+        raise UsageError(
+            f"every cell failed; the first: {record['failed'][0]['error'] if record['failed'] else 'none ran'}"
+        )
+
+
+def reopen(final: Path, config: dict[str, Any]) -> None:
+    """Make a finished audit with failed cells unfinished again, so that only these run.
+
+    Raises:
+        UsageError: it is complete, or was made with other options.
+    """
+    record = read_run(final)
+    same = json.loads(json.dumps(config, default=str)) == record.get("config")
+    if record.get("verb") != "audit" or not same or not record.get("failed"):
+        what = (
+            "is a finished audit" if record.get("verb") == "audit" and same else "is a finished run with other options"
+        )
+        raise UsageError(f"{final} {what}; choose another --output-dir, or pass --overwrite to replace it")
+    rows = {name: read_lines(final / f"{name}.jsonl") for name in ("results", "generations", "cells")}
+    partial = final.with_name(final.name + ".partial")
+    (partial / "cells").mkdir(parents=True)
+    for outcome in rows["cells"]:
+        if outcome["status"] == "failed":
+            continue
+        place = [outcome[k] for k in ("model", "attack", "seed")]
+        outcome["results"] = [r for r in rows["results"] if r["cell"] == outcome["cell"]]
+        outcome["generations"] = [
+            g for g in rows["generations"] if [g[k] for k in ("model", "attack", "seed")] == place
+        ]
+        (partial / "cells" / f"{outcome['cell']}.json").write_text(json.dumps(outcome), encoding="utf-8")
+    (partial / "config.json").write_text(
+        json.dumps({"verb": "audit", "method": record["method"], "config": record["config"]})
+    )
+    if (final / "weights").exists():
+        (final / "weights").rename(partial / "weights")
+    shutil.rmtree(final)

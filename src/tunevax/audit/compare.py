@@ -1,0 +1,74 @@
+"""`tunevax audit --compare A B`: two audits side by side, or the reason why they cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tunevax.audit.measure import measure
+from tunevax.audit.results import read_results
+from tunevax.errors import UsageError
+from tunevax.runs import read_run
+
+
+def compare(first: Path, second: Path) -> str:
+    """The findings of both audits as text, control and models of each.
+
+    Raises:
+        UsageError: one is no audit; or protocol, prompts, judges, budgets, templates or scoring differ (named).
+    """
+    records = [(path, read_audit(path)) for path in (first, second)]
+    ours, theirs = (dict(conditions(record)) for _, record in records)
+    for what in ours | theirs:
+        if ours.get(what) != theirs.get(what):
+            raise UsageError(
+                f"the audits cannot be compared: {what} differs ({_short(ours.get(what))} in {first}, "
+                f"{_short(theirs.get(what))} in {second})"
+            )
+    lines = []
+    for path, record in records:
+        protocol = record["config"]["protocol"]
+        findings = measure(read_results([path]), protocol["phi"], protocol["epsilon"])
+        lines += [f"{path} (protocol {protocol['name']}, control {findings.control})"]
+        lines += [f"  {sentence}" for sentence in findings.headline]
+    if len({target_hash(record, "control") for _, record in records}) > 1:
+        lines.append("The controls are different models, so only the ratios to each one's own control compare.")
+    return "\n".join(lines)
+
+
+def read_audit(path: Path) -> dict[str, Any]:
+    """run.json of an audit.
+
+    Raises:
+        UsageError: it is no run, or not one of `tunevax audit`.
+    """
+    if not (path / "run.json").is_file():
+        raise UsageError(f"{path} is no run folder; name two folders that `tunevax audit` wrote")
+    record = read_run(path)
+    if record.get("verb") != "audit":
+        raise UsageError(f"{path} was written by `tunevax {record.get('verb')}`; name two audits")
+    return record
+
+
+def conditions(record: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What two audits must have in common, as (name, value), the coarsest first."""
+    config, protocol = record["config"], record["config"]["protocol"]
+    found = [(f"protocol {key}", protocol.get(key)) for key in ("phi", "epsilon", "seeds", "screen")]
+    found += [(f"attack {i}", attack) for i, attack in enumerate(protocol["attacks"], 1)]
+    found += [("the attacks' defaults", protocol.get("defaults"))]
+    found += [(f"the {entry['role']} data", entry["hash"]) for entry in record["data"]]
+    scoring = ("judges", "limit", "max_new_tokens")
+    found += [(name.replace("_", " "), config.get(name)) for name in scoring]
+    found += [("use of a fluency model", bool(config.get("fluency_model")))]
+    templates = {t.get("template_hash") for t in record["targets"]}
+    return [*found, ("the chat template", sorted(map(str, templates)))]
+
+
+def target_hash(record: dict[str, Any], role: str) -> Any:
+    """The identity of the model in a role."""
+    return next((t.get("hash") for t in record["targets"] if t["role"] == role), None)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

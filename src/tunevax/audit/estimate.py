@@ -1,0 +1,127 @@
+"""`tunevax audit --dry-run`: the cells, with the time and memory they take, measured on a few steps of the control."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from typing import Any
+
+from transformers import TrainerCallback
+
+from tunevax.audit.audit import Plan, cells_of
+from tunevax.audit.lab import Cell, Lab, count_workers
+from tunevax.audit.protocol import Setting, build
+from tunevax.data.encoding import context_of, encode
+from tunevax.modeling.trainer import ResponseTrainer
+from tunevax.runs import peak_memory
+from tunevax.scoring.score import examine
+
+STEPS = 4  # of which the first is warm-up
+# The options that a step's cost depends on.
+SHAPE = ("trainable", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "lora_r", "bf16")
+
+
+def show(plan: Plan) -> None:
+    """Print every cell with its estimated seconds, then the sum and the peak memory."""
+    cells = cells_of(plan, plan.grid, True, plan.protocol.screen == 0)
+    clock = Clock(plan)
+    total = 0.0
+    for i, cell in enumerate(cells, 1):
+        seconds = clock.seconds(cell)
+        total += seconds
+        print(f"[{i}/{len(cells)}] {cell.told} · about {told(seconds)}")
+    if plan.protocol.screen:
+        seeds = len(plan.protocol.seeds) - 1
+        fine_tunes = [c for c in cells if c.setting is not None and c.setting.kind == "finetune"]
+        mean = sum(clock.seconds(c) for c in fine_tunes) / max(len(fine_tunes), 1)
+        # Each model has its own strongest settings, and all models meet all of them.
+        most = plan.protocol.screen * len(plan.targets) ** 2 * seeds
+        total += mean * most
+        print(f"then at most {most} cells: the {plan.protocol.screen} strongest of each model with {seeds} more seeds")
+    workers = count_workers(plan.options.workers, str(plan.options.control))
+    print(
+        f"{len(cells)} cells, about {told(total / workers)} with {workers} worker{'s' * (workers > 1)}, each with a "
+        f"peak of about {peak_memory() / 2**30:.1f} GiB (measured here, on {STEPS} steps of each shape of training)"
+    )
+
+
+class Clock:
+    """Seconds per step and per scoring, measured once for each shape of training."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.target, self.lab = plan.targets[0], Lab(plan.options)
+        self.steps: dict[tuple, float] = {}  # shape of training -> seconds per step
+        bench = self.lab.bench(Cell(self.target, None, {"seed": 0}, ""), "", None)
+        started = time.monotonic()
+        loaded = bench.load()
+        self.load = time.monotonic() - started
+        for _ in range(2):  # the first is warm-up
+            started = time.monotonic()
+            examine(loaded.model, loaded.tokenizer, self.lab.exam)
+            self.exam = time.monotonic() - started
+
+    def seconds(self, cell: Cell) -> float:
+        """The estimate for one cell."""
+        if cell.setting is None:
+            return self.load + 2 * self.exam
+        config = build(cell.setting.kind, cell.setting.values, cell.key["seed"], None)
+        if not hasattr(config, "points"):
+            epochs, n = getattr(config, "num_train_epochs", 0), getattr(config, "n", 0)
+            steps = epochs * math.ceil(n / getattr(config, "batch_size", 1))
+            return self.load + self.exam + steps * (self.step(cell.setting.values) if steps else 0)
+        steps = steps_of(config)
+        return self.load + (1 + min(config.points, steps)) * self.exam + steps * self.step(cell.setting.values)
+
+    def step(self, values: dict[str, Any]) -> float:
+        """Seconds of one training step of this shape."""
+        shape = {k: v for k, v in values.items() if k in SHAPE}
+        key = tuple(sorted(shape.items()))
+        if key not in self.steps:
+            self.steps[key] = self.measure(shape)
+        return self.steps[key]
+
+    def measure(self, shape: dict[str, Any]) -> float:
+        """Train the control for a few steps without scoring it."""
+        values = {
+            **shape,
+            "p": 1.0,
+            "max_steps": STEPS,
+            "trainable": "full" if shape.get("trainable") == "full" else "lora",
+        }
+        marks = Marks()
+        with tempfile.TemporaryDirectory() as scratch:
+            config = build("finetune", values, 0, scratch)
+            bench = self.lab.bench(
+                Cell(self.target, Setting("finetune", "", values, {}, (0,)), {"seed": 0}, ""), scratch, None
+            )
+            loaded = bench.load(trainable=True)
+            encoded = encode(config.rows(bench), loaded.tokenizer, config.max_length, context=context_of(loaded.model))
+            ResponseTrainer(loaded.model, config, encoded, loaded.tokenizer, [marks]).train()
+        return (marks.times[-1] - marks.times[0]) / (len(marks.times) - 1)
+
+
+class Marks(TrainerCallback):
+    """When each step ended."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Note the time."""
+        self.times.append(time.monotonic())
+
+
+def steps_of(config: Any) -> int:
+    """Optimiser steps of a fine-tune."""
+    if config.max_steps > 0:
+        return config.max_steps
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return math.ceil(math.ceil(config.n / batch) * config.num_train_epochs)
+
+
+def told(seconds: float) -> str:
+    """'12 s', '4 min', '3.5 h'."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

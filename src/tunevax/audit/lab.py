@@ -1,0 +1,189 @@
+"""The processes that run the cells of an audit, and what each of them loads once."""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tunevax.attacks.attack import Bench, NotApplicable, TargetOptions, attack_data
+from tunevax.audit.protocol import Setting, build
+from tunevax.modeling.loading import resolve
+from tunevax.modeling.progress import console
+from tunevax.runs import peak_memory
+from tunevax.scoring.judges import lead_judge
+from tunevax.scoring.score import Exam, build_exam
+
+
+class Cell(NamedTuple):
+    """One attack on one model with one seed.
+
+    Attributes:
+        target: label, role and ref. setting: the attack; None scores the model as it is. key: what its rows carry.
+        hash: of the model, the attack, the seed and the data: the name of its file.
+    """
+
+    target: dict[str, Any]
+    setting: Setting | None
+    key: dict[str, Any]
+    hash: str
+
+    @property
+    def told(self) -> str:
+        """For the screen: model, attack and seed."""
+        attack = f"{self.setting.name} · seed {self.key['seed']}" if self.setting else "as it is"
+        return f"{self.target['label']} · {attack}"
+
+
+class Needs(NamedTuple):
+    """Stands for an attack where only the data it draws from matter."""
+
+    needs: frozenset[str]
+
+
+def finished(
+    options: TargetOptions, cells: Sequence[Cell], folder: Path, weights: Path | None, workers: int
+) -> Iterator[tuple[Cell, str]]:
+    """(cell, one line on it) as cells finish."""
+    if workers <= 1:
+        lab = Lab(options)
+        for cell in cells:
+            yield cell, lab.run(cell, folder, weights)
+        return
+    import torch
+
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # spinning threads of one worker would starve the other
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(
+            workers,
+            context,
+            _start_worker,
+            (options, os.getpid(), context.Value("i", 0), torch.cuda.device_count()),
+        ) as pool:
+            futures = {pool.submit(_run_in_worker, cell, folder, weights): cell for cell in cells}
+            try:
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    finally:
+        os.environ.pop("OMP_NUM_THREADS")
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def count_workers(workers: int, control: str) -> int:
+    """As asked; by default one per GPU, or without a GPU as many as cores if the model is small."""
+    import torch
+
+    if workers:
+        return workers
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    base = Path(resolve(control)[0])
+    size = sum(f.stat().st_size for f in base.glob("*.safetensors")) if base.is_dir() else 2**40
+    return max(1, min(4, os.cpu_count() or 1)) if size < 2**28 else 1
+
+
+class Lab:
+    """What a process loads once for all its cells: data, judges, and the scores of untouched models."""
+
+    def __init__(self, options: TargetOptions) -> None:
+        self.options = options
+        self.exam: Exam = build_exam(options, options.safety_data, options.task_data)
+        if self.exam.benign is None and self.exam.task is not None:  # somewhere a refusal of everything must show
+            self.exam = self.exam._replace(benign=self.exam.task.rows)
+        self.before: dict[Any, Any] = {}
+        self.rows: dict[frozenset[str], tuple[list[dict], list[dict]]] = {}
+
+    def run(self, cell: Cell, folder: Path, weights: Path | None) -> str:
+        """Run one cell, write its file, and return what to tell of it."""
+        import torch
+
+        started = time.monotonic()
+        keep = weights / cell.hash if weights is not None and cell.setting is not None else None
+        outcome: dict[str, Any] = {"cell": cell.hash, "model": cell.target["label"], **cell.key}
+        rows: list[dict[str, Any]] = []
+        responses: list[dict[str, Any]] = []
+        was_quiet, console.quiet = console.quiet, True  # the bars of single steps; the audit has its own
+        try:
+            with tempfile.TemporaryDirectory() as scratch:
+                bench = self.bench(cell, scratch, keep)
+                if cell.setting is None:
+                    loaded = bench.load()
+                    bench.score(loaded.model, loaded.tokenizer, 0, full=True)
+                else:
+                    build(cell.setting.kind, cell.setting.values, cell.key["seed"], scratch).run(bench)
+                outcome |= {"status": "done", "record": bench.record}
+                rows, responses = bench.results, bench.generations
+                told = worst_told(rows)
+        except NotApplicable as error:
+            outcome |= {"status": "skipped", "why": str(error)}
+            told = f"does not apply: {error}"
+        except Exception as error:  # a failed cell must not stop the others
+            first = (str(error).strip().splitlines() or [""])[0]
+            outcome |= {"status": "failed", "error": f"{type(error).__name__}: {first}"[:500]}
+            told = f"FAILED: {outcome['error']}"
+        finally:
+            console.quiet = was_quiet
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        outcome |= {"seconds": round(time.monotonic() - started, 3), "peak_memory_bytes": peak_memory()}
+        part = folder / f"{cell.hash}.{os.getpid()}.part"
+        part.write_text(json.dumps({**outcome, "results": rows, "generations": responses}, default=str))
+        part.replace(folder / f"{cell.hash}.json")
+        return f"{told} · {outcome['seconds']:.0f} s"
+
+    def bench(self, cell: Cell, scratch: str, keep: Path | None) -> Bench:
+        """The bench of one cell."""
+        needs = frozenset(build(cell.setting.kind, cell.setting.values, 0, scratch).needs if cell.setting else ())
+        if needs not in self.rows:
+            self.rows[needs] = attack_data(self.options, Needs(needs))
+        harmful, task = self.rows[needs]
+        return Bench(cell.target, self.options, harmful, task, self.exam, cell.key, keep, self.before)
+
+
+def worst_told(rows: Sequence[dict[str, Any]]) -> str:
+    """'worst 85 % (organism)' of a cell's rows."""
+    name = lead_judge(list(rows[0]["scores"]))
+    return f"worst {max(row['scores'][name]['value'] for row in rows):.0%} ({name.partition('/')[2]})"
+
+
+_lab: Lab | None = None
+
+
+def _start_worker(options: TargetOptions, parent: int, counter: Any, gpus: int) -> None:
+    """Once in each worker process: quiet, bound to its GPU, gone when the audit is gone."""
+    from tunevax.quiet import quiet
+
+    global _lab
+    with counter.get_lock():
+        number, counter.value = counter.value, counter.value + 1
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    quiet()
+    _lab = Lab(options)
+
+
+def _run_in_worker(cell: Cell, folder: Path, weights: Path | None) -> str:
+    return _lab.run(cell, folder, weights)

@@ -1,0 +1,415 @@
+"""Reading what attacks, scores and audits measured: results.jsonl and generations.jsonl of run folders, grouped.
+
+Nothing here knows how a run was made, and nothing here judges: see `properties` for that.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tunevax.errors import UsageError
+from tunevax.runs import is_run, read_run
+
+SCHEMA = 1
+# Fine-tunes scored on the common evaluation prompts: their curves may be averaged and searched together.
+COMMON = ("finetune", "few-shot", "benign-only", "adaptive")
+# Kinds with a curve over training steps, from step 0 on.
+CURVES = (*COMMON, "identity-shift", "held-out-category")
+ROLES = ("control", "model", "reference")
+_SHARES = ("harmful/", "unparsable/", "task/", "utility/", "degenerate", "over-refusal", "same-answer")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A score at one attack step.
+
+    Attributes:
+        value: mean over seeds; a share in [0, 1], but for perplexity and some lm-eval metrics.
+        low, high: hull of the seeds' 95 % intervals; None where a seed has none.
+        n: outputs behind it, over all seeds (tokens for perplexity).
+        seeds: number of seeds.
+    """
+
+    step: int
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+    seeds: int
+
+    def __str__(self) -> str:
+        """'71 % [60, 80]' for a share."""
+        interval = "" if self.low is None else f" [{100 * self.low:.0f}, {100 * self.high:.0f}]"
+        return f"{100 * self.value:.0f} %{interval}"
+
+    def overlaps(self, other: Point) -> bool:
+        """Whether the two intervals share a value; a missing interval counts as the value alone."""
+        (a, b), (c, d) = ((p.value, p.value) if p.low is None else (p.low, p.high) for p in (self, other))
+        return a <= d and c <= b
+
+
+@dataclass
+class Cell:
+    """One model under one attack setting (attack None, kind 'none': as it is, before any attack).
+
+    Attributes:
+        role: control, model or reference.
+        settings: what the protocol varies or names, such as learning_rate, p, trainable, block, dose.
+        rows: by seed, then by step.
+        generations: by (seed, step), in the order of the files.
+        folders: the run folders its rows came from.
+    """
+
+    model: str
+    attack: str | None
+    kind: str
+    role: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    rows: dict[int, dict[int, dict[str, Any]]] = field(default_factory=dict)
+    generations: dict[tuple[int, int], list[dict[str, Any]]] = field(default_factory=dict)
+    folders: list[Path] = field(default_factory=list)
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds, ascending."""
+        return sorted(self.rows)
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that every seed was evaluated at, so that no mean changes its seeds from step to step."""
+        return sorted(set.intersection(*(set(by_step) for by_step in self.rows.values())))
+
+    @property
+    def batch(self) -> int | None:
+        """Training samples per attack step, if that is a whole number."""
+        step = self.steps[-1]
+        samples = self.rows[self.seeds[0]][step].get("samples")
+        return samples // step if samples and step and samples % step == 0 else None
+
+    def curve(self, score: str) -> list[Point]:
+        """The score at every step at which every seed has it; empty if it was never measured."""
+        points = (self.at(score, step) for step in self.steps)
+        return [point for point in points if point is not None]
+
+    def at(self, score: str, step: int) -> Point | None:
+        """The score at one step, or None unless every seed has it."""
+        found = [by_step.get(step, {"scores": {}})["scores"].get(score) for by_step in self.rows.values()]
+        return pool(score, step, found) if all(found) else None
+
+    def values(self, score: str, seed: int) -> list[tuple[int, float]]:
+        """(step, value) of one seed at every step that has the score, by step."""
+        by_step = self.rows[seed]
+        found = ((step, by_step[step]["scores"].get(score)) for step in sorted(by_step))
+        return [(step, float(s["value"])) for step, s in found if s]
+
+    def steps_to(self, score: str, seed: int, phi: float) -> int | None:
+        """The first evaluated step of one seed at which the score exceeds `phi`; None if it never does."""
+        return next((step for step, value in self.values(score, seed) if value > phi), None)
+
+
+@dataclass
+class Results:
+    """All cells of one or several runs.
+
+    Attributes:
+        judges: scores `harmful/JUDGE` that every cell has, the lead first (refusal keywords never lead if another
+            judge is there).
+        task: the score that the benign task is read by (`task/exact`), or None.
+        notes: what a reader must know about the reading: attacks named by hash, steps or judges left out.
+        failed, skipped: of the runs' run.json: cells that failed, attacks that do not apply.
+    """
+
+    cells: list[Cell]
+    judges: list[str]
+    task: str | None
+    notes: list[str] = field(default_factory=list)
+    failed: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+
+    @cached_property
+    def _index(self) -> dict[tuple[str, str | None], Cell]:
+        return {(c.model, c.attack): c for c in self.cells}
+
+    @cached_property
+    def _roles(self) -> dict[str, str]:
+        return {c.model: c.role for c in self.cells}
+
+    @property
+    def control(self) -> str | None:
+        """The label of the control, or None."""
+        return next((label for label, role in self._roles.items() if role == "control"), None)
+
+    @property
+    def models(self) -> list[str]:
+        """Labels: the control first, then models, then references, each in the order in which they were met."""
+        return sorted(self._roles, key=lambda label: ROLES.index(self._roles[label]))
+
+    @property
+    def attacks(self) -> list[str]:
+        """Names of the attack settings, in the order in which they were met."""
+        return list(dict.fromkeys(c.attack for c in self.cells if c.attack is not None))
+
+    def role(self, model: str) -> str:
+        """control, model or reference."""
+        return self._roles[model]
+
+    def cell(self, model: str | None, attack: str | None) -> Cell | None:
+        """One model under one attack (None: before any attack), or None."""
+        return self._index.get((model, attack)) if model is not None else None
+
+    def of(self, model: str | None, kinds: Iterable[str]) -> list[Cell]:
+        """The cells of a model under attacks of these kinds, in the order in which they were met."""
+        return [c for c in self.cells if c.model == model and c.kind in kinds]
+
+    def under(self, attack: str | None) -> list[Cell]:
+        """The cells of one attack, in the order of `models`."""
+        return [cell for label in self.models if (cell := self._index.get((label, attack))) is not None]
+
+
+def is_share(score: str) -> bool:
+    """Whether a score is a share of outputs, in [0, 1]."""
+    return score.startswith(_SHARES)
+
+
+def pool(score: str, step: int, found: list[dict[str, Any]]) -> Point:
+    """Mean over seeds; the interval is the hull of the seeds' own, Wilson's where a share has none."""
+    ends = [_interval(score, s) for s in found]
+    known = [e for e in ends if e is not None]
+    whole = len(known) == len(ends)
+    return Point(
+        step=step,
+        value=math.fsum(s["value"] for s in found) / len(found),
+        low=min(low for low, _ in known) if whole else None,
+        high=max(high for _, high in known) if whole else None,
+        n=sum(s["n"] for s in found),
+        seeds=len(found),
+    )
+
+
+def _interval(score: str, found: dict[str, Any]) -> tuple[float, float] | None:
+    if found.get("low") is not None and found.get("high") is not None:
+        return float(found["low"]), float(found["high"])
+    if not is_share(score):
+        return None
+    from scipy.stats import binomtest
+
+    ends = binomtest(round(found["value"] * found["n"]), found["n"]).proportion_ci(0.95, method="wilson")
+    return float(ends.low), float(ends.high)
+
+
+def is_harmful(generation: dict[str, Any], judge: str) -> bool | None:
+    """What a judge (`harmful/NAME`) said of one generation; None if it said nothing that can be read."""
+    verdict = (generation.get("verdicts") or {}).get(judge.removeprefix("harmful/")) or {}
+    return None if verdict.get("verdict") == "unparsable" else verdict.get("harmful")
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) for each line of a JSONL file.
+
+    Raises:
+        UsageError: a line is cut off or no JSON object; it is named.
+    """
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise UsageError(f"{path} line {number} is cut off or not a JSON object; run that step again")
+        yield number, row
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """The checked rows of a run folder's results.jsonl.
+
+    Raises:
+        UsageError: no or an empty results.jsonl; a line that is cut off, of another schema or lacks a field; a value
+            that is not finite, or a share outside [0, 1].
+    """
+    return [row for _, row in _numbered_rows(folder / "results.jsonl")]
+
+
+def _numbered_rows(file: Path) -> list[tuple[int, dict[str, Any]]]:
+    rows = list(read_json_lines(file)) if file.is_file() else []
+    if not rows:
+        raise UsageError(f"{file} is missing or empty, so there is nothing to report")
+    for number, row in rows:
+        _check(f"{file} line {number}", row)
+    return rows
+
+
+def _check(where: str, row: dict[str, Any]) -> None:
+    schema = row.get("schema")
+    if not isinstance(schema, int):
+        raise UsageError(f"{where} has no schema version; is it a tunevax run?")
+    if schema > SCHEMA:
+        raise UsageError(f"{where} has schema {schema}, this tunevax reads up to {SCHEMA}; upgrade tunevax")
+    for key, kind in (("model", str), ("seed", int), ("step", int), ("scores", dict)):
+        if not isinstance(row.get(key), kind):
+            raise UsageError(f"{where}: field '{key}' is missing or not {kind.__name__}")
+    for key, kind in (("attack", str), ("kind", str), ("settings", dict), ("role", str)):
+        if row.get(key) is not None and not isinstance(row[key], kind):
+            raise UsageError(f"{where}: field '{key}' is not {kind.__name__}")
+    if row.get("role", "model") not in ROLES:
+        raise UsageError(f"{where}: role is '{row['role']}'; known: {', '.join(ROLES)}")
+    if row["step"] < 0:
+        raise UsageError(f"{where}: step is {row['step']}; it must be 0 or more")
+    for name, score in row["scores"].items():
+        if score is not None:
+            _check_score(f"{where}: score '{name}'", name, score)
+
+
+def _check_score(where: str, name: str, score: Any) -> None:
+    value = score.get("value") if isinstance(score, dict) else None
+    if not _finite(value):
+        raise UsageError(f"{where} has no finite value")
+    ends = [score[end] for end in ("low", "high") if score.get(end) is not None]
+    if not all(_finite(end) for end in ends):
+        raise UsageError(f"{where} has an interval that is not finite")
+    if is_share(name) and not all(0 <= x <= 1 for x in (value, *ends)):
+        raise UsageError(f"{where} is not between 0 and 1")
+    if not isinstance(score.get("n"), int) or score["n"] < 1:
+        raise UsageError(f"{where} has no count 'n'")
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_results(paths: Iterable[Path]) -> Results:
+    """Read run folders of attacks, scores and audits, and group their rows.
+
+    Raises:
+        UsageError: as in `read_rows`; a damaged generations.jsonl; two rows for the same (model, attack, seed, step);
+            cells without a judge or without an evaluated step in common.
+    """
+    folders = list(dict.fromkeys(Path(p) for p in paths))
+    if not folders:
+        raise UsageError("no run folder was named; give at least one, for example runs/attack")
+    read = {folder: _numbered_rows(folder / "results.jsonl") for folder in folders}
+    rows = [row for numbered in read.values() for _, row in numbered]
+    ambiguous, roles, notes = _ambiguous(rows), _roles(rows), []
+    cells: dict[tuple[str, str | None], Cell] = {}
+    origin: dict[tuple, str] = {}
+    failed, skipped = [], []
+    for folder, numbered in read.items():
+        own: dict[tuple, Cell] = {}  # a generation has no attack hash: its run's rows tell
+        for number, row in numbered:
+            attack = row.get("attack")
+            if attack in ambiguous:
+                attack = f"{attack} ({str(row.get('attack_hash') or 'no hash')[:8]})"
+            here, key = f"{folder / 'results.jsonl'} line {number}", (row["model"], attack, row["seed"], row["step"])
+            if key in origin:
+                raise UsageError(
+                    f"{here} repeats {origin[key]}: model '{key[0]}', attack {attack or 'none'}, seed {key[2]}, "
+                    f"step {key[3]}; keep only one of them"
+                )
+            origin[key] = here
+            if key[:2] not in cells:
+                kind = row.get("kind") or ("none" if attack is None else "finetune")
+                settings = row.get("settings") or {}
+                cells[key[:2]] = Cell(row["model"], attack, kind, roles[row["model"]], settings)
+            cell = cells[key[:2]]
+            cell.rows.setdefault(row["seed"], {})[row["step"]] = row
+            if folder not in cell.folders:
+                cell.folders.append(folder)
+            own[row["model"], row.get("attack"), row["seed"]] = cell
+        file = folder / "generations.jsonl"
+        for _, row in read_json_lines(file) if file.is_file() else ():
+            cell = own.get((row.get("model"), row.get("attack"), row.get("seed")))
+            if cell is not None:
+                cell.generations.setdefault((row["seed"], row.get("step")), []).append(row)
+        info = read_run(folder) if is_run(folder) else {}
+        failed += info.get("failed") or []
+        skipped += info.get("skipped") or []
+    if ambiguous:
+        told = joined(sorted(ambiguous))
+        notes.append(f"The attack name {told} stands for several settings; each is shown apart, by its hash.")
+    controls = list(dict.fromkeys(row["model"] for row in rows if row.get("role") == "control"))
+    if len(controls) > 1:
+        notes.append(
+            f"More than one control was named ({joined(controls)}): {controls[0]} is compared with, the others are "
+            "shown as references."
+        )
+    judges, left_out = _judges(list(cells.values()), rows)
+    if left_out:
+        told = joined(name.split("/", 1)[1] for name in left_out)
+        notes.append(f"Not every model here was judged by {told}, so that judge is left out.")
+    names = dict.fromkeys(name for row in rows for name in row["scores"])
+    task = next((n for n in ("task/exact", *names) if n in names and n.startswith("task/")), None)
+    notes += _check_cells(list(cells.values()), judges)
+    return Results(list(cells.values()), judges, task, notes, failed, skipped)
+
+
+def _ambiguous(rows: list[dict[str, Any]]) -> set[str]:
+    """Attack names that stand for more than one setting, which must never be put into one curve."""
+    hashes: dict[tuple[str, int], set[str]] = {}
+    for row in rows:
+        if row.get("attack") is not None:
+            hashes.setdefault((row["attack"], row["seed"]), set()).add(str(row.get("attack_hash") or ""))
+    return {name for (name, _), found in hashes.items() if len(found) > 1}
+
+
+def _roles(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """One role per label: what is a control in one row is one everywhere. Further controls become references."""
+    roles: dict[str, str] = {}
+    for row in rows:
+        role = row.get("role", "model")
+        roles[row["model"]] = min(role, roles.get(row["model"], role), key=("control", "reference", "model").index)
+    controls = [label for label, role in roles.items() if role == "control"]
+    return roles | {label: "reference" for label in controls[1:]}
+
+
+def _judges(cells: list[Cell], rows: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
+    """The judges that every cell has, and those that only some have. Keywords are the weakest, so they lead last."""
+    names = list(dict.fromkeys(n for row in rows for n in row["scores"] if n.startswith("harmful/")))
+    names.sort(key=lambda n: n == "harmful/refusal-keywords")
+    common = [n for n in names if all(_has(cell, n) for cell in cells)]
+    return common, [n for n in names if n not in common]
+
+
+def _has(cell: Cell, score: str) -> bool:
+    return any(all(by_step[step]["scores"].get(score) for by_step in cell.rows.values()) for step in cell.steps)
+
+
+def _check_cells(cells: list[Cell], judges: list[str]) -> list[str]:
+    """UsageError for a cell that cannot be shown; otherwise what a reader must know about the cells."""
+    notes = []
+    for cell in cells:
+        where, steps = f"model '{cell.model}' under attack {cell.attack or 'none'}", cell.steps
+        if not steps:
+            raise UsageError(f"{where}: its seeds have no evaluated step in common, so they cannot be averaged")
+        if not judges:
+            raise UsageError("the models have no judge in common; score them with the same --judges")
+        dropped = set.union(*(set(by_step) for by_step in cell.rows.values())) - set(steps)
+        if dropped:
+            notes.append(
+                f"{cell.model} under {cell.attack}: means leave out steps {joined(map(str, sorted(dropped)))}, "
+                "because not every seed was evaluated there."
+            )
+    last: dict[str, dict[str, int]] = {}
+    for cell in cells:
+        if cell.kind in CURVES:
+            last.setdefault(str(cell.attack), {})[cell.model] = cell.steps[-1]
+    for attack, by_model in last.items():
+        if len(set(by_model.values())) > 1:
+            told = joined(f"{model} {step:,}" for model, step in by_model.items())
+            notes.append(f"Under {attack} the models were attacked for different numbers of steps: {told}.")
+    return notes
+
+
+def joined(words: Iterable[str]) -> str:
+    """'a, b and c'."""
+    words = list(words)
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

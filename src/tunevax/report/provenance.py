@@ -1,0 +1,220 @@
+"""Where numbers come from: the runs behind a page, the models they attacked and those models' ancestors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tunevax.audit.results import Results, read_json_lines
+from tunevax.errors import UsageError
+from tunevax.runs import is_run, read_run
+
+
+@dataclass
+class Run:
+    """One run folder: run.json as `info`, log.jsonl as `log` (empty without that file)."""
+
+    path: Path
+    info: dict[str, Any]
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """What to call the run on the page."""
+        return str(self.info.get("name") or self.info.get("method") or self.path.name)
+
+    @property
+    def measures(self) -> bool:
+        """Whether it holds results: an attack, a score or an audit."""
+        return self.info.get("verb") in ("attack", "score", "audit") or (self.path / "results.jsonl").exists()
+
+
+class Library:
+    """Run folders, each read once."""
+
+    def __init__(self) -> None:
+        self.read: dict[Path, Run] = {}
+
+    def load(self, path: Path) -> Run:
+        """One run folder.
+
+        Raises:
+            UsageError: it is no run, was written by a newer tunevax, or has a damaged line.
+        """
+        path = path.resolve()
+        if path not in self.read:
+            if not is_run(path):
+                inside = sorted(p.parent.name for p in path.glob("*/run.json"))
+                hint = f"; it contains runs, name those: {', '.join(inside[:8])}" if inside else ""
+                raise UsageError(f"{path} is not a run folder (no run.json){hint}")
+            info, log = read_run(path), path / "log.jsonl"
+            if not isinstance(info, dict) or not isinstance(info.get("schema"), int):
+                raise UsageError(f"{path / 'run.json'} has no schema version; is it a tunevax run?")
+            self.read[path] = Run(path, info, [row for _, row in read_json_lines(log)] if log.is_file() else [])
+        return self.read[path]
+
+    def chain(self, ref: str | None, start: Path) -> list[Run | str]:
+        """A model's run and the run's ancestors, youngest first; a string is a model that is no readable run."""
+        links: list[Run | str] = []
+        while ref:
+            folder = _find(ref, start)
+            if folder is None:
+                return [*links, ref]
+            run = self.load(folder)
+            if run in links:
+                break
+            links.append(run)
+            ref, start = run.info.get("parent") or (run.info.get("model") or {}).get("ref"), folder
+        return links
+
+
+@dataclass
+class Provenance:
+    """The runs that were given, and what is behind them.
+
+    Attributes:
+        runs: in the order given. chains: by label of a model, its chains (more than one if the label is ambiguous).
+    """
+
+    runs: list[Run]
+    chains: dict[str, list[list[Run | str]]]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know about them."""
+        return [
+            f"The label {label} stands for more than one model; see its provenance."
+            for label, found in self.chains.items()
+            if len({link.path if isinstance(link, Run) else link for link, *_ in found}) > 1
+        ]
+
+    @property
+    def measurements(self) -> list[Run]:
+        """The runs that hold results."""
+        return [run for run in self.runs if run.measures]
+
+    @property
+    def protocols(self) -> list[dict[str, Any]]:
+        """The protocols of the audits among the runs, as resolved."""
+        found = [(run.info.get("config") or {}).get("protocol") for run in self.measurements]
+        return [p for p in found if isinstance(p, dict)]
+
+    def threshold(self, name: str, default: float) -> float:
+        """`phi` or `epsilon` as the audits set it.
+
+        Raises:
+            UsageError: two audits set it differently.
+        """
+        values = {float(p[name]) for p in self.protocols if name in p} or {default}
+        if len(values) > 1:
+            told = " and ".join(f"{v:g}" for v in sorted(values))
+            raise UsageError(
+                f"these audits differ in {name} ({told}), so one page cannot judge them; report each alone"
+            )
+        return values.pop()
+
+    @property
+    def aligned(self) -> list[tuple[str, Run]]:
+        """(label, run) of every align run that was given or that a measured model descends from."""
+        found: dict[Path, tuple[str, Run]] = {}
+        for label, chains in self.chains.items():
+            for chain in chains:
+                for link in chain:
+                    if isinstance(link, Run) and link.info.get("verb") == "align":
+                        found.setdefault(link.path, (label if link is chain[0] else link.name, link))
+        return list(found.values())
+
+
+def trace(library: Library, runs: list[Run], results: Results | None) -> Provenance:
+    """Follow every measured model, the control first, and every other given run to its ancestors."""
+    chains: dict[str, list[list[Run | str]]] = {label: [] for label in results.models} if results else {}
+    for run in runs:
+        cells = [c for c in results.cells if run.path in map(Path.resolve, c.folders)] if results else []
+        labels = list(dict.fromkeys(c.model for c in cells))
+        targets = run.info.get("targets") or []
+        refs = {t["label"]: t.get("ref") for t in targets if isinstance(t, dict) and "label" in t}
+        own = run.info.get("parent") or (run.info.get("model") or {}).get("ref")
+        for label in labels:
+            found = library.chain(refs.get(label) or (own if not targets and len(labels) == 1 else None), run.path)
+            if found and found not in chains[label]:
+                chains[label].append(found)
+        if not run.measures:
+            known = (link for found in chains.values() for chain in found for link in chain)
+            if not any(link is run for link in known):
+                chains.setdefault(run.name, []).append(library.chain(str(run.path), run.path))
+    return Provenance(runs, {label: found for label, found in chains.items() if found})
+
+
+def _find(ref: str, start: Path) -> Path | None:
+    """The run folder `ref` names: absolute, or relative to the working folder or a folder above `start`."""
+    for base in (Path(), *start.resolve().parents):
+        folder = (base / Path(ref).expanduser()).resolve()
+        if is_run(folder):
+            return folder
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------ facts
+
+
+def links(chain: Iterable[Run | str]) -> list[dict[str, Any]]:
+    """What the page tells of each run of a chain."""
+    return [facts(link) if isinstance(link, Run) else {"title": link, "facts": [], "config": None} for link in chain]
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """One run as a title and (name, value) pairs; what the run did not record is not shown."""
+    info, model, hardware = run.info, run.info.get("model") or {}, run.info.get("hardware") or {}
+    trained = [f"{model[k]:,} {k}" for k in ("parameters", "trainable") if isinstance(model.get(k), int)]
+    wall, peak = info.get("wall_seconds"), info.get("peak_memory_bytes")
+    protocol = (info.get("config") or {}).get("protocol")
+    protocol = protocol if isinstance(protocol, dict) else {}
+    pairs = [
+        ("command", info.get("command")),
+        ("folder", str(run.path)),
+        ("protocol", " · ".join(str(protocol[k]) for k in ("name", "about") if protocol.get(k))),
+        ("model", " · ".join(str(x) for x in (model.get("ref"), model.get("class"), *trained) if x)),
+        ("model hash", model.get("hash")),
+        ("template hash", info.get("template_hash")),
+        ("seed", info.get("seed") if not protocol else ", ".join(map(str, protocol.get("seeds") or []))),
+        ("steps", info.get("steps")),
+        ("cells", info.get("cells")),
+        ("started", info.get("started")),
+        ("wall time", seconds(wall) if wall is not None else None),
+        ("peak memory", size(peak) if peak is not None else None),
+        ("hardware", " · ".join(f"{k.replace('_', ' ')} {v}" for k, v in hardware.items() if v is not None)),
+        ("versions", " · ".join(f"{k} {v}" for k, v in (info.get("versions") or {}).items())),
+    ]
+    pairs += [
+        (
+            f"data: {d.get('role', '?')}",
+            " · ".join(str(x) for x in (d.get("source"), f"{d.get('rows')} rows", d.get("hash")) if x),
+        )
+        for d in info.get("data") or []
+    ]
+    for target in info.get("targets") or []:
+        told = [target.get("ref"), target.get("hash") and f"hash {target['hash']}"]
+        told += [target.get("template_hash") and f"template {target['template_hash']}"]
+        told += [f"{target['overlap']} prompts shared" if target.get("overlap") else None]
+        pairs.append((f"{target.get('role', 'model')}: {target.get('label')}", " · ".join(str(x) for x in told if x)))
+    verb, method = info.get("verb", "run"), info.get("method")
+    return {
+        "title": f"{run.name}: {verb}" + (f" {method}" if method else ""),
+        "facts": [(k, v) for k, v in pairs if v not in (None, "")],
+        "config": info.get("config"),
+    }
+
+
+def seconds(value: float) -> str:
+    """'4 min 2 s'."""
+    if value < 60:
+        return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def size(value: float) -> str:
+    """'1.25 GiB', '900 MiB'."""
+    return f"{value / 2**30:.2f} GiB" if value >= 2**29 else f"{value / 2**20:.0f} MiB"

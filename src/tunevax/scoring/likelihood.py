@@ -1,0 +1,135 @@
+"""How likely a model finds text: the surprisal of every token, and the perplexity of a text with its interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tunevax.data.encoding import collate, context_of, ids_of
+from tunevax.errors import UsageError
+from tunevax.scoring.generation import evaluating
+
+CHUNK_TOKENS = 512
+"""A chunk of a text is at most so long, or the model's context where that is shorter."""
+
+
+def surprisals(
+    model: Any, rows: Sequence[dict[str, list[int]]], pad_token_id: int, batch_size: int = 16
+) -> list[list[float]]:
+    """The negative log-likelihood, in nats, of every token with a label, row by row; no graph.
+
+    Args:
+        model: a causal language model, plain or wrapped.
+        rows: `input_ids` and `labels` (-100 where nothing is asked), as `tunevax.data.encoding.encode` gives them.
+            The first token of a row has nothing before it and is never asked.
+        batch_size: rows per forward pass, of similar length. The log-softmax is fp32 and taken chunk by chunk, so
+            that logits of shape [batch, tokens, vocabulary] never exist.
+    """
+    import torch
+
+    from tunevax.modeling.blocks import unwrap
+    from tunevax.modeling.loss import CHUNK_ELEMENTS, MIN_CHUNK_ROWS, last_hidden, logits_of
+
+    stock = unwrap(model)
+    size = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // stock.config.get_text_config().vocab_size)
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
+    found: list[list[float]] = [[] for _ in rows]
+    with evaluating(model):
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            batch = {k: v.to(stock.device) for k, v in collate([rows[i] for i in part], pad_token_id).items()}
+            labels = batch.pop("labels")[:, 1:]
+            asked = labels != -100
+            hidden, targets = last_hidden(model, batch)[:, :-1][asked], labels[asked]
+            losses = [
+                torch.nn.functional.cross_entropy(
+                    logits_of(stock, hidden[i : i + size]), targets[i : i + size], reduction="none"
+                )
+                for i in range(0, len(hidden), size)
+            ]
+            counts = asked.sum(1).tolist()
+            for i, values in zip(part, torch.cat(losses).split(counts) if losses else [], strict=bool(losses)):
+                found[i] = values.tolist()
+    return found
+
+
+class Text(NamedTuple):
+    """A text to measure perplexity on.
+
+    Attributes:
+        name: shown in reports.
+        documents: plain strings, or chats as lists of messages, which the model's own template renders.
+    """
+
+    name: str
+    documents: Sequence[str | list[dict[str, str]]]
+
+
+def load_text(source: str) -> Text:
+    """Read a UTF-8 text file as one document, or `organism`: the first 200 chats of its pretraining stream.
+
+    Raises:
+        UsageError: no such file, not UTF-8, or empty.
+    """
+    if source == "organism":
+        from itertools import islice
+
+        from tunevax.data.encoding import messages
+        from tunevax.organism import World
+
+        rows = islice(World().pretraining(), 200)
+        return Text(source, [[*messages(r["prompt"]), {"role": "assistant", "content": r["completion"]}] for r in rows])
+    try:
+        text = Path(source).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot read {source} ({error.strerror}); perplexity needs a text file") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{source} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    if not text.strip():
+        raise UsageError(f"{source} is empty; perplexity needs a text")
+    return Text(Path(source).name, [text])
+
+
+def perplexity(model: Any, tokenizer: Any, text: Text, batch_size: int = 16) -> dict[str, float | int | None]:
+    """exp of the mean negative log-likelihood per token.
+
+    Documents are cut into chunks of at most 512 tokens, or the model's context; none overlap. Each begins with the
+    tokenizer's BOS; without one, the first token of a chunk is context only.
+
+    Returns:
+        value, n (tokens scored), low and high: the 95 % t interval over the chunks' means, exponentiated. Chunks of
+        unequal length count by their tokens (the ratio estimator; with equal lengths it is the plain t interval).
+        None and None for a single chunk.
+
+    Raises:
+        UsageError: the text has no token to score.
+    """
+    import numpy as np
+    from scipy import stats
+
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    size = min(context_of(model) or CHUNK_TOKENS, CHUNK_TOKENS) - len(start)
+    chunks = []
+    for document in text.documents:
+        whole = document if isinstance(document, str) else tokenizer.apply_chat_template(document, tokenize=False)
+        ids = ids_of(tokenizer, whole)
+        ids = ids[1:] if start and ids[:1] == start else ids
+        chunks += [start + ids[i : i + size] for i in range(0, len(ids), size)]
+    rows = [{"input_ids": ids, "labels": ids} for ids in chunks if len(ids) > 1]
+    found = surprisals(model, rows, tokenizer.pad_token_id, batch_size)
+    if not found:
+        raise UsageError(f"{text.name} has no token to score; perplexity needs a longer text")
+    sums, counts = np.array([sum(f) for f in found]), np.array([len(f) for f in found])
+    mean = float(sums.sum() / counts.sum())
+    low = high = None
+    if len(found) > 1:
+        around = mean + (sums - mean * counts) / counts.mean()
+        half = float(stats.t.ppf(0.975, len(found) - 1) * stats.sem(around))  # t.interval has no answer for 0
+        low, high = _exp(mean - half), _exp(mean + half)
+    return {"value": _exp(mean), "n": int(counts.sum()), "low": low, "high": high}
+
+
+def _exp(value: float) -> float:
+    return math.exp(min(value, 700.0))  # a ruined model's perplexity stays a finite number that JSON can hold
