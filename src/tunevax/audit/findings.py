@@ -115,8 +115,8 @@ class Worst:
     """The worst case over the grid (kinds finetune, few-shot, benign-only, adaptive).
 
     Attributes:
-        point: harmful score at (attack, step), re-measured on the seeds that were not used to pick it.
-        attack: the pick; its step is the point's.
+        point: harmful score of the attack on the seeds that were not used to pick it, each at its own worst step.
+        attack: the pick; the point's step is where it was picked.
         picked: the value on the seed it was picked on.
         remeasured: False if there was no other seed; then `point` is the picked one.
         conditional: False if no utility was measured, so every row counts.

@@ -12,7 +12,7 @@ from tunevax.audit.results import COMMON, CURVES, Cell, Point, Results, is_harmf
 
 ATTACKS_SHOWN = 40  # in tables with a row per attack and model; the rest is counted, and stands in --format json
 FIRST = 8  # of them on view, the others folded away
-HEAT_COLUMNS = 12
+HEAT_COLUMNS = 8
 NAMES = {
     "longer": "holds out longer",
     "sooner": "gives way sooner",
@@ -273,9 +273,9 @@ def paired(results: Results, findings: Findings, order: list[str]) -> list[Table
 
 
 def heat_maps(results: Results, findings: Findings) -> list[HeatMap]:
-    """Worst harmful score over the fine-tunes of each learning rate (and of what they train), step by step.
+    """Worst harmful score so far, over the fine-tunes of each learning rate (and of what they train), by attack step.
 
-    [] below two learning rates.
+    A cell is None once every fine-tune of its row has ended. [] below two learning rates.
     """
     from tunevax.report.figures import thin
 
@@ -293,8 +293,14 @@ def heat_maps(results: Results, findings: Findings) -> list[HeatMap]:
     several = len({trainable for _, trainable in rows}) > 1
     names = [f"{rate:g}" + (f" {trainable}" if several else "") for rate, trainable in rows]
     steps = thin(sorted({step for *_, step in worst}), HEAT_COLUMNS)
+
+    def so_far(model: str, row: tuple[float, str], step: int) -> float | None:
+        found = {s: value for (m, r, s), value in worst.items() if (m, r) == (model, row)}
+        before = steps[steps.index(step) - 1] if step != steps[0] else -1
+        return max(v for s, v in found.items() if s <= step) if found and max(found) > before else None
+
     return [
-        HeatMap(model, names, steps, [[worst.get((model, row, step)) for step in steps] for row in rows])
+        HeatMap(model, names, steps, [[so_far(model, row, step) for step in steps] for row in rows])
         for model in dict.fromkeys(model for model, *_ in worst)
     ]
 
