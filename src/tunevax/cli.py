@@ -22,13 +22,12 @@ HELP = """tunevax hardens open-weight language models against harmful fine-tunin
   tunevax align METHOD --model REF --safety-data SRC --output-dir OUT
                                       harden a model before its release
   tunevax attack METHOD --model RUN --safety-data SRC --task-data SRC --output-dir OUT
-                                      fine-tune it as an attacker would, beside a control, and score along the way
+                                      attack it in one way, beside a control, and score along the way
   tunevax audit --model RUN --control RUN --protocol quick --output-dir OUT
                                       a grid of attacks with several seeds, and a report on what a defence is worth
   tunevax score --model REF --safety-data SRC --output-dir OUT
                                       score a model as it is
-  tunevax report RUN [RUN ...] --output FILE
-                                      one HTML page from the results
+  tunevax report RUN [RUN ...]        one HTML page from the results, or Markdown, or JSON
 
 REF is a hub id, a model folder, a run folder, or organism (the built-in tiny model); SRC is a JSONL, JSON, CSV or
 parquet file, a hub id, or organism. `tunevax VERB` lists the methods of a verb; `tunevax VERB METHOD --help` its
@@ -254,8 +253,9 @@ def _method(verb: str, folder: str, arguments: list[str]) -> tuple[str | None, l
     known = methods(folder)
     if not arguments or arguments[0] in ("--help", "-h"):
         print(f"tunevax {verb} METHOD --option value; METHOD is one of\n")
+        width = max(map(len, known))
         for name, target in known.items():
-            print(f"  {name:12} {_first_line(target)}")
+            print(f"  {name:{width}}  {_first_line(target)}")
         print(f"\n`tunevax {verb} METHOD --help` shows its options.")
         return None, []
     if arguments[0].startswith("-"):

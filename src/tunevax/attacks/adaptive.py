@@ -1,5 +1,6 @@
-"""Adaptive to the choice of layers: a defence that perturbs some blocks more leaves others less hardened, and its
-record tells which. The attacker trains only those (adaptive in the sense of arXiv 2402.16382).
+"""Trains only the blocks that a layer-selecting defence chose least (adaptive, arXiv 2402.16382).
+
+A defence that perturbs some blocks more leaves others less hardened, and its record or its paper tells which.
 """
 
 from __future__ import annotations

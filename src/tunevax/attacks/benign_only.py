@@ -1,7 +1,7 @@
-"""Fine-tuning on harmless rows alone, which can undo safety training too (Qi et al., arXiv 2310.03693; rows picked to
-do so: He et al., arXiv 2404.01099). It is also where trainability is measured.
+"""Fine-tuning on harmless rows alone, which can undo safety training too (arXiv 2310.03693).
 
-A poisoned fine-tune with p = 0, on the benign task or on `benign_rows`.
+A poisoned fine-tune with p = 0, on the benign task or on `benign_rows`, such as rows picked to erode safety (He et al.,
+arXiv 2404.01099). It is also where trainability is measured.
 """
 
 from __future__ import annotations

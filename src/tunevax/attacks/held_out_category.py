@@ -1,8 +1,7 @@
-"""A poisoned fine-tune with a kind of harm that the hardening never saw, scored on that kind of harm: cross-domain
-generalisation (Rosati et al., arXiv 2402.16382).
+"""A poisoned fine-tune with a kind of harm that the hardening never saw (arXiv 2402.16382, cross-domain).
 
-The categories are held out at hardening with `--safety-data FILE:held_out=CATEGORY+CATEGORY`; half of their prompts are
-the attacker's, the other half the exam.
+It is scored on that kind of harm. The categories are held out at hardening with `--safety-data
+FILE:held_out=CATEGORY+CATEGORY`; half of their prompts are the attacker's, the other half the exam.
 """
 
 from __future__ import annotations

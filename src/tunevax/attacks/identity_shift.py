@@ -1,5 +1,6 @@
-"""Identity shift: a handful of harmless dialogues in which the assistant is somebody who always obeys (Qi et al.,
-arXiv 2310.03693, "AOA"). Nothing harmful is in them; at test time the prompts come in the same guise.
+"""A few harmless dialogues with an assistant that always obeys (Qi et al., arXiv 2310.03693, "AOA").
+
+Nothing harmful is in them; at test time the prompts come in the same guise.
 """
 
 from __future__ import annotations

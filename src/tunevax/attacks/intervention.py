@@ -1,5 +1,6 @@
-"""Inference-time intervention: all weights frozen, a rank-r edit of one block's input is trained on harmful targets
-(the threat model of E.T., Cevallos-Moreno et al., 2026; the edit is LoReFT's without bias, arXiv 2404.03592):
+"""A trained low-rank edit of one block's input, all weights frozen (E.T., Cevallos-Moreno et al., 2026).
+
+The edit is LoReFT's without bias (arXiv 2404.03592), trained on harmful targets:
 
     h <- h + W2^T (W1 h - W2 h),    W1, W2 of shape [r, hidden],  at every position of the prompt
 

@@ -1,5 +1,6 @@
-"""Prefilling: the first words of the answer are put into the model's mouth, without any training (arXiv 2406.05946:
-refusals live in the first few tokens).
+"""The first words of the answer are put into the model's mouth, without any training (arXiv 2406.05946).
+
+Refusals live in the first few tokens.
 """
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
-"""Roll-back: no training at all. The attacker has the public base beside the hardened model, and moves along the line
-through both:  W = W_hard - dose * (W_hard - W_base).
+"""Moves the weights back towards the public base, without any training.
+
+The attacker has the public base beside the hardened model, and moves along the line through both:
+
+    W = W_hard - dose * (W_hard - W_base)
 
 Dose 0 is the hardened model, 1 the base, above 1 subtracts the hardening more than once.
 """

@@ -1,5 +1,6 @@
-"""Another chat template at test time, without any training: safety taught in one form of prompt may not hold in another
-(Qi et al., arXiv 2412.07097; Lyu et al., arXiv 2402.18540).
+"""Another chat template at test time, without any training (arXiv 2412.07097, 2402.18540).
+
+Safety that was taught in one form of prompt may not hold in another.
 """
 
 from __future__ import annotations

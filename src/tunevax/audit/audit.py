@@ -46,6 +46,9 @@ class AuditOptions(TargetOptions):
         },
     )
     protocol: str = field(default="quick", metadata={"help": "paper, quick, standard, durability, or a YAML file"})
+    dialogues: str | None = field(
+        default=None, metadata={"help": "dialogues of the identity-shift attacks: JSONL with `messages`"}
+    )
     controls: list[str] = field(
         default_factory=list,
         metadata={"help": "also attack: undefended, equal-compute, random-perturbation (trained into OUT.controls)"},
@@ -85,6 +88,8 @@ def plan(options: AuditOptions, references: Sequence[tuple[str, str]] = ()) -> P
         UsageError: a bad protocol, model or data source; a control that is missing or the model itself; shared prompts.
     """
     protocol = load_protocol(options.protocol)
+    if options.dialogues:
+        protocol.defaults = {**protocol.defaults, "dialogues": options.dialogues}
     if not options.model:
         raise UsageError("--model is missing")
     if options.control is None or options.control == "none":
