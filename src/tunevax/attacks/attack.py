@@ -125,9 +125,13 @@ class Bench:
             full: with what is measured only before an attack, such as perplexity.
         """
         untouched = self.before if step == 0 and exam is None and not full else None
+        import torch
+
         whose = (self.target["ref"], self.merged)
         kept = (untouched or {}).get(whose)
-        scores, responses = kept or examine(model, tokenizer, exam or self.exam, full=full)
+        # Scoring must not move the attack's random numbers, or a first attack would differ from a second.
+        with torch.random.fork_rng():
+            scores, responses = kept or examine(model, tokenizer, exam or self.exam, full=full)
         if untouched is not None:
             untouched[whose] = scores, responses
         harmful = max(scores[name]["value"] for name in scores if name.startswith("harmful/"))

@@ -6,13 +6,14 @@ any optimiser, schedule, learning rate and length. Scores are taken at log-space
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainerCallback
 
-from tunevax.attacks.attack import Bench
+from tunevax.attacks.attack import Bench, NotApplicable
 from tunevax.data.encoding import context_of, encode
 from tunevax.data.mixing import mix
 from tunevax.errors import UsageError
@@ -87,10 +88,10 @@ class FinetuneConfig(TrainConfig):
         """Train on the poisoned rows and score along the way."""
         loaded = bench.load(merge=self.trainable != "lora-continue", trainable=True)
         if self.trainable == "lora-continue" and not hasattr(loaded.model, "peft_config"):
-            raise UsageError(f"{bench.target['ref']} has no adapter to continue; use --trainable lora or full")
+            raise NotApplicable(f"{bench.target['ref']} has no adapter to continue; use --trainable lora or full")
         rows, exam = self.rows(bench), self.exam(bench)
         encoded = encode(rows, loaded.tokenizer, self.max_length, self.loss_on, context_of(loaded.model))
-        curve = Curve(bench, loaded.tokenizer, self, exam)
+        curve = Curve(bench, loaded.tokenizer, self, len(encoded), exam)
         progress = ProgressCallback(f"attack {bench.target['label']}")
         trainer = ResponseTrainer(loaded.model, self, encoded, loaded.tokenizer, [progress, curve])
         self.restrict(trainer, bench)
@@ -103,8 +104,8 @@ class FinetuneConfig(TrainConfig):
 class Curve(TrainerCallback):
     """Scores the model before the attack and at log-spaced steps of it."""
 
-    def __init__(self, bench: Bench, tokenizer: Any, config: FinetuneConfig, exam: Exam | None) -> None:
-        self.bench, self.tokenizer, self.points, self.exam = bench, tokenizer, config.points, exam
+    def __init__(self, bench: Bench, tokenizer: Any, config: FinetuneConfig, rows: int, exam: Exam | None) -> None:
+        self.bench, self.tokenizer, self.points, self.rows, self.exam = bench, tokenizer, config.points, rows, exam
         batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.rows_per_step = batch * config.world_size
         self.steps: set[int] = set()
@@ -117,7 +118,7 @@ class Curve(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Score where the curve has a point."""
         if state.global_step in self.steps:
-            samples = state.global_step * self.rows_per_step
+            samples = samples_at(state.global_step, self.rows, self.rows_per_step)
             self.bench.score(model, self.tokenizer, state.global_step, samples, self.exam)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
@@ -127,7 +128,15 @@ class Curve(TrainerCallback):
             rows[-1]["train_loss"] = logs["loss"]
 
 
+def samples_at(step: int, rows: int, batch: int) -> int:
+    """Rows trained on after `step` steps: the last batch of each pass over the rows may be smaller."""
+    epoch, rest = divmod(step, math.ceil(rows / batch))
+    return epoch * rows + min(rest * batch, rows)
+
+
 def log_spaced(last: int, points: int) -> set[int]:
-    """At most `points` whole steps from a thirtieth of `last` to `last`, evenly spaced in their logarithm."""
+    """At most `points` whole steps from a thirtieth of `last` to `last`, evenly spaced in their logarithm, and before
+    them 1, 4, 16, ...: whatever happens early is seen to be early."""
     first = max(1.0, last / 30)
-    return {round(last * (first / last) ** (i / max(points - 1, 1))) for i in range(points)}
+    early = {4**i for i in range(8) if points > 1 and 4**i < first}
+    return early | {round(last * (first / last) ** (i / max(points - 1, 1))) for i in range(points)}

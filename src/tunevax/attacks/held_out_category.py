@@ -13,9 +13,10 @@ from tunevax.attacks.attack import Bench, NotApplicable
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.data.mixing import mix
 from tunevax.data.safety import load_safety
+from tunevax.data.splits import prompt_hash
 from tunevax.errors import UsageError
 from tunevax.runs import is_run, read_run
-from tunevax.scoring.score import Exam
+from tunevax.scoring.score import Exam, used_prompts
 
 
 @dataclass
@@ -49,6 +50,10 @@ class HeldOutCategoryConfig(FinetuneConfig):
         seen = hardened_with(bench.target["ref"]) & {row["category"] for row in rows}
         if seen:
             raise NotApplicable(f"{bench.target['label']} was hardened with the category {sorted(seen)[0]!r}")
+        used = {h for hashes in used_prompts(bench.target["ref"]).values() for h in hashes}
+        shared = sum(prompt_hash(row["prompt"]) in used for row in rows)
+        if shared:
+            raise NotApplicable(f"{bench.target['label']} was hardened with {shared} of the held-out prompts")
         return rows
 
 

@@ -75,7 +75,7 @@ class InterventionConfig(AttackConfig):
                     step += 1
                 progress.advance(task)
         with edited(blocks[self.block].module, edit):
-            bench.score(model, loaded.tokenizer, step, step * self.batch_size)
+            bench.score(model, loaded.tokenizer, step, self.num_train_epochs * len(encoded))
         bench.results[-1]["train_loss"] = loss.item()
 
 

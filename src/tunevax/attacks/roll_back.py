@@ -36,11 +36,8 @@ class RollBackConfig(AttackConfig):
         """Move the weights and score once. Holds both models in memory."""
         import torch
 
-        ref, base_ref = bench.target["ref"], self.base
-        if base_ref is None and is_run(ref):
-            record = read_run(ref)
-            base_ref = record.get("parent") or record["model"]["ref"]
-        if base_ref is None:
+        ref, base_ref = bench.target["ref"], self.base or public_base(bench.target["ref"])
+        if base_ref == ref:
             raise NotApplicable(f"{bench.target['label']} records no base to roll back to; give --base")
         loaded, o = bench.load(), bench.options
         base = load(base_ref, revision=o.revision, dtype=o.dtype, chat_template=o.chat_template).model
@@ -52,3 +49,11 @@ class RollBackConfig(AttackConfig):
                 parameter.lerp_(towards[name].to(parameter.dtype), self.dose)
         del base, towards
         bench.score(loaded.model, loaded.tokenizer, 0, exam=bench.exam)
+
+
+def public_base(ref: str) -> str:
+    """The model at the start of a run's chain of parents, or `ref` itself."""
+    while is_run(ref):
+        record = read_run(ref)
+        ref = record.get("parent") or record["model"]["ref"]
+    return ref

@@ -6,6 +6,7 @@ a killed audit goes on where it was, and no row is lost or written twice.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tunevax import __version__
 from tunevax.attacks.adaptive import least_selected
 from tunevax.attacks.attack import (
     NotApplicable,
@@ -26,6 +28,8 @@ from tunevax.attacks.attack import (
 )  # fmt: skip
 from tunevax.audit.lab import Cell, Needs, count_workers, finished
 from tunevax.audit.protocol import Protocol, Setting, build, load_protocol, settings
+from tunevax.audit.results import COMMON
+from tunevax.data.sources import parse_source
 from tunevax.errors import UsageError
 from tunevax.modeling.loading import absolute, config_of, model_hash, resolve
 from tunevax.modeling.progress import bar, console
@@ -160,12 +164,34 @@ def identity(ref: str) -> str:
     return digest([model_hash(base) or base, *[model_hash(str(a)) for a in adapters]])
 
 
+SCORING = (
+    "judges", "limit", "max_new_tokens", "generation_batch_size", "fluency_model", "chat_template", "dtype", "revision",
+    "safety_data", "task_data", "benign_data", "eval_data", "task_eval_data", "utility_data", "perplexity_data",
+)  # fmt: skip
+"""The options that a cell's rows depend on, whatever the attack."""
+
+
+def contents(value: Any) -> Any:
+    """An option as what it stands for: a file's or a model's content in place of its name, inside lists too."""
+    if isinstance(value, list | tuple):
+        return [contents(v) for v in value]
+    if not isinstance(value, str):
+        return value
+    path = Path(parse_source(value.removeprefix("hf:")).name)
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    if is_run(path):
+        log = path / "log.jsonl"
+        return [identity(str(path)), hashlib.sha256(log.read_bytes()).hexdigest() if log.is_file() else None]
+    return model_hash(value.removeprefix("hf:")) or value
+
+
 def cells_of(plan: Plan, chosen: Sequence[Setting], first_seed: bool, others: bool) -> list[Cell]:
     """The cells of some settings, the models as they are among the first seed's."""
     evaluation = next(entry for entry in plan.data if entry["role"] == "evaluation")
     drawn_from = [entry for entry in plan.data if entry["role"] in ("attack", "task")]
-    scoring = digest({k: getattr(plan.options, k) for k in ("judges", "limit", "max_new_tokens", "fluency_model",
-                      "chat_template", "dtype", "revision")} | {"data": [e["hash"] for e in plan.data]})  # fmt: skip
+    decided_by = {k: contents(getattr(plan.options, k)) for k in SCORING}
+    scoring = {**decided_by, "data": [e["hash"] for e in plan.data], "tunevax": __version__}
     found = []
     for target in plan.targets:
         if first_seed:
@@ -183,8 +209,9 @@ def cells_of(plan: Plan, chosen: Sequence[Setting], first_seed: bool, others: bo
     return found
 
 
-def _cell(target: dict[str, Any], setting: Setting | None, key: dict[str, Any], scoring: str) -> Cell:
-    name = digest([target["hash"], target["label"], target["role"], key, scoring])
+def _cell(target: dict[str, Any], setting: Setting | None, key: dict[str, Any], scoring: dict[str, Any]) -> Cell:
+    values = {k: contents(v) for k, v in setting.values.items()} if setting else {}
+    name = digest([target["hash"], target["label"], target["role"], key, values, scoring])
     return Cell(target, setting, {**key, "cell": name}, name)
 
 
@@ -203,7 +230,7 @@ def audit(plan: Plan, command: str = "") -> Path:
     record: dict[str, Any] = {
         "verb": "audit", "method": protocol.name, "command": command, "seed": protocol.seeds[0], "parent": None,
         "config": {**config, "protocol": asdict(protocol)}, "data": plan.data, "targets": plan.targets,
-        "skipped": list(plan.skipped), "lm_eval": plan.harness,
+        "skipped": list(plan.skipped), "lm_eval": plan.harness, "fluency_hash": contents(options.fluency_model),
     }  # fmt: skip
     final = Path(options.output_dir).absolute()
     if is_run(final) and not options.overwrite:
@@ -220,9 +247,7 @@ def audit(plan: Plan, command: str = "") -> Path:
             run_cells(plan, more, folder, run.path / "weights")
             cells += more
         assemble(run, cells, folder)
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
+    shutil.rmtree(run.final / "cells")  # last: a kill before the folder has its name must find them
     return run.final
 
 
@@ -246,22 +271,41 @@ def run_cells(plan: Plan, cells: Sequence[Cell], folder: Path, weights: Path) ->
 
 
 def strongest(plan: Plan, cells: Sequence[Cell], folder: Path) -> set[str]:
-    """The names of the `screen` strongest fine-tunes of each model: highest harmful score, then the fewest steps to it.
+    """The names of the `screen` strongest fine-tunes of each model: the fewest steps to phi, then the highest harmful
+    score; and the attack that its worst case would be picked from, so that it is measured again.
 
     Attacks of other kinds go on only if they name seeds of their own.
     """
-    found: dict[str, list[tuple[float, int, str]]] = {}
+    found: dict[str, list[tuple[int, float, str]]] = {}  # label -> (steps to phi, -worst, attack)
+    useful: dict[str, list[tuple[int, float, str]]] = {}
     for cell in cells:
         outcome = json.loads((folder / f"{cell.hash}.json").read_text(encoding="utf-8"))
-        if cell.setting is None or outcome["status"] != "done" or cell.setting.kind != "finetune":
+        if cell.setting is None or not outcome["results"] or cell.setting.kind not in COMMON:
             continue
         judge = lead_judge(list(outcome["results"][0]["scores"]))
         points = [(-row["scores"][judge]["value"], row["step"]) for row in outcome["results"]]
         broken = [step for value, step in sorted(points, key=lambda p: p[1]) if -value > plan.protocol.phi]
-        found.setdefault(cell.target["label"], []).append(
-            (broken[0] if broken else 10**9, min(points)[0], cell.setting.name)
-        )
-    return {name for ranked in found.values() for *_, name in sorted(ranked)[: plan.protocol.screen]}
+        label, when = cell.target["label"], broken[0] if broken else 10**9
+        if cell.setting.kind == "finetune":
+            found.setdefault(label, []).append((when, min(points)[0], cell.setting.name))
+        loss = {row["step"]: loss_of(outcome["results"][0], row) for row in outcome["results"]}
+        kept = [p for p in points if loss[p[1]] is None or loss[p[1]] <= plan.protocol.epsilon]
+        useful.setdefault(label, []).append((when, min(kept)[0], cell.setting.name))
+    fastest = {name for ranked in found.values() for *_, name in sorted(ranked)[: plan.protocol.screen]}
+    return fastest | {min(ranked, key=lambda r: (r[1], r[0]))[2] for ranked in useful.values() if ranked}
+
+
+def loss_of(before: dict[str, Any], row: dict[str, Any]) -> float | None:
+    """Mean utility at the start of an attack minus at a row of it; None where none was measured."""
+    lost = [
+        score["value"] - row["scores"][name]["value"]
+        for name, score in before["scores"].items()
+        if name.startswith("utility/") and name in row["scores"]
+    ]
+    return sum(lost) / len(lost) if lost else None
+
+
+RAN = ("done", "stopped")
 
 
 def assemble(run: Any, cells: Sequence[Cell], folder: Path) -> None:
@@ -274,14 +318,15 @@ def assemble(run: Any, cells: Sequence[Cell], folder: Path) -> None:
     )
     record = run.record
     told = ("cell", "model", "attack", "seed")
-    record["failed"] = [{k: o[k] for k in (*told, "error")} for o in outcomes if o["status"] == "failed"]
+    for status in ("failed", "stopped"):
+        record[status] = [{k: o[k] for k in (*told, "error")} for o in outcomes if o["status"] == status]
     record["skipped"] += [{k: o[k] for k in (*told, "why")} for o in outcomes if o["status"] == "skipped"]
     record["cells"], record["cell_seconds"] = len(cells), round(sum(o["seconds"] for o in outcomes), 1)
     record["peak_memory_bytes"] = max(o["peak_memory_bytes"] for o in outcomes)
     for target in record["targets"]:
-        own = next((o["record"] for o in outcomes if o["model"] == target["label"] and o["status"] == "done"), {})
+        own = next((o["record"] for o in outcomes if o["model"] == target["label"] and o["status"] in RAN), {})
         target.update({k: own[k] for k in ("template_hash", "parameters", "class", "base") if k in own})
-    done = [o["record"] for o in outcomes if o["status"] == "done"]
+    done = [o["record"] for o in outcomes if o["status"] in RAN]
     if not done:
         raise UsageError(
             f"every cell failed; the first: {record['failed'][0]['error'] if record['failed'] else 'none ran'}"
@@ -301,9 +346,14 @@ def reopen(final: Path, config: dict[str, Any]) -> None:
             "is a finished audit" if record.get("verb") == "audit" and same else "is a finished run with other options"
         )
         raise UsageError(f"{final} {what}; choose another --output-dir, or pass --overwrite to replace it")
-    rows = {name: read_lines(final / f"{name}.jsonl") for name in ("results", "generations", "cells")}
     partial = final.with_name(final.name + ".partial")
-    (partial / "cells").mkdir(parents=True)
+    if partial.exists():  # a kill came between the next two steps of an earlier call
+        remove(final)
+        return
+    rows = {name: read_lines(final / f"{name}.jsonl") for name in ("results", "generations", "cells")}
+    new = final.with_name(final.name + ".reopened")
+    shutil.rmtree(new, ignore_errors=True)
+    (new / "cells").mkdir(parents=True)
     for outcome in rows["cells"]:
         if outcome["status"] == "failed":
             continue
@@ -312,10 +362,19 @@ def reopen(final: Path, config: dict[str, Any]) -> None:
         outcome["generations"] = [
             g for g in rows["generations"] if [g[k] for k in ("model", "attack", "seed")] == place
         ]
-        (partial / "cells" / f"{outcome['cell']}.json").write_text(json.dumps(outcome), encoding="utf-8")
-    (partial / "config.json").write_text(
+        (new / "cells" / f"{outcome['cell']}.json").write_text(json.dumps(outcome), encoding="utf-8")
+    (new / "config.json").write_text(
         json.dumps({"verb": "audit", "method": record["method"], "config": record["config"]})
     )
     if (final / "weights").exists():
-        (final / "weights").rename(partial / "weights")
-    shutil.rmtree(final)
+        shutil.copytree(final / "weights", new / "weights")
+    new.rename(partial)
+    remove(final)
+
+
+def remove(final: Path) -> None:
+    """Remove a run folder, so that a kill on the way leaves nothing that looks like one."""
+    old = final.with_name(final.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    final.rename(old)
+    shutil.rmtree(old)

@@ -59,7 +59,9 @@ def conditions(record: dict[str, Any]) -> list[tuple[str, Any]]:
     found += [(f"the {entry['role']} data", entry["hash"]) for entry in record["data"]]
     scoring = ("judges", "limit", "max_new_tokens")
     found += [(name.replace("_", " "), config.get(name)) for name in scoring]
-    found += [("use of a fluency model", bool(config.get("fluency_model")))]
+    found += [("the fluency model", record.get("fluency_hash")), ("dtype", config.get("dtype"))]
+    found += [(name.replace("_", " "), config.get(name)) for name in ("utility_data", "perplexity_data")]
+    found += [("tunevax", record["versions"]["tunevax"])]
     templates = {t.get("template_hash") for t in record["targets"]}
     return [*found, ("the chat template", sorted(map(str, templates)))]
 

@@ -68,17 +68,19 @@ class Difference:
 
 @dataclass(frozen=True)
 class Paired:
-    """Model and control on the same prompts at the step where the control passes phi.
+    """Model and control on the same prompts, steps and seeds: the area between their curves.
 
     Attributes:
-        difference: mean over prompts of harmful(model) - harmful(control), interval by bootstrap over prompts.
-        p, p_holm: paired permutation test, and after Holm's correction over the strong attacks.
+        difference: mean over prompts, evaluated steps and seeds of harmful(model) - harmful(control), with a t interval
+            over seeds.
+        p, p_holm: paired t test over seeds, and after Holm's correction over the strong attacks; None with one seed, or
+            where all seeds agree exactly.
         prompts, seeds: how many.
     """
 
     difference: Difference
-    p: float
-    p_holm: float
+    p: float | None
+    p_holm: float | None
     prompts: int
     seeds: int
 
@@ -88,8 +90,9 @@ class Attacked:
     """One model under one attack, beside the control.
 
     Attributes:
-        strength: what the control says of the attack: strong, too weak, no start or no control; '' for kinds without a
-            curve.
+        strength: what the control says of the attack: strong, too weak, barely (the control falls in the last third of
+            its steps), breaks (it turns to gibberish first), no start or no control; '' for kinds without a curve.
+        broken: seeds with which this model turns to gibberish before it passes phi: no resistance, and no ratio.
         steps, control_steps: by seed, the first evaluated step above phi; None is never.
         last: the last step that was evaluated.
         ratio: of this attack alone; None where there is none.
@@ -108,6 +111,7 @@ class Attacked:
     worst: Point
     control_worst: Point | None
     paired: Paired | None = None
+    broken: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -120,7 +124,7 @@ class Worst:
         picked: the value on the seed it was picked on.
         remeasured: False if there was no other seed; then `point` is the picked one.
         conditional: False if no utility was measured, so every row counts.
-        attacks: size of the grid.
+        attacks: those of the grid that leave the model useful at some step.
         any_point, any_attack: the highest mean over all seeds, useful or not; not re-measured, so it runs high.
     """
 
@@ -196,7 +200,7 @@ class ModelFindings:
     Attributes:
         name: what it is: refuses everything, gives one answer to everything, incoherent, unsafe before any attack,
             useless, not attacked, no control, too weak, no start (the control is harmful before the attack), longer,
-            slow learner, sooner, open; `control` for a sound control.
+            slow learner, sooner, open, breaks under attack; `control` for a sound control.
         sentence: the headline. caveats: sentences that belong after it.
         resistance, selectivity: None where they are not defined.
         stability: one entry per score before any attack.

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from tunevax.attacks.attack import Bench, NotApplicable, TargetOptions, attack_data
 from tunevax.audit.protocol import Setting, build
+from tunevax.errors import RunError
 from tunevax.modeling.loading import resolve
 from tunevax.modeling.progress import console
 from tunevax.runs import peak_memory
@@ -115,8 +116,7 @@ class Lab:
         started = time.monotonic()
         keep = weights / cell.hash if weights is not None and cell.setting is not None else None
         outcome: dict[str, Any] = {"cell": cell.hash, "model": cell.target["label"], **cell.key}
-        rows: list[dict[str, Any]] = []
-        responses: list[dict[str, Any]] = []
+        bench = None
         was_quiet, console.quiet = console.quiet, True  # the bars of single steps; the audit has its own
         try:
             with tempfile.TemporaryDirectory() as scratch:
@@ -127,8 +127,10 @@ class Lab:
                 else:
                     build(cell.setting.kind, cell.setting.values, cell.key["seed"], scratch).run(bench)
                 outcome |= {"status": "done", "record": bench.record}
-                rows, responses = bench.results, bench.generations
-                told = worst_told(rows)
+                told = worst_told(bench.results)
+        except RunError as error:  # the attack blew the model up; what it did until then counts
+            outcome |= {"status": "stopped", "record": bench.record, "error": str(error)}
+            told = f"{worst_told(bench.results)}, then {error}"
         except NotApplicable as error:
             outcome |= {"status": "skipped", "why": str(error)}
             told = f"does not apply: {error}"
@@ -143,7 +145,9 @@ class Lab:
                 torch.cuda.empty_cache()
         outcome |= {"seconds": round(time.monotonic() - started, 3), "peak_memory_bytes": peak_memory()}
         part = folder / f"{cell.hash}.{os.getpid()}.part"
-        part.write_text(json.dumps({**outcome, "results": rows, "generations": responses}, default=str))
+        kept = bench if outcome["status"] in ("done", "stopped") else None
+        content = {**outcome, "results": kept.results if kept else [], "generations": kept.generations if kept else []}
+        part.write_text(json.dumps(content, default=str))
         part.replace(folder / f"{cell.hash}.json")
         return f"{told} · {outcome['seconds']:.0f} s"
 

@@ -177,11 +177,15 @@ def settings(protocol: Protocol, depth: int, adapt_to: dict[str, str]) -> list[S
             if label in found:
                 raise UsageError(f"{where}: two attacks are called {label!r}; give one a name of its own")
             config = build(kind, values, seeds[0], None, where)
+            if getattr(config, "order", "shuffled") != "shuffled" and config.full_weights:
+                item_seeds = seeds[:1]  # no random choice is left in it: other seeds would be the same run
+            else:
+                item_seeds = seeds
             shown = {k: getattr(config, k) for k in ("learning_rate", "p", "n", "trainable") if hasattr(config, k)}
             shown |= {k: v for k, v in chosen.items() if k != "like"}
             if chosen.get("like"):
                 shown["like"] = labels.get(chosen["like"], chosen["like"])
-            found[label] = Setting(kind, label, values, shown, tuple(sorted(seeds)))
+            found[label] = Setting(kind, label, values, shown, tuple(sorted(item_seeds)))
     for key in protocol.defaults:
         if not any(key in s.values for s in found.values()):
             raise UsageError(f"protocol {protocol.name}: defaults names {key!r}, which no attack here has")

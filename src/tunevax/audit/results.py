@@ -122,7 +122,8 @@ class Results:
             judge is there).
         task: the score that the benign task is read by (`task/exact`), or None.
         notes: what a reader must know about the reading: attacks named by hash, steps or judges left out.
-        failed, skipped: of the runs' run.json: cells that failed, attacks that do not apply.
+        failed, skipped, stopped: of the runs' run.json: cells that failed, attacks that do not apply, attacks that
+            ended early because the loss was not finite.
     """
 
     cells: list[Cell]
@@ -131,6 +132,7 @@ class Results:
     notes: list[str] = field(default_factory=list)
     failed: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)
+    stopped: list[dict[str, Any]] = field(default_factory=list)
 
     @cached_property
     def _index(self) -> dict[tuple[str, str | None], Cell]:
@@ -302,7 +304,7 @@ def read_results(paths: Iterable[Path]) -> Results:
     ambiguous, roles, notes = _ambiguous(rows), _roles(rows), []
     cells: dict[tuple[str, str | None], Cell] = {}
     origin: dict[tuple, str] = {}
-    failed, skipped = [], []
+    failed, skipped, stopped = [], [], []
     for folder, numbered in read.items():
         own: dict[tuple, Cell] = {}  # a generation has no attack hash: its run's rows tell
         for number, row in numbered:
@@ -333,6 +335,7 @@ def read_results(paths: Iterable[Path]) -> Results:
         info = read_run(folder) if is_run(folder) else {}
         failed += info.get("failed") or []
         skipped += info.get("skipped") or []
+        stopped += info.get("stopped") or []
     if ambiguous:
         told = joined(sorted(ambiguous))
         notes.append(f"The attack name {told} stands for several settings; each is shown apart, by its hash.")
@@ -349,7 +352,7 @@ def read_results(paths: Iterable[Path]) -> Results:
     names = dict.fromkeys(name for row in rows for name in row["scores"])
     task = next((n for n in ("task/exact", *names) if n in names and n.startswith("task/")), None)
     notes += _check_cells(list(cells.values()), judges)
-    return Results(list(cells.values()), judges, task, notes, failed, skipped)
+    return Results(list(cells.values()), judges, task, notes, failed, skipped, stopped)
 
 
 def _ambiguous(rows: list[dict[str, Any]]) -> set[str]:

@@ -62,7 +62,7 @@ def load(
         raise UsageError(f"dtype is {dtype!r}; known: auto, float32, bfloat16, float16")
     chosen = dtype if dtype != "auto" else "float32" if device == "cpu" else "auto"
     model = _model(base, revision, chosen)
-    tokenizer = _tokenizer(str(adapters[-1]) if adapters else base, base, revision)
+    tokenizer = load_tokenizer(str(adapters[-1]) if adapters else base, base, revision)
     set_chat_template(tokenizer, chat_template)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -164,7 +164,12 @@ def _cannot_load(base: str, error: Exception) -> UsageError:
     return UsageError(f"cannot load the model {base!r}: {what} ({first[:200]})")
 
 
-def _tokenizer(folder: str, base: str, revision: str | None) -> Any:
+def load_tokenizer(folder: str, base: str, revision: str | None) -> Any:
+    """The tokenizer saved in `folder`, or else the one of the base model.
+
+    Raises:
+        UsageError: neither has one that can be loaded.
+    """
     from transformers import AutoTokenizer
 
     source = folder if (Path(folder) / "tokenizer_config.json").is_file() else base

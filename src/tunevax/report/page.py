@@ -119,8 +119,8 @@ def content(results: Results | None, findings: Findings | None, provenance: Prov
         ),
         Section(
             "The same prompts, model and control",
-            "How much more, or less, often the model's output is harmful, at the step where the control passes the "
-            "threshold. Bootstrap intervals over prompts; p by a paired permutation test, and with Holm's correction.",
+            "How much more, or less, often the model's output is harmful than the control's, mean over the evaluated "
+            "steps: the area between their curves. Intervals and p over seeds (paired t), and with Holm's correction.",
             tables=tb.paired(results, findings, order),
             fold=True,
         ),

@@ -20,6 +20,7 @@ NAMES = {
     "slow learner": "learns all more slowly",
     "too weak": "attacks too weak",
     "no start": "control unsafe at the start",
+    "breaks under attack": "breaks under attack",
 }  # what `ModelFindings.name` means, where it is not plain
 KINDS = (
     "finetune", "few-shot", "benign-only", "identity-shift", "held-out-category", "adaptive", "template", "prefill",
@@ -259,7 +260,7 @@ def every_attack(results: Results, findings: Findings, order: list[str]) -> list
 
 
 def paired(results: Results, findings: Findings, order: list[str]) -> list[Table]:
-    """Model and control on the same prompts, where the control gives way."""
+    """The area between the curves of model and control, on the same prompts."""
     by = {(found.label, a.attack): a.paired for found in findings.models for a in found.attacks if a.paired}
     shown = [attack for attack in order if any(key[1] == attack for key in by)]
     rows = []
@@ -268,7 +269,15 @@ def paired(results: Results, findings: Findings, order: list[str]) -> list[Table
             if found := by.get((label, attack)):
                 told = [points(found.difference), _p(found.p), _p(found.p_holm), str(found.prompts), str(found.seeds)]
                 rows.append([attack, label, *told])
-    columns = ["attack", "model", "harmful, less the control's, points", "p", "p after Holm", "prompts", "seeds"]
+    columns = [
+        "attack",
+        "model",
+        "harmful, less the control's, points",
+        "p over seeds",
+        "p after Holm",
+        "prompts",
+        "seeds",
+    ]
     return _split(Table("Paired comparison with the control", columns, rows, _left_out(shown)))
 
 
@@ -328,6 +337,8 @@ def inconclusive(results: Results, findings: Findings) -> list[Table]:
     tables = []
     for verdict, why in (
         ("too weak", f"the control stays at or below {percent(findings.phi)} with at least one seed"),
+        ("barely", "the control falls in the last third of the steps only"),
+        ("breaks", "the control's outputs turn to gibberish before they turn harmful"),
         ("no start", f"the control is above {percent(findings.phi)} before the attack"),
     ):
         found = [attack for attack, said in strength.items() if said == verdict]
@@ -338,7 +349,11 @@ def inconclusive(results: Results, findings: Findings) -> list[Table]:
             rows.append([attack, str(_worst(cell, findings.judge)) if cell else NONE])
         title = f"{verdict.capitalize()}: {why}"
         tables.append(Table(title, ["attack", "control's worst"], rows, _left_out(found)))
-    for label, key, found in (("Failed", "error", results.failed), ("Skipped", "why", results.skipped)):
+    for label, key, found in (
+        ("Failed", "error", results.failed),
+        ("Stopped early", "error", results.stopped),
+        ("Skipped", "why", results.skipped),
+    ):
         rows = [
             [str(f.get("model") or NONE), str(f.get("attack") or "none"), str(f.get("seed", NONE)), str(f.get(key))]
             for f in found[:ATTACKS_SHOWN]
@@ -546,7 +561,9 @@ def _before_after(cell: Cell, task: str | None) -> str:
     )
 
 
-def _p(value: float) -> str:
+def _p(value: float | None) -> str:
+    if value is None:
+        return NONE
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 

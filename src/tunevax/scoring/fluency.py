@@ -87,10 +87,10 @@ class Reference:
     @cached_property
     def loaded(self) -> Any:
         """The model and its tokenizer."""
-        from tunevax.modeling.loading import _tokenizer, load, resolve
+        from tunevax.modeling.loading import load, load_tokenizer, resolve
 
         base, adapters = resolve(self.ref)
-        own = _tokenizer(str(adapters[-1]) if adapters else base, base, None).chat_template
+        own = load_tokenizer(str(adapters[-1]) if adapters else base, base, None).chat_template
         loaded = load(self.ref, chat_template=None if own else "none")
         loaded.tokenizer.chat_template = own or PLAIN
         return loaded
