@@ -175,6 +175,49 @@ def test_a_retrained_model_is_not_taken_for_the_old_one(models, tmp_path):
     assert {k for k in before if before[k] != after[k]} == {k for k in before if k[0] == "twin"}
 
 
+def test_what_decides_a_cell_is_its_content(tmp_path):
+    from tunevax.audit.audit import contents
+
+    file = tmp_path / "aoa.jsonl"
+    file.write_text("a")
+    before = contents([f"{file}:split=all", "organism", 3, None])
+    file.write_text("b")
+    after = contents([f"{file}:split=all", "organism", 3, None])
+    assert before[0] != after[0] and before[1:] == after[1:] == ["organism", 3, None]
+
+
+def test_scoring_leaves_the_random_numbers_of_the_attack_alone(models, monkeypatch):
+    import torch
+
+    from tunevax.attacks import attack
+
+    monkeypatch.setattr(
+        attack, "examine", lambda *_, **__: torch.rand(3) is None or ({"harmful/x": {"value": 0.0}}, [])
+    )
+    bench = attack.Bench({"label": "m", "role": "model", "ref": "m"}, None, [], [], None, {"attack": "a", "seed": 1})
+    state = torch.get_rng_state()
+    bench.score(None, None, 1)
+    assert len(bench.results) == 1 and torch.equal(state, torch.get_rng_state())
+
+
+def test_what_an_attack_did_before_it_blew_up_counts(finished, models, tmp_path, monkeypatch, capsys):
+    from tunevax.errors import RunError
+
+    original = FinetuneConfig.run
+
+    def run(config, bench):
+        original(config, bench)
+        if (bench.target["label"], config.seed, config.learning_rate) == ("twin", 2, 1e-3):
+            raise RunError("the loss became nan at step 4")
+
+    monkeypatch.setattr(FinetuneConfig, "run", run)
+    assert main(command(models, tmp_path / "out")) == 0
+    assert (tmp_path / "out" / "results.jsonl").read_text() == (finished / "results.jsonl").read_text()
+    stopped = json.loads((tmp_path / "out" / "run.json").read_text())["stopped"]
+    assert [(s["model"], s["seed"], s["error"]) for s in stopped] == [("twin", 2, "the loss became nan at step 4")]
+    assert "Stopped by a loss that was not finite" in capsys.readouterr().out
+
+
 def test_screening_goes_on_with_the_strongest_only(models, tmp_path):
     (tmp_path / "screen.yaml").write_text(SMALL + "screen: 1\n")
     arguments = command(models, tmp_path / "out")
