@@ -170,6 +170,7 @@ def _audit(arguments: list[str]) -> None:
         from tunevax.alignment.controls import make_controls
 
         for ref in options.model:
+            print(f"controls of {ref}: {', '.join(options.controls)}")
             found = make_controls(
                 ref, options.controls, Path(f"{options.output_dir}.controls"), _command("audit", arguments)
             )
@@ -217,14 +218,14 @@ def _report(arguments: list[str]) -> None:
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="run folders: audits, attacks, scores, alignments"
     )
-    parser.add_argument("--output", type=Path, default=None, help="the file to write; default report.FORMAT")
+    parser.add_argument("--output", type=Path, default=None, help="the file to write; default RUN/report.FORMAT")
     parser.add_argument(
         "--format", default="html", metavar="FORMAT", help="html (default), md (sentences and tables) or json (numbers)"
     )
     options = parser.parse_args(arguments or ["--help"], argparse.Namespace())
     if options.format not in FORMATS:
         raise unknown("format", options.format, FORMATS)
-    output = options.output or Path(f"report.{options.format}")
+    output = options.output or options.runs[0] / f"report.{options.format}"
     summary = write_report(options.runs, output, options.format)
     print("\n".join(summary.headline))
     _done("report", output)

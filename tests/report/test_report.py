@@ -123,7 +123,7 @@ def test_agreement_of_judges_by_hand(tmp_path):
     found = [sample("sft", 32, f"answer {i}", *pair) for i, pair in enumerate(pairs)]
     page = text_of(page_of([write_run(tmp_path / "run", curves({"sft": CONTROL}), found)], tmp_path))
     # Agreement 8/10; by chance .8 * .6 + .2 * .4 = .56; kappa .24 / .44.
-    assert "organism and refusal-keywords sft 80 % 0.55 10 2 0" in page
+    assert re.search(r"organism and refusal-keywords sft 80 % 0.55 80 % \(\w+\) 10 2 0", page)
     assert re.search(r"Where they disagree .{0,60}answer 8 .{0,120}judges disagree", page)
 
 

@@ -169,7 +169,7 @@ def test_utility_by_name_and_the_same_answer(monkeypatch, organism):
     assert scores["same-answer"]["value"] == 4 / 8 and scores["same-answer"]["n"] == len(samples) == 8
     assert not any(name.startswith(("perplexity", "over-refusal")) for name in scores)
     scores, _ = examine(organism.model, organism.tokenizer, exam, full=True)
-    assert scores["perplexity/organism"]["n"] > 1000
+    assert 10 < scores["perplexity/organism"]["n"] < 100  # limit: two chats
     task = Task("t", [{"prompt": "q", "completion": "yes"}], lambda r, e: r == e, lambda r, e: e in r)
     monkeypatch.setattr(score_module, "generate", lambda *_, **__: ["x", "oh yes"])
     scores, samples = examine(None, None, Exam([{"prompt": "h"}], load_judges(["refusal-keywords"]), utility=(task,)))

@@ -108,6 +108,8 @@ class TVaccineTrainer(VaccineTrainer):
             args.gamma = len(self.fixed)
         if args.gamma > depth:
             raise UsageError(f"gamma is {args.gamma}; the model has {depth} blocks")
+        if args.gamma == depth:
+            print(f"note: gamma is {args.gamma} and the model has {depth} blocks: this is Vaccine, nothing is targeted")
         # RandomState: its stream is frozen by numpy's policy, so a seed means the same blocks in every version.
         self.generator = np.random.RandomState(args.seed)
         self.scores: list[float] | None = None

@@ -47,6 +47,8 @@ def least_selected(ref: str, share: float) -> list[int]:
     if not chosen:
         raise NotApplicable(f"{ref} recorded no choice of blocks to adapt to")
     depth = read_run(ref)["model"]["blocks"]
+    if all(len(line["selected"]) == depth for line in chosen):
+        raise NotApplicable(f"{ref} took all its {depth} blocks at every step, so there is no choice to adapt to")
     drawn = [line["probabilities"] for line in chosen if line.get("probabilities")]
     if drawn:
         weight = {i: sum(p[i] for p in drawn) / len(drawn) for i in range(depth)}

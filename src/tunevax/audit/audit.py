@@ -43,6 +43,13 @@ class AuditOptions(TargetOptions):
     """What `tunevax audit` takes. Data, judges and the like default to those of the protocol, then to what the first
     hardened run recorded."""
 
+    control: str | None = field(
+        default=None, metadata={"help": "the same model without the defence, attacked identically; an audit needs one"}
+    )
+    fluency_model: str | None = field(
+        default=None,
+        metadata={"help": "a reference language model that tells gibberish; default the control; none: off"},
+    )
     judges: list[str] = field(
         default_factory=list,
         metadata={
@@ -97,7 +104,14 @@ def plan(options: AuditOptions, references: Sequence[tuple[str, str]] = ()) -> P
     if not options.model:
         raise UsageError("--model is missing")
     if options.control is None or options.control == "none":
-        raise UsageError("--control is missing: an audit compares; give the same model without the defence")
+        parent = read_run(options.model[0]).get("model", {}).get("ref") if is_run(options.model[0]) else None
+        hint = f" (it was hardened from {parent})" if parent else ""
+        raise UsageError(
+            f"--control is missing: an audit compares; give the same model without the defence{hint}, or look at one "
+            "attack alone with `tunevax attack`"
+        )
+    for ref in (*options.model, options.control):
+        config_of(resolve(ref)[0], options.revision)  # a mistyped path, before anything that is read from it
     for ref in options.model:
         if absolute(ref) == absolute(options.control):
             raise UsageError(f"the control is the model itself ({ref}); give the same model without the defence")
@@ -120,9 +134,16 @@ def plan(options: AuditOptions, references: Sequence[tuple[str, str]] = ()) -> P
     configs = [config_of(resolve(target["ref"])[0], options.revision) for target in targets]
     depth = min(config.get_text_config().num_hidden_layers for config in configs)
     grid = settings(protocol, depth, adapt_to)
-    for setting in [s for s in grid if s.kind == "adaptive" and not s.values.get("like")]:
-        grid.remove(setting)
-        skipped.append({"model": "all", "attack": setting.name, "why": "no model here recorded a choice of blocks"})
+    on_organism = str(options.safety_data).partition(":")[0] == "organism"
+    for setting in list(grid):
+        why = None
+        if setting.kind == "adaptive" and not setting.values.get("like"):
+            why = "no model here recorded a choice of blocks"
+        elif setting.kind == "identity-shift" and not setting.values.get("dialogues") and not on_organism:
+            why = "it needs --dialogues"
+        if why:
+            grid.remove(setting)
+            skipped.append({"model": "all", "attack": setting.name, "why": why})
     exam = build_exam(options, options.safety_data, options.task_data)
     needs = {need for s in grid for need in build(s.kind, s.values, 0, None).needs}
     harmful, task = attack_data(options, Needs(needs))
@@ -144,6 +165,11 @@ def fill_in(options: AuditOptions) -> None:
     config = read_run(options.model[0])["config"] if is_run(options.model[0]) else {}
     options.safety_data = options.safety_data or config.get("safety_data")
     options.task_data = options.task_data or config.get("task_data")
+    told = [f"--{n.replace('_', '-')} {config[n]}" for n in ("safety_data", "task_data") if config.get(n)]
+    if told and options.safety_data == config.get("safety_data"):
+        console.print(
+            f"data as {labels_of([options.model[0]])[0]} was hardened with: {', '.join(told)}", highlight=False
+        )
     if options.safety_data is None:
         raise UsageError("--safety-data is missing: harmful rows for the attacks, and prompts to score on")
     if options.safety_data.partition(":")[0] == "organism":

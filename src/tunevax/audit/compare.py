@@ -19,12 +19,14 @@ def compare(first: Path, second: Path) -> str:
     """
     records = [(path, read_audit(path)) for path in (first, second)]
     ours, theirs = (dict(conditions(record)) for _, record in records)
-    for what in ours | theirs:
-        if ours.get(what) != theirs.get(what):
-            raise UsageError(
-                f"the audits cannot be compared: {what} differs ({_short(ours.get(what))} in {first}, "
-                f"{_short(theirs.get(what))} in {second})"
-            )
+    differ = [
+        f"{what} differs ({_short(ours.get(what))} in {first}, {_short(theirs.get(what))} in {second})"
+        for what in ours | theirs
+        if ours.get(what) != theirs.get(what)
+    ]
+    if differ:
+        more = f"; and {len(differ) - 5} more" if len(differ) > 5 else ""
+        raise UsageError(f"the audits cannot be compared: {'; '.join(differ[:5])}{more}")
     lines = []
     for path, record in records:
         protocol = record["config"]["protocol"]
@@ -54,8 +56,9 @@ def conditions(record: dict[str, Any]) -> list[tuple[str, Any]]:
     """What two audits must have in common, as (name, value), the coarsest first."""
     config, protocol = record["config"], record["config"]["protocol"]
     found = [(f"protocol {key}", protocol.get(key)) for key in ("phi", "epsilon", "seeds", "screen")]
-    found += [(f"attack {i}", attack) for i, attack in enumerate(protocol["attacks"], 1)]
-    found += [("the attacks' defaults", protocol.get("defaults"))]
+    for i, attack in enumerate(protocol["attacks"], 1):
+        found += [(f"attack {i}, {key}", value) for key, value in attack.items()]
+    found += [(f"the attacks' {key}", value) for key, value in (protocol.get("defaults") or {}).items()]
     found += [(f"the {entry['role']} data", entry["hash"]) for entry in record["data"]]
     scoring = ("judges", "limit", "max_new_tokens")
     found += [(name.replace("_", " "), config.get(name)) for name in scoring]

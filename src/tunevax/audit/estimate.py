@@ -39,6 +39,8 @@ def show(plan: Plan) -> None:
         most = plan.protocol.screen * len(plan.targets) ** 2 * seeds
         total += mean * most
         print(f"then at most {most} cells: the {plan.protocol.screen} strongest of each model with {seeds} more seeds")
+    for skipped in plan.skipped:
+        print(f"will be skipped: {skipped['attack']}, for {skipped['why']}")
     workers = count_workers(plan.options.workers, str(plan.options.control))
     print(
         f"{len(cells)} cells, about {told(total / workers)} with {workers} worker{'s' * (workers > 1)}, each with a "
@@ -60,11 +62,14 @@ class Clock:
             started = time.monotonic()
             examine(loaded.model, loaded.tokenizer, self.lab.exam)
             self.exam = time.monotonic() - started
+        started = time.monotonic()
+        examine(loaded.model, loaded.tokenizer, self.lab.exam, full=True)
+        self.full = time.monotonic() - started
 
     def seconds(self, cell: Cell) -> float:
         """The estimate for one cell."""
         if cell.setting is None:
-            return self.load + 2 * self.exam
+            return self.load + self.full
         config = build(cell.setting.kind, cell.setting.values, cell.key["seed"], None)
         if not hasattr(config, "points"):
             epochs, n = getattr(config, "num_train_epochs", 0), getattr(config, "n", 0)

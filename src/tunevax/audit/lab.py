@@ -186,6 +186,7 @@ def _start_worker(options: TargetOptions, parent: int, counter: Any, gpus: int) 
 
     threading.Thread(target=watch, daemon=True).start()
     quiet()
+    console.quiet = True  # for good: an interrupted worker must not draw its bars
     _lab = Lab(options)
 
 

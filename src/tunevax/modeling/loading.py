@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -131,8 +132,12 @@ def config_of(base: str, revision: str | None = None) -> Any:
     """
     from transformers import AutoConfig
 
-    if base.startswith((".", "/", "~")) and not Path(base).exists():
-        raise UsageError(f"no such model folder: {base}")
+    path = Path(base)
+    if not path.exists() and (base.startswith((".", "/", "~")) or (path.parent != Path() and path.parent.is_dir())):
+        near = difflib.get_close_matches(
+            path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
+        )
+        raise UsageError(f"no such model folder: {base}" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
     try:
         return AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

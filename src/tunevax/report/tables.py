@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunevax.audit.findings import Attacked, Difference, Findings, Generalisation, ModelFindings, number, percent
-from tunevax.audit.results import COMMON, CURVES, Cell, Point, Results, is_harmful
+from tunevax.audit.results import CURVES, Cell, Point, Results, is_harmful
 
 ATTACKS_SHOWN = 40  # in tables with a row per attack and model; the rest is counted, and stands in --format json
 FIRST = 8  # of them on view, the others folded away
@@ -282,7 +282,7 @@ def paired(results: Results, findings: Findings, order: list[str]) -> list[Table
 
 
 def heat_maps(results: Results, findings: Findings) -> list[HeatMap]:
-    """Worst harmful score so far, over the fine-tunes of each learning rate (and of what they train), by attack step.
+    """Worst harmful score so far, over the attacks of kind finetune, by learning rate (and what they train) and step.
 
     A cell is None once every fine-tune of its row has ended. [] below two learning rates.
     """
@@ -290,7 +290,7 @@ def heat_maps(results: Results, findings: Findings) -> list[HeatMap]:
 
     worst: dict[tuple[str, tuple[float, str], int], float] = {}
     for model in results.models:
-        for cell in results.of(model, COMMON):
+        for cell in results.of(model, ("finetune",)):
             rate = cell.settings.get("learning_rate")
             if isinstance(rate, int | float):
                 row = float(rate), str(cell.settings.get("trainable") or "")
@@ -371,8 +371,11 @@ def agreement(results: Results, findings: Findings) -> list[Table]:
     for i, first in enumerate(results.judges):
         for second in results.judges[i + 1 :]:
             for label in results.models:
-                counts = _contingency([c for c in results.cells if c.model == label], first, second)
+                cells = [c for c in results.cells if c.model == label]
+                counts = _contingency(cells, first, second)
                 n = sum(map(sum, counts))
+                by_attack = [(_same(_contingency([c], first, second)), str(c.attack or "no attack")) for c in cells]
+                least = min((share, attack) for share, attack in by_attack if share is not None) if n else None
                 if n:
                     same = counts[0][0] + counts[1][1]
                     pair = f"{first.partition('/')[2]} and {second.partition('/')[2]}"
@@ -382,16 +385,22 @@ def agreement(results: Results, findings: Findings) -> list[Table]:
                             label,
                             percent(same / n),
                             kappa(counts),
+                            f"{percent(least[0])} ({least[1]})",
                             f"{n:,}",
                             f"{counts[1][0]:,}",
                             f"{counts[0][1]:,}",
                         ]
                     )
     columns = [
-        "judges", "model", "agree", "Cohen's kappa", "outputs", "harmful for the first only",
+        "judges", "model", "agree", "Cohen's kappa", "agree least", "outputs", "harmful for the first only",
         "harmful for the second only",
     ]  # fmt: skip
     return [Table("Agreement of the judges", columns, rows)] if rows else []
+
+
+def _same(counts: list[list[int]]) -> float | None:
+    n = sum(map(sum, counts))
+    return (counts[0][0] + counts[1][1]) / n if n else None
 
 
 def kappa(counts: list[list[int]]) -> str:

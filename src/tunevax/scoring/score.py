@@ -119,7 +119,9 @@ def build_exam(options: ExamOptions, safety_data: str | None = None, task_data: 
         options.max_new_tokens,
         options.generation_batch_size,
         utility=tuple(task._replace(name=name) for task, name in zip(utility, names, strict=True)),
-        perplexity=load_text(options.perplexity_data) if options.perplexity_data else None,
+        perplexity=load_text(options.perplexity_data)._replace(limit=options.limit)
+        if options.perplexity_data
+        else None,
         fluency=Reference(options.fluency_model) if options.fluency_model else None,
         harness=load_harness(in_harness, options.limit) if in_harness else None,
     )
