@@ -17,8 +17,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tunevax.alignment.t_vaccine import TVaccineTrainer
 from tunevax.cli import main
 from tunevax.modeling import load
-from tunevax.modeling.blocks import find_blocks
-from tunevax.modeling.hooks import Prefix, capture, cheap_modules, cheap_recomputed, checkpointed, perturb
+from tunevax.modeling.blocks import find_blocks, find_final_norm
+from tunevax.modeling.hooks import (
+    Prefix,
+    capture,
+    capture_inputs,
+    cheap_modules,
+    cheap_recomputed,
+    checkpointed,
+    passed_through,
+    perturb,
+)
 from tunevax.modeling.loss import last_hidden, logits_of, response_loss
 from tunevax.organism import path
 
@@ -84,6 +93,29 @@ def test_blocks_and_response_loss(name):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     hidden = last_hidden(model, {k: v for k, v in inputs.items() if k != "labels"})
     torch.testing.assert_close(logits_of(model, hidden), stock.logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_states_between_the_blocks(name):
+    """What enters each block, the norm that reads the last state, and a forward that ends with block 1."""
+    model = build(name).eval()
+    blocks = [b.module for b in find_blocks(model)]
+    inputs = {k: v for k, v in batch().items() if k != "labels"}
+
+    def hooks():
+        return [(len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in m.__dict__) for m in model.modules()]
+
+    with torch.no_grad():
+        states = model(**inputs, output_hidden_states=True).hidden_states
+        before = hooks()
+        with capture_inputs(blocks) as entering, capture({3: blocks[3]}) as last:
+            hidden = last_hidden(model, inputs)
+        with passed_through(blocks[2:], blocks[1]), capture({1: blocks[1], 3: blocks[3]}) as found:
+            last_hidden(model, inputs)
+    assert all(torch.equal(entering[i], states[i]) for i in range(4))
+    torch.testing.assert_close(find_final_norm(model)(last[3]), hidden)
+    assert torch.equal(found[1], states[2]) and torch.equal(found[3], states[2])
+    assert hooks() == before
 
 
 @pytest.mark.parametrize("left", [False, True])

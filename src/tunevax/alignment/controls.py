@@ -89,7 +89,8 @@ def random_perturbation(run: Path, record: dict[str, Any], folder: Path, command
     if method not in methods("tunevax.alignment"):
         raise UsageError(f"{run} was hardened by {method}, which is not installed here; install what adds it")
     trainer = load_method("tunevax.alignment", method)
-    if "perturbation" not in (f.name for f in dataclasses.fields(trainer.config_class)):
+    perturbs = "perturbation" in (f.name for f in dataclasses.fields(trainer.config_class))
+    if not perturbs or record["config"]["rho"] == 0:  # Booster's default
         return Control(label, None, f"{method} does not perturb")
     if record["config"].get("perturbation") == "random":
         return Control(label, None, f"the perturbation of {run.name} is random itself")

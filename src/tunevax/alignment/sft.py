@@ -67,8 +67,12 @@ class SFTTrainer(ResponseTrainer):
                 size=round(len(rows) / (1 - args.task_share)),
                 seed=args.seed,
             )
-        encoded = encode(rows, processing_class, args.max_length, loss_on=args.loss_on, context=context_of(model))
+        encoded = self.encode_rows(rows, processing_class, args, context_of(model))
         super().__init__(model, args, encoded, processing_class, callbacks)
+
+    def encode_rows(self, rows: list[dict], tokenizer: Any, args: SFTConfig, context: int | None) -> list[dict]:
+        """The rows of the training set, with `completion` what is trained on, as token ids and labels."""
+        return encode(rows, tokenizer, args.max_length, loss_on=args.loss_on, context=context)
 
     def cost(self) -> float:
         """Compute of a step, in SFT steps of the same batch, the mean over the run so far. A method that runs the

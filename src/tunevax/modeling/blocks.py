@@ -63,6 +63,22 @@ def find_blocks(model: nn.Module) -> list[Block]:
     return blocks
 
 
+def find_final_norm(model: nn.Module) -> nn.Module:
+    """The norm between the last decoder block and the head of `model`, plain or wrapped.
+
+    Raises:
+        UsageError: there is none beside the blocks; the message names the class.
+    """
+    first = find_blocks(model)[0].module
+    for parent in model.modules():
+        children = list(parent.children())
+        if any(isinstance(c, nn.ModuleList) and len(c) and c[0] is first for c in children):
+            norms = [c for c in children if "Norm" in type(c).__name__]
+            if norms:
+                return norms[-1]
+    raise UsageError(f"{type(unwrap(model)).__name__} has no norm between its blocks and its head")
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside DDP and PEFT wrappers."""
     model = getattr(model, "module", model)

@@ -57,6 +57,24 @@ def capture(modules: Mapping[int, nn.Module], leaf: int | None = None) -> Iterat
 
 
 @contextmanager
+def capture_inputs(modules: Sequence[nn.Module]) -> Iterator[dict[int, torch.Tensor]]:
+    """Collect the hidden states that enter each of these blocks, by number."""
+    captured: dict[int, torch.Tensor] = {}
+
+    def hook(key: int, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+        captured.setdefault(key, args[0] if args else kwargs["hidden_states"])
+
+    handles = [
+        m.register_forward_pre_hook(functools.partial(hook, key), with_kwargs=True) for key, m in enumerate(modules)
+    ]
+    try:
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def perturb(modules: Mapping[int, nn.Module], offsets: Mapping[int, torch.Tensor]) -> Iterator[None]:
     """Add `offsets[key]` (shape of the output) to the output of each module. Keep it open until after backward."""
 
@@ -130,6 +148,27 @@ class Prefix:
                 yield
         finally:
             handle.remove()
+
+
+@contextmanager
+def passed_through(blocks: Sequence[nn.Module], below: nn.Module) -> Iterator[None]:
+    """Let `blocks` hand on what they are given: the forward ends, in effect, with `below`, the block before them."""
+    length = 0  # of the tuple a block returns, 0 for a bare tensor
+
+    def look(_module: nn.Module, _args: tuple, output: Any) -> None:
+        nonlocal length
+        length = len(output) if isinstance(output, tuple) else 0
+
+    def forward(_original: Any, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, *[None] * (length - 1)) if length else hidden
+
+    handle = below.register_forward_hook(look)
+    try:
+        with replaced_forward(blocks, forward):
+            yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -31,14 +31,28 @@ def response_loss(
     Returns:
         A scalar with a graph to everything that requires grad.
     """
-    labels = inputs["labels"][:, 1:]
-    rows = (labels != -100).flatten().nonzero().squeeze(1)
-    if rows.numel() == 0:
+    positions, targets = labelled(inputs["labels"])
+    if positions.numel() == 0:
         raise UsageError("a batch has no response token to train on; raise max_length or check the data")
     hidden = last_hidden(model, {k: v for k, v in inputs.items() if k != "labels"})
-    hidden = hidden[:, :-1].reshape(-1, hidden.shape[-1]).index_select(0, rows)
-    targets = labels.reshape(-1).index_select(0, rows)
-    scale = 1.0 / (rows.numel() if num_items is None else num_items)
+    scale = 1.0 / (positions.numel() if num_items is None else num_items)
+    return head_loss(model, rows_at(hidden, positions), targets, scale)
+
+
+def labelled(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of labels [batch, tokens]: where the labelled tokens are predicted from, for `rows_at`, and their ids."""
+    labels = labels[:, 1:].reshape(-1)
+    positions = (labels != -100).nonzero().squeeze(1)
+    return positions, labels.index_select(0, positions)
+
+
+def rows_at(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Of hidden states [batch, tokens, hidden] those at positions that `labelled` gave, [rows, hidden]."""
+    return hidden[:, :-1].reshape(-1, hidden.shape[-1]).index_select(0, positions)
+
+
+def head_loss(model: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, scale: Any = 1.0) -> torch.Tensor:
+    """Sum of the cross entropies of the head's predictions from head inputs [rows, hidden], times `scale`, in fp32."""
     stock = unwrap(model)
     weights = [p for p in stock.get_output_embeddings().parameters() if p.requires_grad]
     return _ChunkedCrossEntropy.apply(hidden, targets, scale, stock, *weights)

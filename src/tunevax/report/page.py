@@ -108,7 +108,7 @@ def content(results: Results | None, findings: Findings | None, provenance: Prov
     sections += [
         Section(
             "Learning rate by steps",
-            "Worst harmful score so far, in percent, over the attacks of kind finetune, by learning rate and attack step.",
+            "Worst harmful score so far, in percent, of the attacks of kind finetune, by learning rate and step.",
             maps=tb.heat_maps(results, findings),
         ),
         Section(

@@ -1,0 +1,220 @@
+"""Booster: attenuating the gain of a harmful step (Huang et al., arXiv 2409.01586).
+
+With f the alignment loss and h the loss of the harmful answers, alignment should leave little to win by one normalised
+step on h:
+
+    min_w  f(w) + lamb * (h(w) - h(w+)),    w+ = w - alpha * grad h(w) / ||grad h(w)||_2
+    update:  grad f(w) + lamb * (grad h(w) - grad h(w+))
+
+The update leaves out how w+ moves with w. At the paper's alpha that is no small part: take it as a rule of its own
+rather than as the gradient of the objective. h and w+ belong to the harmful batch of the whole optimiser step, however
+many micro-batches and processes it is spread over. With `rho` > 0 the alignment gradient is Vaccine's, the variant that
+the paper calls Vaccine+Booster.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from tunevax.alignment.vaccine import VaccineConfig, VaccineTrainer
+from tunevax.data.encoding import collate, context_of, encode
+from tunevax.errors import RunError, UsageError
+from tunevax.modeling.hooks import without_dropout
+
+Gradient = dict[torch.nn.Parameter, torch.Tensor]
+
+
+@dataclass
+class BoosterConfig(VaccineConfig):
+    """Configuration of Booster; the rest as in `VaccineConfig`. Default that differs from it: `rho=0.0`."""
+
+    rho: float = field(default=0.0, metadata={"help": "size of Vaccine's perturbation on top; 0 is Booster alone"})
+    lamb: float = field(default=5.0, metadata={"help": "weight of what a harmful step would win"})
+    alpha: float = field(default=0.1, metadata={"help": "length of the simulated harmful step"})
+
+    def __post_init__(self) -> None:
+        for name in ("lamb", "alpha"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be a finite number, 0 or more")
+        super().__post_init__()
+
+
+class BoosterTrainer(VaccineTrainer):
+    """SFT (or Vaccine) with a second gradient, added once per optimiser step."""
+
+    config_class = BoosterConfig
+    paper = "arXiv 2409.01586"
+    needs_rejected = True
+
+    def __init__(
+        self,
+        model: Any,
+        args: BoosterConfig,
+        safety_data: Sequence[dict],
+        processing_class: Any,
+        task_data: Sequence[dict] | None = None,
+        callbacks: list | None = None,
+    ) -> None:
+        if not all(row.get("rejected") for row in safety_data):
+            raise UsageError("booster needs `rejected`, the harmful answer, in every row of the safety data")
+        harmful = [{**row, "completion": row["rejected"]} for row in safety_data]
+        self.harmful = encode(harmful, processing_class, args.max_length, context=context_of(model))
+        super().__init__(model, args, safety_data, processing_class, task_data, callbacks)
+        require_whole_weights(self, "booster")
+        self.draws = Draws(args.seed)
+        self.draws.require(self, len(self.harmful), "harmful rows")
+        self.ready_for = -1  # the optimiser step that has its harmful gradient already
+
+    def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+        """The first micro-batch of a step adds lamb * (grad h(w) - grad h(w+)); every one adds its grad f(w)."""
+        if self.ready_for != self.state.global_step:
+            self.ready_for = self.state.global_step
+            add_to_grad(self, self.harmful_gradient())
+        if self.args.rho > 0:
+            return super().training_step(model, inputs, num_items_in_batch)
+        return super(VaccineTrainer, self).training_step(model, inputs, num_items_in_batch)
+
+    def harmful_gradient(self) -> Gradient:
+        """lamb * (grad h(w) - grad h(w+)) on a fresh harmful batch. The weights come back bit for bit."""
+        batches = self.draws.batches(self, self.harmful)
+        h, gradient = gradient_of(self, batches, response_share(self, batches))
+        norm = norm_of(gradient)
+        if not torch.isfinite(norm):
+            raise RunError(
+                f"the harmful gradient is not finite at step {self.state.global_step}; lower --learning-rate or --lamb"
+            )
+        with restored(self.parameters):
+            with torch.no_grad():
+                for parameter, g in gradient.items():
+                    parameter.sub_(g * (self.args.alpha / (norm + 1e-7)))
+            h_plus, after = gradient_of(self, batches, response_share(self, batches))
+        # h going up is the price of the method: rising without end is a model that falls apart on harmful text.
+        self.note(harmful_loss=h, harmful_loss_after=h_plus, harmful_grad_norm=norm)
+        return {parameter: g.sub_(after[parameter]).mul_(self.args.lamb) for parameter, g in gradient.items()}
+
+    def cost(self) -> float:
+        """Compute of a step, in SFT steps: 2 for the harmful batch, and 1 (with `rho` Vaccine's 2) as ever."""
+        return 2 + (super().cost() if self.args.rho > 0 else 1)
+
+    def method_state(self) -> dict[str, Any]:
+        """The generator of the harmful batches."""
+        return {**super().method_state(), "draws": self.draws.state()}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Take back the generator."""
+        super().load_method_state(state)
+        self.draws.load(state["draws"])
+
+
+class Draws:
+    """Batches for a second gradient, from a generator of their own: the alignment rows come in the same order as
+    without them. Every process draws the same rows and takes its share."""
+
+    def __init__(self, seed: int) -> None:
+        # RandomState: its stream is frozen by numpy's policy, so a seed means the same rows in every version.
+        self.generator = np.random.RandomState(seed)
+
+    def require(self, trainer: Any, rows: int, what: str) -> None:
+        """Raise `UsageError` if there are fewer rows than an optimiser step takes."""
+        args = trainer.args
+        need = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if rows < need:
+            raise UsageError(
+                f"there are {rows} {what} and a step takes {need}; lower --per-device-train-batch-size, or give more"
+            )
+
+    def indices(self, trainer: Any, rows: int) -> list[list[int]]:
+        """Which of so many rows this process takes in this optimiser step, one list per micro-batch; without
+        replacement."""
+        size, world = trainer.args.per_device_train_batch_size, trainer.args.world_size
+        parts = trainer.current_gradient_accumulation_steps
+        drawn = self.generator.choice(rows, size * parts * world, replace=False)
+        return drawn.reshape(world, parts, size)[trainer.args.process_index].tolist()
+
+    def batches(self, trainer: Any, rows: Sequence[dict]) -> list[dict[str, torch.Tensor]]:
+        """A batch of the size of the optimiser step's own, as micro-batches on the device."""
+        return [collated(trainer, [rows[i] for i in part]) for part in self.indices(trainer, len(rows))]
+
+    def state(self) -> list:
+        """As JSON values."""
+        kind, keys, *rest = self.generator.get_state()
+        return [kind, keys.tolist(), *rest]
+
+    def load(self, state: list) -> None:
+        """Take back what `state` gave."""
+        kind, keys, *rest = state
+        self.generator.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+
+
+def collated(trainer: Any, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
+    """Encoded rows as tensors on the device, [batch, tokens]."""
+    return trainer._prepare_inputs(collate(rows, trainer.processing_class.pad_token_id))
+
+
+def response_share(trainer: Any, batches: Sequence[dict]) -> Callable[[Any, dict], torch.Tensor]:
+    """What to give `gradient_of` for the token-mean cross entropy over all of `batches` and all processes."""
+    items = trainer.accelerator.reduce(sum((b["labels"][:, 1:] != -100).sum() for b in batches), "sum")
+    return lambda model, batch: trainer.batch_loss(model, batch, items)
+
+
+def gradient_of(
+    trainer: Any, batches: Sequence[Any], share: Callable[[Any, Any], torch.Tensor]
+) -> tuple[torch.Tensor, Gradient]:
+    """The sum of `share(model, batch)` over micro-batches and processes, and its gradient. `.grad` is not touched,
+    there is no dropout, and no global generator moves."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    total, gradient = torch.zeros((), device=trainer.args.device), {}
+    for batch in batches:
+        with trainer.recompute(), without_dropout([model]):
+            # The weights change between calls, so none may see the casts that autocast keeps until it ends.
+            with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
+                loss = share(model, batch)
+            found = torch.autograd.grad(loss, trainer.parameters, allow_unused=True)
+        total += loss.detach()
+        for parameter, g in zip(trainer.parameters, found, strict=True):
+            if g is not None:
+                gradient[parameter] = gradient[parameter] + g if parameter in gradient else g
+    if trainer.args.world_size > 1:  # not for one process: reducing copies
+        total = trainer.accelerator.reduce(total, "sum")
+        gradient = {parameter: trainer.accelerator.reduce(g, "sum") for parameter, g in gradient.items()}
+    return total, gradient
+
+
+def norm_of(gradient: Gradient) -> torch.Tensor:
+    """One joint L2 norm over all tensors, in fp32."""
+    return sum(g.float().square().sum() for g in gradient.values()).sqrt()
+
+
+def add_to_grad(trainer: Any, gradient: Gradient) -> None:
+    """Add to `.grad` what is the same on every process, next to what accumulates there."""
+    scaler = trainer.accelerator.scaler  # of fp16: the gradients of backward() are multiplied by it
+    for parameter, g in gradient.items():
+        g = g if scaler is None else g * scaler.get_scale()
+        parameter.grad = g if parameter.grad is None else parameter.grad + g
+
+
+@contextmanager
+def restored(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+    """Weights and `.grad` come back on exit, also after an exception. By copy: adding back what was subtracted does
+    not give the same bits."""
+    kept = [(parameter.detach().clone(), parameter.grad) for parameter in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, (weight, grad) in zip(parameters, kept, strict=True):
+                parameter.copy_(weight)
+                parameter.grad = grad
+
+
+def require_whole_weights(trainer: Any, method: str) -> None:
+    """Raise `UsageError` where a process holds a shard of the weights only: steps on them are taken whole."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise UsageError(f"{method} takes steps on whole weights, so it runs without FSDP and DeepSpeed")

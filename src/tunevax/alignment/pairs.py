@@ -1,0 +1,83 @@
+"""Paired batches: with the safe answer to a prompt comes the harmful answer to the same prompt, row for row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tunevax.alignment.sft import SFTConfig, SFTTrainer
+from tunevax.data.encoding import collate, encode
+from tunevax.errors import UsageError
+
+
+class PairTrainer(SFTTrainer):
+    """The ground of methods that learn from pairs. A batch has, beside what SFT has (`input_ids`, `attention_mask`,
+    `labels`, each [rows, tokens]), the same with `rejected_` in front, [pairs, tokens], of equal width, and `pairs`,
+    the row that each of these belongs to. Benign rows have no pair: a batch may have fewer pairs than rows, or none.
+    """
+
+    needs_rejected = True
+
+    def __init__(
+        self,
+        model: Any,
+        args: SFTConfig,
+        safety_data: Sequence[dict],
+        processing_class: Any,
+        task_data: Sequence[dict] | None = None,
+        callbacks: list | None = None,
+    ) -> None:
+        for number, row in enumerate(safety_data, 1):
+            if not row.get("rejected") or row["rejected"] == row["chosen"]:
+                what = "is `chosen` again" if row.get("rejected") else "is missing"
+                raise UsageError(
+                    f"row {number} of the safety data: `rejected` {what}, and {type(self).__name__} learns from pairs; "
+                    "give the harmful answer or drop the row"
+                )
+        super().__init__(model, args, safety_data, processing_class, task_data, callbacks)
+        self.data_collator = lambda rows: collate_pairs(rows, processing_class.pad_token_id)
+        self.seen = [0, 0, 0, 0]  # so far: tokens of rows and of their pairs, labels of rows and of their pairs
+
+    def encode_rows(self, rows: list[dict], tokenizer: Any, args: SFTConfig, context: int | None) -> list[dict]:
+        """As SFT, the rows of the safety data with their pair under `rejected`."""
+        encoded = super().encode_rows(rows, tokenizer, args, context)
+        places = [i for i, row in enumerate(rows) if "chosen" in row]
+        harmful = [{**rows[i], "completion": rows[i]["rejected"]} for i in places]
+        for i, pair in zip(places, encode(harmful, tokenizer, args.max_length, context=context), strict=True):
+            encoded[i]["rejected"] = pair
+        return encoded
+
+    def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+        """As the base; counts tokens, for `cost`."""
+        inputs = self._prepare_inputs(inputs)
+        tokens = [inputs[k].sum() for k in ("attention_mask", "rejected_attention_mask")]
+        labels = [(inputs[k][:, 1:] != -100).sum() for k in ("labels", "rejected_labels")]
+        self.seen = [a + b for a, b in zip(self.seen, torch.stack(tokens + labels).tolist(), strict=True)]
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def method_state(self) -> dict[str, Any]:
+        """The tokens so far."""
+        return {**super().method_state(), "seen": self.seen}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Take back the tokens so far."""
+        super().load_method_state(state)
+        self.seen = state["seen"]
+
+
+def collate_pairs(rows: list[dict], pad_token_id: int) -> dict[str, Any]:
+    """Encoded rows, some with `rejected`, as the tensors of a paired batch."""
+    pairs = [i for i, row in enumerate(rows) if "rejected" in row]
+    both = collate([*rows, *(rows[i]["rejected"] for i in pairs)], pad_token_id)
+    safe = {k: v[: len(rows)] for k, v in both.items()}
+    return {**safe, **{f"rejected_{k}": v[len(rows) :] for k, v in both.items()}, "pairs": torch.tensor(pairs).long()}
+
+
+def joined(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The rows and then their pairs as the input of one forward, [rows + pairs, tokens].
+
+    One forward through the wrapped model and not two: DDP must see every parameter's gradient once.
+    """
+    return {k: torch.cat([inputs[k], inputs[f"rejected_{k}"]]) for k in ("input_ids", "attention_mask")}

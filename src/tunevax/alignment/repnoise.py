@@ -1,0 +1,263 @@
+"""RepNoise: representation noising (Rosati et al., arXiv 2405.14577).
+
+Over pairs of a safe answer x^s and a harmful answer x^h to the same prompt,
+
+    L = CE(x^s) + beta * mean_l MMD(a_l(x^h), xi_l) - alpha * log( mean_i CE(W_U norm(h_i), x^h) )
+
+with a_l the output of block l's MLP, xi_l ~ N(0, I) of its shape, drawn anew at each step, h_i the hidden states of the
+L + 1 depths from the embeddings to the last block, norm and W_U the model's own final norm and head. The harmful answer
+is unlearnt at every depth, and its representation drawn to noise that an attacker finds nothing in.
+
+MMD has five Gaussian kernels over whole answers: each is one point, of all its tokens and hidden dimensions together.
+
+`variant="official"` is what the released code computes:
+
+- only tokens that differ, place by place, between x^s and x^h count, pads included, and none with token id 0;
+- logits are masked by the place they are computed at: the first such token is predicted from logits of zero, so the
+  token that decides between refusing and complying has no gradient;
+- the last state, normed already, is normed again, and then counted once more as it is, in a sum over L + 1;
+- alpha * log(1 + mean), a slip of precedence by its author's word.
+
+`variant="corrected"` counts the tokens of the answers, each depth once, and takes the logarithm of the mean.
+
+Benign rows enter the retain loss, CE(x^s), and have no part in the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from tunevax.alignment.pairs import PairTrainer, joined
+from tunevax.alignment.sft import SFTConfig
+from tunevax.errors import UsageError, unknown
+from tunevax.modeling.blocks import find_final_norm
+from tunevax.modeling.hooks import capture, capture_inputs
+from tunevax.modeling.loss import head_loss, labelled, last_hidden, rows_at
+
+VARIANTS = ("corrected", "official")
+KERNELS = 5
+
+
+@dataclass
+class RepNoiseConfig(SFTConfig):
+    """Configuration of RepNoise; the rest as in `SFTConfig`. alpha and beta are the paper's; its authors say that both,
+    the learning rate and the number of pairs always need a search."""
+
+    alpha: float = field(default=1.0, metadata={"help": "weight of the ascent on harmful answers, layer by layer"})
+    beta: float = field(default=0.001, metadata={"help": "weight of the distance of harmful activations to noise"})
+    variant: str = field(default="corrected", metadata={"help": "corrected, or official: the released code's loss"})
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be a finite number, 0 or more")
+        if self.variant not in VARIANTS:
+            raise unknown("variant", self.variant, VARIANTS)
+        super().__post_init__()
+
+
+class Targets(NamedTuple):
+    """What a cross entropy is taken over.
+
+    Attributes:
+        labels: [rows, tokens], -100 where there is none.
+        dead: how many more tokens are predicted from logits of zero: log V each, without gradient.
+    """
+
+    labels: torch.Tensor
+    dead: int = 0
+
+
+class Pass(NamedTuple):
+    """One forward over the rows of a batch and their pairs.
+
+    Attributes:
+        safe: the head's input, [rows, tokens, hidden].
+        harmful: the same of the pairs, [pairs, tokens, hidden].
+        states: h_0 ... h_{L-1} of the pairs, each [pairs, tokens, hidden].
+        activations: a_0 ... a_{L-1} of the pairs, each [pairs, tokens, hidden].
+    """
+
+    safe: torch.Tensor
+    harmful: torch.Tensor
+    states: list[torch.Tensor]
+    activations: list[torch.Tensor]
+
+
+class RepNoiseTrainer(PairTrainer):
+    """SFT with two more terms in the loss. The only change is `compute_loss`."""
+
+    config_class = RepNoiseConfig
+    paper = "arXiv 2405.14577"
+    drawn = 0  # micro-batches that noise was drawn for so far
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.norm = find_final_norm(self.model)
+
+    def compute_loss(
+        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The loss of a micro-batch, to be added up over micro-batches and averaged over ranks.
+
+        The retain loss adds up to that of the whole batch. The other two terms are not sums over rows: each micro-batch
+        of each rank has its own, and their mean counts.
+        """
+        share = 1 / self.current_gradient_accumulation_steps
+        safe, harmful, mask = self.targets(inputs)
+        with self.accelerator.autocast():
+            found = self.forward(model, inputs)
+            if self.args.variant == "official":
+                loss = share * self.cross_entropy(model, [found.safe], safe)
+            else:
+                positions, targets = labelled(safe.labels)
+                scale = 1 / (len(positions) if num_items_in_batch is None else num_items_in_batch)
+                loss = head_loss(model, rows_at(found.safe, positions), targets, scale)
+                loss = loss * self.loss_scale(num_items_in_batch)
+            self.note(retain=self.accelerator.reduce(loss.detach() / share, "mean"))
+            if len(mask) and self.args.alpha:
+                ascent = self.ascent(model, found, harmful)
+                loss = loss - self.args.alpha * share * torch.log(ascent + (self.args.variant == "official"))
+                self.note(ascent=ascent.detach())
+        if len(mask) and self.args.beta:
+            loss = loss + self.args.beta * share * (distance := self.distance(found.activations, mask))
+            self.note(mmd=distance.detach(), activation_rms=activation_rms(found.activations, mask))
+        return loss
+
+    def forward(self, model: Any, inputs: dict) -> Pass:
+        """Rows and pairs through the model together."""
+        rows, blocks = len(inputs["labels"]), [b.module for b in self.blocks]
+        mlps = {i: b.mlp for i, b in enumerate(self.blocks)}
+        with capture(mlps) as activations, capture_inputs(blocks) as states:
+            hidden = last_hidden(model, joined(inputs))
+        each = range(len(blocks))
+        return Pass(
+            hidden[:rows], hidden[rows:], [states[i][rows:] for i in each], [activations[i][rows:] for i in each]
+        )
+
+    # --- which tokens ------------------------------------------------------------------------------------------------
+
+    def targets(self, inputs: dict) -> tuple[Targets, Targets, torch.Tensor]:
+        """Those of the retain loss, those of the ascent, and which activations are drawn to noise, [pairs, tokens]."""
+        harmful = inputs["rejected_labels"]
+        if self.args.variant == "corrected":
+            return Targets(inputs["labels"]), Targets(harmful), harmful != -100
+        ids, harmful_ids, pairs = inputs["input_ids"], inputs["rejected_input_ids"], inputs["pairs"]
+        differ = ids[pairs] != harmful_ids
+        chosen = divergent(ids[pairs], differ)
+        labels = inputs["labels"].clone()  # benign rows keep theirs
+        labels[pairs] = chosen.labels
+        return Targets(labels, chosen.dead), divergent(harmful_ids, differ), differ
+
+    # --- layer-wise ascent -------------------------------------------------------------------------------------------
+
+    def ascent(self, model: Any, found: Pass, targets: Targets) -> torch.Tensor:
+        """The mean over depths of the cross entropy of harmful answers, read off each depth by the final norm and head.
+
+        Only labelled tokens are normed and multiplied by the head. Norms are recomputed in the backward pass, and the
+        head's gradient is taken chunk by chunk as its logits are made: no logits are kept, of no depth.
+        """
+        positions, _ = labelled(targets.labels)
+        again = [found.harmful] if self.args.variant == "official" else []
+        states = [
+            checkpoint(self.norm, rows_at(s, positions), use_reentrant=False) for s in (*found.states, *again)
+        ]  # fmt: skip
+        states.append(rows_at(found.harmful, positions))
+        return self.cross_entropy(model, states, targets) / (len(self.blocks) + 1)
+
+    def cross_entropy(self, model: Any, states: list[torch.Tensor], targets: Targets) -> torch.Tensor:
+        """The mean over targets, summed over `states`: head inputs, whole or at the labelled positions only."""
+        positions, ids = labelled(targets.labels)
+        rows = torch.cat([rows_at(s, positions) if s.dim() == 3 else s for s in states])
+        dead = targets.dead * len(states) * math.log(self.model.config.get_text_config().vocab_size)
+        return (head_loss(model, rows, ids.repeat(len(states))) + dead) / max(len(ids) + targets.dead, 1)
+
+    # --- distance to noise -------------------------------------------------------------------------------------------
+
+    def distance(self, activations: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+        """The mean over blocks of the MMD between harmful activations and noise. Backward draws the same noise again,
+        so that neither it nor fp32 copies are kept."""
+        generator = self.noise_generator(mask.device)
+        return torch.stack(
+            [
+                checkpoint(mmd_to_noise, a, mask, generator, generator.get_state(), use_reentrant=False)
+                for a in activations
+            ]
+        ).mean()
+
+    def noise_generator(self, device: torch.device) -> torch.Generator:
+        """A generator for the noise of one micro-batch of one rank, seeded by its number: nothing else draws from it,
+        and a resumed run goes on where it was."""
+        key = (self.args.seed, self.args.process_index, self.drawn)
+        self.drawn += 1
+        generator = torch.Generator(device)
+        generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+        return generator
+
+    # --- cost and state ----------------------------------------------------------------------------------------------
+
+    def cost(self) -> float:
+        """Compute of a step, in SFT steps, the mean so far: tokens of rows and pairs over tokens of rows, and the head
+        at each depth. Not counted: recomputation and the distance to noise."""
+        safe, harmful, safe_labels, harmful_labels = self.seen
+        body = sum(p.numel() for b in self.blocks for p in b.module.parameters())
+        head = sum(p.numel() for p in self.model.get_output_embeddings().parameters())
+        depths = len(self.blocks) + 1 + (self.args.variant == "official") if self.args.alpha else 0
+        return 1 + (body * harmful + depths * head * harmful_labels) / max(body * safe + head * safe_labels, 1)
+
+    def method_state(self) -> dict[str, Any]:
+        """How often noise was drawn, and the tokens so far."""
+        return {**super().method_state(), "drawn": self.drawn}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Take back what `method_state` gave."""
+        super().load_method_state(state)
+        self.drawn = state["drawn"]
+
+
+def divergent(ids: torch.Tensor, differ: torch.Tensor) -> Targets:
+    """The released code's targets: tokens where `differ` and whose id is not 0, the ones whose predecessor is the same
+    in both answers without gradient."""
+    target = differ & (ids != 0)
+    live = target.clone()
+    live[:, 1:] &= differ[:, :-1]
+    return Targets(ids.masked_fill(~live, -100), int((target & ~live)[:, 1:].sum()))
+
+
+def mmd_to_noise(
+    activations: torch.Tensor, mask: torch.Tensor, generator: torch.Generator, state: torch.Tensor
+) -> torch.Tensor:
+    """`mmd` of activations [n, tokens, hidden] where `mask`, and Gaussian noise drawn from `state` on."""
+    generator.set_state(state)
+    noise = torch.randn(activations.shape, generator=generator, device=activations.device)
+    mask = mask[..., None]
+    with torch.autocast(activations.device.type, enabled=False):
+        return mmd((activations.float() * mask).flatten(1), (noise * mask).flatten(1))
+
+
+def mmd(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Maximum mean discrepancy of samples [n, features], the biased estimate, under five Gaussian kernels whose widths
+    are 1/4 to 4 times the mean squared distance of different points.
+
+    Distances come from the Gram matrix: memory is that of the samples, not [2n, 2n, features].
+    """
+    n, z = len(x), torch.cat([x, y])
+    gram = z @ z.T
+    square = gram.diagonal()
+    distance = (square[:, None] + square[None, :] - 2 * gram).clamp_min(0)
+    mean = distance.detach().sum() / (2 * n * (2 * n - 1))
+    width = mean.clamp_min(1e-12) / 2 ** (KERNELS // 2)  # the floor is for samples that are all equal: then it is 0
+    kernel = sum(torch.exp(-distance / (width * 2**q)) for q in range(KERNELS))
+    return (kernel[:n, :n] + kernel[n:, n:] - kernel[:n, n:] - kernel[n:, :n]).mean()
+
+
+def activation_rms(activations: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+    """The root mean square of activations where `mask`, the mean over blocks. The noise has 1."""
+    with torch.no_grad():
+        return torch.stack([a[mask].float().square().mean().sqrt() for a in activations]).mean()
