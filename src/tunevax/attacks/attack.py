@@ -169,6 +169,7 @@ def attack(method: str, options: AttackOptions, config: Any, command: str = "") 
     if not config.output_dir:
         raise UsageError("--output-dir is missing")
     require_one_process("an attack")
+    use_data_of_run(options)
     if options.keep_weights and (len(options.model) > 1 or getattr(config, "trainable", None) not in ("lora", "full")):
         raise UsageError("--keep-weights takes one --model, and --trainable lora or full")
     harmful, task = attack_data(options, config)
@@ -214,6 +215,18 @@ def attack(method: str, options: AttackOptions, config: Any, command: str = "") 
             (run.path / f"{target['label']}.done.json").unlink()
         record["adapter"] = ("model" if config.full_weights else "adapter") if options.keep_weights else None
     return run.final
+
+
+def use_data_of_run(options: TargetOptions) -> None:
+    """Safety and task data that were not named: those that the first model was hardened with."""
+    config = read_run(options.model[0])["config"] if is_run(options.model[0]) else {}
+    told = []
+    for name in ("safety_data", "task_data"):
+        if getattr(options, name) is None and config.get(name):
+            setattr(options, name, config[name])
+            told.append(f"--{name.replace('_', '-')} {config[name]}")
+    if told:
+        console.print(f"data as {options.model[0]} was hardened with: {' '.join(told)}", highlight=False)
 
 
 def values_of(config: Any) -> dict[str, Any]:

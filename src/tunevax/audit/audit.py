@@ -24,8 +24,9 @@ from tunevax.attacks.attack import (
     check_overlap,
     find_targets,
     setting_hash,
+    use_data_of_run,
     use_saved_template,
-)  # fmt: skip
+)
 from tunevax.audit.lab import Cell, Needs, count_workers, finished
 from tunevax.audit.protocol import Protocol, Setting, build, load_protocol, settings
 from tunevax.audit.results import COMMON
@@ -162,14 +163,7 @@ def plan(options: AuditOptions, references: Sequence[tuple[str, str]] = ()) -> P
 
 def fill_in(options: AuditOptions) -> None:
     """Data that were not named: those of the first hardened run; on the organism, all that it offers."""
-    config = read_run(options.model[0])["config"] if is_run(options.model[0]) else {}
-    options.safety_data = options.safety_data or config.get("safety_data")
-    options.task_data = options.task_data or config.get("task_data")
-    told = [f"--{n.replace('_', '-')} {config[n]}" for n in ("safety_data", "task_data") if config.get(n)]
-    if told and options.safety_data == config.get("safety_data"):
-        console.print(
-            f"data as {labels_of([options.model[0]])[0]} was hardened with: {', '.join(told)}", highlight=False
-        )
+    use_data_of_run(options)
     if options.safety_data is None:
         raise UsageError("--safety-data is missing: harmful rows for the attacks, and prompts to score on")
     if options.safety_data.partition(":")[0] == "organism":
@@ -191,9 +185,22 @@ def identity(ref: str) -> str:
 
 
 SCORING = (
-    "judges", "limit", "max_new_tokens", "generation_batch_size", "fluency_model", "chat_template", "dtype", "revision",
-    "safety_data", "task_data", "benign_data", "eval_data", "task_eval_data", "utility_data", "perplexity_data",
-)  # fmt: skip
+    "judges",
+    "limit",
+    "max_new_tokens",
+    "generation_batch_size",
+    "fluency_model",
+    "chat_template",
+    "dtype",
+    "revision",
+    "safety_data",
+    "task_data",
+    "benign_data",
+    "eval_data",
+    "task_eval_data",
+    "utility_data",
+    "perplexity_data",
+)
 """The options that a cell's rows depend on, whatever the attack."""
 
 
