@@ -251,7 +251,7 @@ def test_what_cannot_be_is_refused(make):
             BoosterConfig(output_dir="x", **options)
     with pytest.raises(UsageError, match="there are 4 harmful rows and a step takes 6"):
         make(per_device_train_batch_size=3, gradient_accumulation_steps=2)
-    with pytest.raises(UsageError, match="booster needs `rejected`"):
+    with pytest.raises(UsageError, match="`rejected` is missing, and booster needs both"):
         BoosterTrainer(tiny_lora(), BoosterConfig("x"), [{"prompt": "p", "chosen": "c"}], TinyTokenizer())
     trainer = make()
     trainer.parameters[0].data.fill_(float("nan"))

@@ -224,10 +224,23 @@ def test_gradients_accumulate(make):
     assert_gradients(gradients(halves.model), gradients(whole.model), rtol=1e-4)
 
     twice, once = make(beta=0.5), make(beta=0.5)
-    twice.current_gradient_accumulation_steps = 2
+    twice.current_gradient_accumulation_steps, twice.whole = 2, 2.0 * len(inputs_of(once)["pairs"])
     items = 2 * (inputs_of(once)["labels"][:, 1:] != -100).sum()
     assert step(twice, items=items) + step(twice, items=items) == close(step(once), rel=1e-5)
     assert_gradients(gradients(twice.model), gradients(once.model), rtol=1e-4)
+
+
+def test_a_micro_batch_without_a_pair_takes_no_weight_from_the_others(make):
+    on, off = make(alpha=1.0, beta=0.0), make(alpha=0.0, beta=0.0)
+    total = {on: 0.0, off: 0.0}
+    for trainer in total:
+        for i in (1, 3):
+            del trainer.train_dataset[i]["rejected"]
+        trainer.current_gradient_accumulation_steps, trainer.whole = 4, 2.0
+        items = (inputs_of(trainer)["labels"][:, 1:] != -100).sum()
+        total[trainer] = sum(step(trainer, inputs_of(trainer, slice(i, i + 1)), items) for i in range(4))
+    ascents = [math.log(a) for a in on._metrics["ascent"]]
+    assert len(ascents) == 2 and total[off] - total[on] == close(sum(ascents) / 2, rel=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["elementwise", "all"])

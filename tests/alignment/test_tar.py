@@ -407,7 +407,7 @@ def test_what_cannot_be_is_refused(make):
             TARConfig(output_dir="x", **options)
     with pytest.raises(UsageError, match="there are 4 rows for the inner attack"):
         make(per_device_train_batch_size=5)
-    with pytest.raises(UsageError, match="tar needs `rejected`"):
+    with pytest.raises(UsageError, match="`rejected` is missing, and tar needs both"):
         TARTrainer(tiny_lora(), TARConfig("x"), [{"prompt": "p", "chosen": "c"}], TinyTokenizer())
     trainer = make()
     trainer.parameters[0].data.fill_(float("nan"))

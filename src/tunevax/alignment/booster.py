@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tunevax.alignment.pairs import require_pairs
 from tunevax.alignment.vaccine import VaccineConfig, VaccineTrainer
 from tunevax.data.encoding import collate, context_of, encode
 from tunevax.errors import RunError, UsageError
@@ -62,21 +63,19 @@ class BoosterTrainer(VaccineTrainer):
         task_data: Sequence[dict] | None = None,
         callbacks: list | None = None,
     ) -> None:
-        if not all(row.get("rejected") for row in safety_data):
-            raise UsageError("booster needs `rejected`, the harmful answer, in every row of the safety data")
+        require_pairs(safety_data, "booster")
         harmful = [{**row, "completion": row["rejected"]} for row in safety_data]
         self.harmful = encode(harmful, processing_class, args.max_length, context=context_of(model))
         super().__init__(model, args, safety_data, processing_class, task_data, callbacks)
         require_whole_weights(self, "booster")
         self.draws = Draws(args.seed)
         self.draws.require(self, len(self.harmful), "harmful rows")
-        self.ready_for = -1  # the optimiser step that has its harmful gradient already
 
     def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
         """The first micro-batch of a step adds lamb * (grad h(w) - grad h(w+)); every one adds its grad f(w)."""
         if self.ready_for != self.state.global_step:
-            self.ready_for = self.state.global_step
             add_to_grad(self, self.harmful_gradient())
+            self.ready_for = self.state.global_step
         if self.args.rho > 0:
             return super().training_step(model, inputs, num_items_in_batch)
         return super(VaccineTrainer, self).training_step(model, inputs, num_items_in_batch)
@@ -95,9 +94,14 @@ class BoosterTrainer(VaccineTrainer):
                 for parameter, g in gradient.items():
                     parameter.sub_(g * (self.args.alpha / (norm + 1e-7)))
             h_plus, after = gradient_of(self, batches, response_share(self, batches))
+        difference = {parameter: g.sub_(after[parameter]).mul_(self.args.lamb) for parameter, g in gradient.items()}
+        if not torch.isfinite(norm_of(difference)):
+            raise RunError(
+                f"the gradient after the harmful step is not finite at step {self.state.global_step}; lower --alpha"
+            )
         # h going up is the price of the method: rising without end is a model that falls apart on harmful text.
         self.note(harmful_loss=h, harmful_loss_after=h_plus, harmful_grad_norm=norm)
-        return {parameter: g.sub_(after[parameter]).mul_(self.args.lamb) for parameter, g in gradient.items()}
+        return difference
 
     def cost(self) -> float:
         """Compute of a step, in SFT steps: 2 for the harmful batch, and 1 (with `rho` Vaccine's 2) as ever."""

@@ -12,9 +12,9 @@ The retain set is the safe answers of the same pairs, and the benign rows: give 
 Rerouting covers the tokens of the answer. The released code has the prompt's too (`reroute_on="all"`), but its retain
 set has other prompts; here the prompts of a pair are the same, and the two losses would pull them apart.
 
-As in the released code nothing above the deepest target is run or trained. Otherwise than there, a target is the output
-of the block at its depth, so that this block's adapter takes part; means are over valid tokens; and t counts optimiser
-steps, not micro-batches.
+The targets are the states of the released code (for 32 blocks `hidden_states[10]` and `[20]`). Otherwise than there,
+nothing above the deepest one is run or trained, where block 20 was adapted without a rerouting signal; means are over
+valid tokens; and t counts optimiser steps, not micro-batches.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class CircuitBreakersConfig(SFTConfig):
     def depths(self) -> list[float]:
         """`target_depths` as numbers, ascending."""
         try:
-            depths = sorted({float(d) for d in self.target_depths.split(",")})
+            depths = sorted({float(d) for d in str(self.target_depths).split(",")})
         except ValueError:
             depths = []
         if not depths or not all(0 < d <= 1 for d in depths):

@@ -29,13 +29,7 @@ class PairTrainer(SFTTrainer):
         task_data: Sequence[dict] | None = None,
         callbacks: list | None = None,
     ) -> None:
-        for number, row in enumerate(safety_data, 1):
-            if not row.get("rejected") or row["rejected"] == row["chosen"]:
-                what = "is `chosen` again" if row.get("rejected") else "is missing"
-                raise UsageError(
-                    f"row {number} of the safety data: `rejected` {what}, and {type(self).__name__} learns from pairs; "
-                    "give the harmful answer or drop the row"
-                )
+        require_pairs(safety_data, type(self).__name__)
         super().__init__(model, args, safety_data, processing_class, task_data, callbacks)
         self.data_collator = lambda rows: collate_pairs(rows, processing_class.pad_token_id)
         self.seen = [0, 0, 0, 0]  # so far: tokens of rows and of their pairs, labels of rows and of their pairs
@@ -65,6 +59,17 @@ class PairTrainer(SFTTrainer):
         """Take back the tokens so far."""
         super().load_method_state(state)
         self.seen = state["seen"]
+
+
+def require_pairs(safety_data: Sequence[dict], what: str) -> None:
+    """Raise a UsageError unless every row has two different answers."""
+    for number, row in enumerate(safety_data, 1):
+        if not row.get("rejected") or row["rejected"] == row["chosen"]:
+            why = "is `chosen` again" if row.get("rejected") else "is missing"
+            raise UsageError(
+                f"row {number} of the safety data: `rejected` {why}, and {what} needs both answers; give the harmful "
+                "answer or drop the row"
+            )
 
 
 def collate_pairs(rows: list[dict], pad_token_id: int) -> dict[str, Any]:

@@ -100,6 +100,16 @@ class RepNoiseTrainer(PairTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.norm = find_final_norm(self.model)
+        self.whole: float | None = None  # pairs in the whole batch, of all micro-batches and ranks
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """As the base, and the number of pairs that the weights of the micro-batches are shares of."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = torch.tensor(float(sum(len(b["pairs"]) for b in batches)), device=device)
+        if self.args.average_tokens_across_devices:  # as `loss_scale` expects
+            count = self.accelerator.reduce(count, "sum")
+        self.whole = count.item() if batches else None
+        return batches, items
 
     def compute_loss(
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
@@ -107,8 +117,10 @@ class RepNoiseTrainer(PairTrainer):
         """The loss of a micro-batch, to be added up over micro-batches and averaged over ranks.
 
         The retain loss adds up to that of the whole batch. The other two terms are not sums over rows: each micro-batch
-        of each rank has its own, and their mean counts.
+        of each rank has its own, and their mean counts, weighted by the pairs in each.
         """
+        pairs = len(inputs["pairs"])
+        weight = pairs / max(self.whole or pairs, 1) * self.loss_scale(num_items_in_batch)
         share = 1 / self.current_gradient_accumulation_steps
         safe, harmful, mask = self.targets(inputs)
         with self.accelerator.autocast():
@@ -123,10 +135,10 @@ class RepNoiseTrainer(PairTrainer):
             self.note(retain=self.accelerator.reduce(loss.detach() / share, "mean"))
             if len(mask) and self.args.alpha:
                 ascent = self.ascent(model, found, harmful)
-                loss = loss - self.args.alpha * share * torch.log(ascent + (self.args.variant == "official"))
+                loss = loss - self.args.alpha * weight * torch.log(ascent + (self.args.variant == "official"))
                 self.note(ascent=ascent.detach())
         if len(mask) and self.args.beta:
-            loss = loss + self.args.beta * share * (distance := self.distance(found.activations, mask))
+            loss = loss + self.args.beta * weight * (distance := self.distance(found.activations, mask))
             self.note(mmd=distance.detach(), activation_rms=activation_rms(found.activations, mask))
         return loss
 

@@ -114,7 +114,6 @@ class TVaccineTrainer(VaccineTrainer):
         self.generator = np.random.RandomState(args.seed)
         self.scores: list[float] | None = None
         self.selected: list[int] = []
-        self.ready_for = -1  # the optimiser step the current selection was made for
         self.spent = 0.0  # compute so far, in SFT steps
         # The parameters of each block that train at all, attention first.
         self.trainable = [[p for p in b.module.parameters() if p.requires_grad] for b in self.blocks]

@@ -12,6 +12,10 @@ G is taken at the attacked weights and applied at theta: d theta_k / d theta is 
 L_TR is minus the entropy of the prediction, or, for refusals, the preference loss -log sigmoid(0.1 margin), where the
 margin is by how much more than at the start the model prefers `chosen` to `rejected`.
 
+Not here, of the released code: attacks that train on benign rows first, the gate below which the tamper loss stops, its
+schedule-free outer optimiser, and the benign fine-tune at the end. The inner learning rates are those of full weights:
+a LoRA attack needs about ten times as much (watch `inner_loss_last` in the log).
+
 Random Mapping, the start: L_retain without its second term + mean_l mean_t (1 - |cos(h_l(x)_t, r[x_t])|) on harmful
 rows, with r a fixed Gaussian table. All means over tokens are over the response. The attack and the held-out rows are
 both alignment rows, parted by prompt.
@@ -39,6 +43,7 @@ from tunevax.alignment.booster import (
     response_share,
     restored,
 )
+from tunevax.alignment.pairs import require_pairs
 from tunevax.alignment.sft import SFTConfig, SFTTrainer
 from tunevax.data.encoding import context_of, encode
 from tunevax.data.splits import prompt_hash
@@ -93,7 +98,7 @@ class TARConfig(SFTConfig):
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be a finite number, 0 or more")
         if 0 < self.max_steps <= self.mapping_steps:
             raise UsageError(f"mapping_steps is {self.mapping_steps}, all of the {self.max_steps} steps; lower it")
-        if not self.rates() or min(self.rates()) <= 0:
+        if not self.rates() or not all(math.isfinite(rate) and rate > 0 for rate in self.rates()):
             raise UsageError(f"inner_learning_rates is {self.inner_learning_rates!r}; give positive numbers: 2e-5,4e-5")
         super().__post_init__()
 
@@ -121,8 +126,7 @@ class TARTrainer(SFTTrainer):
         task_data: Sequence[dict] | None = None,
         callbacks: list | None = None,
     ) -> None:
-        if not all(row.get("rejected") for row in safety_data):
-            raise UsageError("tar needs `rejected`, the harmful answer, in every row of the safety data")
+        require_pairs(safety_data, "tar")
         # {answer: encoded rows}, in the order of `safety_data`
         self.answers = {
             name: encode(
@@ -146,7 +150,6 @@ class TARTrainer(SFTTrainer):
         self.start = [parameter.detach().clone() for parameter in self.parameters]
         self.before: list[torch.Tensor] | None = None  # this micro-batch's hidden states at the start
         self.table: torch.Tensor | None = None
-        self.ready_for = -1  # the optimiser step that has its second gradient already
         self.spent = 0.0  # compute so far, in SFT steps
 
     # --- the step ----------------------------------------------------------------------------------------------------
@@ -154,20 +157,24 @@ class TARTrainer(SFTTrainer):
     def mapping(self) -> bool:
         """Whether this step belongs to the start by Random Mapping."""
         steps = self.args.mapping_steps
-        return self.state.global_step < (steps if steps >= 1 else round(steps * self.state.max_steps))
+        count = steps if steps >= 1 else round(steps * self.state.max_steps)
+        if count >= self.state.max_steps:
+            raise UsageError(f"mapping_steps is {steps}, all of the {self.state.max_steps} steps; lower it")
+        return self.state.global_step < count
 
     def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
         """The first micro-batch of a step adds the gradient of the mapping, or of the attack's outcome, G; every one
         adds its share of grad L_retain."""
         if self.ready_for != self.state.global_step:
-            self.ready_for = self.state.global_step
-            self.spent += self.step_cost()
             kind = "mapping" if self.mapping() else "tamper"
             gradient = self.mapping_gradient() if kind == "mapping" else self.tamper_gradient()
             if not torch.isfinite(norm := norm_of(gradient)):
-                raise RunError(f"the {kind} gradient is not finite at step {self.ready_for}; lower --learning-rate")
+                lower = "--learning-rate" if kind == "mapping" else "--inner-learning-rates or --lambda-tr"
+                raise RunError(f"the {kind} gradient is not finite at step {self.state.global_step}; lower {lower}")
             self.note(**{f"{kind}_grad_norm": norm})
             add_to_grad(self, gradient)
+            self.spent += self.step_cost()
+            self.ready_for = self.state.global_step
         inputs, self.before = self._prepare_inputs(inputs), None
         if self.args.lambda_representation > 0 and not self.mapping():
             # Here, outside of any autocast: it would remember the starting weights for the pass that follows.

@@ -105,6 +105,7 @@ class ResponseTrainer(Trainer):
         processing_class: the tokenizer, saved with every checkpoint.
     """
 
+    ready_for = -1  # the optimiser step that a method has done its part of, which comes before the first micro-batch
     response_only = True  # the head runs on labelled positions only; False is the stock loss, for comparison
 
     def __init__(
@@ -131,6 +132,11 @@ class ResponseTrainer(Trainer):
         self.cheap = [cheap_modules(b.module) for b in self.blocks]
         self.parameters = [p for p in model.parameters() if p.requires_grad]  # all that may ever train
         self._metrics: dict[str, list[float]] = defaultdict(list)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; a second call starts over."""
+        self.ready_for = -1
+        return super().train(*args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
