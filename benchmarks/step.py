@@ -82,6 +82,7 @@ def ours(cls: type, folder: str, on: LlamaForCausalLM | None = None, **options) 
             module.encode = encoded
     config = cls.config_class(folder, learning_rate=1e-4, lora_r=8, per_device_train_batch_size=BATCH, **options)
     trainer = cls(on or model(), config, ROWS, Tokenizer())
+    trainer.state.max_steps = 10**6  # somewhere in a long run
     for name, value in shortcuts.items():
         setattr(trainer, name, value)
     return trainer
