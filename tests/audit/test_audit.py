@@ -303,7 +303,7 @@ def test_compare_refuses_what_differs(finished, models, tmp_path, capsys):
         (("config", "limit", 5), "limit differs (4 in"),
         (("config", "judges", ["organism"]), "judges differs"),
         (("protocol", "phi", 0.4), "protocol phi differs"),
-        (("protocol", "attacks", []), "attack 1 differs"),
+        (("protocol", "attacks", []), "attack 1, name differs"),
         (("target", "template_hash", "x"), "the chat template differs"),
         (("data", "hash", "x"), "data differs"),
     ):
