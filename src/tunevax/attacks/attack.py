@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -172,7 +172,7 @@ def attack(method: str, options: AttackOptions, config: Any, command: str = "") 
     use_data_of_run(options)
     if options.keep_weights and (len(options.model) > 1 or getattr(config, "trainable", None) not in ("lora", "full")):
         raise UsageError("--keep-weights takes one --model, and --trainable lora or full")
-    harmful, task = attack_data(options, config)
+    harmful, task = attack_data(options, config.needs)
     exam = build_exam(options, options.safety_data, options.task_data)
     targets = find_targets(options.model, options.control)
     use_saved_template(options, targets)
@@ -242,19 +242,19 @@ def setting_hash(method: str, config: Any, drawn_from: Sequence[dict], evaluatio
     return digest(values if method == "finetune" else {"method": method, **values})
 
 
-def attack_data(options: TargetOptions, config: Any) -> tuple[list[dict], list[dict]]:
-    """The harmful and the benign rows that this attack draws from; what it does not need is empty.
+def attack_data(options: TargetOptions, needs: Collection[str]) -> tuple[list[dict], list[dict]]:
+    """The harmful and the benign rows that an attack draws from; what is not in `needs` is empty.
 
     Raises:
         UsageError: a source is missing.
     """
     harmful: list[dict] = []
     task: list[dict] = []
-    if "harmful" in config.needs:
+    if "harmful" in needs:
         if options.safety_data is None:
             raise UsageError("--safety-data is missing: this attack needs harmful rows")
         harmful = load_safety(options.safety_data, "attack", ("rejected",), "an attack")
-    if "task" in config.needs:
+    if "task" in needs:
         if options.task_data is None:
             raise UsageError("--task-data is missing: this attack needs benign rows")
         task = load_task(options.task_data, "train").rows

@@ -27,7 +27,8 @@ from tunevax.attacks.attack import (
     use_data_of_run,
     use_saved_template,
 )
-from tunevax.audit.lab import Cell, Needs, count_workers, finished
+from tunevax.audit.lab import Cell, count_workers, finished
+from tunevax.audit.properties import utility_loss
 from tunevax.audit.protocol import Protocol, Setting, build, load_protocol, settings
 from tunevax.audit.results import COMMON
 from tunevax.data.sources import parse_source
@@ -147,7 +148,7 @@ def plan(options: AuditOptions, references: Sequence[tuple[str, str]] = ()) -> P
             skipped.append({"model": "all", "attack": setting.name, "why": why})
     exam = build_exam(options, options.safety_data, options.task_data)
     needs = {need for s in grid for need in build(s.kind, s.values, 0, None).needs}
-    harmful, task = attack_data(options, Needs(needs))
+    harmful, task = attack_data(options, needs)
     for target in targets:
         target["overlap"] = check_overlap(target["ref"], harmful, exam, options.allow_overlap)
         target["hash"] = identity(target["ref"])
@@ -321,21 +322,12 @@ def strongest(plan: Plan, cells: Sequence[Cell], folder: Path) -> set[str]:
         label, when = cell.target["label"], broken[0] if broken else 10**9
         if cell.setting.kind == "finetune":
             found.setdefault(label, []).append((when, min(points)[0], cell.setting.name))
-        loss = {row["step"]: loss_of(outcome["results"][0], row) for row in outcome["results"]}
+        before = {n: s["value"] for n, s in outcome["results"][0]["scores"].items() if n.startswith("utility/")}
+        loss = {row["step"]: utility_loss(before, row) for row in outcome["results"]}
         kept = [p for p in points if loss[p[1]] is None or loss[p[1]] <= plan.protocol.epsilon]
         useful.setdefault(label, []).append((when, min(kept)[0], cell.setting.name))
     fastest = {name for ranked in found.values() for *_, name in sorted(ranked)[: plan.protocol.screen]}
     return fastest | {min(ranked, key=lambda r: (r[1], r[0]))[2] for ranked in useful.values() if ranked}
-
-
-def loss_of(before: dict[str, Any], row: dict[str, Any]) -> float | None:
-    """Mean utility at the start of an attack minus at a row of it; None where none was measured."""
-    lost = [
-        score["value"] - row["scores"][name]["value"]
-        for name, score in before["scores"].items()
-        if name.startswith("utility/") and name in row["scores"]
-    ]
-    return sum(lost) / len(lost) if lost else None
 
 
 RAN = ("done", "stopped")

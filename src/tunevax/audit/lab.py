@@ -44,12 +44,6 @@ class Cell(NamedTuple):
         return f"{self.target['label']} · {attack}"
 
 
-class Needs(NamedTuple):
-    """Stands for an attack where only the data it draws from matter."""
-
-    needs: frozenset[str]
-
-
 def finished(
     options: TargetOptions, cells: Sequence[Cell], folder: Path, weights: Path | None, workers: int
 ) -> Iterator[tuple[Cell, str]]:
@@ -155,7 +149,7 @@ class Lab:
         """The bench of one cell."""
         needs = frozenset(build(cell.setting.kind, cell.setting.values, 0, scratch).needs if cell.setting else ())
         if needs not in self.rows:
-            self.rows[needs] = attack_data(self.options, Needs(needs))
+            self.rows[needs] = attack_data(self.options, needs)
         harmful, task = self.rows[needs]
         return Bench(cell.target, self.options, harmful, task, self.exam, cell.key, keep, self.before)
 

@@ -263,10 +263,12 @@ def worst_case(results: Results, label: str, judge: str, epsilon: float) -> Wors
         return None
     base = {n: p.value for n, p in untouched(results, label).items() if n.startswith("utility/")}
     first = min(seed for cell in grid for seed in cell.seeds)
-    conditional = any(_loss(base, row) is not None for c in grid for s in c.seeds for t, row in c.rows[s].items() if t)
+    conditional = any(
+        utility_loss(base, row) is not None for c in grid for s in c.seeds for t, row in c.rows[s].items() if t
+    )
 
     def usable(cell: Cell, seed: int) -> list[tuple[int, float]]:
-        losses = {step: _loss(base, row) for step, row in cell.rows[seed].items()} if conditional else {}
+        losses = {step: utility_loss(base, row) for step, row in cell.rows[seed].items()} if conditional else {}
         allowed = {step for step, loss in losses.items() if loss is not None and loss <= epsilon + TINY}
         return [(step, h) for step, h in cell.values(judge, seed) if step in allowed or not conditional]
 
@@ -285,7 +287,7 @@ def worst_case(results: Results, label: str, judge: str, epsilon: float) -> Wors
     )  # fmt: skip
 
 
-def _loss(base: dict[str, float], row: dict[str, Any]) -> float | None:
+def utility_loss(base: dict[str, float], row: dict[str, Any]) -> float | None:
     """Utility before the attack minus utility at a row, over the names that both have; None if there are none."""
     shared = [(value, row["scores"][name]["value"]) for name, value in base.items() if row["scores"].get(name)]
     return fmean(before - after for before, after in shared) if shared else None
