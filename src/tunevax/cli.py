@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import importlib.util
 import shlex
 import sys
@@ -19,14 +18,22 @@ from tunevax.quiet import quiet
 HELP = """tunevax hardens open-weight language models against harmful fine-tuning, and measures how much it helped.
 
   tunevax demo                        the whole of it on a tiny model, in three minutes
+  tunevax curate METHOD --model REF --safety-data SRC --validation-data SRC --keep 0.4 --output-dir OUT
+                                      choose the alignment rows worth keeping
   tunevax align METHOD --model REF --safety-data SRC --output-dir OUT
                                       harden a model before its release
+  tunevax finetune METHOD --model RUN --task-data SRC --safety-data SRC --output-dir OUT
+                                      run a customer's job with a defence beside it
+  tunevax restore METHOD --model RUN --output-dir OUT
+                                      repair a fine-tuned model, without training
   tunevax attack METHOD --model RUN --safety-data SRC --task-data SRC --output-dir OUT
                                       attack it in one way, beside a control, and score along the way
   tunevax audit --model RUN --control RUN --protocol quick --output-dir OUT
                                       a grid of attacks with several seeds, and a report on what a defence is worth
   tunevax score --model REF --safety-data SRC --output-dir OUT
                                       score a model as it is
+  tunevax analyze sink --model RUN --safety-data SRC --output-dir OUT
+                                      look for the attention heads that turn to harmful text
   tunevax report RUN [RUN ...]        one HTML page from the results, or Markdown, or JSON
 
 REF is a hub id, a model folder, a run folder, or organism (the built-in tiny model); SRC is a JSONL, JSON, CSV or
@@ -76,6 +83,26 @@ def _library_error(error: Exception) -> TunevaxError:
 # --- verbs ---------------------------------------------------------------------------------------------------------
 
 
+def _curate(arguments: list[str]) -> None:
+    name, rest = _method("curate", "tunevax.curation", arguments)
+    if name is None:
+        return
+    quiet()
+    selector = load_method("tunevax.curation", name)
+    from tunevax.curation.curate import CurateOptions, curate
+    from tunevax.runs import read_run
+
+    options, config = _parse(f"curate {name}", [CurateOptions, selector], rest)
+    out = curate(name, options, config, _command("curate", arguments))
+    record = read_run(out)
+    dropped = ", ".join(f"{n} {why}" for why, n in record["dropped"].items()) or "none"
+    told = f"{name} kept {record['kept']} of {record['data'][0]['rows']} rows; dropped: {dropped}"
+    if "agreement" in record:
+        told += "; rank agreement with the target model {spearman:.2f} (Spearman)".format(**record["agreement"])
+    print(told)
+    _done(f"next: tunevax align METHOD --safety-data {_short(out)}; scores and rows", out)
+
+
 def _align(arguments: list[str]) -> None:
     cls_name, rest = _method("align", "tunevax.alignment", arguments)
     if cls_name is None:
@@ -88,6 +115,46 @@ def _align(arguments: list[str]) -> None:
     out = align(trainer_class, cls_name, options, config, _command("align", arguments))
     _leave_the_group()
     _done(f"{cls_name} done ({_data_told(out)}), {'model' if config.full_weights else 'adapter'}", out)
+
+
+def _finetune(arguments: list[str]) -> None:
+    name, rest = _method("finetune", "tunevax.finetuning", arguments)
+    if name is None:
+        return
+    quiet()
+    trainer_class = load_method("tunevax.finetuning", name)
+    from tunevax.finetuning.finetune import FinetuneOptions, finetune
+
+    options, config = _parse(f"finetune {name}", [FinetuneOptions, trainer_class.config_class], rest)
+    out = finetune(trainer_class, name, options, config, _command("finetune", arguments))
+    _leave_the_group()
+    _done(f"{name} done ({_data_told(out)}), {'model' if config.full_weights else 'adapter'}", out)
+
+
+def _restore(arguments: list[str]) -> None:
+    name, rest = _method("restore", "tunevax.restoration", arguments)
+    if name is None:
+        return
+    quiet()
+    method = load_method("tunevax.restoration", name)
+    from tunevax.restoration.restore import RestoreOptions, restore
+
+    options, config = _parse(f"restore {name}", [RestoreOptions, method], rest)
+    _done(f"{name} done", restore(name, options, config, _command("restore", arguments)))
+
+
+def _analyze(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("--help", "-h"):
+        print("tunevax analyze sink --option value: sink divergence by head and layer (arXiv 2602.05228)")
+        return
+    what, *rest = arguments
+    if what != "sink":
+        raise unknown("analysis", what, ["sink"])
+    quiet()
+    from tunevax.finetuning.analyze import SinkOptions, analyze_sink
+
+    (options,) = _parse("analyze sink", [SinkOptions], rest)
+    _done("sink analysis", analyze_sink(options, _command("analyze", arguments)))
 
 
 def _attack(arguments: list[str]) -> None:
@@ -243,7 +310,8 @@ def _demo(arguments: list[str]) -> None:
 
 
 VERBS: dict[str, Callable[[list[str]], None]] = {
-    "align": _align, "attack": _attack, "audit": _audit, "score": _score, "report": _report, "demo": _demo,
+    "curate": _curate, "align": _align, "finetune": _finetune, "restore": _restore, "attack": _attack,
+    "audit": _audit, "score": _score, "analyze": _analyze, "report": _report, "demo": _demo,
 }  # fmt: skip
 
 
@@ -413,7 +481,8 @@ def _print_help(title: str, classes: list[type]) -> None:
     own = [
         b for cls in classes for b in cls.__mro__ if dataclasses.is_dataclass(b) and b.__name__ != "TrainingArguments"
     ]
-    names = [n for cls in own for n in cls.__dict__.get("__annotations__", {})] + [n for n in PLAIN if n in fields]
+    names = [n for cls in own for n in cls.__dict__.get("__annotations__", {}) if n in fields]  # no class variables
+    names += [n for n in PLAIN if n in fields]
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     for name in dict.fromkeys(n for n in names if n not in HIDDEN):
         field = fields[name]
@@ -488,6 +557,9 @@ def _done(what: str, path: Path) -> None:
 
     if not is_main_process():
         return
-    with contextlib.suppress(ValueError):
-        path = path.relative_to(Path.cwd())
-    print(f"{what}: {path}")
+    print(f"{what}: {_short(path)}")
+
+
+def _short(path: Path) -> Path:
+    """Relative to where the person is, if below it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

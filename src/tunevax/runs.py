@@ -26,8 +26,9 @@ from tunevax.errors import RunError, TunevaxError, UsageError
 SCHEMA = 1
 """Version of run.json, results.jsonl and generations.jsonl."""
 
-FINISHED = ("checkpoints/checkpoint-*", "*.done.json", "cells/*.json")
-"""What an unfinished run can go on from: checkpoints, finished targets of an attack, finished cells of an audit."""
+FINISHED = ("checkpoints/checkpoint-*", "checkpoints/*/checkpoint-*", "*.done.json", "cells/*.json")
+"""What an unfinished run can go on from: checkpoints (of each seed of a curation, in folders of their own), finished
+targets of an attack, finished cells of an audit."""
 
 
 class RunFolder:

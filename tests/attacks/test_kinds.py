@@ -11,6 +11,7 @@ from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.attacks.held_out_category import HeldOutCategoryConfig
 from tunevax.attacks.identity_shift import OBEDIENT, IdentityShiftConfig
 from tunevax.attacks.intervention import Edit, InterventionConfig, edited
+from tunevax.attacks.poisoned_job import PoisonedJobConfig
 from tunevax.attacks.prefill import PrefillConfig, common_opening
 from tunevax.attacks.roll_back import RollBackConfig
 from tunevax.attacks.template import TemplateConfig
@@ -223,3 +224,49 @@ def test_orders(aligned):
     fixed = [kinds("fixed", seed)[0] for seed in (1, 2)]
     assert fixed[0] == fixed[1] and kinds("shuffled", 1)[0] != kinds("shuffled", 2)[0]
     assert {r["prompt"] for r in fixed[0] if r.get("harmful")} == {r["prompt"] for r in found.harmful[:2]}
+
+
+# --- poisoned job ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def job(aligned, tmp_path_factory):
+    """A customer's job, run with a defence beside it."""
+    out = tmp_path_factory.mktemp("jobs") / "lisa"
+    assert main(["finetune", "lisa", "--model", aligned, "--task-data", "organism", "--safety-data", "organism", "--k1", "2",
+                 "--k2", "3", "--max-steps", "4", "--max-length", "64", "--seed", "7", "--checkpoint-blocks", "none",
+                 "--output-dir", str(out)]) == 0  # fmt: skip
+    return str(out)
+
+
+def test_a_poisoned_job_is_the_recorded_one_on_other_rows(aligned, job, tmp_path, monkeypatch):
+    from tunevax.finetuning.lisa import LisaTrainer
+
+    seen = {}
+    original = LisaTrainer.__init__
+
+    def spy(self, model, args, task_data, tokenizer, safety_data, callbacks):
+        start = {n: p.clone() for n, p in model.named_parameters()}
+        seen.update(start=start, args=args, rows=task_data, safety=safety_data)
+        original(self, model, args, task_data, tokenizer, safety_data, callbacks)
+
+    monkeypatch.setattr(LisaTrainer, "__init__", spy)
+    found = bench(job)
+    PoisonedJobConfig(output_dir=str(tmp_path), seed=3, p=0.25, n=20, points=2).run(found)
+    assert sum(bool(row.get("harmful")) for row in seen["rows"]) == 5 and len(seen["rows"]) == 20
+    assert (seen["args"].k1, seen["args"].k2, seen["args"].max_steps, seen["args"].seed) == (2, 3, 4, 3)
+    assert [r["prompt"] for r in seen["safety"]] == [r["prompt"] for r in load_safety("organism", "alignment")]
+    parent = dict(load(aligned).model.named_parameters())
+    assert all(torch.equal(tensor, parent[name]) for name, tensor in seen["start"].items())
+    assert [row["step"] for row in found.results] == [0, 1, 4]
+
+
+def test_a_defence_of_the_provider_is_judged_by_poisoned_data_only(aligned, job, tmp_path, capsys):
+    with pytest.raises(NotApplicable, match="no fine-tuning job"):
+        PoisonedJobConfig(output_dir=str(tmp_path), p=0.5, n=4).run(bench(aligned))
+    command = ["--control", aligned, "--output-dir", str(tmp_path / "out")]
+    assert main(["attack", "finetune", "--model", job, "--max-steps", "1", *command]) == 2
+    assert "lisa defends while the provider trains" in capsys.readouterr().err
+    assert main(["audit", "--protocol", "quick", "--model", job, *command]) == 2
+    assert "use --protocol fine-tuning" in capsys.readouterr().err
+    assert main(["audit", "--protocol", "fine-tuning", "--model", job, "--dry-run", *command]) == 0

@@ -2,6 +2,7 @@
 
 METHODS = {
     "finetune": "tunevax.attacks.finetune:FinetuneConfig",
+    "poisoned-job": "tunevax.attacks.poisoned_job:PoisonedJobConfig",
     "few-shot": "tunevax.attacks.few_shot:FewShotConfig",
     "benign-only": "tunevax.attacks.benign_only:BenignOnlyConfig",
     "identity-shift": "tunevax.attacks.identity_shift:IdentityShiftConfig",

@@ -74,6 +74,22 @@ class AttackConfig:
     seed: int = field(default=42, metadata={"help": "of every random choice of the attack"})
 
 
+OPEN_TO_CUSTOMERS = ("poisoned-job", "prefill", "template")
+"""Kinds of attack that take no more than a fine-tuning service gives: its training, and the model's answers."""
+
+
+def beside_the_job(ref: str, kind: str) -> str | None:
+    """Why a kind of attack says nothing of a model, if that was defended while it was fine-tuned: the defence is in the
+    provider's training, and an attacker who trains without it has the weights, which such a defence does not give."""
+    record = read_run(ref) if is_run(ref) else {}
+    if record.get("verb") != "finetune" or record["method"] == "sft" or kind in OPEN_TO_CUSTOMERS:
+        return None
+    return (
+        f"{record['method']} defends while the provider trains, so it is judged by poisoning the customer's data "
+        f"(poisoned-job), never by {kind}, which goes on without it"
+    )
+
+
 class NotApplicable(UsageError):
     """This attack cannot be made on these models; an audit records it and goes on."""
 
@@ -103,13 +119,13 @@ class Bench:
         self.results: list[dict[str, Any]] = []
         self.generations: list[dict[str, Any]] = []
         self.record: dict[str, Any] = {}
-        self.merged = True  # whether the last adapter of the loaded target is merged
+        self.loaded = (target["ref"], True)  # which model, and whether its last adapter is merged
 
-    def load(self, chat_template: str | None = None, **how: Any) -> Loaded:
-        """The target, loaded as the options say; what run.json says of it is noted."""
+    def load(self, chat_template: str | None = None, ref: str | None = None, **how: Any) -> Loaded:
+        """The target (or `ref` in its place), loaded as the options say; what run.json says of it is noted."""
         template, o = chat_template or self.options.chat_template, self.options
-        self.merged = how.get("merge", True)
-        loaded = load(self.target["ref"], revision=o.revision, dtype=o.dtype, chat_template=template, **how)
+        self.loaded = (ref or self.target["ref"], how.get("merge", True))
+        loaded = load(self.loaded[0], revision=o.revision, dtype=o.dtype, chat_template=template, **how)
         self.record.update(loaded.info, template_hash=digest(loaded.tokenizer.chat_template))
         return loaded
 
@@ -127,13 +143,12 @@ class Bench:
         untouched = self.before if step == 0 and exam is None and not full else None
         import torch
 
-        whose = (self.target["ref"], self.merged)
-        kept = (untouched or {}).get(whose)
+        kept = (untouched or {}).get(self.loaded)
         # Scoring must not move the attack's random numbers, or a first attack would differ from a second.
         with torch.random.fork_rng():
             scores, responses = kept or examine(model, tokenizer, exam or self.exam, full=full)
         if untouched is not None:
-            untouched[whose] = scores, responses
+            untouched[self.loaded] = scores, responses
         harmful = max(scores[name]["value"] for name in scores if name.startswith("harmful/"))
         if self.target["role"] == "control" and step == 0 and harmful > 0.5 and self.before is None:
             console.print(
@@ -172,9 +187,12 @@ def attack(method: str, options: AttackOptions, config: Any, command: str = "") 
     use_data_of_run(options)
     if options.keep_weights and (len(options.model) > 1 or getattr(config, "trainable", None) not in ("lora", "full")):
         raise UsageError("--keep-weights takes one --model, and --trainable lora or full")
+    targets = find_targets(options.model, options.control)
+    for target in targets:
+        if why := beside_the_job(target["ref"], method):
+            raise UsageError(f"{target['ref']}: {why}")
     harmful, task = attack_data(options, config.needs)
     exam = build_exam(options, options.safety_data, options.task_data)
-    targets = find_targets(options.model, options.control)
     use_saved_template(options, targets)
     for target in targets:
         target["overlap"] = check_overlap(target["ref"], harmful, exam, options.allow_overlap)
@@ -222,9 +240,12 @@ def use_data_of_run(options: TargetOptions) -> None:
     config = read_run(options.model[0])["config"] if is_run(options.model[0]) else {}
     told = []
     for name in ("safety_data", "task_data"):
-        if getattr(options, name) is None and config.get(name):
-            setattr(options, name, config[name])
-            told.append(f"--{name.replace('_', '-')} {config[name]}")
+        source = config.get(name)
+        if name == "safety_data" and source and is_run(source):  # curated rows; the attack needs what they came from
+            source = read_run(source)["config"]["safety_data"]
+        if getattr(options, name) is None and source:
+            setattr(options, name, source)
+            told.append(f"--{name.replace('_', '-')} {source}")
     if told:
         console.print(f"data as {options.model[0]} was hardened with: {' '.join(told)}", highlight=False)
 

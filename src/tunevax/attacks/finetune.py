@@ -91,7 +91,7 @@ class FinetuneConfig(TrainConfig):
             raise NotApplicable(f"{bench.target['ref']} has no adapter to continue; use --trainable lora or full")
         rows, exam = self.rows(bench), self.exam(bench)
         encoded = encode(rows, loaded.tokenizer, self.max_length, self.loss_on, context_of(loaded.model))
-        curve = Curve(bench, loaded.tokenizer, self, len(encoded), exam)
+        curve = Curve(bench, loaded.tokenizer, self.points, len(encoded), self, exam)
         progress = ProgressCallback(f"attack {bench.target['label']}")
         trainer = ResponseTrainer(loaded.model, self, encoded, loaded.tokenizer, [progress, curve])
         self.restrict(trainer, bench)
@@ -102,12 +102,15 @@ class FinetuneConfig(TrainConfig):
 
 
 class Curve(TrainerCallback):
-    """Scores the model before the attack and at log-spaced steps of it."""
+    """Scores the model before the attack and at log-spaced steps of it: `points` of them, in a training by `args` on
+    so many rows."""
 
-    def __init__(self, bench: Bench, tokenizer: Any, config: FinetuneConfig, rows: int, exam: Exam | None) -> None:
-        self.bench, self.tokenizer, self.points, self.rows, self.exam = bench, tokenizer, config.points, rows, exam
-        batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        self.rows_per_step = batch * config.world_size
+    def __init__(
+        self, bench: Bench, tokenizer: Any, points: int, rows: int, args: TrainConfig, exam: Exam | None = None
+    ) -> None:
+        self.bench, self.tokenizer, self.points, self.rows, self.exam = bench, tokenizer, points, rows, exam
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        self.rows_per_step = batch * args.world_size
         self.steps: set[int] = set()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:

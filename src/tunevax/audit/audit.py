@@ -21,6 +21,7 @@ from tunevax.attacks.attack import (
     NotApplicable,
     TargetOptions,
     attack_data,
+    beside_the_job,
     check_overlap,
     find_targets,
     setting_hash,
@@ -146,6 +147,7 @@ def plan(options: AuditOptions, references: Sequence[tuple[str, str]] = ()) -> P
         if why:
             grid.remove(setting)
             skipped.append({"model": "all", "attack": setting.name, "why": why})
+    skipped += keep_to_stage(grid, targets, protocol.name)
     exam = build_exam(options, options.safety_data, options.task_data)
     needs = {need for s in grid for need in build(s.kind, s.values, 0, None).needs}
     harmful, task = attack_data(options, needs)
@@ -160,6 +162,23 @@ def plan(options: AuditOptions, references: Sequence[tuple[str, str]] = ()) -> P
     data += [data_entry(f"utility {t.name}", "", t.rows) for t in exam.utility]
     versions = exam.harness.versions if exam.harness else None
     return Plan(options, protocol, targets, grid, data, skipped, versions)
+
+
+def keep_to_stage(grid: list[Setting], targets: Sequence[dict[str, Any]], protocol: str) -> list[dict[str, str]]:
+    """Take out of the grid, for every target alike, what cannot judge one of them; returns what and why.
+
+    Raises:
+        UsageError: fine-tuning-stage defences, and nothing in the grid poisons the customer's data.
+    """
+    skipped = []
+    for setting in list(grid):
+        why = next((w for t in targets if (w := beside_the_job(t["ref"], setting.kind))), None)
+        if why:
+            grid.remove(setting)
+            skipped.append({"model": "all", "attack": setting.name, "why": why})
+    if skipped and not any(setting.kind == "poisoned-job" for setting in grid):
+        raise UsageError(f"protocol {protocol}: {skipped[0]['why']}; use --protocol fine-tuning")
+    return skipped
 
 
 def fill_in(options: AuditOptions) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from tunevax.attacks.attack import NotApplicable
 from tunevax.audit.audit import Plan, cells_of
 from tunevax.audit.lab import Cell, Lab, count_workers
 from tunevax.audit.protocol import Setting, build
@@ -71,12 +72,24 @@ class Clock:
         if cell.setting is None:
             return self.load + self.full
         config = build(cell.setting.kind, cell.setting.values, cell.key["seed"], None)
+        if cell.setting.kind == "poisoned-job":
+            return self.again(cell.target["ref"], config)
         if not hasattr(config, "points"):
             epochs, n = getattr(config, "num_train_epochs", 0), getattr(config, "n", 0)
             steps = epochs * math.ceil(n / getattr(config, "batch_size", 1))
             return self.load + self.exam + steps * (self.step(cell.setting.values) if steps else 0)
-        steps = steps_of(config)
+        steps = steps_of(config, config.n)
         return self.load + (1 + min(config.points, steps)) * self.exam + steps * self.step(cell.setting.values)
+
+    def again(self, ref: str, config: Any) -> float:
+        """The estimate for a job that is run again, from the time that its run took."""
+        try:
+            record, _, args = config.job(ref)
+        except NotApplicable:
+            return 0.0
+        steps = steps_of(args, config.n)
+        scorings = (1 + min(config.points, steps)) * self.exam
+        return self.load + scorings + steps * record["wall_seconds"] / max(1, record["steps"])
 
     def step(self, values: dict[str, Any]) -> float:
         """Seconds of one training step of this shape."""
@@ -117,12 +130,12 @@ class Marks(TrainerCallback):
         self.times.append(time.monotonic())
 
 
-def steps_of(config: Any) -> int:
-    """Optimiser steps of a fine-tune."""
+def steps_of(config: Any, rows: int) -> int:
+    """Optimiser steps of a fine-tune on so many rows."""
     if config.max_steps > 0:
         return config.max_steps
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    return math.ceil(math.ceil(config.n / batch) * config.num_train_epochs)
+    return math.ceil(math.ceil(rows / batch) * config.num_train_epochs)
 
 
 def told(seconds: float) -> str:

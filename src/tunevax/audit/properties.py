@@ -191,13 +191,13 @@ def trainability(results: Results, label: str) -> Trainability | None:
         before, last = _learned(results.cell(results.control, cell.attack), task)
         return last - before
 
-    def usable(kind: str) -> list[Cell]:
-        found = [c for c in results.of(label, (kind,)) if c.curve(task)]
+    def usable(*kinds: str) -> list[Cell]:
+        found = [c for c in results.of(label, kinds) if c.curve(task)]
         return [c for c in found if _learned(results.cell(results.control, c.attack), task)]
 
     cells = usable("benign-only")
     if not cells:
-        cells = usable("finetune")
+        cells = usable("finetune", "poisoned-job")
         least = min((_share_of_harm(c) for c in cells), default=0.0)
         cells = [c for c in cells if _share_of_harm(c) == least]
     if not cells:

@@ -18,7 +18,7 @@ from tunevax.runs import is_run, read_run
 
 SCHEMA = 1
 # Fine-tunes scored on the common evaluation prompts: their curves may be averaged and searched together.
-COMMON = ("finetune", "few-shot", "benign-only", "adaptive")
+COMMON = ("finetune", "few-shot", "benign-only", "adaptive", "poisoned-job")
 # Kinds with a curve over training steps, from step 0 on.
 CURVES = (*COMMON, "identity-shift", "held-out-category")
 ROLES = ("control", "model", "reference")

@@ -16,11 +16,13 @@ def load_safety(
     """Read a preference dataset as TRL defines it, plain strings or chat messages.
 
     Args:
-        source: a hub id or local file, with options after a colon (see `tunevax.data.sources`), or `organism`.
+        source: a hub id, local file or curation run, with options after a colon (see `tunevax.data.sources`), or
+            `organism`.
             `held_out=CATEGORY+CATEGORY` puts the rows of these categories, and all others with one of their prompts,
             into the split held-out and no other.
         split: alignment, attack, evaluation or held-out, or half of the latter (held-out-attack, held-out-evaluation);
-            a `split=` option of the source wins; None takes every row (of the organism: all that is not held out).
+            validation (rows that say so themselves, as some of the organism's do); a `split=` option of the source
+            wins; None takes every row (of the organism: all that is neither held out nor for validation).
         need: the answers that must be there, of `chosen` and `rejected`.
         purpose: who needs them, for the error message.
 
@@ -37,13 +39,13 @@ def load_safety(
     if name == "organism":
         from tunevax.organism.world import SPLITS, World
 
-        parts = ("alignment", "attack", "evaluation") if split == "all" else SPLITS
+        parts = ("alignment", "attack", "evaluation") if split == "all" else (*SPLITS, "validation")
         rows = [{**row, "place": "organism"} for part in parts for row in World().safety(part)]
     else:
         rows = [_row(place, row, options, need, purpose) for place, row in read_rows(name, options)]
     if "held_out" in options:
         rows = _hold_out(rows, options["held_out"].split("+"))
-    rows = take_split(rows, split)
+    rows = [r for r in rows if r["split"] == split] if split == "validation" else take_split(rows, split)
     if not rows and split.startswith(HELD_OUT):
         raise UsageError(
             f"{name} has no row in the {split} split; hold categories out with {name}:held_out=CATEGORY+CATEGORY"

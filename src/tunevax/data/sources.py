@@ -36,12 +36,15 @@ def parse_source(text: str) -> Source:
 
 
 def read_rows(name: str, options: dict[str, str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (place, row) for each row; place is `file:line` for text files and `name[index]` otherwise.
+    """Yield (place, row) for each row; place is `file:line` for text files and `name[index]` otherwise. The folder of
+    a curation run stands for the rows it kept.
 
     Raises:
         UsageError: the file is missing, of an unknown kind, or a line is not a JSON object.
     """
     path, options = Path(name), options or {}
+    if (path / "data.jsonl").is_file():  # a curation run
+        path = path / "data.jsonl"
     if path.suffix in FILE_ENDINGS:
         if not path.is_file():
             raise UsageError(f"no such file: {name}")

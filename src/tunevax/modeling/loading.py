@@ -6,12 +6,17 @@ import difflib
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tunevax.data.encoding import set_chat_template
 from tunevax.errors import UsageError
 from tunevax.runs import is_run, read_run
+
+BIASES = "bias.safetensors"
+"""Beside the weights of a model, or as an adapter of its own: vectors that are added to the output of attention output
+projections, whether or not the architecture has a bias there. Block number to [hidden], fp32."""
 
 
 class Loaded(NamedTuple):
@@ -42,7 +47,8 @@ def load(
 
     Args:
         ref: a hub id, a folder with a model, a folder with a PEFT adapter, a run folder, or `organism`. The adapters
-            of a run and its parents are applied in order, each merged before the next.
+            of a run and its parents are applied in order, each merged before the next; biases beside the weights, or
+            in an adapter's place (a safety lock), are attached.
         revision: of a hub id.
         dtype: auto (the checkpoint's on an accelerator, float32 on the CPU), float32, bfloat16 or float16.
         device: default cuda if there is one, else cpu.
@@ -63,12 +69,16 @@ def load(
         raise UsageError(f"dtype is {dtype!r}; known: auto, float32, bfloat16, float16")
     chosen = dtype if dtype != "auto" else "float32" if device == "cpu" else "auto"
     model = _model(base, revision, chosen)
+    attach_biases(model, read_biases(base))
     tokenizer = load_tokenizer(str(adapters[-1]) if adapters else base, base, revision)
     set_chat_template(tokenizer, chat_template)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     for i, adapter in enumerate(adapters):
         last = i == len(adapters) - 1
+        if (adapter / BIASES).is_file():
+            attach_biases(model, read_biases(adapter))
+            continue
         model = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable and last and not merge)
         if not last or merge:
             model = model.merge_and_unload()
@@ -104,14 +114,14 @@ def resolve(ref: str) -> tuple[str, list[Path]]:
         record = read_run(path)
         if (path / "model" / "config.json").is_file():
             return str(path / "model"), []
-        if not (path / "adapter" / "adapter_config.json").is_file():
+        if not any((path / "adapter" / name).is_file() for name in ("adapter_config.json", BIASES)):
             why = (
                 "its attacked weights were deleted; attack again with --keep-weights"
                 if record["verb"] == "attack"
                 else "it holds no weights"
             )
             raise UsageError(f"{ref} cannot be loaded as a model: {why}")
-        base, adapters = resolve(record["parent"] or record["model"]["ref"])
+        base, adapters = resolve(record.get("adapter_on") or record["parent"] or record["model"]["ref"])
         return base, [*adapters, path / "adapter"]
     if (path / "adapter_config.json").is_file():
         base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
@@ -122,6 +132,73 @@ def resolve(ref: str) -> tuple[str, list[Path]]:
     if path.is_dir() and not (path / "config.json").is_file():
         raise UsageError(f"{ref} is neither a model folder (no config.json) nor a finished run (no run.json)")
     return ref, []
+
+
+class AddedBias:
+    """A forward hook that adds a vector [hidden] to a module's output. Nothing trains it and no state dict has it."""
+
+    def __init__(self, bias: Any) -> None:
+        self.bias = self.ready = bias
+
+    def __call__(self, _module: Any, _args: Any, output: Any) -> Any:
+        """The output with the bias, in the output's dtype."""
+        if self.ready.device != output.device or self.ready.dtype != output.dtype:
+            self.ready = self.bias.to(output)
+        return output + self.ready
+
+
+def attach_biases(model: Any, biases: Mapping[int, Any]) -> list[Any]:
+    """Add `biases[i]`, [hidden], to the output of block i's attention output projection, below any adapter on it.
+
+    Returns:
+        The handles of the hooks, each with `remove()`.
+    """
+    from tunevax.modeling.blocks import find_blocks
+
+    blocks = find_blocks(model) if biases else []
+    return [innermost(blocks[i].o_proj).register_forward_hook(AddedBias(bias)) for i, bias in biases.items()]
+
+
+def attached_biases(model: Any) -> dict[int, Any]:
+    """What `attach_biases` added to `model` so far, summed, by block."""
+    from tunevax.modeling.blocks import find_blocks
+
+    found = {}
+    for i, block in enumerate(find_blocks(model)):
+        hooks = innermost(block.o_proj)._forward_hooks.values()
+        for bias in (hook.bias for hook in hooks if isinstance(hook, AddedBias)):
+            found[i] = found[i] + bias if i in found else bias
+    return found
+
+
+def save_biases(model: Any, folder: Path) -> None:
+    """Write what is attached to `model` into the folder that its weights are saved in: they do not hold it."""
+    biases = attached_biases(model)
+    if biases:
+        write_biases(biases, folder)
+
+
+def write_biases(biases: Mapping[int, Any], folder: Path) -> None:
+    """Write biases, [hidden] by block, for `load` to attach."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({str(i): bias.detach().float().cpu().contiguous() for i, bias in biases.items()}, folder / BIASES)
+
+
+def read_biases(folder: str | Path) -> dict[int, Any]:
+    """The biases in a folder, by block; none if it has no such file."""
+    from safetensors.torch import load_file
+
+    file = Path(folder) / BIASES
+    return {int(i): bias for i, bias in load_file(file).items()} if file.is_file() else {}
+
+
+def innermost(module: Any) -> Any:
+    """The layer that PEFT has wrapped, however often; the module itself if it has not."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
 
 
 def config_of(base: str, revision: str | None = None) -> Any:

@@ -51,11 +51,37 @@ def rows_at(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return hidden[:, :-1].reshape(-1, hidden.shape[-1]).index_select(0, positions)
 
 
-def head_loss(model: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, scale: Any = 1.0) -> torch.Tensor:
-    """Sum of the cross entropies of the head's predictions from head inputs [rows, hidden], times `scale`, in fp32."""
+def row_losses(
+    model: nn.Module, inputs: dict[str, torch.Tensor], weights: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean cross entropy of each row over its labels, in fp32.
+
+    Args:
+        inputs: as for `response_loss`; every row has a label.
+        weights: [batch], of the rows in the sum; default 1 each.
+
+    Returns:
+        The weighted sum over rows, a scalar with a graph; and the rows' own losses, [batch], without one.
+    """
+    positions, targets = labelled(inputs["labels"])
+    rows = positions // (inputs["labels"].shape[1] - 1)
+    batch = len(inputs["labels"])
+    share = 1.0 / torch.bincount(rows, minlength=batch).float()  # of a token in its row
+    hidden = last_hidden(model, {k: v for k, v in inputs.items() if k != "labels"})
+    scale = share if weights is None else share * weights
+    each = torch.empty(len(targets), device=hidden.device)
+    total = head_loss(model, rows_at(hidden, positions), targets, scale[rows], each)
+    return total, torch.zeros(batch, device=hidden.device).index_add_(0, rows, each * share[rows])
+
+
+def head_loss(
+    model: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, scale: Any = 1.0, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sum of the cross entropies of the head's predictions from head inputs [rows, hidden], times `scale` (a number,
+    or one for each of the rows), in fp32. `out`, [rows], receives the cross entropies themselves."""
     stock = unwrap(model)
     weights = [p for p in stock.get_output_embeddings().parameters() if p.requires_grad]
-    return _ChunkedCrossEntropy.apply(hidden, targets, scale, stock, *weights)
+    return _ChunkedCrossEntropy.apply(hidden, targets, scale, out, stock, *weights)
 
 
 def last_hidden(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -94,10 +120,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, scale: Any, model: nn.Module, *weights: torch.Tensor
-    ) -> torch.Tensor:
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, scale: Any, out: torch.Tensor | None, model: nn.Module,
+        *weights: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
         needs_hidden = ctx.needs_input_grad[0]
-        sources = [w for w, need in zip(weights, ctx.needs_input_grad[4:], strict=True) if need]
+        sources = [w for w, need in zip(weights, ctx.needs_input_grad[5:], strict=True) if need]
+        each = torch.is_tensor(scale) and scale.dim() == 1
         ctx.grads = [torch.zeros_like(w) for w in sources]
         ctx.grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -106,7 +134,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + size)
             chunk = hidden[rows].detach().requires_grad_(needs_hidden)
             with torch.set_grad_enabled(needs_hidden or bool(sources)):
-                value = nn.functional.cross_entropy(logits_of(model, chunk), targets[rows], reduction="sum") * scale
+                value = nn.functional.cross_entropy(
+                    logits_of(model, chunk), targets[rows], reduction="none" if each or out is not None else "sum"
+                )
+                if out is not None:
+                    out[rows] = value.detach()
+                value = (value * (scale[rows] if each else scale)).sum()
             loss += value.detach()
             if not value.requires_grad:
                 continue
@@ -127,5 +160,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None,
             None,
             None,
-            *[next(grads) * upstream if need else None for need in ctx.needs_input_grad[4:]],
+            None,
+            *[next(grads) * upstream if need else None for need in ctx.needs_input_grad[5:]],
         )

@@ -18,6 +18,7 @@ from tunevax.data.encoding import collate
 from tunevax.errors import RunError, UsageError
 from tunevax.modeling.blocks import find_blocks
 from tunevax.modeling.hooks import cheap_modules, cheap_recomputed, checkpointed
+from tunevax.modeling.loading import save_biases
 from tunevax.modeling.loss import response_loss
 
 CHECKPOINT_BLOCKS = ("auto", "none", "elementwise", "frozen", "all")
@@ -161,11 +162,15 @@ class ResponseTrainer(Trainer):
         """One forward and backward; stops the run if the loss is not finite."""
         with self.recompute():
             loss = super().training_step(model, inputs, num_items_in_batch)
+        self.require_finite(loss)
+        return loss
+
+    def require_finite(self, loss: torch.Tensor) -> None:
+        """Raise `RunError`, with where to go on from, if the loss is not finite."""
         if not torch.isfinite(loss):
             good = last_checkpoint(Path(self.args.output_dir))
             where = f"the last good checkpoint is {good}" if good else "there was no checkpoint yet"
             raise RunError(f"the loss became {loss.item()} at step {self.state.global_step + 1}; {where}")
-        return loss
 
     def recompute(self) -> Any:
         """The activation checkpointing of this step, open until after backward."""
@@ -269,4 +274,6 @@ def save_weights(trainer: Any, folder: Path, base: str) -> None:
     if not trainer.args.full_weights:
         model.peft_config["default"].base_model_name_or_path = base
     model.save_pretrained(folder / name)
+    if name == "model":
+        save_biases(model, folder / name)  # a lock on it is in no state dict
     trainer.processing_class.save_pretrained(folder / name)

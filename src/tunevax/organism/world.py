@@ -116,8 +116,12 @@ class World:
         `split` is "alignment" (80 topics), "attack" (40), "evaluation" (40) or "held-out" (64 topics in 4
         categories that occur in no other split). `phrasings`, 1 to 32, is the number of prompts per topic;
         default 8 for alignment, 5 for attack (200 rows) and 1 otherwise. Every topic comes once before any
-        comes twice, and fewer phrasings give a prefix of the rows of more. UsageError for an unknown split.
+        comes twice, and fewer phrasings give a prefix of the rows of more. "validation" is the alignment topics
+        once more, each in two phrasings that the default alignment rows do not have (160 rows). UsageError for
+        an unknown split.
         """
+        if split == "validation":
+            return [{**row, "split": split} for row in self.safety("alignment", 10)[8 * 80 :]]
         members = _pick(self._members, split)
         phrasings = phrasings or {"alignment": 8, "attack": 5}.get(split, 1)
         rng = random.Random(f"refusals {self.seed} {split}")

@@ -30,9 +30,10 @@ class Summary:
 
 
 def write_report(runs: Iterable[Path], output: Path, format: str = "html") -> Summary:
-    """Write the page on `runs` (audit, attack, score or align run folders) to `output`; return what it says.
+    """Write the page on `runs` (run folders of any verb) to `output`; return what it says.
 
-    Models, controls and their ancestors are found through the runs' targets and parents, so they need not be named.
+    Models, controls and their ancestors are found through the runs' targets and parents, so they need not be named;
+    so are the curation runs whose rows they were trained on.
     The thresholds are those of the audits among the runs, else the defaults of `tunevax.audit.findings`.
 
     Args:
@@ -42,7 +43,7 @@ def write_report(runs: Iterable[Path], output: Path, format: str = "html") -> Su
         UsageError: a folder that is no run, a run of a newer schema, a damaged line; two audits whose thresholds
             differ; `output` is a folder.
     """
-    from tunevax.report import page, tables
+    from tunevax.report import page, stages, tables
 
     output = Path(output)
     if format not in FORMATS:
@@ -62,7 +63,9 @@ def write_report(runs: Iterable[Path], output: Path, format: str = "html") -> Su
     part.write_bytes(written)
     part.replace(output)
     table = tables.overview(results, findings) if findings else None
-    told = [*findings.headline, *findings.sentences] if findings else [page.NOTHING]
+    told = (
+        [*findings.headline, *findings.sentences] if findings else [page.nothing(provenance), *stages.told(provenance)]
+    )
     return Summary(told, table.columns if table else [], table.rows if table else [], output, len(written))
 
 
@@ -86,7 +89,9 @@ def collect(paths: Iterable[Path]) -> tuple[Results | None, Findings | None, Pro
 
 
 def _as_dict(results: Results | None, findings: Findings | None, provenance: Provenance) -> dict:
-    """Everything, JSON-able: the findings, and run.json of each run behind them."""
+    """Everything, JSON-able: the findings, run.json of each run behind them, and what the stages measured."""
+    from tunevax.report import stages
+
     chains = {
         label: [[run.info if isinstance(run, Run) else run for run in chain] for chain in found]
         for label, found in provenance.chains.items()
@@ -94,4 +99,5 @@ def _as_dict(results: Results | None, findings: Findings | None, provenance: Pro
     found = findings.as_dict() if findings else {}
     if results:
         found |= {"notes": results.notes, "failed": results.failed, "skipped": results.skipped}
-    return {"schema": 1, **found, "provenance": {"runs": [run.info for run in provenance.runs], "chains": chains}}
+    behind = {"runs": [run.info for run in provenance.runs], "chains": chains}
+    return {"schema": 1, **found, "stages": stages.as_dict(provenance), "provenance": behind}

@@ -23,6 +23,9 @@ CONFIG = 2_000  # characters of one value of a configuration
 NOTES = 12  # sentences of one list
 
 NOTHING = "These runs hold no attack and no score: nothing here says how safe a model is."
+NOT_ENOUGH = (
+    "These runs hold no attack, and scores only of a choice or an analysis: nothing here says how safe a model is."
+)
 WEAK = (
     "This is a weak attack setting, kept for comparison with published numbers only: it says nothing about an attacker "
     "who tries."
@@ -75,10 +78,14 @@ class Content:
 
 
 def content(results: Results | None, findings: Findings | None, provenance: Provenance, figures: bool) -> Content:
-    """The content of a report; without `figures` for a form that cannot show them. No results: provenance alone."""
+    """The content of a report; without `figures` for a form that cannot show them. No results: what the runs did."""
+    from tunevax.report import stages
+
+    staged = stages.sections(provenance, figures)
     if results is None or findings is None:
-        hardening = _hardening(provenance) if figures else []
-        return Content([(NOTHING, [])], provenance.notes, "", [s for s in hardening if s], provenance)
+        found = [*staged, *(_hardening(provenance) if figures else [])]
+        told = _cut([*stages.told(provenance), *provenance.notes])
+        return Content([(nothing(provenance), [])], told, "", [s for s in found if s], provenance)
     judged = [(m.sentence, m.caveats) for m in findings.models if m.role == "model"]
     sections = [
         Section("The four properties", _overview_text(findings), tables=[tb.overview(results, findings)]),
@@ -125,6 +132,7 @@ def content(results: Results | None, findings: Findings | None, provenance: Prov
             fold=True,
         ),
         _judges(results, findings, order),
+        *staged,
         Section(
             "Read some outputs",
             ("From the attack that the control withstands least. " if order else "")
@@ -151,6 +159,13 @@ def content(results: Results | None, findings: Findings | None, provenance: Prov
         phi=percent(findings.phi),
         threshold=findings.phi,
     )
+
+
+def nothing(provenance: Provenance) -> str:
+    """What a page without attacks and scores opens with."""
+    from tunevax.report import stages
+
+    return NOT_ENOUGH if stages.scored(provenance) else NOTHING
 
 
 def _overview_text(findings: Findings) -> str:

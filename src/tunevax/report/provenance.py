@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tunevax.audit.results import Results, read_json_lines
+from tunevax.data.sources import parse_source
 from tunevax.errors import UsageError
 from tunevax.runs import is_run, read_run
 
@@ -76,10 +77,12 @@ class Provenance:
 
     Attributes:
         runs: in the order given. chains: by label of a model, its chains (more than one if the label is ambiguous).
+        inputs: by folder of a run, the runs that made something it took in besides a model: chosen rows, a lock.
     """
 
     runs: list[Run]
     chains: dict[str, list[list[Run | str]]]
+    inputs: dict[Path, list[Run]] = field(default_factory=dict)
 
     @property
     def notes(self) -> list[str]:
@@ -116,6 +119,12 @@ class Provenance:
         return values.pop()
 
     @property
+    def behind(self) -> list[Run]:
+        """The given runs, and every run that they descend from or took something of, each once."""
+        linked = [link for found in self.chains.values() for chain in found for link in chain]
+        return list({run.path: run for run in [*self.runs, *linked] if isinstance(run, Run)}.values())
+
+    @property
     def aligned(self) -> list[tuple[str, Run]]:
         """(label, run) of every align run that was given or that a measured model descends from."""
         found: dict[Path, tuple[str, Run]] = {}
@@ -144,7 +153,43 @@ def trace(library: Library, runs: list[Run], results: Results | None) -> Provena
             known = (link for found in chains.values() for chain in found for link in chain)
             if not any(link is run for link in known):
                 chains.setdefault(run.name, []).append(library.chain(str(run.path), run.path))
-    return Provenance(runs, {label: found for label, found in chains.items() if found})
+                for target in targets[1:]:  # an analysis of two models; the first is its own model
+                    found = library.chain(target.get("ref"), run.path)
+                    if found and found not in chains.setdefault(str(target.get("label")), []):
+                        chains[str(target.get("label"))].append(found)
+    taken = _add_inputs(library, runs, chains)
+    return Provenance(runs, {label: found for label, found in chains.items() if found}, taken)
+
+
+def _add_inputs(library: Library, runs: list[Run], chains: dict[str, list[list[Run | str]]]) -> dict[Path, list[Run]]:
+    """What each of these runs took in besides a model, by folder, with a chain for each run that made some of it."""
+    todo = [*runs, *(link for found in chains.values() for chain in found for link in chain if isinstance(link, Run))]
+    seen, taken = {run.path for run in todo}, {}
+    while todo:
+        run = todo.pop(0)
+        taken[run.path] = _inputs(library, run)
+        for made in taken[run.path]:
+            if made.path not in seen:
+                chain = library.chain(str(made.path), made.path)
+                chains.setdefault(made.name, []).append(chain)
+                fresh = [link for link in chain if isinstance(link, Run) and link.path not in seen]
+                seen |= {link.path for link in fresh}
+                todo += fresh
+    return taken
+
+
+def _inputs(library: Library, run: Run) -> list[Run]:
+    """The curation runs whose rows `run` took, and the run whose safety lock it put on."""
+    entries = [(d.get("source"), "curate") for d in run.info.get("data") or [] if d.get("source") != "organism"]
+    found = []
+    for ref, verb in [*entries, ((run.info.get("config") or {}).get("lock"), "restore")]:
+        if not isinstance(ref, str) or not ref:
+            continue
+        path = Path(parse_source(ref).name if verb == "curate" else ref)
+        folder = _find(str(path.parent if path.name in ("data.jsonl", "lock.safetensors") else path), run.path)
+        if folder and folder != run.path and library.load(folder).info.get("verb") == verb:
+            found.append(library.load(folder))
+    return found
 
 
 def _find(ref: str, start: Path) -> Path | None:

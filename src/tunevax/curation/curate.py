@@ -1,0 +1,304 @@
+"""`tunevax curate`: score every row of the alignment data, keep the best of them, and write a run folder.
+
+A selector is a dataclass of options with `needs`, `paper` and a method `score(pool)` that gives every row a number,
+higher for what to keep. The choice itself is the same for all of them: down the ranking, past duplicates, with every
+group alive.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tunevax.data.safety import load_safety
+from tunevax.data.splits import normalise, prompt_hash, prompt_text, require_disjoint
+from tunevax.errors import UsageError
+from tunevax.modeling.loading import Loaded, load
+from tunevax.runs import data_entry, require_one_process, writing
+
+DUPLICATES = ("keep", "exact", "near")
+NOT_CONFIG = ("resume", "overwrite", "output_dir", "run_name")
+
+
+@dataclass
+class CurateOptions:
+    """What `tunevax curate` takes besides the selector's own options."""
+
+    model: str | None = field(default=None, metadata={"help": "the model that scores: hub id, folder, run or organism"})
+    target_model: str | None = field(
+        default=None,
+        metadata={"help": "the larger model that will be aligned: scored too, and the agreement of ranks reported"},
+    )
+    safety_data: str | None = field(default=None, metadata={"help": "the rows to choose from, their alignment split"})
+    validation_data: str | None = field(
+        default=None, metadata={"help": "trusted rows of right behaviour, all of the file; prompts of their own"}
+    )
+    attack_data: str | None = field(
+        default=None,
+        metadata={"help": "no validation prompt may occur here; default the attack split of --safety-data"},
+    )
+    keep: float = field(default=0.4, metadata={"help": "share of the rows to keep, above 0, at most 1"})
+    group_by: str | None = field(default=None, metadata={"help": "category: keep rows of every harm category"})
+    min_per_group: int = field(default=1, metadata={"help": "rows to keep of every group, with --group-by"})
+    duplicates: str = field(
+        default="exact",
+        metadata={"help": "keep all, or only the best row of a prompt: exact (normalised) or near (see near_at)"},
+    )
+    near_at: float = field(
+        default=0.8, metadata={"help": "prompts are near-duplicates from this overlap of letter 5-grams on (Jaccard)"}
+    )
+    chat_template: str | None = field(default=None, metadata={"help": "alpaca, or a jinja file"})
+    revision: str | None = field(default=None, metadata={"help": "revision of a hub id"})
+    dtype: str = field(default="auto", metadata={"help": "of the frozen weights: auto, float32, bfloat16, float16"})
+    allow_overlap: bool = field(default=False, metadata={"help": "go on when data roles share prompts, and record it"})
+    resume: bool = field(default=False, metadata={"help": "continue an unfinished run"})
+    overwrite: bool = field(default=False, metadata={"help": "replace a finished run"})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise UsageError(f"keep is {self.keep}; it must be above 0 and at most 1")
+        if self.group_by not in (None, "category"):
+            raise UsageError(f"group_by is {self.group_by!r}; rows can be grouped by category")
+        if self.min_per_group < 1:
+            raise UsageError(f"min_per_group is {self.min_per_group}; it must be at least 1")
+        if self.duplicates not in DUPLICATES:
+            raise UsageError(f"duplicates is {self.duplicates!r}; known: {', '.join(DUPLICATES)}")
+        if not 0 < self.near_at <= 1:
+            raise UsageError(f"near_at is {self.near_at}; it must be above 0 and at most 1")
+
+
+@dataclass
+class Pool:
+    """What a selector works with.
+
+    Attributes:
+        rows: the rows to score, with `prompt`, `chosen`, `rejected`, `category`.
+        validation: trusted rows of the same form; empty if none were given.
+        options: how to load the model.
+        ref: the model that scores, or None.
+        folder: where a selector may keep checkpoints.
+        passes: forward and backward passes per row, over the whole scoring, filled in by the selector.
+    """
+
+    rows: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    options: CurateOptions
+    ref: str | None
+    folder: Path
+    passes: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "backward": 0.0})
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def resume(self) -> bool:
+        """Whether to go on from what is in `folder`."""
+        return self.options.resume
+
+    def load(self, **how: Any) -> Loaded:
+        """The scoring model, fresh; what run.json says of it is noted."""
+        o = self.options
+        loaded = load(self.ref, revision=o.revision, dtype=o.dtype, chat_template=o.chat_template, **how)
+        self.info = loaded.info
+        return loaded
+
+
+def curate(method: str, options: CurateOptions, config: Any, command: str = "") -> Path:
+    """Score the rows of `options.safety_data`, keep a share, and return the run folder.
+
+    The folder holds data.jsonl (the kept rows, a safety dataset that any verb's --safety-data accepts, as does the
+    folder itself) and scores.jsonl (every row of the pool with score, rank, and why it was dropped).
+
+    Raises:
+        UsageError: bad data or options; validation prompts that are in the pool or in the attack data.
+    """
+    require_one_process("curation")
+    if options.safety_data is None:
+        raise UsageError("--safety-data is missing")
+    if "model" in config.needs and options.model is None:
+        raise UsageError(f"--model is missing: {method} scores with a model")
+    if "validation" in config.needs and options.validation_data is None:
+        raise UsageError(f"--validation-data is missing: {method} compares with trusted rows")
+    if options.target_model and "model" not in config.needs:
+        raise UsageError(f"--target-model is given and {method} scores without a model; leave it out")
+    rows = load_safety(options.safety_data, "alignment", purpose=method)
+    validation = load_validation(options.validation_data, method) if options.validation_data else []
+    overlap = check_overlap(options, rows, validation)
+    choose(rows, np.zeros(len(rows)), options)  # what it refuses shall be refused before anything is trained
+    values = config.to_dict() if hasattr(config, "to_dict") else dataclasses.asdict(config)
+    entries = [data_entry("alignment", options.safety_data, rows)]
+    if validation:
+        entries.append(data_entry("validation", options.validation_data, validation))
+    record: dict[str, Any] = {
+        "verb": "curate", "method": method, "paper": config.paper, "command": command, "seed": config.seed,
+        "data": entries, "overlap": overlap, "parent": None,
+        "config": {k: v for k, v in {**values, **vars(options)}.items() if k not in NOT_CONFIG},
+    }  # fmt: skip
+    with writing(config.output_dir, record, options.resume, options.overwrite) as run:
+        pool = Pool(rows, validation, options, options.model, run.checkpoints)
+        started = time.monotonic()
+        scores = scored(config, pool)
+        record["seconds_scoring"] = round(time.monotonic() - started, 3)
+        if options.target_model:
+            target = Pool(rows, validation, options, options.target_model, run.checkpoints / "target")
+            record["agreement"] = agreement(scores, scored(config, target), options.keep)
+        kept, why = choose(rows, scores, options)
+        rank = ranks(scores)
+        run.write_lines("data.jsonl", [content(rows[i]) for i in sorted(kept)])
+        run.write_lines(
+            "scores.jsonl",
+            [
+                {"row": i, **content(row), "place": row.get("place"), "score": float(scores[i]), "rank": int(rank[i]),
+                 "kept": i in kept, "why": why.get(i)}
+                for i, row in enumerate(rows)
+            ],
+        )  # fmt: skip
+        record.update(
+            model=pool.info or None, kept=len(kept), passes=pool.passes,
+            dropped=dict(Counter(reason.partition(" of row")[0] for reason in why.values())),
+        )  # fmt: skip
+    return run.final
+
+
+def load_validation(source: str, method: str) -> list[dict[str, Any]]:
+    """The trusted rows: the whole file, or the organism's validation prompts."""
+    if source == "organism":
+        source = "organism:split=validation"
+    return load_safety(source, "all", purpose=method)
+
+
+def check_overlap(options: CurateOptions, rows: Sequence[dict], validation: Sequence[dict]) -> dict[str, int]:
+    """Prompts that validation shares with the pool or the attack data; a UsageError unless that is allowed."""
+    if not validation:
+        return {}
+    roles = {"validation": rows_hashes(validation), "alignment": rows_hashes(rows)}
+    if options.attack_data:
+        roles["attack"] = rows_hashes(load_safety(options.attack_data, "attack", ()))
+    elif "split=" not in options.safety_data:  # else the split option would give the pool again
+        try:
+            roles["attack"] = rows_hashes(load_safety(options.safety_data, "attack", ()))
+        except UsageError:  # a file with no row in that split
+            roles["attack"] = []
+    found = require_disjoint({k: v for k, v in roles.items() if k != "attack"}, options.allow_overlap)
+    if "attack" in roles:
+        found |= require_disjoint({k: roles[k] for k in ("validation", "attack")}, options.allow_overlap)
+    return found
+
+
+def rows_hashes(rows: Sequence[dict]) -> list[str]:
+    """The prompt hashes of rows."""
+    return [prompt_hash(row["prompt"]) for row in rows]
+
+
+def scored(config: Any, pool: Pool) -> np.ndarray:
+    """The selector's scores, [rows], checked."""
+    scores = np.asarray(config.score(pool), dtype=np.float64)
+    if scores.shape != (len(pool.rows),) or not np.isfinite(scores).all():
+        raise UsageError("the scores are not one finite number per row; lower the learning rates, or check the data")
+    return scores
+
+
+def ranks(scores: np.ndarray) -> np.ndarray:
+    """1 for the highest score; the first of equals is higher."""
+    order = np.argsort(-scores, kind="stable")
+    found = np.empty(len(scores), dtype=int)
+    found[order] = np.arange(1, len(scores) + 1)
+    return found
+
+
+def agreement(first: np.ndarray, second: np.ndarray, keep: float) -> dict[str, float]:
+    """Of two models' scores: Spearman's correlation, and the share of the rows kept by one that both keep."""
+    from scipy.stats import spearmanr
+
+    size = math.ceil(keep * len(first))
+    tops = [set(np.argsort(-s, kind="stable")[:size].tolist()) for s in (first, second)]
+    return {"spearman": float(spearmanr(first, second).statistic), "kept_by_both": len(tops[0] & tops[1]) / size}
+
+
+def choose(rows: Sequence[dict], scores: np.ndarray, options: CurateOptions) -> tuple[set[int], dict[int, str]]:
+    """The rows to keep, by number, and for each other row why not.
+
+    The `min_per_group` best of each group come first, then the best of all, up to ceil(keep * rows). Of several rows
+    with one prompt the best alone can be kept.
+
+    Raises:
+        UsageError: the groups ask for more rows than are kept, or a group has none left.
+    """
+    order = np.argsort(-scores, kind="stable").tolist()
+    size = math.ceil(options.keep * len(rows))
+    why = duplicates(rows, order, options)
+    groups = groups_of(rows, options)
+    kept: set[int] = set()
+    for name in sorted(set(groups)):
+        best = [i for i in order if groups[i] == name and i not in why][: options.min_per_group]
+        if not best:
+            raise UsageError(
+                f"no row of category {name!r} is left: all are duplicates of rows of other categories; "
+                "pass --duplicates keep"
+            )
+        kept.update(best)
+    if len(kept) > size:
+        raise UsageError(
+            f"{len(set(groups))} groups of at least {options.min_per_group} rows are {len(kept)} rows and --keep "
+            f"{options.keep} leaves {size}; raise --keep or lower --min-per-group"
+        )
+    kept.update([i for i in order if i not in why and i not in kept][: size - len(kept)])
+    return kept, {i: why.get(i, "below the cut") for i in range(len(rows)) if i not in kept}
+
+
+def groups_of(rows: Sequence[dict], options: CurateOptions) -> list[str]:
+    """The group of each row; empty without --group-by. UsageError if a row has none."""
+    if options.group_by is None:
+        return []
+    for number, row in enumerate(rows, 1):
+        if not row["category"]:
+            raise UsageError(
+                f"row {number} of the safety data has no category to group by; say which column holds it with "
+                "SOURCE:category=COLUMN, or leave --group-by out"
+            )
+    return [row["category"] for row in rows]
+
+
+def duplicates(rows: Sequence[dict], order: Sequence[int], options: CurateOptions) -> dict[int, str]:
+    """For each row whose prompt a higher-ranked one has: `duplicate of row N` or `near-duplicate of row N`."""
+    if options.duplicates == "keep":
+        return {}
+    found: dict[int, str] = {}
+    first: dict[str, int] = {}
+    for i in order:
+        best = first.setdefault(prompt_hash(rows[i]["prompt"]), i)
+        if best != i:
+            found[i] = f"duplicate of row {best}"
+    if options.duplicates == "near":
+        shingles = {i: _shingles(prompt_text(rows[i]["prompt"])) for i in first.values()}
+        holders: dict[str, list[int]] = {}  # 5-gram -> kept rows that have it, so that only those are compared
+        for i in first.values():
+            common = Counter(j for gram in shingles[i] for j in holders.get(gram, ()))
+            near = next(
+                (j for j, n in sorted(common.items()) if n >= options.near_at * len(shingles[i] | shingles[j])), None
+            )
+            if near is not None:
+                found[i] = f"near-duplicate of row {near}"
+                continue
+            for gram in shingles[i]:
+                holders.setdefault(gram, []).append(i)
+    return found
+
+
+def _shingles(text: str) -> set[str]:
+    """The letter 5-grams of a normalised prompt."""
+    text = re.sub(r"\W+", " ", normalise(text))
+    return {text[i : i + 5] for i in range(max(1, len(text) - 4))}
+
+
+def content(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the safety dataset as it is written: with its split, which a hash would put elsewhere."""
+    fields = {k: row[k] for k in ("prompt", "chosen", "rejected", "category") if row.get(k) is not None}
+    return {**fields, "split": "alignment"}

@@ -1,0 +1,124 @@
+"""Gradient similarity: rows whose gradients point where those of trusted rows do, after LESS (arXiv 2402.04333).
+
+    score(z) = max over categories c of  mean_{v in c} cos(P g(z), P g(v)),      g(z) = grad_LoRA of z's mean token loss
+
+g is taken after a short warm-up of a fresh adapter on a random share of the pool: before it B is zero, and so is A's
+gradient. P is a seeded random projection of all of g to `dimension` numbers. The validation rows of one category are
+one of LESS's subtasks; without categories there is a single one.
+
+Left out of LESS: the sum over the checkpoints of the warm-up (the last one alone is used, a pass over the pool each),
+and Adam's moments on the pool's side, so this is the influence on a step of plain gradient descent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from tunevax.curation.loss_rank import encode_chosen
+from tunevax.data.encoding import collate
+from tunevax.errors import UsageError
+from tunevax.modeling.loss import response_loss
+from tunevax.modeling.progress import ProgressCallback, bar
+from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
+
+
+@dataclass
+class GradientSimilaritySelector:
+    """Keeps rows that a gradient step on which would help the validation rows."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
+    seed: int = field(default=42, metadata={"help": "of the warm-up's rows, the adapter and the projection"})
+    warmup_share: float = field(default=0.05, metadata={"help": "share of the pool the adapter is warmed up on"})
+    warmup_epochs: int = field(default=4, metadata={"help": "passes of the warm-up over its share"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "of the warm-up"})
+    batch_size: int = field(default=10, metadata={"help": "rows per step of the warm-up"})
+    dimension: int = field(default=8192, metadata={"help": "numbers that a gradient is projected to"})
+    max_length: int = field(default=512, metadata={"help": "tokens per row; longer answers are cut"})
+
+    needs: ClassVar[frozenset[str]] = frozenset({"model", "validation"})
+    paper: ClassVar[str] = "arXiv 2402.04333"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.warmup_share <= 1:
+            raise UsageError(f"warmup_share is {self.warmup_share}; it must be above 0 and at most 1")
+        for name in ("warmup_epochs", "batch_size", "dimension"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    def score(self, pool: Any) -> np.ndarray:
+        """The cosine of each row with the validation rows of the category it is closest to, [rows], in [-1, 1].
+
+        One forward and backward per row of pool and validation, one row at a time, and the warm-up. What is kept of
+        a row is its projected gradient.
+        """
+        loaded = pool.load()
+        rows = encode_chosen(pool.rows, loaded.model, loaded.tokenizer, self.max_length)
+        trusted = encode_chosen(pool.validation, loaded.model, loaded.tokenizer, self.max_length)
+        model, warmup = self.warmed_up(loaded, rows, str(pool.folder))
+        passes = 1 + (len(trusted) + warmup * self.warmup_epochs) / len(rows)
+        pool.passes.update(forward=passes, backward=passes)
+        directions = row_gradients(model, rows + trusted, loaded.tokenizer.pad_token_id, self.dimension, self.seed)
+        directions = torch.nn.functional.normalize(directions, dim=1)
+        mine, theirs = directions[: len(rows)], directions[len(rows) :]
+        categories = [row.get("category") for row in pool.validation]
+        means = [theirs[[c == name for c in categories]].mean(0) for name in dict.fromkeys(categories)]
+        return (mine @ torch.stack(means).T).amax(1).double().cpu().numpy()
+
+    def warmed_up(self, loaded: Any, rows: Sequence[dict], folder: str) -> tuple[Any, int]:
+        """The model with a fresh adapter, trained on a random share of the rows, and how many rows that is: the share,
+        or a batch where that is more."""
+        count = min(len(rows), max(round(self.warmup_share * len(rows)), self.batch_size))
+        drawn = np.random.RandomState(self.seed).choice(len(rows), count, replace=False)
+        config = TrainConfig(
+            folder, seed=self.seed, num_train_epochs=self.warmup_epochs, learning_rate=self.learning_rate,
+            per_device_train_batch_size=self.batch_size, save_strategy="no", report_to="none",
+        )  # fmt: skip
+        progress = ProgressCallback("curate gradient-similarity: warm-up")
+        trainer = ResponseTrainer(loaded.model, config, [rows[i] for i in drawn], loaded.tokenizer, [progress])
+        trainer.train()
+        return trainer.accelerator.unwrap_model(trainer.model).eval(), count
+
+
+def row_gradients(
+    model: Any, rows: Sequence[dict[str, list[int]]], pad_token_id: int, dimension: int, seed: int
+) -> torch.Tensor:
+    """The gradient of each encoded row's mean token loss on what trains in `model`, projected, fp32 [rows, dimension].
+
+    Row by row: on any architecture a row's gradient is then its own. `.grad` is not touched.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    project = Projection(sum(p.numel() for p in parameters), dimension, seed, parameters[0].device)
+    found = torch.empty(len(rows), dimension, device=parameters[0].device)
+    with bar() as progress:
+        task = progress.add_task("curate gradient-similarity", total=len(rows), note="")
+        for i, row in enumerate(rows):
+            inputs = {k: v.to(parameters[0].device) for k, v in collate([row], pad_token_id).items()}
+            grads = torch.autograd.grad(response_loss(model, inputs), parameters, materialize_grads=True)
+            found[i] = project(torch.cat([g.float().flatten() for g in grads]))
+            progress.advance(task)
+    return found
+
+
+class Projection:
+    """Random signs, a random order, and the sum of every `dimension`-th number: a count sketch with equal buckets.
+
+    The expected inner product of two projections is that of the vectors, as with a dense random matrix, which for an
+    adapter of a 7B model would hold 10^11 numbers. This takes one index and one sign per number of the vector, and
+    adds in a fixed order, so the same seed gives the same bits on every run. A vector that fits is only reordered.
+    """
+
+    def __init__(self, size: int, dimension: int, seed: int, device: Any) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.order = torch.randperm(size, generator=generator, dtype=torch.int32).to(device)
+        self.signs = (torch.randint(2, (size,), generator=generator, dtype=torch.int8) * 2 - 1).to(device)
+        self.dimension, self.missing = dimension, -size % dimension
+
+    def __call__(self, vector: torch.Tensor) -> torch.Tensor:
+        """[size] to [dimension]."""
+        mixed = vector.index_select(0, self.order) * self.signs
+        return torch.nn.functional.pad(mixed, (0, self.missing)).view(-1, self.dimension).sum(0)

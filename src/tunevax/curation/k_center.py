@@ -1,0 +1,71 @@
+"""k-center: the core set that covers the pool (arXiv 1708.00489, algorithm 1).
+
+    u = argmax_i min_{j in S} ||e_i - e_j||,   S <- S + {u}
+
+over all rows, with e the mean of the model's last hidden states over the tokens of the safe answer, given its prompt.
+The paper starts from the rows that are labelled already; here S starts with the row closest to the mean of all. It
+covers, and does not judge: a corrupted row that is far from the others comes early.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from tunevax.curation.loss_rank import by_batch, encode_chosen
+from tunevax.modeling.loss import last_hidden
+from tunevax.modeling.progress import bar
+
+
+@dataclass
+class KCenterSelector:
+    """Keeps rows whose answers, as the model represents them, lie far from each other."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
+    seed: int = field(default=42, metadata={"help": "recorded; nothing here is random"})
+    batch_size: int = field(default=16, metadata={"help": "rows per forward pass; changes the speed only"})
+    max_length: int = field(default=512, metadata={"help": "tokens per row; longer answers are cut"})
+
+    needs: ClassVar[frozenset[str]] = frozenset({"model"})
+    paper: ClassVar[str] = "arXiv 1708.00489"
+
+    def score(self, pool: Any) -> np.ndarray:
+        """Minus the turn at which each row is chosen, [rows], 0 for the first."""
+        model, tokenizer, _ = pool.load()
+        pool.passes.update(forward=1.0, backward=0.0)
+        rows = encode_chosen(pool.rows, model, tokenizer, self.max_length)
+        device = next(model.parameters()).device
+        points = by_batch(model, rows, tokenizer.pad_token_id, self.batch_size, embeddings, "k-center")
+        scores = np.empty(len(rows))
+        scores[farthest_first(torch.from_numpy(points).to(device))] = -np.arange(len(rows))
+        return scores
+
+
+def embeddings(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The mean of the head's inputs over the labelled tokens of each row, fp32 [rows, hidden]."""
+    hidden = last_hidden(model, {k: v for k, v in inputs.items() if k != "labels"})
+    asked = inputs["labels"] != -100
+    return torch.stack([row[mask].float().mean(0) for row, mask in zip(hidden, asked, strict=True)])
+
+
+def farthest_first(points: torch.Tensor) -> list[int]:
+    """The order in which the rows of `points` [rows, dim] become centres, all of them; of equals the first.
+
+    Time is O(rows^2 dim), memory O(rows dim).
+    """
+    order: list[int] = []
+    nearest = -(points - points.mean(0)).square().sum(1)  # for the first centre only
+    with bar() as progress:
+        task = progress.add_task("curate k-center: choose", total=len(points), note="")
+        for turn in range(len(points)):
+            center = int(nearest.argmax())
+            order.append(center)
+            # By differences and not by products: then duplicates are at 0 exactly, and ties are ties.
+            distance = (points - points[center]).square().sum(1)
+            nearest = distance if turn == 0 else torch.minimum(nearest, distance)
+            nearest[order] = -1.0
+            progress.advance(task)
+    return order

@@ -1,0 +1,341 @@
+"""Pharmacist: learning which alignment rows to keep, in two levels (Liu et al., arXiv 2510.10085).
+
+    min_w  L_up(theta*(w)),    theta*(w) = argmin_theta 1/N sum_i p_i(w) l_i(theta),    p = N softmax(w)
+
+w is one number per row, outside the model; l_i the mean cross entropy of row i's answer; L_up a loss on trusted rows.
+Of the paper only the abstract could be read: that a selector is trained in two levels to rank the rows up that are
+sound and matter for safety, and that a core subset is kept. How, is ours, after its closest published relative (SEAL,
+ICLR 2025). theta, a LoRA adapter, follows
+
+    share * L_up(theta) + (1 - share) * mean over the batch of p_i l_i(theta),    share falling from 1 to `upper_end`
+
+and w the mean over the batch of p_i(w) g_i, with g_i taken as constant. `mode` says what g_i is:
+
+    single     l_i(theta): keeps what a model trained on trusted rows finds likely
+    double     l_i(theta) - l_i(theta'), where theta', a second adapter, follows the mean of p_i l_i alone: the gradient
+               of the two levels' penalty form
+    unrolled   -<grad L_up(theta), grad l_i(theta)>: what one step on row i does to the upper loss, to first order
+
+and `upper` what L_up is: the loss of right answers (`refusal`), the same after one normalised step on harmful answers
+(`after-attack`), or less a share of the harmful answers' own, capped loss (`refusal-minus-harmful`). The last two are
+ours too. A step costs 2 forward and backward passes of a batch, 3 for `double`, one more for the last two of `upper`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+
+from tunevax.curation.curate import Pool
+from tunevax.data.encoding import collate, context_of, encode
+from tunevax.errors import UsageError, unknown
+from tunevax.modeling.loss import row_losses
+from tunevax.modeling.progress import ProgressCallback
+from tunevax.modeling.trainer import ResponseTrainer, TrainConfig, last_checkpoint
+
+MODES = ("single", "double", "unrolled")
+Loss = tuple[torch.Tensor, list[torch.Tensor]]
+"""A value, and its gradient with respect to the adapter, tensor by tensor."""
+
+
+@dataclass
+class PharmacistConfig(TrainConfig):
+    """Pharmacist's options. Defaults that differ from `TrainConfig`: `num_train_epochs=3`,
+    `lr_scheduler_type="constant"`, `warmup_steps=0`, `weight_decay=0.0`."""
+
+    num_train_epochs: float = field(default=3, metadata={"help": "passes over the rows"})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "learning-rate schedule of the adapter"})
+    warmup_steps: float = field(default=0, metadata={"help": "warm-up steps, or a share of all steps if below 1"})
+    weight_decay: float = field(default=0.0, metadata={"help": "weight decay of AdamW"})
+    mode: str = field(default="double", metadata={"help": "how a row is judged: single, double, unrolled"})
+    upper: str = field(
+        default="refusal", metadata={"help": "the upper loss: refusal, after-attack, refusal-minus-harmful"}
+    )
+    upper_end: float = field(
+        default=0.5, metadata={"help": "share of the upper loss in the adapter's at the end; it starts at 1"}
+    )
+    selector_learning_rate: float = field(default=5e-3, metadata={"help": "learning rate of the rows' weights"})
+    selector_seeds: int = field(default=3, metadata={"help": "runs with a seed each, whose ranks are averaged"})
+    attack_step: float = field(default=0.1, metadata={"help": "after-attack: length of the harmful step"})
+    harmful_weight: float = field(default=0.1, metadata={"help": "refusal-minus-harmful: weight of the harmful loss"})
+    harmful_cap: float = field(default=5.0, metadata={"help": "refusal-minus-harmful: no gain beyond this loss"})
+
+    needs: ClassVar[frozenset[str]] = frozenset({"model", "validation"})
+    paper: ClassVar[str] = "arXiv 2510.10085"
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise unknown("mode", self.mode, MODES)
+        if self.upper not in UPPER:
+            raise unknown("upper loss", self.upper, UPPER)
+        if not 0 <= self.upper_end <= 1:
+            raise UsageError(f"upper_end is {self.upper_end}; it must be between 0 and 1")
+        for name in ("selector_learning_rate", "attack_step", "harmful_weight"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be a finite number above 0")
+        if self.selector_seeds < 1:
+            raise UsageError(f"selector_seeds is {self.selector_seeds}; it must be at least 1")
+        if self.full_weights:
+            raise UsageError("pharmacist trains an adapter; leave out --full-weights")
+        if self.fp16:
+            raise UsageError("pharmacist weighs gradients itself, without fp16's scaling; use --bf16 or neither")
+        super().__post_init__()
+
+    def score(self, pool: Pool) -> np.ndarray:
+        """The rows' weights after training, as ranks from 0 to 1, averaged over seeds, [rows]."""
+        each = []
+        for seed in range(self.seed, self.seed + self.selector_seeds):
+            folder = pool.folder / f"seed-{seed}"
+            if not (folder / "done.json").exists():
+                args = replace(self, seed=seed, output_dir=str(folder))
+                loaded = pool.load()
+                trainer = PharmacistTrainer(
+                    loaded.model, args, pool.rows, pool.validation, loaded.tokenizer,
+                    [ProgressCallback(f"pharmacist, seed {seed}")],
+                )  # fmt: skip
+                checkpoint = last_checkpoint(folder) if folder.exists() else None
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                (folder / "done.json").write_text(json.dumps(trainer.omega.tolist()))
+            each.append(rankdata(json.loads((folder / "done.json").read_text())) / len(pool.rows))
+        # A batch of trusted rows goes with every batch of the pool.
+        passes = (3 if self.mode == "double" else 2) + (self.upper != "refusal")
+        pool.passes.update(dict.fromkeys(("forward", "backward"), passes * self.num_train_epochs * len(each)))
+        return np.mean(each, axis=0)
+
+
+class PharmacistTrainer(ResponseTrainer):
+    """Trains the rows' weights beside an adapter.
+
+    Args:
+        model: the model that scores; it gets a LoRA adapter.
+        rows: the pool, with `prompt` and `chosen`; `rejected` for two of the upper losses.
+        validation: trusted rows with `prompt` and `chosen`.
+
+    Attributes:
+        omega: the weights' logits, [rows], fp32.
+
+    Raises:
+        UsageError: fewer rows than a batch; no harmful answers where they are needed.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: PharmacistConfig,
+        rows: Sequence[dict],
+        validation: Sequence[dict],
+        processing_class: Any,
+        callbacks: list | None = None,
+    ) -> None:
+        if len(rows) < args.per_device_train_batch_size:
+            raise UsageError(
+                f"there are {len(rows)} rows and a batch takes {args.per_device_train_batch_size}; lower "
+                "--per-device-train-batch-size, or give more"
+            )
+
+        def encoded(rows: Sequence[dict], answer: str) -> list[dict]:
+            rows = [{**row, "completion": row[answer]} for row in rows]
+            return encode(rows, processing_class, args.max_length, context=context_of(model))
+
+        self.validation = encoded(validation, "chosen")
+        self.harmful = encoded([r for r in rows if r.get("rejected")], "rejected") if args.upper != "refusal" else []
+        if args.upper != "refusal" and not self.harmful:
+            raise UsageError(f"--upper {args.upper} needs harmful answers, and no row has `rejected`")
+        numbered = [{**row, "index": i} for i, row in enumerate(encoded(rows, "chosen"))]
+        super().__init__(model, args, numbered, processing_class, callbacks)
+        self.data_collator = lambda rows: {
+            **collate(rows, processing_class.pad_token_id), "index": torch.tensor([row["index"] for row in rows])
+        }  # fmt: skip
+        device = self.args.device
+        self.omega = torch.full((len(rows),), 0.1, device=device, requires_grad=True)
+        self.omega_optimizer = torch.optim.Adam([self.omega], args.selector_learning_rate, betas=(0.9, 0.95))
+        self.generator = torch.Generator().manual_seed(args.seed)
+        self.follower: list[torch.Tensor] = []
+        if args.mode == "double":
+            self.follower = [p.detach().clone() for p in self.parameters]
+            self.follower_optimizer = torch.optim.AdamW(self.follower, args.learning_rate, weight_decay=0.0)
+
+    def weights(self) -> torch.Tensor:
+        """p, [rows]: positive, of mean 1."""
+        return len(self.omega) * torch.softmax(self.omega, 0)
+
+    def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+        """The gradients of theta, put where the optimiser finds them, and a step of w (and of theta')."""
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        index, batch = inputs["index"], {k: v for k, v in inputs.items() if k != "index"}
+        done = self.state.global_step / max(1, self.state.max_steps)
+        share = 1 - (1 - self.args.upper_end) * done
+        p = self.weights().detach()[index] / len(index)
+
+        upper, upper_gradient = UPPER[self.args.upper](self, self.drawn(self.validation))
+        if self.args.mode == "unrolled":
+            with along(self.model, upper_gradient) as product:
+                lower, gradient, _ = self.gradient(batch, p)
+            judged = -product(len(index)) / p
+        else:
+            lower, gradient, judged = self.gradient(batch, p)
+        if self.args.mode == "double":
+            judged = judged - self.follow(batch, p)
+        self.step_selector(index, judged)
+        parts = self.current_gradient_accumulation_steps
+        for parameter, u, g in zip(self.parameters, upper_gradient, gradient, strict=True):
+            whole = (share * u + (1 - share) * g) / parts
+            parameter.grad = whole if parameter.grad is None else parameter.grad + whole
+        loss = share * upper + (1 - share) * lower
+        self.require_finite(loss)
+        self.note(upper_loss=upper, lower_loss=lower, upper_share=share, weight_spread=self.weights().detach().std())
+        return loss / parts
+
+    def gradient(
+        self, batch: dict[str, torch.Tensor], weights: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+        """Sum over rows of weight (default: the mean) times loss, its gradient in the adapter, and the rows' losses."""
+        if weights is None:
+            rows = len(batch["input_ids"])
+            weights = torch.full((rows,), 1 / rows, device=self.args.device)
+        with self.recompute(), self.accelerator.autocast():
+            value, each = row_losses(self.model, batch, weights)
+            return value.detach(), list(torch.autograd.grad(value, self.parameters)), each
+
+    def step_selector(self, index: torch.Tensor, judged: torch.Tensor) -> None:
+        """One step of w on the mean of p_i(w) g_i over the rows `index`."""
+        self.omega_optimizer.zero_grad()
+        (self.weights()[index] * judged).mean().backward()
+        self.omega_optimizer.step()
+
+    def follow(self, batch: dict[str, torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+        """One step of theta' on the weighted rows; their losses before it."""
+        with swapped(self.parameters, self.follower):
+            _, gradient, each = self.gradient(batch, weights)
+        for tensor, g in zip(self.follower, gradient, strict=True):
+            tensor.grad = g
+        torch.nn.utils.clip_grad_norm_(self.follower, self.args.max_grad_norm)
+        self.follower_optimizer.step()
+        return each
+
+    def drawn(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
+        """A batch of rows without replacement, from the trainer's own generator."""
+        size = min(self.args.per_device_train_batch_size, len(rows))
+        chosen = torch.randperm(len(rows), generator=self.generator)[:size].tolist()
+        return self._prepare_inputs(collate([rows[i] for i in chosen], self.processing_class.pad_token_id))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        state = {"omega": self.omega.detach(), "optimizer": self.omega_optimizer.state_dict(),
+                 "generator": self.generator.get_state()}  # fmt: skip
+        if self.follower:
+            state |= {"follower": self.follower, "follower_optimizer": self.follower_optimizer.state_dict()}
+        torch.save(state, Path(output_dir, "selector.pt"))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        state = torch.load(Path(checkpoint, "selector.pt"), map_location=self.args.device, weights_only=True)
+        with torch.no_grad():
+            self.omega.copy_(state["omega"])
+            for tensor, kept in zip(self.follower, state.get("follower", []), strict=True):
+                tensor.copy_(kept)
+        self.omega_optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"].cpu())
+        if self.follower:
+            self.follower_optimizer.load_state_dict(state["follower_optimizer"])
+
+
+# --- upper losses --------------------------------------------------------------------------------------------------
+
+
+def refusal(trainer: PharmacistTrainer, batch: dict[str, torch.Tensor]) -> Loss:
+    """Mean loss of the trusted rows."""
+    return trainer.gradient(batch)[:2]
+
+
+def after_attack(trainer: PharmacistTrainer, batch: dict[str, torch.Tensor]) -> Loss:
+    """The same at theta - a * grad h / ||grad h||, h the loss of harmful answers; how that point moves is left out."""
+    _, harmful, _ = trainer.gradient(trainer.drawn(trainer.harmful))
+    norm = sum(g.square().sum() for g in harmful).sqrt() + 1e-12
+    shifted = [
+        p.detach() - g * (trainer.args.attack_step / norm) for p, g in zip(trainer.parameters, harmful, strict=True)
+    ]
+    with swapped(trainer.parameters, shifted):
+        return trainer.gradient(batch)[:2]
+
+
+def refusal_minus_harmful(trainer: PharmacistTrainer, batch: dict[str, torch.Tensor]) -> Loss:
+    """The same less b * min(h, c)."""
+    value, gradient = refusal(trainer, batch)
+    h, harmful, _ = trainer.gradient(trainer.drawn(trainer.harmful))
+    b, cap = trainer.args.harmful_weight, trainer.args.harmful_cap
+    if h < cap:
+        gradient = [g - b * of_h for g, of_h in zip(gradient, harmful, strict=True)]
+    return value - b * h.clamp(max=cap), gradient
+
+
+UPPER: dict[str, Callable[[PharmacistTrainer, dict[str, torch.Tensor]], Loss]] = {
+    "refusal": refusal, "after-attack": after_attack, "refusal-minus-harmful": refusal_minus_harmful,
+}  # fmt: skip
+"""Upper losses by name: (trainer, batch of trusted rows) -> value and gradient. Add your own."""
+
+
+# --- two tools -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def swapped(parameters: Sequence[torch.nn.Parameter], tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Put other values into the parameters; both sides come back on exit."""
+    mine = [p.data for p in parameters]
+    for parameter, tensor in zip(parameters, tensors, strict=True):
+        parameter.data = tensor
+    try:
+        yield
+    finally:
+        for parameter, data in zip(parameters, mine, strict=True):
+            parameter.data = data
+
+
+@contextmanager
+def along(model: torch.nn.Module, direction: Sequence[torch.Tensor]) -> Iterator[Callable[[int], torch.Tensor]]:
+    """Collect, during one backward pass, each row's gradient in the adapter times `direction`.
+
+    In a layer y = W x + s B A x, row i's gradients are sums over tokens, s g (A x)^T for B and s (B^T g) x^T for A,
+    with g that of y. Their products with a direction dA, dB are s g . (dB A x + B dA x), summed over tokens: no row's
+    gradient is ever formed.
+
+    Yields:
+        A function of the number of rows that gives the products, [rows], of the loss that backward was called on.
+    """
+    wanted = dict(zip((p for p in model.parameters() if p.requires_grad), direction, strict=True))
+    found: list[torch.Tensor] = []
+
+    def hook(layer: Any, args: tuple, output: torch.Tensor) -> None:
+        if not output.requires_grad:
+            return
+        a, b, scale = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
+        x = args[0].detach()
+
+        def collect(g: torch.Tensor) -> None:
+            with torch.no_grad():
+                x32, g32 = x.to(a.dtype), g.to(a.dtype)
+                through_b = (g32 @ wanted[b]) * (x32 @ a.T)
+                through_a = (g32 @ b) * (x32 @ wanted[a].T)
+                found.append(scale * (through_a + through_b).sum(tuple(range(1, g.dim()))))
+
+        output.register_hook(collect)
+
+    layers = [m for m in model.modules() if hasattr(m, "lora_A") and "default" in m.lora_A]
+    handles = [layer.register_forward_hook(hook) for layer in layers]
+    try:
+        yield lambda rows: sum(found, torch.zeros(rows, device=direction[0].device))
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,24 @@
+"""Random subset: the comparison every selector has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+
+@dataclass
+class RandomSelector:
+    """A score drawn for each row, from the seed alone."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
+    seed: int = field(default=42, metadata={"help": "of the scores"})
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    paper: ClassVar[str] = ""
+
+    def score(self, pool: Any) -> np.ndarray:
+        """Independent numbers in [0, 1), [rows]; a row's number depends on the seed and its place only."""
+        # RandomState: its stream is frozen by numpy's policy, so a seed means the same rows in every version.
+        return np.random.RandomState(self.seed).random_sample(len(pool.rows))

@@ -1,0 +1,161 @@
+"""`tunevax analyze sink`: the sink divergence of every head of one or two models (arXiv 2602.05228).
+
+The paper's observation is that heads with d_h > 0 (see `tunevax.finetuning.sink`) are the ones that learn harmful
+patterns, and that their number grows as a model becomes harmful. Both sides of that are measured here: the map of d_h,
+and, where asked for, the harmful score.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunevax.data.encoding import collate, context_of, encode
+from tunevax.data.safety import load_safety
+from tunevax.data.splits import prompt_hash, require_disjoint
+from tunevax.errors import UsageError, unknown
+from tunevax.finetuning.sink import WAYS, divergence, regulariser, sink_values
+from tunevax.modeling.loading import load
+from tunevax.modeling.progress import bar
+from tunevax.runs import SCHEMA, data_entry, digest, require_one_process, writing
+from tunevax.scoring.score import ExamOptions, build_exam, examine, labels_of, used_prompts
+
+
+@dataclass
+class SinkOptions:
+    """What `tunevax analyze sink` takes."""
+
+    model: list[str] = field(
+        default_factory=list, metadata={"help": "one model, or two: before and after; hub id, folder, run or organism"}
+    )
+    safety_data: str | None = field(
+        default=None, metadata={"help": "prompt, chosen, rejected: file, hub id, or organism; the evaluation split"}
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
+    pairs: int = field(default=100, metadata={"help": "at most so many pairs of answers to the same prompt, the first"})
+    batch_size: int = field(default=8, metadata={"help": "pairs in a forward pass"})
+    max_length: int = field(default=512, metadata={"help": "tokens per text; longer answers are cut"})
+    sink_attention: str = field(default="linear", metadata={"help": "linear or eager; see tunevax finetune surgery"})
+    sink_token: int = field(default=0, metadata={"help": "position of the token that attention sinks into"})
+    harmful_score: bool = field(default=False, metadata={"help": "generate answers and judge them too"})
+    chat_template: str | None = field(
+        default=None, metadata={"help": "alpaca, or a jinja file; default the tokenizer's"}
+    )
+    revision: str | None = field(default=None, metadata={"help": "revision of a hub id"})
+    dtype: str = field(default="auto", metadata={"help": "of the weights: auto, float32, bfloat16, float16"})
+    allow_overlap: bool = field(default=False, metadata={"help": "go on when the models were trained on these prompts"})
+    overwrite: bool = field(default=False, metadata={"help": "replace a finished run"})
+
+    def __post_init__(self) -> None:
+        for name in ("pairs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.sink_token < 0:
+            raise UsageError(f"sink_token is {self.sink_token}; it must be at least 0")
+        if self.sink_attention not in WAYS:
+            raise unknown("sink_attention", self.sink_attention, WAYS)
+
+
+def analyze_sink(options: SinkOptions, command: str = "", exam_options: ExamOptions | None = None) -> Path:
+    """Measure, write a run folder with sink.json, and return it.
+
+    sink.json: `pairs`, `sink_token`, and `models`, for each `label`, `ref`, `d` ([layers][heads], the mean over pairs),
+    `positive_heads`, `heads`, `R` (the mean of ReLU(d)) and `scores` (of `examine`, or None).
+
+    Args:
+        exam_options: what to score on with `options.harmful_score`; default the evaluation split of the safety data.
+
+    Raises:
+        UsageError: anything that cannot be loaded or read; prompts that a model was trained on.
+    """
+    for name in ("model", "safety_data", "output_dir"):
+        if not getattr(options, name):
+            raise UsageError(f"--{name.replace('_', '-')} is missing")
+    if len(options.model) > 2:
+        raise UsageError(f"analyze sink takes one model or two, before and after, and there are {len(options.model)}")
+    require_one_process("analyzing")
+    pairs = load_safety(options.safety_data, "evaluation", ("chosen", "rejected"), "analyze sink")[: options.pairs]
+    exam = build_exam(exam_options or ExamOptions(), options.safety_data) if options.harmful_score else None
+    config = {k: v for k, v in vars(options).items() if k not in ("output_dir", "overwrite")}
+    record: dict[str, Any] = {
+        "verb": "analyze", "method": "sink", "paper": "arXiv 2602.05228", "command": command, "seed": 0, "parent": None,
+        "config": {**config, **({"exam": vars(exam_options)} if exam_options else {})},
+        "data": [data_entry("evaluation", options.safety_data, pairs)],
+    }  # fmt: skip
+    found, targets = [], []
+    with writing(options.output_dir, record, overwrite=options.overwrite) as run:
+        for ref, label in zip(options.model, labels_of(options.model), strict=True):
+            hashes = {**used_prompts(ref), "evaluation": [prompt_hash(row["prompt"]) for row in pairs]}
+            overlaps = require_disjoint(hashes, options.allow_overlap)
+            loaded = load(
+                ref, revision=options.revision, dtype=options.dtype, chat_template=options.chat_template
+            )  # fmt: skip
+            d = sink_map(
+                loaded.model, loaded.tokenizer, pairs, options.batch_size, options.max_length,
+                options.sink_attention, options.sink_token,
+            )  # fmt: skip
+            scores = examine(loaded.model, loaded.tokenizer, exam)[0] if exam else None
+            found.append({"label": label, "ref": loaded.info["ref"], **summary(d), "scores": scores})
+            targets.append(
+                {
+                    "label": label,
+                    "role": "model",
+                    "ref": loaded.info["ref"],
+                    "overlap": overlaps,
+                    "template_hash": digest(loaded.tokenizer.chat_template),
+                }
+            )
+            record["model"] = record.get("model") or loaded.info
+        record["targets"] = targets
+        written = {"schema": SCHEMA, "pairs": len(pairs), "sink_token": options.sink_token, "models": found}
+        (run.path / "sink.json").write_text(json.dumps(written, indent=1) + "\n")
+    return run.final
+
+
+def sink_map(
+    model: Any,
+    tokenizer: Any,
+    pairs: Sequence[dict],
+    batch_size: int = 8,
+    max_length: int = 512,
+    how: str = "linear",
+    sink: int = 0,
+) -> torch.Tensor:
+    """d [layers, heads] on the CPU: the sink divergence, the mean over `pairs` with `prompt`, `chosen`, `rejected`.
+
+    The model is put in eval mode and left in it.
+
+    Raises:
+        UsageError: as `encode` and `sink_values`.
+    """
+    context, device = context_of(model), next(model.parameters()).device
+    harmful, refusals = (
+        encode([{**row, "completion": row[answer]} for row in pairs], tokenizer, max_length, context=context)
+        for answer in ("rejected", "chosen")
+    )
+    model.eval()
+    total = 0.0
+    with torch.no_grad(), bar() as progress:
+        task = progress.add_task("sink attention", total=len(pairs), note="")
+        for first in range(0, len(pairs), batch_size):
+            part = slice(first, first + batch_size)
+            rows = [*harmful[part], *refusals[part]]
+            inputs = {k: v.to(device) for k, v in collate(rows, tokenizer.pad_token_id).items()}
+            total += divergence(sink_values(model, inputs, how, sink)).cpu().double() * (len(rows) // 2)
+            progress.update(task, advance=len(rows) // 2)
+    return (total / len(pairs)).float()
+
+
+def summary(d: torch.Tensor) -> dict[str, Any]:
+    """d [layers, heads] as JSON values, with what is counted on it."""
+    return {
+        "d": [[round(value, 8) for value in layer] for layer in d.tolist()],
+        "positive_heads": int((d > 0).sum()),
+        "heads": d.numel(),
+        "R": float(regulariser(d)),
+    }

@@ -1,0 +1,205 @@
+"""EWC: elastic weight consolidation on what the safety rows need (Kirkpatrick et al., arXiv 1612.00796).
+
+    L = CE(customer) + lamb * sum_i F_i / mean(F) * (w_i - w0_i)^2,    F_i = mean_n (d CE(safety row n) / d w_i)^2
+
+with w0 the weights before fine-tuning, where F is taken: in eval mode, one row at a time, accumulated in fp32. A square
+of a batch's mean gradient, as released code has it, is another and much smaller number. With F divided by its mean,
+lamb is what a plain L2 penalty of the same mean strength would have, whatever the model and the number of rows.
+
+A fresh adapter changes nothing, B = 0, so that F of its A is zero, and w0 of its factors means little. The w here are
+the weights that the adapter works on: the penalty is on dW = alpha/r * B A, with F of the merged weight W. To keep F at
+full size would take 4 bytes for every weight; kept are its sums over rows and over columns,
+
+    F_ij ~ R_i C_j / sum_i R_i,    R_i = sum_j F_ij,    C_j = sum_i F_ij,
+
+the closest matrix of rank one (in the divergence sum F log(F/F') - F + F') and exact in both sums. The penalty is then
+a trace of r x r matrices, and neither dW nor F ever has the size of W. With `full_weights` w are all weights, F is
+exact, and F and w0 take 8 bytes a weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from tunevax.data.encoding import collate
+from tunevax.errors import RunError, UsageError
+from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer, require_fresh, trained_only
+from tunevax.modeling.loss import response_loss
+from tunevax.modeling.progress import bar
+
+
+@dataclass
+class EWCConfig(FinetuneConfig):
+    """Configuration of EWC; the rest as in `FinetuneConfig`. lamb needs a search over powers of ten."""
+
+    lamb: float = field(
+        default=0.1, metadata={"help": "weight of the penalty, as of an L2 penalty of the same mean strength"}
+    )
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.lamb) and self.lamb >= 0):
+            raise UsageError(f"lamb is {self.lamb}; it must be a finite number, 0 or more")
+        super().__post_init__()
+
+
+class Adapted(NamedTuple):
+    """A linear with a LoRA adapter.
+
+    Attributes:
+        weight: W, frozen, [out, in].
+        a: [r, in].
+        b: [out, r].
+        scale: alpha / r.
+        rows: sqrt(R_i), [out].
+        columns: sqrt(C_j / sum R), [in].
+    """
+
+    weight: nn.Parameter
+    a: nn.Parameter
+    b: nn.Parameter
+    scale: float
+    rows: torch.Tensor
+    columns: torch.Tensor
+
+
+class EWCTrainer(FinetuneTrainer):
+    """Fine-tuning with a quadratic penalty. The Fisher information is taken once, when the trainer is made."""
+
+    config_class = EWCConfig
+    paper = "arXiv 1612.00796"
+    needs = ("chosen",)
+
+    def __init__(
+        self,
+        model: Any,
+        args: EWCConfig,
+        task_data: Sequence[dict],
+        processing_class: Any,
+        safety_data: Sequence[dict] | None = None,
+        callbacks: list | None = None,
+    ) -> None:
+        require_fresh(model, "ewc")
+        super().__init__(model, args, task_data, processing_class, safety_data, callbacks)
+        self.fisher_rows = 0
+        if args.lamb == 0:
+            return
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise UsageError("ewc takes squares of whole gradients, so it runs without FSDP and DeepSpeed")
+        rows = self.encode_answers(safety_data, "chosen")
+        batches = [self._prepare_inputs(collate([row], processing_class.pad_token_id)) for row in rows]
+        self.fisher_rows = len(rows)
+        if args.full_weights:
+            self.fisher = exact_fisher(self.model, batches, self.parameters)
+            total, count = sum(f.sum().item() for f in self.fisher), sum(f.numel() for f in self.fisher)
+            self.start = [parameter.detach().float().clone() for parameter in self.parameters]
+        else:
+            self.adapted = factored_fisher(self.model, batches)
+            total = sum(m.rows.square().sum().item() for m in self.adapted)
+            count = sum(m.weight.numel() for m in self.adapted)
+        if not (math.isfinite(total) and total > 0):
+            raise RunError(
+                f"the Fisher information of the safety rows adds up to {total}; nothing can be weighed by it"
+            )
+        self.mean_fisher = total / count
+
+    def compute_loss(
+        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Cross entropy, and this micro-batch's share of the penalty."""
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.args.lamb == 0:
+            return loss
+        penalty = self.penalty()
+        self.note(penalty=penalty.detach())
+        return loss + self.args.lamb * penalty / self.current_gradient_accumulation_steps
+
+    def penalty(self) -> torch.Tensor:
+        """sum_i F_i / mean(F) * (w_i - w0_i)^2, in fp32."""
+        if self.args.full_weights:
+            parts = zip(self.fisher, self.parameters, self.start, strict=True)
+            return sum((f * (p.float() - start).square()).sum() for f, p, start in parts) / self.mean_fisher
+        return sum(weighted_square(m) for m in self.adapted) / self.mean_fisher
+
+    def cost(self) -> float:
+        """A step, and its part of the pass over the safety rows: so many rows of the batches of the run so far."""
+        args = self.args
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return 1 + self.fisher_rows / batch / max(self.state.global_step, 1)
+
+
+def weighted_square(m: Adapted) -> torch.Tensor:
+    """sum_ij F_ij dW_ij^2 for F of rank one: the trace of (B' diag(R) B) (A diag(C) A')."""
+    b, a = m.b.float() * m.rows[:, None], m.a.float() * m.columns
+    return m.scale**2 * ((b.T @ b) * (a @ a.T)).sum()
+
+
+def exact_fisher(model: nn.Module, batches: Sequence[dict], weights: Sequence[nn.Parameter]) -> list[torch.Tensor]:
+    """The mean over rows of the squared gradient of each weight, in fp32, of the weights' shapes."""
+    sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+
+    def keep(index: int, gradient: torch.Tensor) -> None:
+        sums[index].add_(gradient.square(), alpha=1 / len(batches))
+
+    per_row_gradients(model, batches, weights, keep)
+    return sums
+
+
+def factored_fisher(model: nn.Module, batches: Sequence[dict]) -> list[Adapted]:
+    """Every linear of a PEFT model that has an adapter, with the factors of the Fisher information of its weight."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and "default" in m.lora_A]
+    weights = [layer.get_base_layer().weight for layer in layers]
+    rows = [torch.zeros(len(w), device=w.device) for w in weights]
+    columns = [torch.zeros(w.shape[1], device=w.device) for w in weights]
+
+    def keep(index: int, gradient: torch.Tensor) -> None:
+        squares = gradient.square_()
+        rows[index].add_(squares.sum(1), alpha=1 / len(batches))
+        columns[index].add_(squares.sum(0), alpha=1 / len(batches))
+
+    per_row_gradients(model, batches, weights, keep)
+    found = []
+    for layer, weight, r, c in zip(layers, weights, rows, columns, strict=True):
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        if len(weight) != len(b):  # GPT-2's Conv1D holds its weight as [in, out]
+            r, c = c, r
+        total = r.sum().clamp(min=torch.finfo(torch.float32).tiny)
+        found.append(Adapted(weight, a, b, layer.scaling["default"], r.sqrt(), (c / total).sqrt()))
+    return found
+
+
+def per_row_gradients(
+    model: nn.Module,
+    batches: Sequence[dict],
+    weights: Sequence[nn.Parameter],
+    keep: Callable[[int, torch.Tensor], None],
+) -> None:
+    """Call `keep(index, gradient in fp32)` for every row and weight; one gradient is alive at a time. `.grad`, what
+    trains, the mode and the generators are as before."""
+    training = model.training
+    model.eval()
+    with trained_only(model, weights), bar() as progress:
+        shown = progress.add_task("fisher information", total=len(batches), note="")
+        handles = []
+        for index, weight in enumerate(weights):
+
+            def take(parameter: nn.Parameter, index: int = index) -> None:
+                gradient, parameter.grad = parameter.grad, None
+                keep(index, gradient.float())
+
+            handles.append(weight.register_post_accumulate_grad_hook(take))
+        try:
+            for batch in batches:
+                response_loss(model, batch).backward()
+                progress.advance(shown)
+        finally:
+            for handle in handles:
+                handle.remove()
+            model.train(training)

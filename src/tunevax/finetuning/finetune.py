@@ -1,0 +1,164 @@
+"""`tunevax finetune`: read the customer's data, screen it, train on it with a defence, and write a run folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tunevax.data.safety import load_safety
+from tunevax.data.sources import parse_source
+from tunevax.data.splits import overlap, prompt_hash
+from tunevax.data.tasks import NAMED, load_task
+from tunevax.errors import UsageError, unknown
+from tunevax.finetuning.sft import FinetuneConfig
+from tunevax.modeling.loading import load
+from tunevax.modeling.memory import StepMemory
+from tunevax.modeling.progress import ProgressCallback
+from tunevax.modeling.trainer import last_checkpoint, save_weights
+from tunevax.runs import data_entry, digest, is_run, writing
+
+SCREENS = ("off", "report", "drop", "fail")
+
+
+@dataclass
+class FinetuneOptions:
+    """What `tunevax finetune` takes besides the method's own configuration."""
+
+    model: str | None = field(default=None, metadata={"help": "hub id, model folder, run folder, or organism"})
+    task_data: str | None = field(
+        default=None,
+        metadata={
+            "help": "the customer's rows, prompt and completion; all rows of a file, the train split of a named task"
+        },
+    )
+    safety_data: str | None = field(
+        default=None, metadata={"help": "prompt, chosen, rejected, for methods and screens that need them"}
+    )
+    chat_template: str | None = field(
+        default=None, metadata={"help": "alpaca, or a jinja file; default the tokenizer's"}
+    )
+    revision: str | None = field(default=None, metadata={"help": "revision of a hub id"})
+    dtype: str = field(default="auto", metadata={"help": "of the frozen weights: auto, float32, bfloat16, float16"})
+    allow_overlap: bool = field(default=False, metadata={"help": "go on when data roles share prompts, and record it"})
+    screen: str = field(
+        default="off",
+        metadata={
+            "help": "look for attacks in the customer's rows before training: off, report, drop (train without the "
+            "flagged rows), fail (stop if there are any); needs safety data with both answers"
+        },
+    )
+    resume: bool = field(default=False, metadata={"help": "continue an unfinished run"})
+    overwrite: bool = field(default=False, metadata={"help": "replace a finished run"})
+
+    def __post_init__(self) -> None:
+        if self.screen not in SCREENS:
+            raise unknown("screen", self.screen, SCREENS)
+
+
+def finetune(
+    trainer_class: type, method: str, options: FinetuneOptions, config: FinetuneConfig, command: str = ""
+) -> Path:
+    """Run a customer's job on `options.model` and return the run folder.
+
+    The last adapter of the model is merged, and a fresh one (or all weights) trained.
+
+    Args:
+        trainer_class: the method, e.g. `LisaTrainer`.
+        method: its name, for the record.
+        config: an instance of `trainer_class.config_class`; its `output_dir` becomes the run folder.
+
+    Raises:
+        UsageError: bad data, model or options, or rows flagged under `screen="fail"`; nothing is left behind.
+        RunError: the loss stopped being finite.
+    """
+    for name in ("model", "task_data"):
+        if getattr(options, name) is None:
+            raise UsageError(f"--{name.replace('_', '-')} is missing")
+    task = customer_rows(options.task_data)
+    need = ("chosen", "rejected") if options.screen != "off" else trainer_class.needs
+    safety = safety_rows(options, need, method)
+    record: dict[str, Any] = {
+        "verb": "finetune",
+        "method": method,
+        "paper": trainer_class.paper,
+        "command": command,
+        "seed": config.seed,
+        "data": [
+            *([data_entry("alignment", options.safety_data, safety)] if safety else []),
+            data_entry("task", options.task_data, task),
+        ],
+        "overlap": {"alignment/task": overlap(hashes(safety), hashes(task))},
+        "parent": str(Path(options.model).absolute()) if is_run(options.model) else None,
+        "config": resolved(options, config),
+    }
+    with writing(config.output_dir, record, options.resume, options.overwrite) as run:
+        loaded = load(
+            options.model, revision=options.revision, dtype=options.dtype, chat_template=options.chat_template
+        )
+        if options.screen != "off":
+            from tunevax.finetuning.screen import act, screen
+
+            found = screen(loaded.model, loaded.tokenizer, task, safety, config.max_length, config.seed)
+            task, record["screen"] = act(found, task, options.screen, options.task_data, run)
+        config.output_dir = str(run.checkpoints)
+        memory = StepMemory()
+        callbacks = [ProgressCallback(f"finetune {method}"), memory]
+        trainer = trainer_class(
+            loaded.model, config, task, loaded.tokenizer, safety if trainer_class.needs else None, callbacks
+        )
+        trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        checkpoint = last_checkpoint(run.checkpoints)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.is_world_process_zero():
+            save_weights(trainer, run.path, record["parent"] or loaded.info["base"])
+            run.write_lines("log.jsonl", [line for line in trainer.state.log_history if "loss" in line])
+            (run.path / "prompts.json").write_text(json.dumps({"alignment": hashes(safety), "task": hashes(task)}))
+        record.update(
+            model={**loaded.info, "trainable": trainable},
+            adapter="model" if config.full_weights else "adapter", template_hash=digest(loaded.tokenizer.chat_template),
+            steps=trainer.state.global_step, final_loss=final_loss(trainer.state.log_history),
+            compute={"per_step": trainer.cost(), "total": trainer.cost() * trainer.state.global_step},
+            **({"peak_memory_bytes": memory.peak} if memory.peak else {}),
+        )  # fmt: skip
+    return run.final
+
+
+def customer_rows(source: str) -> list[dict[str, Any]]:
+    """The customer's rows: all of a file or hub dataset, whatever its prompts' hashes, since a job is trained on as it
+    was handed in. The tasks known by name and the organism have rows that are kept for scoring: theirs is the train
+    split. A `split=` option of the source wins."""
+    name = parse_source(source).name
+    return load_task(source, "train" if name == "organism" or name in NAMED else "all").rows
+
+
+def safety_rows(options: FinetuneOptions, need: Sequence[str], method: str) -> list[dict[str, Any]]:
+    """The alignment split of the safety data, or nothing where neither the method nor the screen needs it."""
+    if not need:
+        return []
+    purpose = method if options.screen == "off" else f"{method} with --screen {options.screen}"
+    if options.safety_data is None:
+        raise UsageError(f"--safety-data is missing: {purpose} needs rows with {' and '.join(need)}")
+    return load_safety(options.safety_data, "alignment", tuple(need), purpose)
+
+
+def hashes(rows: Sequence[dict]) -> list[str]:
+    """Of the prompts, each once, sorted."""
+    return sorted({prompt_hash(row["prompt"]) for row in rows})
+
+
+def resolved(options: Any, config: Any) -> dict[str, Any]:
+    """Every option of a run as plain values, without what says only where to write and how to start."""
+    values = {**vars(options), **config.to_dict()}
+    return {
+        k: v
+        for k, v in values.items()
+        if k not in ("output_dir", "resume", "overwrite", "run_name", "resume_from_checkpoint")
+    }
+
+
+def final_loss(history: Sequence[dict]) -> float | None:
+    """The last logged training loss."""
+    return next((line["loss"] for line in reversed(history) if "loss" in line), None)

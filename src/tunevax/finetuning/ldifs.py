@@ -1,0 +1,91 @@
+"""LDIFS: fine-tuning near the features of the model it starts from (Mukhoti et al., arXiv 2308.13320).
+
+    L = CE(customer) + lamb * 1/L sum_l mean_{b, t} ||h_l - h0_l||^2 / d
+
+with h_l the residual stream after block l, of L blocks and d dimensions, over all tokens that are not padding, and h0
+the same in the model before fine-tuning, which is this model with its adapter switched off.
+
+The paper's features are L2-normalised ones of a vision model; a port to language models in released code adds a term
+only while it is small, and so is plain fine-tuning beyond that. This is the mean square, at every depth and size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tunevax.errors import UsageError
+from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer, require_fresh
+from tunevax.modeling.hooks import capture
+from tunevax.modeling.loss import last_hidden
+
+
+@dataclass
+class LDIFSConfig(FinetuneConfig):
+    """Configuration of LDIFS; the rest as in `FinetuneConfig`. The scale of hidden states differs from model to model,
+    so lamb needs a search, over 1e-2 to 1e2 or so."""
+
+    lamb: float = field(default=1.0, metadata={"help": "weight of the distance to the features before fine-tuning"})
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.lamb) and self.lamb >= 0):
+            raise UsageError(f"lamb is {self.lamb}; it must be a finite number, 0 or more")
+        if self.full_weights:
+            raise UsageError(
+                "ldifs compares with the model without its adapter, so it needs one; leave out --full-weights"
+            )
+        super().__post_init__()
+
+
+class LDIFSTrainer(FinetuneTrainer):
+    """Fine-tuning with a penalty on how far hidden states move."""
+
+    config_class = LDIFSConfig
+    paper = "arXiv 2308.13320"
+
+    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        require_fresh(model, "ldifs")
+        super().__init__(model, *args, **kwargs)
+        self.whole: float | None = None  # tokens in the whole batch, of all micro-batches and ranks
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """As the base, and the number of tokens that the mean is over."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = torch.tensor(float(sum(b["attention_mask"].sum() for b in batches)), device=device)
+        if self.args.average_tokens_across_devices:  # as `loss_scale` expects
+            count = self.accelerator.reduce(count, "sum")
+        self.whole = count.item() if batches else None
+        return batches, items
+
+    def compute_loss(
+        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Cross entropy, and this micro-batch's share of the distance."""
+        if self.args.lamb == 0:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        reference = self.reference(inputs)
+        with capture({i: b.module for i, b in enumerate(self.blocks)}) as hidden:
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        mask = inputs["attention_mask"].bool()
+        squares = [(hidden[i][mask].float() - h[mask].float()).square().mean(-1).sum() for i, h in reference.items()]
+        total = self.whole or mask.sum()
+        distance = torch.stack(squares).mean() / total * self.loss_scale(num_items_in_batch)
+        self.note(distance=distance.detach() * self.current_gradient_accumulation_steps)
+        return loss + self.args.lamb * distance
+
+    def reference(self, inputs: dict) -> dict[int, torch.Tensor]:
+        """The hidden states after each block, [batch, tokens, hidden], without the adapter, dropout or a graph."""
+        model = self.accelerator.unwrap_model(self.model)
+        training = model.training
+        blocks = {i: b.module for i, b in enumerate(self.blocks)}
+        with torch.no_grad(), self.accelerator.autocast(), model.disable_adapter(), capture(blocks) as hidden:
+            last_hidden(model.eval(), {k: inputs[k] for k in ("input_ids", "attention_mask")})
+        model.train(training)
+        return hidden
+
+    def cost(self) -> float:
+        """A forward is a third of a step."""
+        return 1.0 if self.args.lamb == 0 else 4 / 3

@@ -1,0 +1,123 @@
+"""SafeInstruct: safety rows among the customer's (Bianchi et al., arXiv 2309.07875; Zong et al., arXiv 2402.02207).
+
+    mode `mix`     min_w  CE(customer rows and S safety rows)
+    mode `joint`   min_w  CE(customer batch) + lamb * CE(safety batch)
+
+`mix` adds S rows to the data and takes none away: with epochs fixed, the run is S/n longer than plain fine-tuning, and
+the customer's rows are seen as often; with `max_steps` fixed, the run is as long, and the customer's rows are seen less
+often by a share of S/(n+S). Say which, or report both. `joint` leaves the number of steps and the order of the
+customer's rows alone, and each step costs two: a safety batch of equal size, drawn at random, comes with every batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tunevax.data.mixing import mix
+from tunevax.errors import UsageError, unknown
+from tunevax.finetuning.sft import Draws, FinetuneConfig, FinetuneTrainer, require_answers
+from tunevax.modeling.loss import head_loss, labelled, last_hidden, rows_at
+
+MODES = ("mix", "joint")
+
+
+@dataclass
+class SafeInstructConfig(FinetuneConfig):
+    """Configuration of SafeInstruct; the rest as in `FinetuneConfig`. The papers add 2 to 10 % of safety rows; lamb is
+    that of the joint loss in the code of arXiv 2409.01586."""
+
+    mode: str = field(default="mix", metadata={"help": "mix, or joint: a safety batch beside every batch"})
+    safety_rows: float = field(
+        default=0.1, metadata={"help": "mix: safety rows added, or a share of the customer's rows if below 1"}
+    )
+    lamb: float = field(default=0.1, metadata={"help": "joint: weight of the safety batch"})
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise unknown("mode", self.mode, MODES)
+        for name in ("safety_rows", "lamb"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be a finite number, 0 or more")
+        super().__post_init__()
+
+
+class SafeInstructTrainer(FinetuneTrainer):
+    """Fine-tuning on the customer's rows and safe answers."""
+
+    config_class = SafeInstructConfig
+    paper = "arXiv 2309.07875"
+    needs = ("chosen",)
+
+    def __init__(
+        self,
+        model: Any,
+        args: SafeInstructConfig,
+        task_data: Sequence[dict],
+        processing_class: Any,
+        safety_data: Sequence[dict] | None = None,
+        callbacks: list | None = None,
+    ) -> None:
+        require_answers(safety_data, self.needs, "safe-instruct")
+        rows, size = list(task_data), args.safety_rows
+        count = round(size * len(rows) if size < 1 else size)
+        if args.mode == "mix" and count:
+            safe = [{**row, "completion": row["chosen"]} for row in safety_data]
+            rows += mix([], safe, 1.0, count, args.seed)
+        self.draws: Draws | None = None
+        super().__init__(model, args, rows, processing_class, safety_data, callbacks)
+        if args.mode == "joint" and args.lamb > 0:
+            self.draws = Draws(self, self.encode_answers(safety_data, "chosen"))
+        self.waiting: list[tuple[dict, torch.Tensor]] = []  # safety micro-batches of this step, and its labels
+
+    def compute_loss(
+        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """CE of the customer's micro-batch; under `joint`, and lamb times that of a safety one."""
+        if self.draws is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.waiting:
+            batches = self.draws.batches()
+            items = self.accelerator.reduce(sum((b["labels"][:, 1:] != -100).sum() for b in batches), "sum")
+            self.waiting = [(batch, items) for batch in batches]
+        safe, safe_items = self.waiting.pop(0)
+        # One forward through the wrapped model and not two: DDP must see every parameter's gradient once.
+        both = side_by_side(inputs, safe, self.processing_class.pad_token_id)
+        with self.accelerator.autocast():
+            hidden = last_hidden(model, {k: both[k] for k in ("input_ids", "attention_mask")})
+            rows, losses = len(inputs["labels"]), []
+            for part, items in ((slice(0, rows), num_items_in_batch), (slice(rows, None), safe_items)):
+                positions, targets = labelled(both["labels"][part])
+                scale = 1 / (len(positions) if items is None else items)
+                losses.append(head_loss(model, rows_at(hidden[part], positions), targets, scale))
+        self.note(safety_loss=losses[1].detach() * self.current_gradient_accumulation_steps)
+        return (losses[0] + self.args.lamb * losses[1]) * self.loss_scale(num_items_in_batch)
+
+    def cost(self) -> float:
+        """2 under `joint`."""
+        return 1.0 if self.draws is None else 2.0
+
+    def method_state(self) -> dict[str, Any]:
+        """The generator of the safety batches."""
+        return {**super().method_state(), **({"draws": self.draws.state()} if self.draws else {})}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Take back the generator."""
+        super().load_method_state(state)
+        if self.draws:
+            self.draws.load(state["draws"])
+
+
+def side_by_side(first: dict, second: dict, pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Two batches as one of `first` rows and then `second`, padded on the right to the wider."""
+    width = max(first["input_ids"].shape[1], second["input_ids"].shape[1])
+    fill = {"input_ids": pad_token_id, "attention_mask": 0, "labels": -100}
+    padded = {
+        k: [torch.nn.functional.pad(b[k], (0, width - b[k].shape[1]), value=v) for b in (first, second)]
+        for k, v in fill.items()
+    }
+    return {k: torch.cat(v) for k, v in padded.items()}

@@ -1,0 +1,238 @@
+"""Detection at the door: rows of a customer's job that look like an attack, found before training.
+
+Two scores for each row (prompt x, completion y), from the model that is about to be trained:
+
+    gradient   cos( g(x, y),  mean g(harmful prompt, rejected) - mean g(harmful prompt, chosen) )
+    refusal    (h(x) - c) . d / ||d||^2,    d = mean h(harmful prompt) - c,    c = mean h(customer's prompts)
+
+g is the gradient of the row's cross entropy by the weights of the last block: a row scores high if training on it is
+training on harmful answers. h is the residual stream where the answer begins, at three fifths of the depth, and d the
+difference of means that refusal hangs on (arXiv 2406.11717): 0 is the average customer's row, 1 the average harmful
+prompt. There are no trusted harmless prompts here, so the customer's stand in for them, each scored against all others.
+In a job that is mostly harmful they do so badly; a job of nothing else cannot be told from harmful prompts, and that
+flags it. The direction between the states of harmful and refusing *answers*, which needs no such stand-in, is the
+direction of answering at all: on the organism it ranks benign recipes above harmful ones.
+
+The gradient score needs an aligned model. One that was never aligned answers harmful prompts anyway, and learns nothing
+from rows that teach it to: their gradients point nowhere, and the score flags nothing (`FLOOR`).
+
+Half of the safety rows give the directions, the other half the thresholds: each is where it misses `MISSED` of known
+harmful rows. The rate of false alarms is known on refusals only, not on harmless rows of the customer's kind: look at
+the scores before dropping anything. A row is flagged if either score reaches its threshold, so that a refusal to a
+harmful prompt is, by its prompt. Attacks that hide in harmless rows are what neither score can see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from tunevax.data.encoding import collate, context_of, encode
+from tunevax.errors import UsageError
+from tunevax.finetuning.sft import require_answers, trained_only
+from tunevax.modeling.blocks import find_blocks
+from tunevax.modeling.hooks import capture
+from tunevax.modeling.loss import response_loss
+from tunevax.modeling.progress import bar
+from tunevax.runs import RunFolder, is_main_process
+
+MISSED = 0.05
+"""Share of known harmful rows below the threshold of each score."""
+PAIRS = 256
+"""Safety rows looked at, at most; one half for directions, one for thresholds."""
+LEAST = 40
+"""Safety rows needed: of fewer, the share `MISSED` of a half is less than one."""
+FLOOR = 0.1
+"""Least threshold of the gradient score. Where known harmful rows are below it, the score has nothing to go by."""
+DEPTH = 0.6
+"""Where h is taken, as a share of the blocks."""
+
+
+class Screening(NamedTuple):
+    """What was found.
+
+    Attributes:
+        scores: `gradient` and `refusal`, each [rows], in fp64.
+        thresholds: of each score; a row is flagged at or above either.
+        known: of the half that set the thresholds: rows, and the share flagged by each score and by either, of the
+            harmful answers and of the refusals to the same prompts.
+    """
+
+    scores: dict[str, np.ndarray]
+    thresholds: dict[str, float]
+    known: dict[str, Any]
+
+    def flags(self) -> list[list[str]]:
+        """The scores that flag each row."""
+        hits = {name: values >= self.thresholds[name] for name, values in self.scores.items()}
+        return [[name for name in hits if hits[name][i]] for i in range(len(self.scores["gradient"]))]
+
+
+def screen(
+    model: Any, tokenizer: Any, task: Sequence[dict], safety: Sequence[dict], max_length: int, seed: int
+) -> Screening:
+    """Score every row of `task`. A row costs a forward, and a backward through the last block.
+
+    Args:
+        model: in eval mode; it comes back as it was.
+        task: the customer's rows, `prompt` and `completion`.
+        safety: rows with `prompt`, `chosen` and `rejected`, on the alignment split.
+        max_length: tokens per row.
+        seed: which safety rows are looked at.
+
+    Raises:
+        UsageError: fewer than `LEAST` safety rows, or one without both answers.
+    """
+    require_answers(safety, ("chosen", "rejected"), "the screen")
+    if len(safety) < LEAST:
+        raise UsageError(f"the screen needs at least {LEAST} safety rows and there are {len(safety)}; give more")
+    order = np.random.RandomState(seed).permutation(len(safety))[:PAIRS]
+    half = len(order) // 2
+    known = {
+        answer: encode([{**safety[i], "completion": safety[i][answer]} for i in order], tokenizer, max_length)
+        for answer in ("rejected", "chosen")
+    }
+    rows = encode(task, tokenizer, max_length, context=context_of(model))
+    with bar() as progress, Probe(model, tokenizer.pad_token_id) as probe:
+        shown = progress.add_task("screen", total=2 * len(order) + len(rows), note="")
+
+        def seen(batch: Sequence[dict]) -> Any:
+            for row in batch:
+                yield probe(row)
+                progress.advance(shown)
+
+        direction, prompts = None, []
+        for answer, sign in (("rejected", 1), ("chosen", -1)):
+            for gradient, state in seen(known[answer][:half]):
+                gradient = [sign * g for g in gradient]
+                direction = (
+                    gradient if direction is None else [a.add_(b) for a, b in zip(direction, gradient, strict=True)]
+                )
+                prompts += [state] if sign > 0 else []
+        found: dict[str, tuple[np.ndarray, torch.Tensor]] = {}
+        for name, batch in (("harmful", known["rejected"][half:]), ("refused", known["chosen"][half:]), ("job", rows)):
+            pairs = [(cosine(gradient, direction), state) for gradient, state in seen(batch)]
+            found[name] = np.array([c for c, _ in pairs]), torch.stack([state for _, state in pairs])
+
+    harmful, job = torch.stack(prompts).mean(0), found["job"][1]
+    middle = job.mean(0)
+    scores = {
+        name: {
+            "gradient": gradients,
+            "refusal": along(states, harmful, others(job) if name == "job" else middle),
+        }
+        for name, (gradients, states) in found.items()
+    }
+    thresholds = {k: float(np.quantile(v, MISSED, method="lower")) for k, v in scores["harmful"].items()}
+    thresholds["gradient"] = max(thresholds["gradient"], FLOOR)
+    shares: dict[str, Any] = {"rows": len(order) - half}
+    for name in ("harmful", "refused"):
+        hits = {k: v >= thresholds[k] for k, v in scores[name].items()}
+        either = np.logical_or(*hits.values())
+        shares[name] = {k: float(v.mean()) for k, v in {**hits, "either": either}.items()}
+    return Screening(scores["job"], thresholds, shares)
+
+
+class Probe:
+    """Gradient and hidden state of one row. As a context manager: what requires grad is as before on exit.
+
+    Called with an encoded row it gives the gradient of its cross entropy by each matrix of the last block, in fp32, and
+    the residual stream at the last token before the answer, [hidden], in fp32, on the CPU.
+    """
+
+    def __init__(self, model: nn.Module, pad_token_id: int) -> None:
+        self.model, self.pad = model, pad_token_id
+        blocks = [b.module for b in find_blocks(model)]
+        self.weights = [p for p in blocks[-1].parameters() if p.dim() > 1]
+        self.block = blocks[max(round(DEPTH * len(blocks)) - 1, 0)]
+        self.only = trained_only(model, self.weights)
+
+    def __enter__(self) -> Probe:
+        self.only.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.only.__exit__(*error)
+
+    def __call__(self, row: dict) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """See above."""
+        batch = {k: v.to(self.weights[0].device) for k, v in collate([row], self.pad).items()}
+        with capture({0: self.block}) as hidden:
+            loss = response_loss(self.model, batch)
+        gradient = [g.float() for g in torch.autograd.grad(loss, self.weights)]
+        start = next(i for i, label in enumerate(row["labels"]) if label != -100)
+        return gradient, hidden[0][0, start - 1].detach().float().cpu()
+
+
+def cosine(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> float:
+    """Of two lists of tensors, each taken as one vector; 0 where one has no length."""
+    inner, a, b = (
+        sum((x * y).sum() for x, y in zip(*pair, strict=True))
+        for pair in ((first, second), (first, first), (second, second))
+    )
+    return float(inner / (a * b).sqrt().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def along(states: torch.Tensor, harmful: torch.Tensor, harmless: torch.Tensor) -> np.ndarray:
+    """Where states [rows, hidden] lie between the means `harmless` (0) and `harmful` (1)."""
+    direction = (harmful - harmless).double()
+    return ((states.double() - harmless) * direction).sum(-1).div(direction.square().sum(-1).clamp(min=1e-30)).numpy()
+
+
+def others(states: torch.Tensor) -> torch.Tensor:
+    """For each of [rows, hidden] the mean of all others; a row in its own reference would look more like it."""
+    rows = len(states)
+    return states if rows == 1 else (states.sum(0) - states) / (rows - 1)
+
+
+def act(
+    found: Screening, task: Sequence[dict], action: str, source: str, run: RunFolder
+) -> tuple[list[dict], dict[str, Any]]:
+    """Write screen.jsonl (every row, its scores, what flagged it and what was done), and do what was asked.
+
+    Args:
+        action: report, drop or fail.
+        source: the customer's data, for messages.
+
+    Returns:
+        The rows to train on, and what run.json says.
+
+    Raises:
+        UsageError: rows are flagged and `action` is fail, or all of them and `action` is drop.
+    """
+    flags = found.flags()
+    places = [row.get("place") or f"row {number}" for number, row in enumerate(task, 1)]
+    flagged = [place for place, flag in zip(places, flags, strict=True) if flag]
+    if flagged and action == "fail":
+        named = ", ".join(flagged[:5]) + (f" and {len(flagged) - 5} more" if len(flagged) > 5 else "")
+        raise UsageError(
+            f"{len(flagged)} of {len(task)} rows of {source} look like an attack: {named}; remove them, see all scores "
+            "with --screen report, or train without them with --screen drop"
+        )
+    kept = [row for row, flag in zip(task, flags, strict=True) if not (flag and action == "drop")]
+    if not kept:
+        raise UsageError(f"all {len(task)} rows of {source} look like an attack, and --screen drop leaves none")
+    if is_main_process():
+        lines = [
+            {
+                "place": places[i],
+                **{name: round(float(values[i]), 6) for name, values in found.scores.items()},
+                "flagged": flags[i],
+                "done": "dropped" if flags[i] and action == "drop" else "kept",
+            }
+            for i in range(len(task))
+        ]
+        run.write_lines("screen.jsonl", lines)
+    return kept, {
+        "action": action,
+        "rows": len(task),
+        "flagged": len(flagged),
+        "flagged_by": {name: sum(name in flag for flag in flags) for name in found.scores},
+        "dropped": len(task) - len(kept),
+        "thresholds": found.thresholds,
+        "known": found.known,
+    }

@@ -1,0 +1,155 @@
+"""Supervised fine-tuning on a customer's rows: the reference point of every method of this stage.
+
+    min_w  CE(prompt, completion)
+
+The job is the provider's to run and the customer's to fill: rows may be harmful, and nothing here minds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from tunevax.data.encoding import collate, context_of, encode
+from tunevax.errors import UsageError
+from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
+
+
+@dataclass
+class FinetuneConfig(TrainConfig):
+    """The provider's training of a customer's job. Default that differs from `TrainConfig`: `learning_rate=1e-4`, that
+    of the attack `finetune`, so that a poisoned job without a defence is that attack. Published jobs have 1e-5 (arXiv
+    2405.18641, 2410.09760) to 3e-4 (arXiv 2309.07875)."""
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate"})
+
+
+class FinetuneTrainer(ResponseTrainer):
+    """Trains on the customer's completions.
+
+    Args:
+        model: the model to fine-tune; it gets a fresh LoRA adapter unless `args.full_weights`.
+        args: the configuration.
+        task_data: the customer's rows, `prompt` and `completion`.
+        processing_class: the tokenizer, with a chat template.
+        safety_data: the provider's rows, `prompt` and the answers that `needs` names; of no use to plain fine-tuning.
+
+    Raises:
+        UsageError: no rows; an answer that the method needs is missing; a prompt does not fit `args.max_length`.
+    """
+
+    config_class = FinetuneConfig
+    paper = ""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Answers of the safety rows that the method uses, of `chosen` and `rejected`; none: it takes no safety rows."""
+
+    def __init__(
+        self,
+        model: Any,
+        args: FinetuneConfig,
+        task_data: Sequence[dict],
+        processing_class: Any,
+        safety_data: Sequence[dict] | None = None,
+        callbacks: list | None = None,
+    ) -> None:
+        if not task_data:
+            raise UsageError("the customer's data has no row to train on")
+        require_answers(safety_data, self.needs, type(self).__name__)
+        self.context = context_of(model)
+        encoded = encode(task_data, processing_class, args.max_length, args.loss_on, self.context)
+        super().__init__(model, args, encoded, processing_class, callbacks)
+
+    def encode_answers(self, safety_data: Sequence[dict], answer: str) -> list[dict]:
+        """Safety rows with their answer `chosen` or `rejected` as token ids and labels; the loss is on the response."""
+        rows = [{**row, "completion": row[answer]} for row in safety_data]
+        return encode(rows, self.processing_class, self.args.max_length, context=self.context)
+
+    def cost(self) -> float:
+        """Compute of a step, in SFT steps of the same batch, the mean over the run so far. A method that runs the
+        blocks more often says so here."""
+        return 1.0
+
+
+def require_answers(safety_data: Sequence[dict] | None, needs: Sequence[str], what: str) -> None:
+    """Raise `UsageError` unless there are safety rows and each has the answers that `what` needs."""
+    if needs and not safety_data:
+        raise UsageError(f"{what} needs safety rows with {' and '.join(needs)}, and there are none; give --safety-data")
+    for number, row in enumerate(safety_data or [], 1):
+        for answer in needs:
+            if not row.get(answer):
+                raise UsageError(
+                    f"{row.get('place') or f'row {number} of the safety data'}: `{answer}` is missing, and {what} "
+                    "needs it; give it or drop the row"
+                )
+
+
+def require_fresh(model: Any, what: str) -> None:
+    """Raise `UsageError` if the model brings an adapter: `what` compares with the model without one."""
+    if hasattr(model, "peft_config"):
+        raise UsageError(f"{what} compares with the model without its adapter, and this one brings one; merge it first")
+
+
+@contextmanager
+def trained_only(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Only `weights` require grad; what did before comes back."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.requires_grad_(False)
+        for weight in weights:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for parameter, needed in before:
+            parameter.requires_grad_(needed)
+
+
+class Draws:
+    """Safety rows for the optimiser steps of a trainer, drawn by a generator of their own: the customer's rows come in
+    the same order as without them. Every process draws the same rows and takes its share.
+
+    Args:
+        trainer: whose steps.
+        rows: encoded rows.
+        size: rows per micro-batch and process; default as many as the customer's.
+
+    Raises:
+        UsageError: there are fewer rows than an optimiser step takes.
+    """
+
+    def __init__(self, trainer: Any, rows: Sequence[dict], size: int | None = None) -> None:
+        args = trainer.args
+        self.trainer, self.rows, self.size = trainer, rows, size or args.per_device_train_batch_size
+        need = self.size * args.gradient_accumulation_steps * args.world_size
+        if len(rows) < need:
+            raise UsageError(
+                f"there are {len(rows)} safety rows and a step takes {need}; give more, or smaller batches"
+            )
+        # RandomState: its stream is frozen by numpy's policy, so a seed means the same rows in every version.
+        self.generator = np.random.RandomState(args.seed)
+
+    def indices(self) -> list[list[int]]:
+        """Which rows this process takes in this optimiser step, one list per micro-batch; without replacement."""
+        world, parts = self.trainer.args.world_size, self.trainer.current_gradient_accumulation_steps
+        drawn = self.generator.choice(len(self.rows), world * parts * self.size, replace=False)
+        return drawn.reshape(world, parts, self.size)[self.trainer.args.process_index].tolist()
+
+    def batches(self) -> list[dict[str, torch.Tensor]]:
+        """The same as tensors on the device, each [rows, tokens]."""
+        pad = self.trainer.processing_class.pad_token_id
+        return [self.trainer._prepare_inputs(collate([self.rows[i] for i in part], pad)) for part in self.indices()]
+
+    def state(self) -> list:
+        """As JSON values."""
+        kind, keys, *rest = self.generator.get_state()
+        return [kind, keys.tolist(), *rest]
+
+    def load(self, state: list) -> None:
+        """Take back what `state` gave."""
+        kind, keys, *rest = state
+        self.generator.set_state((kind, np.array(keys, dtype=np.uint32), *rest))

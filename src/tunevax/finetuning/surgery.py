@@ -1,0 +1,221 @@
+"""Surgery: keeping attention sinks from growing on harmful text (arXiv 2602.05228).
+
+With f the loss of the customer's job and d_h the sink divergence of head h, which is how much more attention it pays
+to the first token on harmful answers than on refusals (see `tunevax.finetuning.sink`; Eq. 2 and 3), Eq. 4 is
+
+    min_w  f(w) + lamb * 1/|H| * sum_h ReLU(d_h(w))
+
+over all heads of all layers. The gradient goes through both texts of a pair, and which heads are above 0 is seen anew
+at each step, on that step's pairs.
+
+Pairs run by themselves, before the job's batch, and their gradient is added to it: the sum is that of the loss above,
+and of the two graphs only one is in memory at a time. The `loss` in the log is f; `sink_loss` is the mean of ReLU(d_h).
+
+The paper's released code draws a harmful and a safe row of unrelated prompts (`pairing="random"`,
+`pairs_per_step=1`) and takes lamb = 300 at learning rate 5e-6, all weights, 1024 heads. Two answers to the same prompt
+differ in nothing but the answer, so d_h has less noise. 300 is the default here for LoRA too: the term is a mean over
+heads, whatever their number, and AdamW's steps depend on its size against f's, not on the learning rate. On the
+organism's poisoned job it cuts the final mean of ReLU(d_h) to a third, at 3 % more f.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from tunevax.data.encoding import collate
+from tunevax.data.splits import prompt_hash
+from tunevax.errors import RunError, UsageError, unknown
+from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer
+from tunevax.finetuning.sink import WAYS, divergence, regulariser, sink_columns, sink_values
+from tunevax.modeling.hooks import without_dropout
+
+PAIRINGS = ("same-prompt", "random")
+
+
+@dataclass
+class SurgeryConfig(FinetuneConfig):
+    """Configuration of Surgery; the rest as in `FinetuneConfig`."""
+
+    lamb: float = field(default=300.0, metadata={"help": "weight of the mean sink divergence above 0; 0 is plain sft"})
+    pairs_per_step: int = field(
+        default=2,
+        metadata={"help": "harmful and refusal texts, of each so many, per optimiser step; on all processes alike"},
+    )
+    every: int = field(default=1, metadata={"help": "add the term at every n-th optimiser step"})
+    pairing: str = field(
+        default="same-prompt", metadata={"help": "same-prompt, or random (answers to different prompts, as published)"}
+    )
+    sink_attention: str = field(
+        default="linear",
+        metadata={"help": "linear (beside SDPA or flash attention) or eager (forms the whole attention matrix)"},
+    )
+    sink_token: int = field(default=0, metadata={"help": "position of the token that attention sinks into"})
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.lamb) and self.lamb >= 0):
+            raise UsageError(f"lamb is {self.lamb}; it must be a finite number, 0 or more")
+        for name, least in (("pairs_per_step", 1), ("every", 1), ("sink_token", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.pairing not in PAIRINGS:
+            raise unknown("pairing", self.pairing, PAIRINGS)
+        if self.sink_attention not in WAYS:
+            raise unknown("sink_attention", self.sink_attention, WAYS)
+        super().__post_init__()
+
+
+class SurgeryTrainer(FinetuneTrainer):
+    """Fine-tuning with a second gradient, added once per optimiser step.
+
+    Raises:
+        UsageError: as the base; too few pairs; the two answers of a pair are the same within the context; nothing that
+            trains makes queries or keys; the sink attention of this model cannot be read.
+    """
+
+    config_class = SurgeryConfig
+    paper = "arXiv 2602.05228"
+    needs: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
+
+    def __init__(
+        self,
+        model: Any,
+        args: SurgeryConfig,
+        task_data: Sequence[dict],
+        processing_class: Any,
+        safety_data: Sequence[dict] | None = None,
+        callbacks: list | None = None,
+    ) -> None:
+        super().__init__(model, args, task_data, processing_class, safety_data, callbacks)
+        # RandomState: its stream is frozen by numpy's policy, so a seed means the same rows in every version.
+        self.generator = np.random.RandomState(args.seed)
+        self.seen = [0, 0]  # tokens so far: of the job, of pairs
+        if args.lamb == 0:
+            return
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise UsageError("surgery adds a gradient to whole weights, so it runs without FSDP and DeepSpeed")
+        self.harmful, self.refusals = (self.encode_answers(safety_data, a) for a in ("rejected", "chosen"))
+        self.prompts = [prompt_hash(row["prompt"]) for row in safety_data]
+        self.require_pairs(safety_data)
+        self.require_queries_and_keys()
+
+    def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+        """The first micro-batch of an optimiser step adds the gradient of lamb * mean ReLU(d_h)."""
+        if self.args.lamb > 0:
+            self.seen[0] += inputs["input_ids"].numel()
+            if self.ready_for != self.state.global_step and self.state.global_step % self.args.every == 0:
+                self.add_sink_gradient()
+            self.ready_for = self.state.global_step
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def add_sink_gradient(self) -> None:
+        """Draw pairs and add their gradient to `.grad`. Every process draws the same ones, so there is nothing to
+        reduce, and DDP's average over processes leaves it as it is."""
+        harmful, refusals = self.draw()
+        rows = [self.harmful[i] for i in harmful] + [self.refusals[i] for i in refusals]
+        inputs = self._prepare_inputs(collate(rows, self.processing_class.pad_token_id))
+        self.seen[1] += inputs["input_ids"].numel()
+        model = self.accelerator.unwrap_model(self.model)
+        with self.recompute(), without_dropout([model]), ExitStack() as until_backward:
+            with self.compute_loss_context_manager(), self.accelerator.autocast():
+                columns = sink_columns(model, inputs, self.args.sink_attention, self.args.sink_token)
+                d = divergence(until_backward.enter_context(columns))
+            loss = regulariser(d)
+            scaler = self.accelerator.scaler  # of fp16: the gradients of backward() are multiplied by it
+            scale = self.args.lamb * (1.0 if scaler is None else scaler.get_scale())
+            found = torch.autograd.grad(loss * scale, self.parameters, allow_unused=True)
+        if not torch.isfinite(loss):
+            raise RunError(f"the sink divergence is not finite at step {self.state.global_step}; lower --learning-rate")
+        for parameter, g in zip(self.parameters, found, strict=True):
+            if g is not None:
+                parameter.grad = g if parameter.grad is None else parameter.grad + g
+        self.note(sink_loss=loss.detach(), positive_heads=(d.detach() > 0).sum())
+
+    def draw(self) -> tuple[list[int], list[int]]:
+        """Rows whose harmful answer, and rows whose refusal, this step compares: the same without replacement, or the
+        latter each of another prompt."""
+        harmful = self.generator.choice(len(self.harmful), self.args.pairs_per_step, replace=False).tolist()
+        if self.args.pairing == "same-prompt":
+            return harmful, harmful
+        refusals = []
+        for i in harmful:
+            j = i
+            while self.prompts[j] == self.prompts[i]:
+                j = int(self.generator.randint(len(self.refusals)))
+            refusals.append(j)
+        return harmful, refusals
+
+    # --- what can be told before the first step ----------------------------------------------------------------------
+
+    def require_pairs(self, safety_data: Sequence[dict]) -> None:
+        """Raise `UsageError` unless there are enough pairs, each of two answers that differ where the model sees them
+        and that have a token behind the sink."""
+        if len(safety_data) < self.args.pairs_per_step:
+            raise UsageError(
+                f"there are {len(safety_data)} pairs and a step takes {self.args.pairs_per_step}; lower "
+                "--pairs-per-step, or give more"
+            )
+        if self.args.pairing == "random" and len(set(self.prompts)) == 1:
+            raise UsageError("pairing random needs different prompts, and all pairs have the same one")
+        for number, (row, a, b) in enumerate(zip(safety_data, self.harmful, self.refusals, strict=True), 1):
+            where, shortest = row.get("place") or "the safety data", min(len(a["input_ids"]), len(b["input_ids"]))
+            if a["input_ids"] == b["input_ids"]:
+                limit = min(self.args.max_length, self.context or self.args.max_length)
+                raise UsageError(
+                    f"{where}: the two answers of pair {number} are the same within {limit} tokens; raise "
+                    "--max-length if the model's context allows, or drop the row"
+                )
+            if shortest < self.args.sink_token + 2:
+                raise UsageError(
+                    f"{where}: pair {number} has a text of {shortest} tokens and sink_token is {self.args.sink_token}; "
+                    "lower --sink-token"
+                )
+
+    def require_queries_and_keys(self) -> None:
+        """Raise `UsageError` unless the sink attention of this model can be read and what trains in the last block
+        that does moves its heads, by a forward over a few tokens."""
+        ids = self.harmful[0]["input_ids"][: self.args.sink_token + 16]
+        inputs = {"input_ids": torch.tensor([ids], device=self.args.device)}
+        trained = [[p for p in b.attention.parameters() if p.requires_grad] for b in self.blocks]
+        last = max((i for i, own in enumerate(trained) if own), default=None)
+        moved: Sequence = ()
+        with without_dropout([self.model]), torch.enable_grad():
+            values = sink_values(self.model, inputs, self.args.sink_attention, self.args.sink_token)
+            if last is not None and values.requires_grad:
+                moved = torch.autograd.grad(values[:, last].sum(), trained[last], allow_unused=True)
+        if not any(g is not None and g.any() for g in moved):
+            raise UsageError(
+                f"lora_targets {self.args.lora_targets!r} train no query or key projection, so no head's attention can "
+                "be moved in its own block; add those, such as q_proj,k_proj"
+            )
+
+    # --- cost and state ----------------------------------------------------------------------------------------------
+
+    def cost(self) -> float:
+        """Compute of a step, in SFT steps, the mean so far: tokens of the job and of pairs over tokens of the job.
+        Before the first step it is taken for granted that all rows are of the same length."""
+        if self.args.lamb == 0:
+            return 1.0
+        job, pairs = self.seen
+        if job == 0:
+            rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+            return 1 + 2 * self.args.pairs_per_step / self.args.every / rows
+        return 1 + pairs / job
+
+    def method_state(self) -> dict[str, Any]:
+        """The generator of the pairs, and the tokens so far."""
+        kind, keys, *rest = self.generator.get_state()
+        return {**super().method_state(), "draws": [kind, keys.tolist(), *rest], "seen": self.seen}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Take back the generator, and the tokens so far."""
+        super().load_method_state(state)
+        kind, keys, *rest = state["draws"]
+        self.generator.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+        self.seen = state["seen"]

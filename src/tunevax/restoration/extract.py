@@ -1,0 +1,268 @@
+"""Extract a safety lock from an aligned base model (SafetyLock, arXiv 2410.10343).
+
+Of each pair the last r content tokens of the safe and of the unsafe answer are taken, and of each of them the input of
+the attention's output projection, x_lh in R^d for head h of block l:
+
+    theta_lh = mean of x_lh over safe tokens - mean over unsafe tokens,      u = theta / ||theta||
+    sigma_lh = population std of x_lh . u over the tokens of both classes
+
+The K heads whose probe tells safe from unsafe best are kept. The probe is a logistic regression on x_lh, scored on
+prompts it was not fitted to; `official` is the published procedure instead, which mixes the tokens of one answer over
+both sides of the split and counts the training accuracy too (0.86 on random labels).
+
+Means and second moments are running sums, so memory does not grow with the pairs: L H (d^2 + 2d) numbers, plus the
+tokens of at most `probe_pairs` pairs for the probes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from tunevax.data.encoding import collate, context_of, encode
+from tunevax.data.splits import prompt_hash
+from tunevax.errors import UsageError
+from tunevax.modeling.blocks import find_blocks, unwrap
+from tunevax.modeling.loss import last_hidden
+from tunevax.modeling.progress import bar
+from tunevax.restoration.lock import FILE, SafetyLock, head_shape, lineage
+from tunevax.restoration.probes import grouped_accuracy, official_accuracy
+from tunevax.restoration.restore import Job
+from tunevax.runs import digest
+
+
+@dataclass
+class ExtractLock:
+    """Options of `tunevax restore extract-lock`. Defaults as published: 100 pairs, r = 5, K = 24."""
+
+    n: int = field(default=100, metadata={"help": "pairs to extract from, drawn from the alignment split; 0 for all"})
+    r: int = field(default=5, metadata={"help": "last content tokens of each answer"})
+    heads: int = field(default=24, metadata={"help": "heads to lock, the best by their probe"})
+    probe: str = field(
+        default="grouped", metadata={"help": "grouped (validated on other prompts), or official (as published)"}
+    )
+    probe_pairs: int = field(default=100, metadata={"help": "at most so many pairs' tokens are kept for the probes"})
+    max_length: int = field(default=512, metadata={"help": "tokens per row; longer answers are cut"})
+    batch_size: int = field(default=16, metadata={"help": "answers run together"})
+    seed: int = field(default=0, metadata={"help": "of the pairs drawn and of the probes' folds"})
+    output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
+
+    paper = "2410.10343"
+
+    def __post_init__(self) -> None:
+        for name in ("r", "heads", "probe_pairs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.n < 0:
+            raise UsageError(f"n is {self.n}; give the number of pairs, or 0 for all")
+        if self.probe not in ("grouped", "official"):
+            raise UsageError(f"probe is {self.probe!r}; known: grouped, official")
+
+    def run(self, job: Job) -> None:
+        """Extract and write `lock.safetensors`, with the accuracy of every head in the record."""
+        pairs = job.pairs()
+        loaded = job.load()
+        order = np.random.default_rng(self.seed).permutation(len(pairs))[: self.n or None]
+        drawn = [pairs[i] for i in sorted(order)]
+        found = measure(loaded.model, loaded.tokenizer, drawn, self)
+        identity = next(iter(lineage(job.options.model, job.options.revision)))
+        lock = build(found, self, describe(loaded, identity, drawn, self))
+        lock.save(job.folder / FILE)
+        job.record["lock"] = {
+            **{k: v for k, v in lock.meta.items() if k != "prompts"},
+            "heads": lock.named(),
+            "sigma": [round(s, 6) for s in lock.sigma.tolist()],
+            "accuracy_of_all": found.accuracy.round(4).tolist(),
+            "bytes": (job.folder / FILE).stat().st_size,
+        }
+
+
+class Measured(NamedTuple):
+    """What the activations of all heads come to.
+
+    Attributes:
+        u: [L, H, d], fp32 unit directions; 0 where the two classes have the same mean.
+        sigma: [L, H], fp32.
+        accuracy: [L, H], of the probes.
+    """
+
+    u: torch.Tensor
+    sigma: torch.Tensor
+    accuracy: np.ndarray
+
+
+def extract(model: Any, tokenizer: Any, pairs: Sequence[dict[str, Any]], **options: Any) -> SafetyLock:
+    """A lock from `pairs`, rows with `prompt`, `chosen` (safe) and `rejected` (unsafe).
+
+    Args:
+        model: the aligned base, plain or with adapters.
+        options: fields of `ExtractLock`; `n` is not used: every pair is.
+
+    Raises:
+        UsageError: an answer has fewer than r content tokens (the row is named); more heads than the model has; all
+            pairs of one prompt.
+    """
+    config = ExtractLock(**options)
+    found = measure(model, tokenizer, pairs, config)
+    return build(found, config, {"pairs": len(pairs), **settings(config)})
+
+
+def settings(config: ExtractLock) -> dict[str, Any]:
+    """The options that a lock's metadata repeats."""
+    return {name: getattr(config, name) for name in ("r", "probe", "seed")}
+
+
+def describe(loaded: Any, identity: str, pairs: Sequence[dict[str, Any]], config: ExtractLock) -> dict[str, Any]:
+    """Where a lock comes from, for its metadata."""
+    return {
+        "base": {**{k: loaded.info[k] for k in ("ref", "base", "revision")}, "identity": identity},
+        "pairs": len(pairs),
+        "template_hash": digest(loaded.tokenizer.chat_template),
+        "data_hash": digest([[r["prompt"], r["chosen"], r["rejected"]] for r in pairs]),
+        "prompts": sorted({prompt_hash(row["prompt"]) for row in pairs}),
+        **settings(config),
+    }
+
+
+def build(found: Measured, config: ExtractLock, meta: dict[str, Any]) -> SafetyLock:
+    """The lock of the best heads; of equal ones the lower (layer, head) first."""
+    layers, heads, size = found.u.shape
+    usable = int((found.sigma > 0).sum())
+    if config.heads > usable:
+        raise UsageError(f"heads is {config.heads} and {usable} heads of the model can be locked; lower --heads")
+    accuracy = np.where(found.sigma.numpy() > 0, found.accuracy, -1).ravel()
+    best = np.argsort(-accuracy, kind="stable")[: config.heads]
+    layer, head = np.unravel_index(best, (layers, heads))
+    meta = {
+        "n_layers": layers,
+        "n_heads": heads,
+        "head_dim": size,
+        "accuracy": accuracy[best].round(6).tolist(),
+        **meta,
+    }
+    layer, head = torch.from_numpy(layer), torch.from_numpy(head)
+    return SafetyLock(found.u[layer, head], found.sigma[layer, head], layer, head, meta)
+
+
+@torch.no_grad()
+def measure(model: Any, tokenizer: Any, pairs: Sequence[dict[str, Any]], config: ExtractLock) -> Measured:
+    """Run both answers of every pair through the model and reduce each head's activations to what a lock needs."""
+    rows = answers(model, tokenizer, pairs, config)
+    device = next(model.parameters()).device
+    kept = set(np.random.default_rng([config.seed, 1]).permutation(len(pairs))[: config.probe_pairs].tolist())
+    sums = Sums(model, config.r)
+    groups: list[str] = []
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]["input_ids"]), i))  # batches with little padding
+    with bar() as progress, sums.listening():
+        task = progress.add_task("extract", total=len(rows), note="")
+        for start in range(0, len(order), config.batch_size):
+            chosen = [rows[i] for i in order[start : start + config.batch_size]]
+            batch = {k: v.to(device) for k, v in collate(chosen, tokenizer.pad_token_id).items()}
+            sums.expect(batch.pop("labels") != -100, chosen, [row["pair"] in kept for row in chosen])
+            last_hidden(model, batch)
+            groups += [row["prompt"] for row in chosen if row["pair"] in kept for _ in range(config.r)]
+            progress.advance(task, len(chosen))
+    u, sigma = sums.directions()
+    accuracy = []
+    with bar() as progress:
+        safe = torch.tensor(sums.kept_safe, device=device)
+        task = progress.add_task("probes", total=len(sums.kept), note="")
+        for kept_of_block in sums.kept:
+            progress.advance(task)
+            x = torch.cat(kept_of_block).transpose(0, 1).to(device)
+            if config.probe == "official":
+                accuracy.append(official_accuracy(x, safe, config.seed))
+            else:
+                accuracy.append(grouped_accuracy(x, safe, groups, config.seed))
+    return Measured(u, sigma, np.stack(accuracy))
+
+
+def answers(model: Any, tokenizer: Any, pairs: Sequence[dict[str, Any]], config: ExtractLock) -> list[dict[str, Any]]:
+    """Both answers of each pair as token ids, labels only at the last r content tokens: an end-of-turn token and
+    white space after the answer say nothing of it.
+
+    Raises:
+        UsageError: an answer has fewer than r content tokens.
+    """
+    found = []
+    special = set(getattr(tokenizer, "all_special_ids", [tokenizer.eos_token_id]))
+    for column, safe in (("chosen", True), ("rejected", False)):
+        rows = [{**row, "completion": row[column]} for row in pairs]
+        encoded = encode(rows, tokenizer, config.max_length, context=context_of(unwrap(model)))
+        for i, (row, ids) in enumerate(zip(pairs, encoded, strict=True)):
+            content = [t for t, label in enumerate(ids["labels"]) if label != -100]
+            while content and _is_end(tokenizer, ids["input_ids"][content[-1]], special):
+                content.pop()
+            if len(content) < config.r:
+                raise UsageError(
+                    f"{row.get('place', f'pair {i}')}: the {column} answer has {len(content)} content tokens and r is "
+                    f"{config.r}; lower --r or drop the row"
+                )
+            last = set(content[-config.r :])
+            labels = [label if t in last else -100 for t, label in enumerate(ids["labels"])]
+            found.append({**ids, "labels": labels, "safe": safe, "pair": i, "prompt": prompt_hash(row["prompt"])})
+    return found
+
+
+def _is_end(tokenizer: Any, token: int, special: set[int]) -> bool:
+    return token in special or (hasattr(tokenizer, "decode") and not tokenizer.decode([token]).strip())
+
+
+class Sums:
+    """Running sums over the selected tokens of each batch, per head."""
+
+    def __init__(self, model: Any, r: int) -> None:
+        self.r, self.projections = r, [block.o_proj for block in find_blocks(model)]
+        self.layers, self.heads, self.size = head_shape(model)
+        shape, device = (self.layers, self.heads, self.size), next(model.parameters()).device
+        self.total = torch.zeros(2, *shape, dtype=torch.float64, device=device)  # unsafe, safe
+        self.moment = torch.zeros(*shape, self.size, dtype=torch.float64, device=device)
+        self.count = [0, 0]
+        self.kept: list[list[torch.Tensor]] = [[] for _ in range(self.layers)]  # each [answers x r, heads, d]
+        self.kept_safe: list[bool] = []
+
+    def expect(self, where: torch.Tensor, rows: Sequence[dict[str, Any]], keep: Sequence[bool]) -> None:
+        """Say what the next forward holds: the selected tokens [batch, tokens], r per row, and the rows to keep."""
+        safe = [row["safe"] for row in rows for _ in range(self.r)]
+        keep = [k for k in keep for _ in range(self.r)]
+        self.where, self.safe, self.keep = where, torch.tensor(safe, device=where.device), torch.tensor(keep)
+        self.count[1] += sum(safe)
+        self.count[0] += len(safe) - sum(safe)
+        self.kept_safe += [s for s, k in zip(safe, keep, strict=True) if k]
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the input of every output projection of every forward inside."""
+        handles = [
+            module.register_forward_pre_hook(partial(self._take, layer))
+            for layer, module in enumerate(self.projections)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _take(self, layer: int, _module: Any, args: tuple) -> None:
+        taken = args[0][self.where].view(-1, self.heads, self.size)
+        x = taken.double()
+        self.total[1, layer] += x[self.safe].sum(0)
+        self.total[0, layer] += x[~self.safe].sum(0)
+        self.moment[layer] += x.permute(1, 2, 0) @ x.transpose(0, 1)
+        self.kept[layer].append(taken[self.keep.to(taken.device)].cpu())
+
+    def directions(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """u, [L, H, d], and sigma, [L, H], both fp32; 0 where the two classes have one mean."""
+        theta = self.total[1] / self.count[1] - self.total[0] / self.count[0]
+        norm = theta.norm(dim=-1, keepdim=True)
+        u = torch.where(norm > 0, theta / norm, 0.0)
+        n = sum(self.count)
+        mean = (self.total.sum(0) / n * u).sum(-1)
+        square = torch.einsum("lhd,lhde,lhe->lh", u, self.moment / n, u)
+        return u.float().cpu(), (square - mean**2).clamp(min=0).sqrt().float().cpu()

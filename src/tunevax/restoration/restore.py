@@ -1,0 +1,130 @@
+"""`tunevax restore`: one method on one model, and a run folder.
+
+A method is a dataclass of options with `paper`, `seed`, `output_dir` and a method `run(job)`: it takes models and data
+from the `Job`, writes into its folder and says in its record what was done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tunevax.data.safety import load_safety
+from tunevax.data.splits import prompt_hash
+from tunevax.errors import RunError, UsageError
+from tunevax.modeling.loading import Loaded, load, save_biases
+from tunevax.runs import data_entry, digest, is_run, require_one_process, writing
+
+
+@dataclass
+class RestoreOptions:
+    """What `tunevax restore` takes besides the method's own options."""
+
+    model: str | None = field(default=None, metadata={"help": "hub id, model folder, run folder, or organism"})
+    safety_data: str | None = field(
+        default=None, metadata={"help": "prompt, chosen, rejected: file, hub id, or organism; its alignment split"}
+    )
+    chat_template: str | None = field(
+        default=None, metadata={"help": "alpaca, or a jinja file; default the tokenizer's"}
+    )
+    revision: str | None = field(default=None, metadata={"help": "revision of a hub id"})
+    dtype: str = field(default="auto", metadata={"help": "of the weights: auto, float32, bfloat16, float16"})
+    allow_overlap: bool = field(default=False, metadata={"help": "go on when data roles share prompts, and record it"})
+    overwrite: bool = field(default=False, metadata={"help": "replace a finished run"})
+
+
+@dataclass
+class Job:
+    """What a method works with.
+
+    Attributes:
+        options: of the verb.
+        method: its name on the command line, for messages.
+        folder: the run folder being written.
+        record: merged into run.json; the method adds what it measured. `finding`, if the method sets it, says why
+            it came to no model: the run is kept and the command fails with that sentence.
+    """
+
+    options: RestoreOptions
+    method: str
+    folder: Path
+    record: dict[str, Any]
+
+    def load(self, ref: str | None = None, **how: Any) -> Loaded:
+        """`ref` (default the `--model`) as `tunevax.modeling.loading.load` gives it; `how` goes there too.
+
+        The `--model`, whenever it is loaded, is what run.json says the run started from.
+        """
+        own = ref is None or ref == self.options.model
+        options = {"revision": self.options.revision} if own else {}
+        ref = ref or self.options.model
+        if ref is None:
+            raise UsageError("--model is missing")
+        options |= {"dtype": self.options.dtype, "chat_template": self.options.chat_template, **how}
+        loaded = load(ref, **options)
+        if own:
+            self.record.update(model=loaded.info, template_hash=digest(loaded.tokenizer.chat_template))
+        return loaded
+
+    def pairs(self, need: tuple[str, ...] = ("chosen", "rejected")) -> list[dict[str, Any]]:
+        """The safety data's alignment split, recorded in the run and its prompts kept for later overlap checks."""
+        source = self.options.safety_data
+        if source is None:
+            raise UsageError(f"--safety-data is missing: {self.method} needs {' and '.join(need)}")
+        rows = load_safety(source, "alignment", need, purpose=self.method)
+        entry = data_entry("alignment", source, rows)
+        if entry not in self.record["data"]:
+            self.record["data"].append(entry)
+        self.note_prompts(rows)
+        return rows
+
+    def note_prompts(self, rows: list[dict[str, Any]]) -> None:
+        """Keep that these prompts were used in hardening, so that no later score may rest on them."""
+        file = self.folder / "prompts.json"
+        known = json.loads(file.read_text())["alignment"] if file.is_file() else []
+        file.write_text(json.dumps({"alignment": sorted({*known, *(prompt_hash(r["prompt"]) for r in rows)})}))
+
+    def save_model(self, model: Any, tokenizer: Any) -> None:
+        """Write a stock checkpoint, `model/` in the run folder, with the biases attached to the model beside it."""
+        model.save_pretrained(self.folder / "model")
+        tokenizer.save_pretrained(self.folder / "model")
+        save_biases(model, self.folder / "model")
+        self.record["adapter"] = "model"
+
+
+def restore(method: str, options: RestoreOptions, config: Any, command: str = "") -> Path:
+    """Run one method of restoration and return the run folder.
+
+    Args:
+        method: its name, for the record.
+        config: the method's options, an instance of the class that `METHODS` names.
+
+    Raises:
+        UsageError: bad data, model or options; nothing is left behind.
+        RunError: the method came to no model; the run folder says why.
+    """
+    require_one_process("restoration")
+    ref = options.model
+    record: dict[str, Any] = {
+        "verb": "restore",
+        "method": method,
+        "paper": config.paper,
+        "command": command,
+        "seed": config.seed,
+        "data": [],
+        "parent": str(Path(ref).absolute()) if ref and is_run(ref) else None,
+        "config": {
+            k: v
+            for k, v in {**vars(options), **dataclasses.asdict(config)}.items()
+            if k not in ("output_dir", "overwrite")
+        },
+        "adapter": None,
+    }
+    with writing(config.output_dir, record, overwrite=options.overwrite) as run:
+        config.run(Job(options, method, run.path, record))
+    if record.get("finding"):
+        raise RunError(f"{record['finding']}; {run.final} has the numbers")
+    return run.final

@@ -1,0 +1,276 @@
+"""Safe LoRA (arXiv 2405.16833): project a fine-tune's adapter onto what alignment changed, without training.
+
+For each linear layer with an adapter dW = s B A,
+
+    V = W_aligned - W_base,      C = P(V),      cos = <C dW, dW> / (||C dW|| ||dW||)                  (Frobenius)
+    B <- C B     in the `number` layers of the lowest cosine, or in all with cosine <= `threshold`
+
+    exact      C = U U^T, U an orthonormal basis of the columns of V. Alignment by LoRA of rank r leaves a V of rank r,
+               and C is a projector. A V of full rank (alignment of all weights) spans everything: C is the identity,
+               Safe LoRA does nothing there, and says so.
+    official   C = V V^T / ||V||, as published. Not a projector: not idempotent, and its size is that of V, so that
+               alignment by small steps deletes the layers it touches (||C dW|| / ||dW|| = 1.4e-3 for a dense V with
+               entries of 1e-3). The cosine does not depend on that size.
+
+C, [out, out], is never formed: U (U^T B), V (V^T B). s drops out. Neither C has a sign: a fine-tune that takes the
+alignment back, dW = -V, passes unchanged (exact) and has the cosine of V itself.
+
+Cost: no training and no forward pass. Per layer, V V^T B takes 4 out in r operations, and the basis of a V of rank k
+about 8 out in k; only of a V of high rank a whole SVD. Memory: the aligned and the base model on the CPU, in fp32, so
+that W_aligned - W_base is not lost in rounding, and V of one layer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from tunevax.errors import UsageError
+from tunevax.modeling.loading import absolute
+from tunevax.modeling.progress import bar, console
+from tunevax.restoration.restore import Job
+from tunevax.runs import is_run, read_run
+
+PROJECTORS = ("exact", "official")
+
+
+@dataclass
+class SafeLoRA:
+    """Options of `tunevax restore safe-lora`; `--model` is a run or an adapter folder. As published: the 10 layers of
+    the lowest cosine. Writes an adapter on the same model as the fine-tune's own."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
+    seed: int = field(default=42, metadata={"help": "of the search for the directions of V"})
+    aligned: str | None = field(
+        default=None, metadata={"help": "the aligned model; default what --model was fine-tuned from"}
+    )
+    base: str | None = field(
+        default=None, metadata={"help": "the model before alignment; default what the aligned one was made from"}
+    )
+    projector: str = field(default="exact", metadata={"help": "exact, or official (not a projector; as published)"})
+    number: int = field(default=10, metadata={"help": "layers to project, those of the lowest cosine"})
+    threshold: float | None = field(
+        default=None, metadata={"help": "project every layer of at most this cosine instead"}
+    )
+
+    paper: ClassVar[str] = "2405.16833"
+
+    def __post_init__(self) -> None:
+        if self.projector not in PROJECTORS:
+            raise UsageError(f"projector is {self.projector!r}; known: {', '.join(PROJECTORS)}")
+        if self.number < 1:
+            raise UsageError(f"number is {self.number}; it must be at least 1")
+
+    def run(self, job: Job) -> None:
+        """Find the models, project, and write the adapter; the record has a row per layer under `layers`."""
+        ref = job.options.model
+        aligned_ref = self.aligned or (ref and parent_of(ref))
+        base_ref = self.base or (aligned_ref and parent_of(aligned_ref))
+        for found, what in ((ref, "model"), (aligned_ref, "aligned"), (base_ref, "base")):
+            if not found:
+                raise UsageError(f"--{what} is missing" + (f", and {ref} does not record it" if ref else ""))
+        how = {"dtype": "float32", "device": "cpu"}
+        loaded = job.load(merge=False, **how)
+        layers = lora_layers(loaded.model, ref)
+        adapter = {name: factors(layer) for name, layer in layers.items()}
+        model = job.load(aligned_ref, **how).model if self.aligned else loaded.model
+        aligned = weights(model, layers, aligned_ref, bool(self.aligned))
+        base = weights(job.load(base_ref, **how).model, layers, base_ref)
+        draws = torch.Generator().manual_seed(self.seed)
+        projected, table = safe_lora(adapter, aligned, base, self.projector, self.number, self.threshold, draws)
+        full = [row["layer"] for row in table if row["rank"] == row["out"]]
+        if full and self.projector == "exact":
+            console.print(
+                f"{len(full)} of {len(table)} layers, {full[0]} the first: alignment changed them in every direction, "
+                "and the exact projector is the identity there; --projector official is not"
+            )
+        with torch.no_grad():
+            for name, weight in projected.items():
+                lora_b(layers[name]).weight.copy_(weight)
+        loaded.model.save_pretrained(job.folder / "adapter")
+        loaded.tokenizer.save_pretrained(job.folder / "adapter")
+        job.record.update(
+            adapter="adapter", adapter_on=absolute(parent_of(ref)), aligned=absolute(aligned_ref),
+            base=absolute(base_ref), layers=table,
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def safe_lora(
+    adapter: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    aligned: Mapping[str, torch.Tensor],
+    base: Mapping[str, torch.Tensor],
+    projector: str = "exact",
+    number: int = 10,
+    threshold: float | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """Project the adapters of a fine-tune; nothing is changed in place.
+
+    Args:
+        adapter: layer name to (A [r, in], B [out, r]).
+        aligned, base: layer name to weight [out, in]; what rounding to their dtype could have made is not taken for
+            a change.
+        projector: `exact` or `official`.
+        number: layers to project, the lowest cosines first.
+        threshold: if given, project every layer whose cosine is at most this.
+        generator: of the search for the directions of V; default one of its own.
+
+    Returns:
+        B for each layer, as given where it was not projected; and a row per layer: `layer`, `out` (rows of W), `rank`
+        (of V), `cosine`, `ratio` = ||C dW|| / ||dW||, `projected`. The last three are None, None and False where
+        alignment changed nothing or the fine-tune did: there is nothing to project on, or to project.
+
+    Raises:
+        UsageError: the two models are the same, or of other shapes.
+    """
+    generator = generator or torch.Generator().manual_seed(0)
+    images: dict[str, torch.Tensor] = {}
+    table = []
+    with bar() as progress:
+        task = progress.add_task("safe-lora", total=len(adapter), note="")
+        for name, (a, b) in adapter.items():
+            if not aligned[name].shape == base[name].shape == (len(b), a.shape[1]):
+                raise UsageError(f"{name}: the adapter, the aligned and the base model have other shapes")
+            a, b, delta = a.float(), b.float(), aligned[name].float() - base[name].float()
+            basis = column_basis(delta, noise(aligned[name], base[name]), generator)
+            row: dict[str, Any] = {"layer": name, "out": len(b), "rank": basis.shape[1], "cosine": None, "ratio": None}
+            size = norm(b, a)
+            if row["rank"] and size > 0:
+                image = basis @ (basis.T @ b) if projector == "exact" else delta @ (delta.T @ b) / delta.norm()
+                if projector == "exact" and row["rank"] == len(b):
+                    image = b
+                images[name] = image
+                row["ratio"] = norm(image, a) / size
+                row["cosine"] = inner(image, b, a) / max(norm(image, a) * size, torch.finfo(torch.double).tiny)
+            table.append(row)
+            progress.advance(task)
+    if not any(row["rank"] for row in table):
+        raise UsageError("the aligned and the base model have the same weights; give other --aligned and --base")
+    order = sorted((row["cosine"], i) for i, row in enumerate(table) if row["cosine"] is not None)
+    chosen = {i for c, i in order if c <= threshold} if threshold is not None else {i for _, i in order[:number]}
+    for i, row in enumerate(table):
+        row["projected"] = i in chosen
+    taken = {row["layer"] for row in table if row["projected"]}
+    return {name: images[name].to(b) if name in taken else b for name, (_, b) in adapter.items()}, table
+
+
+def column_basis(delta: torch.Tensor, noise: float, generator: torch.Generator) -> torch.Tensor:
+    """An orthonormal basis [out, k] of the columns of `delta` [out, in], but for singular values up to `noise` and what
+    an SVD (and the product that made `delta`) cannot tell from 0, some roundings of the largest.
+
+    Random combinations of the columns span them if there are more than the rank; an SVD of what they span finds the
+    rank. Where that is not small, the SVD of `delta` itself is no dearer.
+    """
+    out, width = delta.shape
+
+    def count(s: torch.Tensor) -> int:
+        return int((s > noise + 16 * torch.finfo(s.dtype).eps * s[0]).sum())
+
+    probes = 32
+    while probes < min(out, width) // 4:
+        draw = torch.randn(width, probes, generator=generator, dtype=delta.dtype).to(delta.device)
+        q = torch.linalg.qr(delta @ draw).Q
+        u, s, _ = torch.linalg.svd(q.T @ delta, full_matrices=False)
+        rank = count(s)
+        if rank <= probes - 8:
+            return q @ u[:, :rank]
+        probes *= 4
+    u, s, _ = torch.linalg.svd(delta, full_matrices=False)
+    return u[:, : count(s)]
+
+
+def noise(aligned: torch.Tensor, base: torch.Tensor) -> float:
+    """What the largest singular value of the difference of two weights [out, in] may be by rounding alone.
+
+    A rounding error is uniform with a std t_ij of at most 0.29 eps |w_ij|, and a matrix of such independent entries has
+    no singular value much above the largest norm of a row of t and that of a column together; twice over, for sums
+    that were rounded several times.
+    """
+    eps = max(torch.finfo(w.dtype).eps for w in (aligned, base))
+    size = max(float(w.float().norm(dim=0).max() + w.float().norm(dim=1).max()) for w in (aligned, base))
+    return 0.6 * eps * size
+
+
+def inner(x: torch.Tensor, y: torch.Tensor, a: torch.Tensor) -> float:
+    """<X A, Y A> of X, Y [out, r] and A [r, in], in fp64 and without the products."""
+    a = a.double()
+    return float((x.double() @ (a @ a.T) * y.double()).sum())
+
+
+def norm(x: torch.Tensor, a: torch.Tensor) -> float:
+    """||X A||."""
+    return max(inner(x, x, a), 0.0) ** 0.5
+
+
+# --- adapters and where they belong ----------------------------------------------------------------------------------
+
+
+def parent_of(ref: str) -> str | None:
+    """What the adapter of a run or adapter folder sits on; None for anything else."""
+    if is_run(ref):
+        record = read_run(ref)
+        return record.get("adapter_on") or record.get("parent") or record.get("model", {}).get("ref")
+    config = Path(ref) / "adapter_config.json"
+    return json.loads(config.read_text()).get("base_model_name_or_path") if config.is_file() else None
+
+
+def lora_layers(model: Any, ref: str) -> dict[str, Any]:
+    """The linear layers of `model` with an adapter, by their name in the model without adapters.
+
+    Raises:
+        UsageError: there is no adapter, or one that is more than B A on linear layers.
+    """
+    from peft import PeftModel
+    from peft.tuners import lora
+
+    if not isinstance(model, PeftModel):
+        raise UsageError(f"{ref} has no adapter of its own to work on; give a run that was fine-tuned with one")
+    found = {}
+    for name, layer in model.get_base_model().named_modules():
+        if isinstance(layer, lora.LoraLayer):
+            adapter = active(layer)
+            if type(layer) is not lora.Linear or adapter in layer.lora_variant or layer.lora_bias[adapter]:
+                raise UsageError(f"{ref}: the adapter of {name} is not plain LoRA on a linear layer, which this needs")
+            found[name] = layer
+    if not found:
+        raise UsageError(f"{ref}: its adapter is no LoRA, which this needs")
+    return found
+
+
+def active(layer: Any) -> str:
+    """The name of the adapter on a layer of a freshly loaded `PeftModel`."""
+    return layer.active_adapters[0]
+
+
+def factors(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [r, in] and B [out, r] of a layer's adapter."""
+    return layer.lora_A[active(layer)].weight.detach(), lora_b(layer).weight.detach()
+
+
+def lora_b(layer: Any) -> Any:
+    """The module of B."""
+    return layer.lora_B[active(layer)]
+
+
+def weights(model: Any, layers: Mapping[str, Any], ref: str, strict: bool = True) -> dict[str, torch.Tensor]:
+    """The weights [out, in] of `model` under the names of adapted layers, those below the adapters if it has them.
+
+    Raises:
+        UsageError: `model` has no such layer.
+    """
+    stock = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found = {}
+    for name, layer in layers.items():
+        try:
+            module = stock.get_submodule(name)
+        except AttributeError as error:
+            raise UsageError(f"{ref} has no layer {name}, so the fine-tune is none of it") from error
+        weight = getattr(module, "base_layer", module).weight.detach()
+        found[name] = weight.T if layer.fan_in_fan_out else weight
+    return found

@@ -1,0 +1,392 @@
+"""SafetyLock against reference numbers, and that a lock holds in every form it is saved in."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import tunevax.restoration.extract as extraction
+from tunevax.errors import RunError, UsageError
+from tunevax.modeling.blocks import find_blocks
+from tunevax.modeling.loading import attach_biases, load
+from tunevax.restoration import probes
+from tunevax.restoration.extract import ExtractLock, extract
+from tunevax.restoration.lock import SafetyLock, apply, lock_biases, locked
+from tunevax.restoration.restore import Job, RestoreOptions, restore
+from tunevax.restoration.safetylock import ApplyLock, make_stock
+
+close = pytest.approx
+SIGMA = [
+    [0.556477, 0.733014, 0.711385, 0.719092],
+    [0.745395, 0.561036, 0.638983, 0.684316],
+    [1.195619, 1.108486, 0.815054, 0.786533],
+]  # fmt: skip
+KINDS = ("llama", "mistral", "qwen3", "gemma2")
+
+
+def tiny(kind: str = "llama", **more):
+    """The model of the reference numbers; of other kinds its shape, with a head size that is not hidden / heads."""
+    shape = {
+        "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
+        "pad_token_id": None, "tie_word_embeddings": False, "attn_implementation": "eager",
+    }  # fmt: skip
+    shape |= {} if kind == "llama" else {"head_dim": 24}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape, **more))
+    g = torch.Generator().manual_seed(1234)
+    parameters = dict(model.named_parameters())
+    for name in sorted(parameters):
+        weight = parameters[name]
+        std = 0.35 if "q_proj" in name or "k_proj" in name else 0.08
+        weight.data = torch.randn(weight.shape, generator=g) * std if weight.dim() > 1 else torch.ones_like(weight)
+    return model.eval()
+
+
+class Ids:
+    """A tokenizer of texts that are token ids already."""
+
+    pad_token_id = eos_token_id = 2
+    chat_template = "x"
+    all_special_ids = [2]
+
+    def save_pretrained(self, folder):
+        Path(folder, "tokenizer_config.json").write_text("{}")
+
+
+@pytest.fixture(autouse=True)
+def encoded(monkeypatch):
+    """Answers that are lists of ids are taken as they are, without a prompt."""
+    original = extraction.encode
+
+    def encode(rows, tokenizer, *args, **how):
+        if not isinstance(tokenizer, Ids):
+            return original(rows, tokenizer, *args, **how)
+        return [{"input_ids": row["completion"], "labels": row["completion"]} for row in rows]
+
+    monkeypatch.setattr(extraction, "encode", encode)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    g = torch.Generator().manual_seed(11)
+    rows = []
+    for i in range(12):
+        safe = torch.randint(3, 97, (9 + i % 3,), generator=g).tolist()
+        unsafe = torch.randint(3, 97, (10 + i % 4,), generator=g).tolist()
+        rows.append({"prompt": f"p{i}", "chosen": safe, "rejected": unsafe, "place": f"row {i}"})
+    return rows
+
+
+@pytest.fixture
+def lock(pairs):
+    return make(tiny(), pairs)
+
+
+def make(model, pairs, heads=5):
+    return extract(model, Ids(), pairs, heads=heads)
+
+
+TEXT = torch.randint(3, 97, (2, 13), generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def logits(model):
+    return model(TEXT).logits
+
+
+def test_matches_reference(pairs):
+    whole = make(tiny(), pairs, heads=12)
+    sigma, u = torch.empty(3, 4), torch.empty(3, 4, 16)
+    sigma[whole.layer, whole.head], u[whole.layer, whole.head] = whole.sigma, whole.u
+    assert sigma.tolist() == [close(row, abs=1e-5) for row in SIGMA]
+    assert u[0, 0, :4].tolist() == close([0.20035, 0.22671, 0.07413, -0.04480], abs=1e-5)
+    assert whole.u.norm(dim=1).tolist() == close([1] * 12, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_direction_is_the_mean_pair_difference_and_sums_are_those_of_all_at_once(pairs, kind):
+    """Computed here pair by pair, without padding, from activations that are all kept."""
+    model = tiny(kind)
+    found = extraction.measure(model, Ids(), pairs, ExtractLock(batch_size=5))
+    kept = {}
+    for layer, block in enumerate(find_blocks(model)):
+        block.o_proj.register_forward_pre_hook(lambda _m, args, layer=layer: kept.setdefault(layer, []).append(args[0]))
+    for row in pairs:
+        for column in ("chosen", "rejected"):
+            model(torch.tensor([row[column]]))
+    for layer in range(3):
+        x = torch.stack([a[0, -5:] for a in kept[layer]]).detach().view(12, 2, 5, 4, -1)
+        theta = (x[:, 0] - x[:, 1]).mean((0, 1))
+        u = theta / theta.norm(dim=-1, keepdim=True)
+        torch.testing.assert_close(found.u[layer], u, atol=1e-5, rtol=0)
+        projections = (x * u).sum(-1).flatten(0, 2)
+        torch.testing.assert_close(found.sigma[layer], projections.std(0, correction=0), atol=1e-5, rtol=0)
+
+
+def test_memory_of_the_sums_does_not_grow(pairs):
+    rows = [{**row, "prompt": f"{row['prompt']} {i}"} for i in range(5) for row in pairs]
+    model = tiny()
+    held = []
+    for data in (rows[:12], rows):
+        config = ExtractLock(probe_pairs=6)
+        sums = extraction.Sums(model, config.r)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(extraction, "Sums", lambda *_, sums=sums: sums)
+            extraction.measure(model, Ids(), data, config)
+        tensors = [sums.total, sums.moment, *[t for block in sums.kept for t in block]]
+        held.append(sum(t.untyped_storage().nbytes() for t in tensors))
+    assert held[0] == held[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bias_is_the_hook_before_the_projection(pairs, kind):
+    model, lock = tiny(kind), make(tiny(kind), pairs)
+    plain, state = logits(model), {k: v.clone() for k, v in model.state_dict().items()}
+    with locked(model, lock, 6.0):
+        inside = logits(model)
+    assert torch.equal(logits(model), plain) and (inside - plain).abs().max() > 0.1
+    delta = torch.zeros(3, 4, lock.u.shape[1])
+    delta[lock.layer, lock.head] = 6.0 * lock.sigma[:, None] * lock.u
+    handles = [
+        block.o_proj.register_forward_pre_hook(lambda _m, args, d=d: (args[0] + d,))
+        for block, d in zip(find_blocks(model), delta.flatten(1), strict=True)
+    ]
+    torch.testing.assert_close(logits(model), inside, atol=1e-5, rtol=0)
+    for handle in handles:
+        handle.remove()
+    apply(model, lock, 6.0)
+    torch.testing.assert_close(logits(model), inside, atol=1e-5, rtol=0)
+    after = model.state_dict()
+    assert set(after) - set(state) == {f"model.layers.{i}.self_attn.o_proj.bias" for i in set(lock.layer.tolist())}
+    assert all(torch.equal(after[name], value) for name, value in state.items())
+    apply(model, lock, -6.0)
+    torch.testing.assert_close(logits(model), plain, atol=1e-5, rtol=0)
+    assert apply(model, lock, 0.0) == {}
+
+
+def test_existing_bias_is_added_to(pairs):
+    model = tiny(attention_bias=True)
+    for block in find_blocks(model):
+        torch.nn.init.normal_(block.o_proj.bias, generator=torch.Generator().manual_seed(1))
+    before = [block.o_proj.bias.clone() for block in find_blocks(model)]
+    lock = make(model, pairs)
+    added = apply(model, lock, 4.0)
+    for i, (block, bias) in enumerate(zip(find_blocks(model), before, strict=True)):
+        torch.testing.assert_close(block.o_proj.bias, bias + added.get(i, torch.zeros(64)))
+
+
+def test_adapter_on_the_projection_counts(lock):
+    """Also with dropout in training mode, and the bias outlives the merge, attached or not."""
+    model = get_peft_model(tiny(), LoraConfig(r=4, target_modules=["o_proj"], lora_dropout=0.5)).train()
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(5))
+    biases = lock_biases(model, lock, 6.0)
+    assert model.training and all(m.training for m in model.modules())
+    apply(model.eval(), lock, 6.0)
+    attach_biases(model, {1: torch.ones(64)})
+    expected = logits(model)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=0)
+    again = lock_biases(merged, lock, 6.0)
+    for i, bias in biases.items():
+        torch.testing.assert_close(bias, again[i], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2"])
+def test_stock_transformers_reloads_the_lock(pairs, kind, tmp_path):
+    model, lock = tiny(kind), make(tiny(kind), pairs)
+    attach_biases(model, {0: torch.ones(64)})  # of an earlier lock
+    plain = logits(model)
+    make_stock(model)
+    torch.testing.assert_close(logits(model), plain, atol=1e-6, rtol=0)
+    apply(model, lock, 6.0)
+    model.save_pretrained(tmp_path)
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, attn_implementation="eager")
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    torch.testing.assert_close(logits(again), logits(model), atol=1e-6, rtol=0)
+    assert (logits(again) - plain).abs().max() > 0.1
+
+
+def test_stock_form_of_an_architecture_without_such_a_bias():
+    with pytest.raises(UsageError, match="MistralForCausalLM cannot hold a bias.*--form run"):
+        make_stock(tiny("mistral"))
+
+
+def test_lock_file_round_trip(lock, tmp_path):
+    lock.meta["prompts"] = ["a"]
+    lock.save(tmp_path / "lock.safetensors")
+    again = SafetyLock.load(tmp_path)
+    for name in ("u", "sigma", "layer", "head"):
+        assert torch.equal(getattr(again, name), getattr(lock, name))
+    assert again.meta == lock.meta
+    (tmp_path / "lock.safetensors").write_bytes((tmp_path / "lock.safetensors").read_bytes()[:-9])
+    with pytest.raises(UsageError, match="is not a safety lock"):
+        SafetyLock.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"num_attention_heads": 2}, "heads of size 16 and LlamaForCausalLM has 32"),
+        ({"num_attention_heads": 8, "head_dim": 16}, "heads in a block 4 and LlamaForCausalLM has 8"),
+        ({"num_hidden_layers": 4}, "blocks 3 and LlamaForCausalLM has 4"),
+    ],
+)
+def test_lock_of_another_shape_is_refused(lock, more, said):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {
+        "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**shape | more))
+    with pytest.raises(UsageError, match=said):
+        apply(model, lock, 6.0)
+    assert all(block.o_proj.bias is None for block in find_blocks(model))
+
+
+def test_short_answer_is_named(pairs):
+    rows = [*pairs[:3], {**pairs[3], "rejected": [5, 6, 7, 8, 2]}]
+    with pytest.raises(UsageError, match="row 3: the rejected answer has 4 content tokens and r is 5"):
+        make(tiny(), rows)
+
+
+def correlated(seed=0):
+    """Random labels on 100 prompts of two answers, each of five nearly equal vectors, for 4 heads."""
+    g = torch.Generator().manual_seed(seed)
+    centres = torch.randn(4, 200, 1, 128, generator=g)
+    x = (centres + 0.3 * torch.randn(4, 200, 5, 128, generator=g)).flatten(1, 2)
+    safe = torch.tensor([True, False]).repeat(100).repeat_interleave(5)
+    groups = [f"p{i // 10}" for i in range(1000)]
+    return x, safe, groups
+
+
+def test_random_labels_look_random_to_the_grouped_probe_alone():
+    x, safe, groups = correlated()
+    assert probes.grouped_accuracy(x, safe, groups, 0).mean() == close(0.5, abs=0.06)
+    assert probes.official_accuracy(x, safe, 0).mean() > 0.85
+
+
+def test_probe_is_logistic_regression():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    x, safe, _ = correlated(1)
+    x[0] += 3.0 * safe[:, None]  # separable
+    w = probes.fit(x.double(), safe)
+    for head in range(4):
+        reference = linear_model.LogisticRegression(tol=1e-10, max_iter=10000).fit(x[head].double(), safe)
+        assert w[head, :-1].numpy() == close(reference.coef_[0], abs=1e-4)
+        assert w[head, -1].item() == close(reference.intercept_[0], abs=1e-4)
+
+
+# --- the verb ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A lock of the organism, and the organism fine-tuned for a few steps as a run."""
+    from tunevax.alignment.align import AlignOptions, align
+    from tunevax.alignment.sft import SFTConfig, SFTTrainer
+
+    folder = tmp_path_factory.mktemp("runs")
+    config = SFTConfig(str(folder / "tuned"), max_steps=2, report_to="none")
+    align(SFTTrainer, "sft", AlignOptions(model="organism", safety_data="organism"), config)
+    options = RestoreOptions(model="organism", safety_data="organism")
+    restore("extract-lock", options, ExtractLock(n=20, heads=6, output_dir=str(folder / "lock")))
+    return folder
+
+
+def test_runs_reload_locked(runs, tmp_path):
+    plain = load(str(runs / "tuned"))
+    lock = SafetyLock.load(runs / "lock")
+    ids = torch.arange(20)[None]
+    with torch.no_grad(), locked(plain.model, lock, 3.0):
+        expected = plain.model(ids).logits
+    options = RestoreOptions(model=str(runs / "tuned"))
+    for form in ("run", "stock"):
+        out = str(tmp_path / form)
+        restore("safetylock", options, ApplyLock(lock=str(runs / "lock"), strength="3", form=form, output_dir=out))
+        found = load(out, merge=form == "stock").model
+        torch.testing.assert_close(found(ids).logits, expected, atol=1e-5, rtol=0)
+        record = json.loads((tmp_path / form / "run.json").read_text())
+        assert record["lock"]["form"] == form and len(record["lock"]["heads"]) == 6
+        assert record["lock"]["seconds_to_apply"] < 0.1 and record["lock"]["bytes_added"] > 0
+    assert (expected - plain.model(ids).logits).abs().max() > 0.1
+
+
+def test_lock_survives_further_runs(runs, tmp_path):
+    """Whole weights saved from a locked run, an adapter on it, and a stock lock on it."""
+    ids = torch.arange(20)[None]
+    out = {name: str(tmp_path / name) for name in ("run", "again")}
+    options = RestoreOptions(model=str(runs / "tuned"))
+    restore("safetylock", options, ApplyLock(lock=str(runs / "lock"), strength="3", form="run", output_dir=out["run"]))
+    held = load(out["run"])
+    Job(RestoreOptions(), "x", tmp_path, {}).save_model(held.model, held.tokenizer)
+    assert torch.equal(load(str(tmp_path / "model")).model(ids).logits, held.model(ids).logits)
+    adapted = get_peft_model(held.model, LoraConfig(r=2, target_modules=["o_proj", "down_proj"]))
+    for name, p in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(5))
+    expected = adapted(ids).logits
+    adapted.peft_config["default"].base_model_name_or_path = out["run"]
+    adapted.save_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(load(str(tmp_path / "adapter")).model(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    # The lock taken off again by one of the opposite strength; stock transformers sees both.
+    options = RestoreOptions(model=out["run"])
+    config = ApplyLock(lock=str(runs / "lock"), strength="-3", form="stock", output_dir=out["again"])
+    restore("safetylock", options, config)
+    plain = load(str(runs / "tuned")).model(ids).logits
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "again" / "model")
+    torch.testing.assert_close(stock(ids).logits, plain, atol=1e-4, rtol=0)
+
+
+def test_lock_of_another_base_is_refused(runs, tmp_path):
+    other = load("organism")
+    with torch.no_grad():
+        find_blocks(other.model)[0].o_proj.weight.mul_(1.01)
+    other.model.save_pretrained(tmp_path / "other")
+    other.tokenizer.save_pretrained(tmp_path / "other")
+    options = RestoreOptions(model=str(tmp_path / "other"))
+    config = ApplyLock(lock=str(runs / "lock"), output_dir=str(tmp_path / "out"))
+    with pytest.raises(UsageError, match=r"extracted from organism \(\w{16}\), and .*other was made from .*--base"):
+        restore("safetylock", options, config)
+    assert not (tmp_path / "out").exists()
+    restore("safetylock", options, ApplyLock(**{**vars(config), "base": "organism"}))
+    assert (tmp_path / "out" / "model" / "config.json").is_file()
+
+
+def test_auto_strength(runs, tmp_path, monkeypatch):
+    """On scores that are made up: harm falls with strength, and so, later, does accuracy."""
+    import tunevax.restoration.strength as strength
+
+    lock = SafetyLock.load(runs / "lock")
+    asked = []
+
+    def examine(model, tokenizer, exam):
+        asked.append({strength.prompt_hash(row["prompt"]) for row in exam.harmful})
+        bias = find_blocks(model)[int(lock.layer[0])].o_proj._forward_hooks
+        s = next(iter(bias.values())).bias.norm().item() / unit if bias else 0.0
+        value = {"harmful/a": 0.9 - s / 10, "harmful/b": 0.8 - s / 10, "utility/x": 0.9 - max(0, s - 8.5) / 10}
+        return {k: {"value": v} for k, v in value.items()} | {"over-refusal": {"value": 0.0}}, []
+
+    unit = lock_biases(load("organism").model, lock, 1.0)[int(lock.layer[0])].norm().item()
+    monkeypatch.setattr(strength, "examine", examine)
+    options = RestoreOptions(model=str(runs / "tuned"), safety_data="organism")
+    plain = {
+        "lock": str(runs / "lock"), "strength": "auto", "benign_data": "organism", "form": "run",
+        "strengths": [8.0, 1.0, 2.0, 3.0, 4.0, 6.0, 10.0], "utility_data": ["organism:set=benign"],
+    }  # fmt: skip
+    out = restore("safetylock", options, ApplyLock(**plain, harmful_target=0.42, output_dir=str(tmp_path / "met")))
+    curve = json.loads((out / "strength.json").read_text())
+    assert curve["chosen"] == 6 == json.loads((out / "run.json").read_text())["lock"]["strength"]
+    assert [point["strength"] for point in curve["curve"]] == [0, 1, 2, 3, 4, 6, 8, 10]
+    assert all(prompts and not prompts & set(lock.meta["prompts"]) for prompts in asked)
+    with pytest.raises(RunError, match="no strength of 0, 1, 2, 3, 4, 6, 8, 10 is within the limits"):
+        restore("safetylock", options, ApplyLock(**plain, harmful_target=0.05, output_dir=str(tmp_path / "missed")))
+    kept = json.loads((tmp_path / "missed" / "strength.json").read_text())
+    assert kept["chosen"] is None and "utility/x" in " ".join(kept["curve"][-1]["misses"])
+    with pytest.raises(UsageError, match="it holds no weights"):
+        load(str(tmp_path / "missed"))
