@@ -33,7 +33,7 @@ STRONGEST = 8  # heads named
 WORDS = 160  # characters of a prompt in a table
 MEASURES = ("harmful/", "over-refusal", "task/exact", "utility/", "degenerate")
 SCORE = ("row", "place", "category", "score", "rank", "kept", "why")  # of a row of scores.jsonl, without its text
-OF = {"extract-lock": "looked for heads to lock in", "convert-lock": "converted a published lock for"}
+LOCKS = {"extract-lock": "a safety lock", "convert-lock": "a published safety lock, converted,"}
 
 
 def sections(provenance: Provenance, figures: bool) -> list[Section]:
@@ -432,8 +432,8 @@ def _locked(run: Run) -> str:
     where = f"{heads} heads in {layers} layer{'s' * (layers != 1)}"
     swept = ""
     if content.get("curve"):
-        tried, chosen = len(content["curve"]) - 1, content.get("chosen")
-        swept = f" Of {tried} strengths besides 0, tried on {content.get('prompts')} validation prompts, "
+        tried, chosen = _list([f"{point['strength']:g}" for point in content["curve"]]), content.get("chosen")
+        swept = f" Of the strengths {tried}, on {content.get('prompts')} validation prompts, "
         swept += "none is within the limits." if chosen is None else f"{chosen:g} is the smallest within the limits."
     if method == "extract-lock":
         total = (lock.get("n_layers") or 0) * (lock.get("n_heads") or 0)
@@ -631,11 +631,13 @@ def _did(run: Run) -> str:
         models = _json(run, "sink.json").get("models") or []
         heads = " and ".join(f"{m['positive_heads']} of {m['heads']} in {m['label']}" for m in models)
         return f"{run.name}: measured the sink divergence of each head; positive are {heads}."
-    if verb == "restore" and method in OF:
-        return f"{run.name}: {OF[method]} {_model(run)}: {len((info.get('lock') or {}).get('heads') or [])} heads."
+    if method in LOCKS:
+        heads = f"{len((info.get('lock') or {}).get('heads') or [])} heads"
+        return f"{run.name}: {LOCKS[method]} of {heads}, made on {_model(run)}."
     if verb == "restore":
-        done = "" if info.get("adapter") else f", and came to no model: {info.get('finding') or 'see below'}"
-        return f"{run.name}: restored {_model(run)} ({method}){done}."
+        if info.get("adapter"):
+            return f"{run.name}: restored {_model(run)} ({method})."
+        return f"{run.name}: left {_model(run)} as it was ({method}): {info.get('finding') or 'no reason is recorded'}."
     return f"{run.name}: {verb} {method or ''}".rstrip() + "."
 
 
@@ -672,7 +674,7 @@ def _rows_of(run: Run, role: str) -> int:
 def _model(run: Run) -> str:
     """A short name of the model a run started from."""
     ref = run.info.get("parent") or (run.info.get("model") or {}).get("ref")
-    return Path(str(ref)).name if ref else "no model"
+    return Path(str(ref)).name if ref else "a model that is not recorded"
 
 
 def _spread(found: list[Any], most: int) -> list[Any]:
