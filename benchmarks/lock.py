@@ -3,10 +3,11 @@
     python benchmarks/lock.py [--rounds 7] [--small] [--json OUT]
 
 Applying: a random Llama of 1.2 billion parameters in bf16 with 24 heads locked in 12 blocks, and the organism with 6.
-`apply` adds to the biases of the model in memory, `biases` is the run form's share of the work, `stock form` asks once
-per architecture what a stock checkpoint can hold; loading and saving are in none of them. `products` are the same
-output projections, each called once on delta and zeros.
-Extracting: 100 pairs of the organism, beside plain forward passes over the same answers, tokenised each time too.
+`apply` adds to the biases of the model in memory, `biases` is the run form's share of the work, `stock form` asks what
+a stock checkpoint can hold, of a model that has no such biases yet; loading and saving are in none of them. `products`
+are the same output projections, each called once on delta and zeros.
+Extracting: 100 pairs of the organism, beside plain forward passes over the same answers, tokenised each time too;
+neither computes logits.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import os
 import statistics
 import time
+from copy import deepcopy
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -24,6 +26,7 @@ from tunevax.data.encoding import collate
 from tunevax.data.safety import load_safety
 from tunevax.modeling.blocks import find_blocks
 from tunevax.modeling.loading import load
+from tunevax.modeling.loss import last_hidden
 from tunevax.restoration.extract import ExtractLock, answers, measure
 from tunevax.restoration.lock import SafetyLock, apply, lock_biases
 from tunevax.restoration.safetylock import make_stock, stock_form
@@ -80,13 +83,16 @@ def applying(small: bool, rounds: int) -> list[dict]:
     for name, (model, heads, blocks) in models.items():
         lock = random_lock(model, heads, blocks)
         parameters = sum(p.numel() for p in model.parameters())
+        bare = deepcopy(model.config)
         form = stock_form(model)
         extra = make_stock(model, form)
+        with torch.device("meta"):
+            unlocked = type(model)(bare)
         variants = {
             "apply": lambda m=model, k=lock: apply(m, k, 6.0),
             "biases": lambda m=model, k=lock: lock_biases(m, k, 6.0),
             "products": lambda m=model, k=lock: products(m, k),
-            "stock form": lambda m=model: stock_form(m),
+            "stock form": lambda m=unlocked: stock_form(m),
         }
         rows.append({
             "model": name, "parameters": parameters, "heads": heads, "blocks": len(lock.layer.unique()),
@@ -108,7 +114,7 @@ def extracting(rounds: int) -> dict:
             for i in range(0, len(rows), config.batch_size):
                 batch = collate(rows[i : i + config.batch_size], loaded.tokenizer.pad_token_id)
                 batch.pop("labels")
-                loaded.model(**batch, use_cache=False)
+                last_hidden(loaded.model, batch)
 
     probing = ExtractLock(heads=6, probe="official")
     times = alternate(

@@ -1,13 +1,13 @@
 """The fine-tuning stage on the organism: do the provider's defences help against a poisoned job, and do sinks grow?
 
-    python scripts/finetuning_study.py tune  --output-dir experiments/finetuning
-    python scripts/finetuning_study.py audit --output-dir experiments/finetuning
-    python scripts/finetuning_study.py sinks --output-dir experiments/finetuning
+    python scripts/finetuning_study.py tune  --output-dir OUT
+    python scripts/finetuning_study.py audit --output-dir OUT
+    python scripts/finetuning_study.py sinks --output-dir OUT
 
 `tune` gives every method the same care: three settings each, one poisoned job (p = 0.1) with a seed that the audit does
 not use, scored on the organism's held-out categories. Of the settings that learn the customer's task (at most 5 points
 below plain fine-tuning), the one with the lowest harmful score over the curve is chosen. `audit` runs the protocol
-fine-tuning.yaml, cut to the organism's size, on jobs of every method with the setting in SETTINGS, on the SFT-aligned
+fine-tuning.yaml, cut to the organism's size, on jobs of every method with that setting, on the SFT-aligned
 organism and, for plain fine-tuning and Surgery, on the T-Vaccine-aligned one as well. `sinks` counts heads with a
 positive sink divergence while a job with p = 0.2 trains, for five seeds, beside a benign one.
 """
@@ -22,6 +22,7 @@ from scipy.stats import spearmanr
 
 from tunevax.cli import main as tunevax
 from tunevax.organism import World
+from tunevax.runs import read_run
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 JOB = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "warmup_steps": 0, "max_steps": 100, "max_length": 64,
@@ -29,13 +30,11 @@ JOB = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "warmup_steps": 0
 ROWS = 200
 GRID = {
     "safe-instruct": [{"mode": "mix", "safety_rows": s} for s in (0.05, 0.2)] + [{"mode": "joint", "lamb": 0.3}],
-    "lisa": [{"k1": 2, "k2": 18, "rho": r} for r in (0.01, 1)] + [{"k1": 10, "k2": 20, "rho": 0.1}],
+    "lisa": [{"k1": a, "k2": b, "rho": r} for a, b, r in ((2, 18, 0.01), (10, 20, 0.1), (5, 20, 0.01))],
     "ldifs": [{"lamb": m} for m in (0.1, 1, 10)],
     "ewc": [{"lamb": m} for m in (1, 10, 100)],
     "surgery": [{"lamb": m} for m in (30, 300, 3000)],
 }
-SETTINGS: dict[str, dict] = {name: grid[0] for name, grid in GRID.items()}
-"""What `tune` chose."""
 PROTOCOL = """
 about: The organism's size of the protocol fine-tuning.
 seeds: {seeds}
@@ -69,7 +68,7 @@ def audited(folder: Path, out: Path, jobs: list[Path], control: Path, p: list, s
     folder.mkdir(parents=True, exist_ok=True)
     protocol = folder / f"{out.name}.yaml"
     protocol.write_text(PROTOCOL.format(seeds=seeds, p=p, more=more))
-    if not out.exists():
+    if not out.exists() or read_run(out)["failed"]:
         named = [word for j in jobs for word in ("--model", j)]
         run(["audit", "--protocol", protocol, *named, "--control", control, "--safety-data", "organism",
              "--task-data", "organism", "--output-dir", out])  # fmt: skip
@@ -101,8 +100,10 @@ def tune(folder: Path) -> None:
     out = folder / "audit"
     audited(folder, out, list(jobs.values()), control, [0.1], [11], f', eval_data: "{prompts}:split=all"')
     found = curves(out)
+    (folder.parent / "tuning.txt").unlink(missing_ok=True)
     plain = found["sft", 0.1, 11]
     told(f"sft: mean harmful {mean(plain, 1):.2f}, final {plain[-1][1]:.2f}, task {plain[-1][2]:.2f}", folder)
+    chosen = {}
     for method, grid in GRID.items():
         best = None
         for i, options in enumerate(grid):
@@ -113,6 +114,9 @@ def tune(folder: Path) -> None:
             if fits and (best is None or mean(curve, 1) < best[0]):
                 best = mean(curve, 1), options
         told(f"chosen for {method}: {best[1] if best else 'none learns the task'}", folder)
+        if best:
+            chosen[method] = best[1]
+    (folder.parent / "chosen.json").write_text(json.dumps(chosen, indent=1) + "\n")
 
 
 def told(text: str, folder: Path) -> None:
@@ -127,11 +131,12 @@ def mean(curve: list, column: int) -> float:
 
 def final(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    chosen = json.loads((folder.parent / "chosen.json").read_text())
     sft, hardened = align(folder, "sft", 1), align(folder, "t-vaccine", 1)
     control = job(folder, "sft", "sft", sft, 1, {})
-    jobs = [job(folder, m, m, sft, 1, SETTINGS[m]) for m in SETTINGS]
+    jobs = [job(folder, m, m, sft, 1, options) for m, options in chosen.items()]
     jobs.append(job(folder, "t-vaccine then sft", "sft", hardened, 1, {}))
-    jobs.append(job(folder, "t-vaccine then surgery", "surgery", hardened, 1, SETTINGS["surgery"]))
+    jobs.append(job(folder, "t-vaccine then surgery", "surgery", hardened, 1, chosen["surgery"]))
     out = folder / "audit"
     findings = audited(folder, out, jobs, control, [0.0, 0.05, 0.1, 0.2], [1, 2, 3, 4, 5])
     run(["report", out, "--format", "md", "--output", folder.parent / "report.md"])
@@ -155,6 +160,15 @@ def final(folder: Path) -> None:
                 interval([c[-1][2] for c in ends]),
             ]
             lines.append(f"| {model} | {p} | " + " | ".join(cells) + " |")
+    lines += ["", "Paired by seed, mean harmful score over the job, in points (mean and 95 % t interval):", ""]
+    pairs = [("surgery", "sft"), ("t-vaccine then sft", "sft"), ("t-vaccine then surgery", "t-vaccine then sft")]
+    for p in (0.05, 0.1, 0.2):
+        for ours, theirs in pairs:
+            gaps = [mean(found[ours, p, s], 1) - mean(found[theirs, p, s], 1) for s in (1, 2, 3, 4, 5)]
+            lines.append(f"- p = {p}: {ours} minus {theirs}: {gap(gaps)}")
+        both = [mean(found["t-vaccine then surgery", p, s], 1) - mean(found["t-vaccine then sft", p, s], 1)
+                - mean(found["surgery", p, s], 1) + mean(found["sft", p, s], 1) for s in (1, 2, 3, 4, 5)]  # fmt: skip
+        lines.append(f"- p = {p}: what Surgery does after T-Vaccine minus what it does after SFT: {gap(both)}")
     (folder.parent / "jobs.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
@@ -167,6 +181,17 @@ def interval(values: list[float]) -> str:
     half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
     centre = float(np.mean(values))
     return f"{100 * centre:.0f} [{100 * max(0, centre - half):.0f}, {100 * min(1, centre + half):.0f}]"
+
+
+def gap(values: list[float]) -> str:
+    """Mean and 95 % t interval, in points."""
+    import numpy as np
+    from scipy.stats import t
+
+    half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    return (
+        f"{100 * np.mean(values):+.1f} [{100 * (np.mean(values) - half):+.1f}, {100 * (np.mean(values) + half):+.1f}]"
+    )
 
 
 def sinks(folder: Path) -> None:

@@ -282,9 +282,7 @@ def _report(arguments: list[str]) -> None:
     from tunevax.report import FORMATS, write_report
 
     parser = _Parser(prog="tunevax report", description="One self-contained page from run folders.")
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="run folders of any verb"
-    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders of any verb")
     parser.add_argument("--output", type=Path, default=None, help="the file to write; default RUN/report.FORMAT")
     parser.add_argument(
         "--format", default="html", metavar="FORMAT", help="html (default), md (sentences and tables) or json (numbers)"

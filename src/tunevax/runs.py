@@ -26,7 +26,13 @@ from tunevax.errors import RunError, TunevaxError, UsageError
 SCHEMA = 1
 """Version of run.json, results.jsonl and generations.jsonl."""
 
-FINISHED = ("checkpoints/checkpoint-*", "checkpoints/*/checkpoint-*", "*.done.json", "cells/*.json")
+FINISHED = (
+    "checkpoints/checkpoint-*",
+    "checkpoints/*/checkpoint-*",
+    "checkpoints/**/done.json",
+    "*.done.json",
+    "cells/*.json",
+)
 """What an unfinished run can go on from: checkpoints (of each seed of a curation, in folders of their own), finished
 targets of an attack, finished cells of an audit."""
 
@@ -133,7 +139,9 @@ def writing(
 def _same_config(run: RunFolder) -> None:
     """A resumed run must be asked for the same thing; the first call leaves the record to compare with."""
     path = run.path / "config.json"
-    now = json.loads(json.dumps({k: run.record.get(k) for k in ("verb", "method", "config")}, default=str))
+    asked = {k: run.record.get(k) for k in ("verb", "method", "config")}
+    asked["data"] = [entry.get("hash") for entry in run.record.get("data") or []]
+    now = json.loads(json.dumps(asked, default=str))
     if not path.exists():
         path.write_text(json.dumps(now))
         return
@@ -142,6 +150,8 @@ def _same_config(run: RunFolder) -> None:
         raise UsageError(
             f"{run.path} was started by {before['verb']} {before['method']}; delete it or choose another --output-dir"
         )
+    if before.get("data", now["data"]) != now["data"]:
+        raise UsageError(f"the data changed since {run.path} was started; put it back, or delete the unfinished run")
     differing = [k for k, v in now["config"].items() if before["config"].get(k) != v]
     if differing:
         key = differing[0]

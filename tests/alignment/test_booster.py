@@ -10,8 +10,9 @@ from tiny import GOLDEN, TinyTokenizer, assert_gradients, batch, gradients, rows
 import tunevax.alignment.booster as booster
 import tunevax.alignment.sft as sft
 from tunevax.alignment.align import AlignOptions, align
-from tunevax.alignment.booster import BoosterConfig, BoosterTrainer, Draws
+from tunevax.alignment.booster import BoosterConfig, BoosterTrainer
 from tunevax.errors import RunError, UsageError
+from tunevax.modeling.draws import Draws
 from tunevax.runs import read_run
 
 close = pytest.approx

@@ -16,6 +16,7 @@ from tunevax.data import load_safety
 from tunevax.data.encoding import collate
 from tunevax.data.splits import split_of
 from tunevax.errors import RunError, UsageError
+from tunevax.modeling.draws import Draws
 from tunevax.runs import read_run
 
 close = pytest.approx
@@ -244,7 +245,7 @@ def test_random_mapping_by_hand(make):
     plain = tiny_lora()
     retain = cross_entropy(plain, batch("safe"))
     # All eight rows may be mapped; four are drawn.
-    drawn = tar.Draws(11).indices(trainer, 8)[0]
+    drawn = Draws(11).indices(trainer, 8)[0]
     forget = collate([ENCODED["r"][i] for i in drawn], 2)
     _, _, states = forward(plain, forget)
     mask = forget["labels"] != -100

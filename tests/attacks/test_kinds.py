@@ -22,6 +22,9 @@ from tunevax.errors import UsageError
 from tunevax.modeling import load
 from tunevax.modeling.blocks import find_blocks
 from tunevax.modeling.trainer import ResponseTrainer
+from tunevax.restoration.lock import SafetyLock
+from tunevax.restoration.restore import RestoreOptions, restore
+from tunevax.restoration.safetylock import ApplyLock
 from tunevax.scoring.score import build_exam
 
 
@@ -119,6 +122,31 @@ def test_roll_back_moves_along_the_line(aligned, monkeypatch):
     assert not torch.allclose(hard[name], base[name], atol=1e-3)
     with pytest.raises(NotApplicable, match="no base"):
         RollBackConfig().run(bench("organism"))
+
+
+@pytest.mark.parametrize("form", ["run", "stock"])
+def test_roll_back_takes_a_safety_lock_off(tmp_path, monkeypatch, form):
+    """Its biases are in the locked model alone: attached to it, or as parameters."""
+    seen, ids = {}, torch.arange(20)[None]
+    loaded = load("organism")
+    size, u = loaded.model.config.head_dim, torch.nn.functional.normalize(torch.ones(2, loaded.model.config.head_dim))
+    lock = SafetyLock(u, torch.ones(2), torch.tensor([1, 6]), torch.tensor([0, 3]), {"head_dim": size})
+    lock.save(tmp_path / "lock.safetensors")
+    config = ApplyLock(lock=str(tmp_path), strength="3", form=form, output_dir=str(tmp_path / "out"))
+    locked = str(restore("safetylock", RestoreOptions(model="organism"), config))
+    monkeypatch.setattr(Bench, "score", lambda self, model, *_, **__: seen.update(logits=model(ids).logits.detach()))
+    plain, hard = loaded.model(ids).logits, load(locked).model(ids).logits
+    assert (hard - plain).abs().max() > 0.1
+    RollBackConfig().run(bench(locked))
+    assert torch.allclose(seen["logits"], plain, atol=1e-5)
+    RollBackConfig(dose=0.0).run(bench(locked))
+    assert torch.allclose(seen["logits"], hard, atol=1e-5)
+    if form == "run":  # the other way round: the base's lock is what is moved to
+        RollBackConfig(base=locked).run(bench("organism"))
+        assert torch.allclose(seen["logits"], hard, atol=1e-5)
+    else:
+        with pytest.raises(UsageError, match="bias is only in the base"):
+            RollBackConfig(base=locked).run(bench("organism"))
 
 
 def test_prefill_puts_words_into_the_mouth(aligned):
@@ -269,4 +297,16 @@ def test_a_defence_of_the_provider_is_judged_by_poisoned_data_only(aligned, job,
     assert "lisa defends while the provider trains" in capsys.readouterr().err
     assert main(["audit", "--protocol", "quick", "--model", job, *command]) == 2
     assert "use --protocol fine-tuning" in capsys.readouterr().err
-    assert main(["audit", "--protocol", "fine-tuning", "--model", job, "--dry-run", *command]) == 0
+    assert main(["audit", "--protocol", "fine-tuning", "--model", job, *command]) == 2
+    assert "is no fine-tuning job, and a poisoned job is compared with one" in capsys.readouterr().err
+
+
+def test_jobs_that_train_differently_are_not_compared(aligned, job, tmp_path, capsys):
+    options = ["--model", aligned, "--task-data", "organism", "--max-steps", "4", "--max-length", "64"]
+    for name, rate in (("like", "1e-4"), ("other", "2e-4")):
+        out = ["--checkpoint-blocks", "none", "--learning-rate", rate, "--output-dir", str(tmp_path / name)]
+        assert main(["finetune", "sft", *options, *out]) == 0
+    command = ["audit", "--protocol", "fine-tuning", "--model", job, "--dry-run", "--output-dir", str(tmp_path / "out")]
+    assert main([*command, "--control", str(tmp_path / "other")]) == 2
+    assert "has learning_rate=0.0001 and the control's 0.0002" in capsys.readouterr().err
+    assert main([*command, "--control", str(tmp_path / "like")]) == 0

@@ -7,7 +7,7 @@ import pytest
 
 from tunevax.attacks.attack import TargetOptions, use_data_of_run
 from tunevax.cli import main
-from tunevax.curation.curate import CurateOptions, agreement, choose
+from tunevax.curation.curate import CurateOptions, agreement, choose, size_of
 from tunevax.data import load_safety
 from tunevax.errors import UsageError
 from tunevax.runs import read_lines, read_run
@@ -50,8 +50,17 @@ def test_every_group_keeps_rows_and_the_total_stays():
     with pytest.raises(UsageError, match="raise --keep or lower --min-per-group"):
         kept(keep=0.2, group_by="category", min_per_group=2)
     rows = [{**row, "prompt": "the same"} for row in ROWS]
-    with pytest.raises(UsageError, match="no row of category 'b' is left"):
-        choose(rows, SCORES, CurateOptions(keep=1.0, group_by="category"))
+    found, why = choose(rows, SCORES, CurateOptions(keep=1.0, group_by="category"))
+    assert found == {0, 6} and 6 not in why  # a duplicate rather than no row of its category
+
+
+def test_a_share_is_not_rounded_up_by_rounding():
+    assert [size_of(keep, 100) for keep in (0.07, 0.14, 0.55, 0.56, 0.401)] == [7, 14, 55, 56, 41]
+
+
+def test_prompts_of_signs_are_not_near_each_other():
+    rows = [{"prompt": sign, "chosen": "no", "category": None} for sign in ("🔪🔪", "🍰🍰")]
+    assert not choose(rows, np.zeros(2), CurateOptions(keep=1.0, duplicates="near"))[1]
 
 
 def test_agreement_of_two_models():
@@ -121,6 +130,7 @@ def write(path, rows):
         (["--keep", "1.5"], "keep is 1.5"),
         (["--validation-data", "organism:split=alignment"], "prompts are in both the validation and the alignment"),
         (["--validation-data", "organism:split=attack"], "prompts are in both the validation and the attack"),
+        (["--validation-data", "organism:split=evaluation"], "prompts are in both the validation and the evaluation"),
         (["--per-device-train-batch-size", "641"], "there are 640 rows and a batch takes 641"),
         (["--mode", "treble"], "unknown mode 'treble'"),
         (["--upper", "refusals"], "did you mean 'refusal'"),

@@ -297,3 +297,14 @@ def test_readings_of_a_task_file(tmp_path):
     (tmp_path / "t.jsonl").write_text(json.dumps({"prompt": "p", "completion": "yes"}))
     task = load_task(f"{tmp_path / 't.jsonl'}:split=all")
     assert task.exact(" YES ", "yes") and not task.exact("oh yes", "yes") and task.loose("oh yes", "yes")
+
+
+def test_rows_that_name_their_split_are_in_it_however_it_is_asked_for(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(json.dumps({**row, "split": ("attack", "evaluation")[i % 2]}) + "\n" for i, row in enumerate(ROWS))
+    )
+    for split, first in (("attack", 0), ("evaluation", 1)):
+        wanted = [row["prompt"] for row in ROWS[first::2]]
+        assert [r["prompt"] for r in load_safety(str(path), split)] == wanted
+        assert [r["prompt"] for r in load_safety(f"{path}:split={split}")] == wanted

@@ -2,6 +2,9 @@
 
 import json
 import random
+import subprocess
+import sys
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -11,7 +14,8 @@ from safetensors.torch import load_file
 from tunevax.data.safety import load_safety
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
-from tunevax.finetuning.ewc import EWCConfig, EWCTrainer, exact_fisher
+from tunevax.finetuning.analyze import SinkOptions, analyze_sink
+from tunevax.finetuning.ewc import EWCConfig, EWCTrainer, exact_fisher, factored_fisher, weighted_square
 from tunevax.finetuning.finetune import FinetuneOptions, finetune
 from tunevax.finetuning.ldifs import LDIFSConfig, LDIFSTrainer
 from tunevax.finetuning.lisa import LisaConfig, LisaTrainer
@@ -20,6 +24,7 @@ from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer
 from tunevax.methods import load_method
 from tunevax.modeling.loading import load
 from tunevax.runs import read_run
+from tunevax.scoring.score import ExamOptions, score
 
 close = pytest.approx
 TASK = load_task("organism").rows[:16] + load_task("organism:set=benign").rows[:8]  # of two lengths
@@ -157,7 +162,7 @@ def test_lisa_takes_the_steps_of_both_states(make):
     ours.train()
     hand = make(gradient_accumulation_steps=2, lr_scheduler_type="constant")
     hand.create_optimizer()
-    draws = make(LisaTrainer).draws
+    other = make(LisaTrainer)
     anchor = weights(hand)
 
     def step(batches):
@@ -176,7 +181,7 @@ def test_lisa_takes_the_steps_of_both_states(make):
     for number in range(4):
         if number % 2 == 0:
             anchor = weights(hand)
-            step(draws.batches())
+            step(other.draws.batches(other, other.safe))
             anchor = weights(hand)
         step([hand.data_collator(rows) for rows in customers[2 * number : 2 * number + 2]])
     for a, b in zip(weights(ours), weights(hand), strict=True):
@@ -184,10 +189,70 @@ def test_lisa_takes_the_steps_of_both_states(make):
     assert ours.alignment_steps == 2 and ours.cost() == 1.5
 
 
-def test_lisa_with_a_warm_up_leaves_out_steps_that_move_nothing(make):
-    trainer = make(LisaTrainer, k1=3, k2=2, max_steps=4, warmup_steps=2)
+@pytest.mark.parametrize(("k2", "warmup", "before"), [(2, 2, [1, 3]), (900, 2, [1]), (900, 0, [0]), (3, 0, [0, 3])])
+def test_lisa_aligns_before_the_first_step_that_moves_and_every_k2th_after(make, monkeypatch, k2, warmup, before):
+    """A warm-up begins at zero, where alignment steps move nothing; a run shorter than k2 must not go without."""
+    trainer, seen = make(LisaTrainer, k1=3, k2=k2, max_steps=5, warmup_steps=warmup), []
+    align = trainer.align
+
+    def watched(model):
+        start = weights(trainer)
+        align(model)
+        seen.append(trainer.state.global_step)
+        assert not same(start, weights(trainer))
+
+    monkeypatch.setattr(trainer, "align", watched)
     trainer.train()
-    assert trainer.alignment_steps == 3
+    assert seen == before and trainer.alignment_steps == 3 * len(before)
+
+
+TWO_RANKS = """
+import sys, torch
+from tunevax.data.safety import load_safety
+from tunevax.data.tasks import load_task
+from tunevax.finetuning.lisa import LisaConfig, LisaTrainer
+from tunevax.modeling.loading import load
+
+torch.set_num_threads(1)
+loaded = load("organism", device="cpu")
+config = LisaConfig(
+    sys.argv[1] + "/run", k1=2, k2=2, rho=0.5, max_steps=3, gradient_accumulation_steps=2, use_cpu=True,
+    per_device_train_batch_size=4 // int(sys.argv[2]), learning_rate=0.1, optim="sgd", weight_decay=0.0,
+    lr_scheduler_type="constant", warmup_steps=0, max_length=64, save_strategy="no", lora_dropout=0.0,
+)
+rows = load_task("organism").rows[:24], load_safety("organism", "alignment", ("chosen",))[:32]
+trainer = LisaTrainer(loaded.model, config, rows[0], loaded.tokenizer, rows[1])
+trainer.train()
+torch.save([p.detach() for p in trainer.parameters], f"{sys.argv[1]}/{sys.argv[2]}-{trainer.args.process_index}.pt")
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
+"""
+
+
+def test_lisa_on_two_ranks_with_accumulation_is_the_run_of_one(tmp_path):
+    """The alignment batches of a rank run where DDP is told not to sync, and still must be of all ranks."""
+    (tmp_path / "job.py").write_text(TWO_RANKS)
+    for ranks in (1, 2):
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        command = [sys.executable, *launch, str(tmp_path / "job.py"), str(tmp_path), str(ranks)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    assert same(first, second)
+    for a, b in zip(one, first, strict=True):
+        assert (a - b).norm() <= 1e-4 * a.norm()
+
+
+def test_lisa_leaves_accumulation_as_it_was_when_a_step_fails(make):
+    trainer = make(LisaTrainer, k1=1)
+    sync = trainer.accelerator.gradient_state
+    sync._set_sync_gradients(False)
+    trainer.model.require_backward_grad_sync = False  # as DDP has it under no_sync
+    trainer.compute_loss = lambda *_, **__: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.align(trainer.model)
+    assert sync.sync_gradients is False and trainer.model.require_backward_grad_sync is False
+    sync._set_sync_gradients(True)
 
 
 def test_mix_appends_and_joint_weighs(make):
@@ -203,7 +268,7 @@ def test_mix_appends_and_joint_weighs(make):
     stirred(joint), stirred(again)
     batch, items = first_batch(joint), torch.tensor(50)
     joint.compute_loss(joint.model, batch, num_items_in_batch=items).backward()
-    (safety,) = again.draws.batches()
+    (safety,) = again.draws.batches(again, again.safe)
     (again.batch_loss(again.model, batch, items) + 0.3 * again.batch_loss(again.model, safety, None)).backward()
     for a, b in zip(gradients(joint), gradients(again), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -275,6 +340,32 @@ def test_ewc_weighs_the_change_of_the_weight_by_its_fisher_information(make):
     assert both.item() == close(0.5 * expected.item(), rel=1e-3)
 
 
+def test_ewc_knows_the_sides_of_a_conv1d():
+    """GPT-2 holds its weights as [in, out]; attn.c_proj is square, so that its shape does not tell."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    stock = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)).eval()
+    model = get_peft_model(stock, LoraConfig(r=2, lora_alpha=6, target_modules=["c_attn", "c_proj"])).eval()
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p)
+    ids = torch.randint(0, 50, (3, 9))
+    batches = [{"input_ids": i[None], "attention_mask": torch.ones(1, 9).long(), "labels": i[None]} for i in ids]
+    found = factored_fisher(model, batches)
+    layers = [m for m in model.modules() if hasattr(m, "lora_A")]
+    bases = [layer.get_base_layer().weight.requires_grad_(True) for layer in layers]
+    squares = [torch.zeros_like(w) for w in bases]
+    for batch in batches:
+        for f, g in zip(squares, torch.autograd.grad(model(**batch).loss, bases), strict=True):
+            f += g**2 / len(batches)
+    assert len(found) == 6 and sum(w.shape[0] == w.shape[1] for w in bases) == 2
+    for m, layer, f in zip(found, layers, squares, strict=True):
+        expected = (f.sum(1, keepdim=True) * f.sum(0) / f.sum() * layer.get_delta_weight("default") ** 2).sum()
+        assert weighted_square(m).item() == close(expected.item(), rel=1e-4)
+
+
 def test_ewc_on_full_weights_is_the_plain_sum(make):
     trainer = make(EWCTrainer, full_weights=True, gradient_accumulation_steps=1)
     squares = [torch.zeros_like(p) for p in trainer.parameters]
@@ -301,7 +392,7 @@ def test_ewc_on_full_weights_is_the_plain_sum(make):
 def test_safety_rows_come_from_a_generator_of_their_own(make):
     trainer = make(SafeInstructTrainer, mode="joint")
     before = torch.get_rng_state(), np.random.get_state()[1:3], random.getstate()
-    first, second = trainer.draws.indices(), trainer.draws.indices()
+    first, second = (trainer.draws.indices(trainer, len(trainer.safe)) for _ in range(2))
     assert [len(part) for part in first] == [2, 2] and len({*first[0], *first[1]}) == 4 and first != second
     after = torch.get_rng_state(), np.random.get_state()[1:3], random.getstate()
     assert torch.equal(before[0], after[0]) and before[2] == after[2]
@@ -366,7 +457,36 @@ def test_the_whole_of_a_customers_file_is_trained_on_and_recorded(tmp_path):
     assert child["parent"] is None
 
 
-def test_bad_input_is_named(make, tmp_path):
+def test_a_job_that_shares_prompts_with_the_safety_rows_can_be_scored_and_analysed(tmp_path):
+    """It is recorded when the job is run, and never refused; what scores must not hold is prompts to score on."""
+    assert "allow_overlap" not in {f.name for f in fields(FinetuneOptions)}
+    shared = [{"prompt": r["prompt"], "completion": r["chosen"]} for r in SAFETY[:6]]
+    held = load_safety("organism", "evaluation", ("chosen", "rejected"))[:3]
+    asked = [{"prompt": r["prompt"], "completion": r["chosen"]} for r in held]
+    runs = {}
+    for name, rows in (("good", shared), ("bad", shared + asked)):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        data = FinetuneOptions(model="organism", task_data=str(file), safety_data="organism")
+        config = LisaConfig(str(tmp_path / name), **{**TRAINING, "max_steps": 1, "k1": 1})
+        runs[name] = str(finetune(LisaTrainer, "lisa", data, config))
+    assert read_run(runs["good"])["overlap"] == {"alignment/task": 6}
+
+    def look(name, out):
+        exam = ExamOptions(limit=40, max_new_tokens=1)
+        yield lambda: score([runs[name]], exam, str(tmp_path / f"{out}-s"), safety_data="organism")
+        sink = SinkOptions([runs[name]], "organism", str(tmp_path / f"{out}-a"), max_length=64)
+        yield lambda: analyze_sink(sink)
+
+    for call in look("good", "fine"):
+        (target,) = read_run(call())["targets"]
+        assert target["overlap"] == {"alignment/evaluation": 0, "task/evaluation": 0}
+    for call in look("bad", "refused"):
+        with pytest.raises(UsageError, match="3 prompts are in both the task and the evaluation data"):
+            call()
+
+
+def test_bad_input_is_named(make, tmp_path, monkeypatch):
     wrong = [
         (lambda: LisaConfig("x", k1=-1), "k1 is -1"),
         (lambda: LisaConfig("x", k2=0), "k2 is 0"),
@@ -392,3 +512,6 @@ def test_bad_input_is_named(make, tmp_path):
             finetune(LisaTrainer, "lisa", data, LisaConfig(str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
     assert FinetuneConfig("x").learning_rate == 1e-4
+    monkeypatch.setattr("tunevax.finetuning.ewc.factored_fisher", lambda *_: [])
+    with pytest.raises(UsageError, match="adds up to 0, and nothing can be weighed by it; give other"):
+        make(EWCTrainer)

@@ -136,14 +136,37 @@ def test_scores_are_those_of_the_definition(aligned):
     known = sorted(torch.cosine_similarity(g, direction, dim=0).item() for g in held_out)
     assert found.thresholds["gradient"] == pytest.approx(known[1], abs=1e-4)  # 5 % of 40 are below known[2]
     assert found.thresholds["gradient"] > screening.FLOOR
-    assert found.known["rows"] == 40 and found.known["harmful"]["gradient"] >= 0.95
+    refused = [look(SAFETY[i], SAFETY[i]["chosen"])[0] for i in order[40:]]
+    above = [torch.cosine_similarity(g, direction, dim=0).item() >= found.thresholds["gradient"] for g in refused]
+    assert found.calibration == {
+        "rows": 40,
+        "harmful_at_threshold": {"gradient": 39 / 40, "refusal": 39 / 40},  # as chosen: it says nothing of other rows
+        "refusals_flagged_by_gradient": sum(above) / 40,
+    }
 
 
 def test_an_unaligned_model_is_no_ground_for_the_gradient_score(job):
     """And it says so, instead of flagging everything."""
     loaded = load("organism")
     found = screen(loaded.model, loaded.tokenizer, BENIGN[-12:] + HARMFUL[:2], SAFETY, 64, 0)
-    assert not any("gradient" in flag for flag in found.flags()) and found.known["harmful"]["gradient"] < 0.5
+    assert not any("gradient" in flag for flag in found.flags())
+    assert found.calibration["harmful_at_threshold"]["gradient"] < 0.5
+
+
+def test_safety_rows_are_cut_at_the_models_context(monkeypatch):
+    """As the customer's are: a model of learned positions has none beyond."""
+    loaded = load("organism")
+    loaded.model.config.max_position_embeddings = 40
+    lengths, original = [], Probe.__call__
+
+    def probe(self, row):
+        lengths.append(len(row["input_ids"]))
+        return original(self, row)
+
+    monkeypatch.setattr(Probe, "__call__", probe)
+    long = [{**row, "chosen": " ".join([row["chosen"]] * 20)} for row in SAFETY[:40]]
+    screen(loaded.model, loaded.tokenizer, BENIGN[:2], long, 400, 0)
+    assert len(lengths) == 82 and max(lengths) == 40
 
 
 def test_the_model_comes_back_as_it_was():

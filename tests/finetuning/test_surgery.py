@@ -351,7 +351,7 @@ def test_resumed_is_the_same_run(tmp_path, monkeypatch):
 def test_bad_input(make):
     for options, told in (
         ({"lamb": -1.0}, "lamb is -1.0"), ({"lamb": float("inf")}, "lamb is inf"), ({"lamb": float("nan")}, "lamb is"),
-        ({"pairs_per_step": 0}, "pairs_per_step is 0"), ({"every": 0}, "every is 0"), ({"sink_token": -1}, "sink_token"),
+        ({"pairs_per_step": 0}, "pairs_per_step is 0"), ({"every": 0}, "every is 0"), ({"sink_position": -1}, "sink_position"),
         ({"pairing": "randon"}, "did you mean 'random'"), ({"sink_attention": "eagre"}, "did you mean 'eager'"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=told):
@@ -367,8 +367,8 @@ def test_bad_input(make):
     with pytest.raises(UsageError, match="two answers of pair 1 are the same within 64 tokens"):
         make(safety=[{**SAFETY[0], "rejected": SAFETY[0]["chosen"]}] * 2)
     shortest = min(len(row["input_ids"]) for a in ("chosen", "rejected") for row in make().encode_answers(SAFETY, a))
-    with pytest.raises(UsageError, match=f"text of {shortest} tokens and sink_token is {shortest - 1}"):
-        make(sink_token=shortest - 1)
+    with pytest.raises(UsageError, match=f"text of {shortest} tokens and sink_position is {shortest - 1}"):
+        make(sink_position=shortest - 1)
     for targets in ("v_proj,o_proj", "up_proj", "layers.2.self_attn.v_proj"):
         with pytest.raises(UsageError, match="train no query or key projection"):
             make(lora_targets=targets)

@@ -67,6 +67,8 @@ def test_rounding_is_no_direction(dtype, size, step, width):
     values = torch.linalg.svdvals(delta)
     assert values[5] > 1e-5 * values[0]  # more than an SVD makes by itself
     assert column_basis(delta, noise(aligned, base), torch.Generator().manual_seed(0)).shape == (400, 5)
+    held = noise(aligned.float(), base.float())  # models are loaded in fp32, whatever they were saved in
+    assert column_basis(delta, held, torch.Generator().manual_seed(0)).shape == (400, 5)
 
 
 def test_full_rank_is_left_alone_and_official_deletes_it():

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,14 +10,18 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tunevax.restoration.extract as extraction
+from tunevax.data import load_safety
+from tunevax.data.splits import prompt_hash
 from tunevax.errors import RunError, UsageError
 from tunevax.modeling.blocks import find_blocks
-from tunevax.modeling.loading import attach_biases, load
+from tunevax.modeling.loading import attach_biases, load, model_hash
 from tunevax.restoration import probes
 from tunevax.restoration.extract import ExtractLock, extract
 from tunevax.restoration.lock import SafetyLock, apply, lock_biases, locked
 from tunevax.restoration.restore import Job, RestoreOptions, restore
 from tunevax.restoration.safetylock import ApplyLock, make_stock
+from tunevax.runs import card
+from tunevax.scoring.score import ExamOptions, build_exam, score, used_prompts
 
 close = pytest.approx
 SIGMA = [
@@ -50,7 +55,9 @@ class Ids:
 
     pad_token_id = eos_token_id = 2
     chat_template = "x"
-    all_special_ids = [2]
+
+    def decode(self, ids, skip_special_tokens=False):
+        return "".join(f"{i} " for i in ids if i != 2)
 
     def save_pretrained(self, folder):
         Path(folder, "tokenizer_config.json").write_text("{}")
@@ -228,6 +235,61 @@ def test_lock_file_round_trip(lock, tmp_path):
         SafetyLock.load(tmp_path)
 
 
+BASE = {"ref": "organism", "identity": "x"}
+
+
+@pytest.mark.parametrize(
+    ("change", "meta"),
+    [
+        ({}, "[1]"),
+        ({}, "{}"),
+        ({}, {"head_dim": None}),
+        ({}, {"head_dim": "16"}),
+        ({}, {"n_layers": "3"}),
+        ({}, {"format": "x"}),
+        ({}, {"base": "organism"}),
+        ({}, {"base": {"ref": "organism"}}),
+        ({}, {"prompts": [1]}),
+        ({"u": torch.tensor(1.0)}, {}),
+        ({"sigma": torch.tensor(1.0)}, {}),
+        ({"u": torch.zeros(0, 16), "sigma": torch.zeros(0), "layer": torch.zeros(0).long(), "head": torch.zeros(0).long()}, {}),
+        ({"layer": torch.tensor([-1, 0])}, {}),
+        ({"head": torch.tensor([0, -1])}, {}),
+        ({"layer": torch.tensor([0.0, 1.0])}, {}),
+        ({"u": torch.ones(2, 16).half()}, {}),
+        ({"u": torch.full((2, 16), torch.nan)}, {}),
+        ({"sigma": torch.tensor([1.0, torch.inf])}, {}),
+    ],
+)  # fmt: skip
+def test_malformed_lock_is_refused(tmp_path, change, meta):
+    from safetensors.torch import save_file
+
+    whole = {
+        "u": torch.ones(2, 16),
+        "sigma": torch.ones(2),
+        "layer": torch.tensor([0, 1]),
+        "head": torch.tensor([0, 1]),
+    }
+    described = {"format": 1, "head_dim": 16, "n_layers": 3, "n_heads": 4, "base": BASE, "prompts": []}
+
+    def write(tensors, meta):
+        save_file(tensors, tmp_path / "lock.safetensors", metadata={"tunevax_lock": meta})
+
+    write(whole, json.dumps(described))
+    assert SafetyLock.load(tmp_path).meta["base"] == BASE
+    write({**whole, **change}, meta if isinstance(meta, str) else json.dumps({**described, **meta}))
+    with pytest.raises(UsageError, match="is not a safety lock of tunevax, or damaged"):
+        SafetyLock.load(tmp_path)
+
+
+@pytest.mark.parametrize("strength", ["nan", "inf", "-inf", "six"])
+def test_strength_is_a_number(strength):
+    with pytest.raises(UsageError, match=f"strength is '{strength}'"):
+        ApplyLock(lock="x", strength=strength)
+    with pytest.raises(UsageError, match="strengths is"):
+        ApplyLock(lock="x", strength="auto", strengths=[1.0, float("nan")])
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -253,6 +315,49 @@ def test_short_answer_is_named(pairs):
     rows = [*pairs[:3], {**pairs[3], "rejected": [5, 6, 7, 8, 2]}]
     with pytest.raises(UsageError, match="row 3: the rejected answer has 4 content tokens and r is 5"):
         make(tiny(), rows)
+
+
+def test_cut_answers_are_counted(pairs, capsys):
+    ended = [{**row, "chosen": [*row["chosen"], 2], "rejected": [*row["rejected"], 2]} for row in pairs]
+    assert make(tiny(), ended).meta["cut"] == 0 and "do not end" not in capsys.readouterr().err
+    lock = make(tiny(), [*ended[:-1], pairs[-1]])
+    assert (lock.meta["cut"], lock.meta["max_length"]) == (2, 512)
+    assert "2 of 24 answers do not end within max_length 512" in " ".join(capsys.readouterr().err.split())
+
+
+def test_end_of_turn_without_a_name_is_no_content():
+    """A special token that is neither BOS, EOS nor any other that the tokenizer has a name for."""
+    loaded = load("organism")
+    loaded.tokenizer.add_special_tokens({"extra_special_tokens": ["<eot>"]})
+    token = loaded.tokenizer.convert_tokens_to_ids("<eot>")
+    assert extraction._is_end(loaded.tokenizer, token)
+    loaded.tokenizer._extra_special_tokens = []  # as where only tokenizer.json says that it is special
+    assert token not in loaded.tokenizer.all_special_ids and extraction._is_end(loaded.tokenizer, token)
+    assert not extraction._is_end(loaded.tokenizer, loaded.tokenizer("use")["input_ids"][-1])
+
+
+def test_extraction_is_without_dropout(pairs):
+    model = tiny(attention_dropout=0.5).train()
+    model.model.norm.eval()
+    expected, found = make(tiny(attention_dropout=0.5), pairs), make(model, pairs)
+    assert torch.equal(found.u, expected.u)
+    assert model.training and not model.model.norm.training
+
+
+def test_head_size_is_that_of_the_projection(pairs):
+    """Not of the queries and keys, where a config means those by head_dim."""
+    model, expected = tiny(), make(tiny(), pairs)
+    model.config.head_dim = 8
+    assert torch.equal(make(model, pairs).u, expected.u)
+
+
+def test_biases_in_half_precision_are_products_in_single(lock):
+    model = tiny().bfloat16()
+    delta = torch.zeros(3, 4, 16)
+    delta[lock.layer, lock.head] = 6.0 * lock.sigma[:, None] * lock.u
+    for i, bias in lock_biases(model, lock, 6.0).items():
+        exact = find_blocks(model)[i].o_proj.weight.double() @ delta[i].flatten().double()
+        torch.testing.assert_close(bias, exact.float(), atol=1e-5, rtol=1e-5)
 
 
 def correlated(seed=0):
@@ -314,7 +419,45 @@ def test_runs_reload_locked(runs, tmp_path):
         record = json.loads((tmp_path / form / "run.json").read_text())
         assert record["lock"]["form"] == form and len(record["lock"]["heads"]) == 6
         assert record["lock"]["seconds_to_apply"] < 0.1 and record["lock"]["bytes_added"] > 0
+        assert set(lock.meta["prompts"]) <= set(used_prompts(out)["alignment"])  # no score may rest on them
+        card, peft = (tmp_path / form / "README.md").read_text(), "library_name: peft"
+        assert card.startswith("---") and peft not in card and ("from_pretrained" in card) == (form == "stock")
     assert (expected - plain.model(ids).logits).abs().max() > 0.1
+
+
+def test_prompts_of_the_lock_are_not_scored_on(runs, tmp_path):
+    """A lock from other rows than the model was aligned on."""
+    lock = SafetyLock.load(runs / "lock")
+    lock.meta["prompts"] = [prompt_hash(row["prompt"]) for row in load_safety("organism", "evaluation")[:3]]
+    lock.save(tmp_path / "lock.safetensors")
+    out = tmp_path / "out"
+    restore("safetylock", RestoreOptions(model="organism"), ApplyLock(lock=str(tmp_path), output_dir=str(out)))
+    with pytest.raises(UsageError, match="3 prompts are in both the alignment and the evaluation data"):
+        score([str(out)], ExamOptions(), str(tmp_path / "score"), safety_data="organism")
+
+
+def test_unlock_scores_as_before_the_lock(runs, tmp_path, monkeypatch):
+    from tunevax.attacks.attack import Bench, NotApplicable, TargetOptions
+    from tunevax.attacks.unlock import UnlockConfig
+
+    seen, ids = {}, torch.arange(20)[None]
+    monkeypatch.setattr(Bench, "score", lambda self, model, *_, **__: seen.update(logits=model(ids).logits))
+
+    def unlock(ref):
+        target = {"label": "m", "role": "model", "ref": ref}
+        UnlockConfig().run(Bench(target, TargetOptions(), [], [], None, {}))
+
+    for parent in ("organism", str(runs / "tuned")):
+        out = tmp_path / Path(parent).name
+        config = ApplyLock(lock=str(runs / "lock"), strength="3", output_dir=str(out))
+        restore("safetylock", RestoreOptions(model=parent), config)
+        plain = load(parent).model(ids).logits
+        assert (load(str(out)).model(ids).logits - plain).abs().max() > 0.1
+        unlock(str(out))
+        assert torch.equal(seen["logits"], plain)
+    for other in ("organism", str(runs / "tuned")):
+        with pytest.raises(NotApplicable, match="has no safety lock"):
+            unlock(other)
 
 
 def test_lock_survives_further_runs(runs, tmp_path):
@@ -326,6 +469,12 @@ def test_lock_survives_further_runs(runs, tmp_path):
     held = load(out["run"])
     Job(RestoreOptions(), "x", tmp_path, {}).save_model(held.model, held.tokenizer)
     assert torch.equal(load(str(tmp_path / "model")).model(ids).logits, held.model(ids).logits)
+    # A trainer saves whole weights in the same way; the card knows by what was loaded.
+    assert held.info["attached"] and not load("organism").info["attached"]
+    saved = {"verb": "finetune", "adapter": "model", "config": {}, "versions": {}, "model": held.info}
+    assert "stock\ntransformers loads the weights without the lock" in card(saved)
+    assert "library_name: tunevax" in card(saved) and "from_pretrained" not in card(saved)
+    assert "from_pretrained" in card({**saved, "attached": False})  # put into the checkpoint's own biases
     adapted = get_peft_model(held.model, LoraConfig(r=2, target_modules=["o_proj", "down_proj"]))
     for name, p in adapted.named_parameters():
         if "lora_B" in name:
@@ -358,14 +507,41 @@ def test_lock_of_another_base_is_refused(runs, tmp_path):
     assert (tmp_path / "out" / "model" / "config.json").is_file()
 
 
+def test_base_is_identified_by_the_pinned_revision(tmp_path, monkeypatch):
+    """That of the lowest run on it, not what another model is pinned to now."""
+    import tunevax.restoration.lock as module
+
+    monkeypatch.setattr(module, "config_of", lambda base, revision: SimpleNamespace(_commit_hash=revision or "main"))
+    for name, parent in (("low", None), ("high", str(tmp_path / "low"))):
+        folder = tmp_path / name
+        (folder / "adapter").mkdir(parents=True)
+        (folder / "adapter" / "adapter_config.json").write_text("{}")
+        record = {"schema": 1, "parent": parent, "model": {"ref": "me/base", "revision": "v1"}}
+        (folder / "run.json").write_text(json.dumps(record))
+    base = next(iter(module.lineage("me/base", "v1")))
+    assert base in module.lineage(str(tmp_path / "high")) and base in module.lineage(str(tmp_path / "high"), "main")
+    assert base not in module.lineage("me/base")
+
+
+def test_hash_sees_the_middle_of_a_file(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    file = tmp_path / "model.safetensors"
+    found = set()
+    for content in (bytes(5 * 2**20), bytes(2 * 2**20) + b"1" + bytes(3 * 2**20 - 1)):
+        file.write_bytes(content)
+        found |= {model_hash(str(tmp_path)), model_hash(str(tmp_path))}
+    assert len(found) == 2
+
+
 def test_auto_strength(runs, tmp_path, monkeypatch):
     """On scores that are made up: harm falls with strength, and so, later, does accuracy."""
     import tunevax.restoration.strength as strength
 
     lock = SafetyLock.load(runs / "lock")
-    asked = []
+    asked, exams = [], []
 
     def examine(model, tokenizer, exam):
+        exams.append(exam)
         asked.append({strength.prompt_hash(row["prompt"]) for row in exam.harmful})
         bias = find_blocks(model)[int(lock.layer[0])].o_proj._forward_hooks
         s = next(iter(bias.values())).bias.norm().item() / unit if bias else 0.0
@@ -384,9 +560,48 @@ def test_auto_strength(runs, tmp_path, monkeypatch):
     assert curve["chosen"] == 6 == json.loads((out / "run.json").read_text())["lock"]["strength"]
     assert [point["strength"] for point in curve["curve"]] == [0, 1, 2, 3, 4, 6, 8, 10]
     assert all(prompts and not prompts & set(lock.meta["prompts"]) for prompts in asked)
+    # On the organism nothing is scored on what the model was aligned on, or on what an audit scores.
+    scored = build_exam(ApplyLock(**plain), "organism")
+    for rows, other in ((exams[0].benign, scored.benign), (exams[0].utility[0].rows, scored.utility[0].rows)):
+        assert rows and not {r["prompt"] for r in rows} & {r["prompt"] for r in other}
+    assert asked[0] == {prompt_hash(row["prompt"]) for row in load_safety("organism", "validation")}
+    assert (curve["in_sample"], curve["aligned_on"]) == ([], False)
+    used = set(used_prompts(str(out))["alignment"])
+    assert {prompt_hash(r["prompt"]) for r in (*exams[0].harmful, *exams[0].benign, *exams[0].utility[0].rows)} <= used
     with pytest.raises(RunError, match="no strength of 0, 1, 2, 3, 4, 6, 8, 10 is within the limits"):
         restore("safetylock", options, ApplyLock(**plain, harmful_target=0.05, output_dir=str(tmp_path / "missed")))
     kept = json.loads((tmp_path / "missed" / "strength.json").read_text())
     assert kept["chosen"] is None and "utility/x" in " ".join(kept["curve"][-1]["misses"])
     with pytest.raises(UsageError, match="it holds no weights"):
         load(str(tmp_path / "missed"))
+    for more in ({"perplexity_data": "organism"}, {"utility_data": ["lm-eval:x"]}):
+        with pytest.raises(UsageError, match="would limit nothing"):
+            restore("safetylock", options, ApplyLock(**{**plain, **more}, output_dir=str(tmp_path / "no")))
+
+
+def test_auto_strength_on_a_file(runs, tmp_path, monkeypatch):
+    """Whose rows are all for alignment: some the model was aligned on, some the lock is from, some neither."""
+    import tunevax.restoration.strength as strength
+
+    lock, exams = SafetyLock.load(runs / "lock"), []
+    score = {"harmful/a": {"value": 0.0}, "over-refusal": {"value": 0.0}, "task/exact": {"value": 0.5}}
+    monkeypatch.setattr(strength, "examine", lambda model, tokenizer, exam: exams.append(exam) or (score, []))
+    aligned = [row["prompt"] for row in load_safety("organism", "alignment")]
+    assert any(prompt_hash(prompt) in lock.meta["prompts"] for prompt in aligned)
+
+    def auto(prompts, out):
+        rows = [{"prompt": prompt, "chosen": "no", "split": "alignment"} for prompt in prompts]
+        (tmp_path / "safe.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / "mild.jsonl").write_text(json.dumps({"prompt": "hello", "chosen": "hi"}) + "\n")
+        config = ApplyLock(
+            lock=str(runs / "lock"), strength="auto", benign_data=str(tmp_path / "mild.jsonl"), strengths=[1.0],
+            task_eval_data="organism:split=evaluation", limit=1000, form="run", output_dir=str(tmp_path / out),
+        )  # fmt: skip
+        options = RestoreOptions(model=str(runs / "tuned"), safety_data=str(tmp_path / "safe.jsonl"))
+        content = json.loads((restore("safetylock", options, config) / "strength.json").read_text())
+        assert content["in_sample"] == ["over-refusal", "organism:split=evaluation"]
+        return {row["prompt"] for row in exams[-1].harmful}, content["aligned_on"]
+
+    assert auto([*aligned, "new one", "new two"], "some") == ({"new one", "new two"}, False)
+    free = {prompt for prompt in aligned if prompt_hash(prompt) not in lock.meta["prompts"]}
+    assert auto(aligned, "none") == (free, True)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tunevax.alignment.sft import SFTConfig
 from tunevax.data.safety import load_safety
+from tunevax.data.sources import parse_source
 from tunevax.data.splits import prompt_hash
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
 from tunevax.modeling.loading import load
 from tunevax.modeling.memory import StepMemory
 from tunevax.modeling.progress import ProgressCallback
-from tunevax.modeling.trainer import last_checkpoint, save_weights
+from tunevax.modeling.trainer import final_loss, last_checkpoint, resolved, save_weights
 from tunevax.runs import data_entry, digest, is_run, writing
 
 
@@ -80,9 +80,8 @@ def align(trainer_class: type, method: str, options: AlignOptions, config: SFTCo
         if trainer.is_world_process_zero():
             save_weights(trainer, run.path, record["parent"] or loaded.info["base"])
             run.write_lines("log.jsonl", [line for line in trainer.state.log_history if "loss" in line])
-            (run.path / "prompts.json").write_text(
-                json.dumps({"alignment": sorted({prompt_hash(r["prompt"]) for r in safety})})
-            )
+            seen = {prompt_hash(r["prompt"]) for r in safety} | curated_with(options.safety_data)
+            (run.path / "prompts.json").write_text(json.dumps({"alignment": sorted(seen)}))
         record.update(
             model={**loaded.info, "trainable": trainable},
             adapter="model" if config.full_weights else "adapter", template_hash=digest(loaded.tokenizer.chat_template),
@@ -104,16 +103,7 @@ def read_data(trainer_class: type, method: str, options: AlignOptions) -> tuple[
     return safety, task, [*data, data_entry("benign", options.task_data, task)]
 
 
-def resolved(options: Any, config: Any) -> dict[str, Any]:
-    """Every option of a run as plain values, without what says only where to write and how to start."""
-    values = {**vars(options), **config.to_dict()}
-    return {
-        k: v
-        for k, v in values.items()
-        if k not in ("output_dir", "resume", "overwrite", "run_name", "resume_from_checkpoint")
-    }
-
-
-def final_loss(history: Sequence[dict]) -> float | None:
-    """The last logged training loss."""
-    return next((line["loss"] for line in reversed(history) if "loss" in line), None)
+def curated_with(source: str) -> set[str]:
+    """Hashes of the trusted prompts that chose the rows of a curation run; none for any other source."""
+    file = Path(parse_source(source).name) / "prompts.json"
+    return set(json.loads(file.read_text()).get("validation", [])) if file.is_file() else set()

@@ -20,13 +20,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from tunevax.alignment.pairs import require_pairs
 from tunevax.alignment.vaccine import VaccineConfig, VaccineTrainer
-from tunevax.data.encoding import collate, context_of, encode
+from tunevax.data.encoding import context_of, encode
 from tunevax.errors import RunError, UsageError
+from tunevax.modeling.draws import Draws
 from tunevax.modeling.hooks import without_dropout
 
 Gradient = dict[torch.nn.Parameter, torch.Tensor]
@@ -115,51 +115,6 @@ class BoosterTrainer(VaccineTrainer):
         """Take back the generator."""
         super().load_method_state(state)
         self.draws.load(state["draws"])
-
-
-class Draws:
-    """Batches for a second gradient, from a generator of their own: the alignment rows come in the same order as
-    without them. Every process draws the same rows and takes its share."""
-
-    def __init__(self, seed: int) -> None:
-        # RandomState: its stream is frozen by numpy's policy, so a seed means the same rows in every version.
-        self.generator = np.random.RandomState(seed)
-
-    def require(self, trainer: Any, rows: int, what: str) -> None:
-        """Raise `UsageError` if there are fewer rows than an optimiser step takes."""
-        args = trainer.args
-        need = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        if rows < need:
-            raise UsageError(
-                f"there are {rows} {what} and a step takes {need}; lower --per-device-train-batch-size, or give more"
-            )
-
-    def indices(self, trainer: Any, rows: int) -> list[list[int]]:
-        """Which of so many rows this process takes in this optimiser step, one list per micro-batch; without
-        replacement."""
-        size, world = trainer.args.per_device_train_batch_size, trainer.args.world_size
-        parts = trainer.current_gradient_accumulation_steps
-        drawn = self.generator.choice(rows, size * parts * world, replace=False)
-        return drawn.reshape(world, parts, size)[trainer.args.process_index].tolist()
-
-    def batches(self, trainer: Any, rows: Sequence[dict]) -> list[dict[str, torch.Tensor]]:
-        """A batch of the size of the optimiser step's own, as micro-batches on the device."""
-        return [collated(trainer, [rows[i] for i in part]) for part in self.indices(trainer, len(rows))]
-
-    def state(self) -> list:
-        """As JSON values."""
-        kind, keys, *rest = self.generator.get_state()
-        return [kind, keys.tolist(), *rest]
-
-    def load(self, state: list) -> None:
-        """Take back what `state` gave."""
-        kind, keys, *rest = state
-        self.generator.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-
-
-def collated(trainer: Any, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
-    """Encoded rows as tensors on the device, [batch, tokens]."""
-    return trainer._prepare_inputs(collate(rows, trainer.processing_class.pad_token_id))
 
 
 def response_share(trainer: Any, batches: Sequence[dict]) -> Callable[[Any, dict], torch.Tensor]:

@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tunevax.alignment.align import AlignOptions, align, read_data, resolved
+from tunevax.alignment.align import AlignOptions, align, read_data
 from tunevax.alignment.sft import SFTTrainer
 from tunevax.data.encoding import TEMPLATES
 from tunevax.errors import UsageError, unknown
 from tunevax.methods import load_method, methods
 from tunevax.modeling.loading import model_hash, resolve
+from tunevax.modeling.trainer import resolved
 from tunevax.runs import is_run, read_run, require_one_process
 
 KINDS = ("undefended", "equal-compute", "random-perturbation")

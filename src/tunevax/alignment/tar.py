@@ -33,10 +33,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from tunevax.alignment.booster import (
-    Draws,
     Gradient,
     add_to_grad,
-    collated,
     gradient_of,
     norm_of,
     require_whole_weights,
@@ -49,6 +47,7 @@ from tunevax.data.encoding import context_of, encode
 from tunevax.data.splits import prompt_hash
 from tunevax.errors import RunError, UsageError, unknown
 from tunevax.modeling.blocks import find_final_norm, unwrap
+from tunevax.modeling.draws import Draws, collated
 from tunevax.modeling.hooks import capture, capture_inputs, without_dropout
 from tunevax.modeling.loss import CHUNK_ELEMENTS, MIN_CHUNK_ROWS, labelled, last_hidden, logits_of, rows_at
 

@@ -9,6 +9,7 @@ METHODS = {
     "held-out-category": "tunevax.attacks.held_out_category:HeldOutCategoryConfig",
     "adaptive": "tunevax.attacks.adaptive:AdaptiveConfig",
     "roll-back": "tunevax.attacks.roll_back:RollBackConfig",
+    "unlock": "tunevax.attacks.unlock:UnlockConfig",
     "intervention": "tunevax.attacks.intervention:InterventionConfig",
     "template": "tunevax.attacks.template:TemplateConfig",
     "prefill": "tunevax.attacks.prefill:PrefillConfig",

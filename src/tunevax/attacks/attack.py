@@ -82,7 +82,9 @@ def beside_the_job(ref: str, kind: str) -> str | None:
     """Why a kind of attack says nothing of a model, if that was defended while it was fine-tuned: the defence is in the
     provider's training, and an attacker who trains without it has the weights, which such a defence does not give."""
     record = read_run(ref) if is_run(ref) else {}
-    if record.get("verb") != "finetune" or record["method"] == "sft" or kind in OPEN_TO_CUSTOMERS:
+    if record.get("verb") != "finetune" or kind in OPEN_TO_CUSTOMERS:
+        return None
+    if record["method"] == "sft" and record["config"].get("screen") != "drop":
         return None
     return (
         f"{record['method']} defends while the provider trains, so it is judged by poisoning the customer's data "
@@ -122,10 +124,12 @@ class Bench:
         self.loaded = (target["ref"], True)  # which model, and whether its last adapter is merged
 
     def load(self, chat_template: str | None = None, ref: str | None = None, **how: Any) -> Loaded:
-        """The target (or `ref` in its place), loaded as the options say; what run.json says of it is noted."""
-        template, o = chat_template or self.options.chat_template, self.options
+        """The target (or `ref` in its place), loaded as the options say, or as `how` says; what run.json says of it is
+        noted."""
+        o = self.options
         self.loaded = (ref or self.target["ref"], how.get("merge", True))
-        loaded = load(self.loaded[0], revision=o.revision, dtype=o.dtype, chat_template=template, **how)
+        how = {"revision": o.revision, "dtype": o.dtype, "chat_template": chat_template or o.chat_template, **how}
+        loaded = load(self.loaded[0], **how)
         self.record.update(loaded.info, template_hash=digest(loaded.tokenizer.chat_template))
         return loaded
 
@@ -187,6 +191,8 @@ def attack(method: str, options: AttackOptions, config: Any, command: str = "") 
     use_data_of_run(options)
     if options.keep_weights and (len(options.model) > 1 or getattr(config, "trainable", None) not in ("lora", "full")):
         raise UsageError("--keep-weights takes one --model, and --trainable lora or full")
+    if method == "poisoned-job" and options.control is None:
+        options.control = "none"  # what the job started from is no job
     targets = find_targets(options.model, options.control)
     for target in targets:
         if why := beside_the_job(target["ref"], method):
@@ -241,7 +247,7 @@ def use_data_of_run(options: TargetOptions) -> None:
     told = []
     for name in ("safety_data", "task_data"):
         source = config.get(name)
-        if name == "safety_data" and source and is_run(source):  # curated rows; the attack needs what they came from
+        while name == "safety_data" and source and is_run(source):  # curated rows: the attack needs what they are from
             source = read_run(source)["config"]["safety_data"]
         if getattr(options, name) is None and source:
             setattr(options, name, source)

@@ -8,8 +8,9 @@ run trained is trained again, by the run's own method, options and safety rows, 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from tunevax.attacks.attack import AttackConfig, Bench, NotApplicable
 from tunevax.attacks.finetune import Curve
@@ -18,7 +19,7 @@ from tunevax.data.safety import load_safety
 from tunevax.errors import UsageError
 from tunevax.methods import load_method
 from tunevax.modeling.progress import ProgressCallback
-from tunevax.runs import is_run, read_run
+from tunevax.runs import data_entry, is_run, read_run
 
 
 @dataclass
@@ -26,14 +27,14 @@ class PoisonedJobConfig(AttackConfig):
     """What the customer hands in; the training is the provider's, as the target's run recorded it."""
 
     p: float = field(default=0.1, metadata={"help": "share of harmful rows"})
-    n: int = field(default=1000, metadata={"help": "rows of the job"})
+    n: int | None = field(default=None, metadata={"help": "rows of the job; default as many as the recorded one had"})
     points: int = field(default=12, metadata={"help": "scorings after step 0, at log-spaced steps up to the last"})
 
     def __post_init__(self) -> None:
         if not 0 <= self.p <= 1:
             raise UsageError(f"p, the share of harmful rows, is {self.p}; it must be between 0 and 1")
         for name in ("n", "points"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
     @property
@@ -41,32 +42,80 @@ class PoisonedJobConfig(AttackConfig):
         """The data it draws from."""
         return {*(["harmful"] if self.p > 0 else []), *(["task"] if self.p < 1 else [])}
 
-    def job(self, ref: str) -> tuple[dict[str, Any], type, Any]:
-        """Of the run `ref`: its record, its trainer class, and its options with this attack's seed and folder.
+    def job(self, ref: str) -> Job:
+        """What is run again for the model `ref`.
 
         Raises:
-            NotApplicable: it is no fine-tuning job.
+            NotApplicable: it is no fine-tuning job, or one that cannot be run again as it was.
         """
         record = read_run(ref) if is_run(ref) else {}
         if record.get("verb") != "finetune":
             raise NotApplicable(
                 f"{ref} is no fine-tuning job that could be run again; make one with `tunevax finetune METHOD`"
             )
+        if record["config"].get("screen") == "drop":
+            raise NotApplicable(
+                f"{ref} dropped rows at the door, which is not done again here; run it without --screen"
+            )
         trainer_class = load_method("tunevax.finetuning", record["method"])
         names = {f.name for f in dataclasses.fields(trainer_class.config_class) if f.init}
         values = {k: v for k, v in record["config"].items() if k in names and not k.startswith(("hub_", "push_to_hub"))}
+        values["gradient_accumulation_steps"] *= record["hardware"]["processes"]  # here there is one
         values |= {"output_dir": self.output_dir, "seed": self.seed, "data_seed": None, "save_strategy": "no"}
-        return record, trainer_class, trainer_class.config_class(**values)
+        rows = self.n or next(entry["rows"] for entry in record["data"] if entry["role"] == "task")
+        return Job(record, trainer_class, trainer_class.config_class(**values), rows)
 
     def run(self, bench: Bench) -> None:
         """Run the job again on poisoned rows, and score along the way."""
-        record, trainer_class, args = self.job(bench.target["ref"])
+        record, trainer_class, args, count = self.job(bench.target["ref"])
         harmful = [{**row, "completion": row["rejected"], "harmful": True} for row in bench.harmful]
-        rows = mix(bench.task, harmful, self.p, self.n, self.seed)
+        rows = mix(bench.task, harmful, self.p, count, self.seed)
         safety = None
         if trainer_class.needs:
-            safety = load_safety(record["config"]["safety_data"], "alignment", trainer_class.needs, record["method"])
-        loaded = bench.load(ref=record["parent"] or record["model"]["ref"])
-        curve = Curve(bench, loaded.tokenizer, self.points, len(rows), args)
+            source = record["config"]["safety_data"]
+            safety = load_safety(source, "alignment", trainer_class.needs, record["method"])
+            known = next(entry["hash"] for entry in record["data"] if entry["role"] == "alignment")
+            if data_entry("alignment", source, safety)["hash"] != known:
+                raise NotApplicable(f"{source} is no longer what {bench.target['ref']} was defended with; put it back")
+        how = {k: record["config"][k] for k in ("dtype", "revision")}
+        loaded = bench.load(ref=record["parent"] or record["model"]["ref"], **how)
+        curve = Curve(bench, loaded.tokenizer, self.points, 0, args)
         callbacks = [ProgressCallback(f"attack {bench.target['label']}"), curve]
-        trainer_class(loaded.model, args, rows, loaded.tokenizer, safety, callbacks).train()
+        trainer = trainer_class(loaded.model, args, rows, loaded.tokenizer, safety, callbacks)
+        curve.rows = len(trainer.train_dataset)  # with the safety rows that some methods add
+        trainer.train()
+
+
+class Job(NamedTuple):
+    """A recorded job: its run.json, its trainer class, its options with the attack's seed and folder, and its rows."""
+
+    record: dict[str, Any]
+    trainer_class: type
+    args: Any
+    rows: int
+
+
+TRAINING = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs", "weight_decay",
+    "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps", "full_weights", "lora_r",
+    "lora_alpha", "lora_dropout", "lora_targets", "max_length", "loss_on", "optim",
+)  # fmt: skip
+
+
+def require_like_jobs(models: Sequence[str], control: str) -> None:
+    """Raise `UsageError` unless the control is a job, and trained as the models' jobs are: another learning rate would
+    pass for a defence."""
+    theirs = read_run(control) if is_run(control) else {}
+    if theirs.get("verb") != "finetune":
+        raise UsageError(
+            f"{control} is no fine-tuning job, and a poisoned job is compared with one: give --control a run of "
+            "`tunevax finetune sft` on the same data"
+        )
+    for ref in models:
+        ours = read_run(ref)["config"] if is_run(ref) else {}
+        for key in TRAINING if ours else ():
+            if ours.get(key) != theirs["config"].get(key):
+                raise UsageError(
+                    f"the job of {ref} has {key}={ours.get(key)!r} and the control's {theirs['config'].get(key)!r}; "
+                    "train both alike, or the difference passes for a defence"
+                )

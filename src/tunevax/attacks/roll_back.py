@@ -4,7 +4,8 @@ The attacker has the public base beside the hardened model, and moves along the 
 
     W = W_hard - dose * (W_hard - W_base)
 
-Dose 0 is the hardened model, 1 the base, above 1 subtracts the hardening more than once.
+Dose 0 is the hardened model, 1 the base, above 1 subtracts the hardening more than once. A bias that the base does not
+have, as a parameter or attached to the model (a safety lock in either form), is 0 there.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 
 from tunevax.attacks.attack import AttackConfig, Bench, NotApplicable
 from tunevax.errors import UsageError
-from tunevax.modeling.loading import load
+from tunevax.modeling.loading import AddedBias, attach_biases, attached_biases, load
 from tunevax.runs import is_run, read_run
 
 
@@ -40,14 +41,25 @@ class RollBackConfig(AttackConfig):
         if base_ref == ref:
             raise NotApplicable(f"{bench.target['label']} records no base to roll back to; give --base")
         loaded, o = bench.load(), bench.options
-        base = load(base_ref, revision=o.revision, dtype=o.dtype, chat_template=o.chat_template).model
-        towards = dict(base.named_parameters())
+        base = load(base_ref, revision=o.revision, dtype=o.dtype, chat_template=o.chat_template)
+        towards = dict(base.model.named_parameters())
+        own = dict(loaded.model.named_parameters())
+        if missing := sorted(set(towards) - set(own)):
+            raise UsageError(f"{base_ref} is no base of {ref}: parameter {missing[0]} is only in the base")
         with torch.no_grad():
-            for name, parameter in loaded.model.named_parameters():
+            for name, parameter in own.items():
+                if name not in towards and name.endswith(".bias"):
+                    parameter.mul_(1 - self.dose)
+                    continue
                 if name not in towards or towards[name].shape != parameter.shape:
                     raise UsageError(f"{base_ref} is no base of {ref}: parameter {name} differs in shape")
                 parameter.lerp_(towards[name].to(parameter.dtype), self.dose)
-        del base, towards
+        for hook in [hook for module in loaded.model.modules() for hook in module._forward_hooks.values()]:
+            if isinstance(hook, AddedBias):
+                hook.bias = hook.ready = hook.bias * (1 - self.dose)
+        if base.info["attached"]:
+            attach_biases(loaded.model, {i: b * self.dose for i, b in attached_biases(base.model).items()})
+        del base, towards, own
         bench.score(loaded.model, loaded.tokenizer, 0, exam=bench.exam)
 
 

@@ -28,6 +28,8 @@ from tunevax.attacks.attack import (
     use_data_of_run,
     use_saved_template,
 )
+from tunevax.attacks.poisoned_job import require_like_jobs
+from tunevax.attacks.unlock import has_lock
 from tunevax.audit.lab import Cell, count_workers, finished
 from tunevax.audit.properties import utility_loss
 from tunevax.audit.protocol import Protocol, Setting, build, load_protocol, settings
@@ -59,7 +61,9 @@ class AuditOptions(TargetOptions):
             "help": "refusal-keywords, organism, hf:MODEL; several are shown side by side, two at least are wanted"
         },
     )
-    protocol: str = field(default="quick", metadata={"help": "paper, quick, standard, durability, or a YAML file"})
+    protocol: str = field(
+        default="quick", metadata={"help": "paper, quick, standard, durability, fine-tuning, or a YAML file"}
+    )
     dialogues: str | None = field(
         default=None, metadata={"help": "dialogues of the identity-shift attacks: JSONL with `messages`"}
     )
@@ -140,7 +144,9 @@ def plan(options: AuditOptions, references: Sequence[tuple[str, str]] = ()) -> P
     on_organism = str(options.safety_data).partition(":")[0] == "organism"
     for setting in list(grid):
         why = None
-        if setting.kind == "adaptive" and not setting.values.get("like"):
+        if setting.kind == "unlock" and not any(has_lock(target["ref"]) for target in targets):
+            grid.remove(setting)  # nothing is missing from the evidence
+        elif setting.kind == "adaptive" and not setting.values.get("like"):
             why = "no model here recorded a choice of blocks"
         elif setting.kind == "identity-shift" and not setting.values.get("dialogues") and not on_organism:
             why = "it needs --dialogues"
@@ -148,6 +154,8 @@ def plan(options: AuditOptions, references: Sequence[tuple[str, str]] = ()) -> P
             grid.remove(setting)
             skipped.append({"model": "all", "attack": setting.name, "why": why})
     skipped += keep_to_stage(grid, targets, protocol.name)
+    if any(setting.kind == "poisoned-job" for setting in grid):
+        require_like_jobs([t["ref"] for t in targets if t["role"] == "model"], absolute(options.control))
     exam = build_exam(options, options.safety_data, options.task_data)
     needs = {need for s in grid for need in build(s.kind, s.values, 0, None).needs}
     harmful, task = attack_data(options, needs)

@@ -84,10 +84,10 @@ class Clock:
     def again(self, ref: str, config: Any) -> float:
         """The estimate for a job that is run again, from the time that its run took."""
         try:
-            record, _, args = config.job(ref)
+            record, _, args, rows = config.job(ref)
         except NotApplicable:
             return 0.0
-        steps = steps_of(args, config.n)
+        steps = steps_of(args, rows)
         scorings = (1 + min(config.points, steps)) * self.exam
         return self.load + scorings + steps * record["wall_seconds"] / max(1, record["steps"])
 

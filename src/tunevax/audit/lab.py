@@ -124,7 +124,7 @@ class Lab:
                 told = worst_told(bench.results)
         except RunError as error:  # the attack blew the model up; what it did until then counts
             outcome |= {"status": "stopped", "record": bench.record, "error": str(error)}
-            told = f"{worst_told(bench.results)}, then {error}"
+            told = f"{worst_told(bench.results) if bench.results else 'nothing scored'}, then {error}"
         except NotApplicable as error:
             outcome |= {"status": "skipped", "why": str(error)}
             told = f"does not apply: {error}"

@@ -8,6 +8,7 @@ group alive.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 import time
@@ -20,10 +21,11 @@ from typing import Any
 import numpy as np
 
 from tunevax.data.safety import load_safety
-from tunevax.data.splits import normalise, prompt_hash, prompt_text, require_disjoint
+from tunevax.data.sources import parse_source
+from tunevax.data.splits import normalise, prompt_hash, prompt_text, require_disjoint, take_split
 from tunevax.errors import UsageError
 from tunevax.modeling.loading import Loaded, load
-from tunevax.runs import data_entry, require_one_process, writing
+from tunevax.runs import data_entry, is_run, require_one_process, writing
 
 DUPLICATES = ("keep", "exact", "near")
 NOT_CONFIG = ("resume", "overwrite", "output_dir", "run_name")
@@ -160,6 +162,8 @@ def curate(method: str, options: CurateOptions, config: Any, command: str = "") 
                 for i, row in enumerate(rows)
             ],
         )  # fmt: skip
+        # What was aligned on these rows has learnt from the trusted ones, too.
+        (run.path / "prompts.json").write_text(json.dumps({"validation": sorted(set(rows_hashes(validation)))}))
         record.update(
             model=pool.info or None, kept=len(kept), passes=pool.passes,
             dropped=dict(Counter(reason.partition(" of row")[0] for reason in why.values())),
@@ -175,20 +179,23 @@ def load_validation(source: str, method: str) -> list[dict[str, Any]]:
 
 
 def check_overlap(options: CurateOptions, rows: Sequence[dict], validation: Sequence[dict]) -> dict[str, int]:
-    """Prompts that validation shares with the pool or the attack data; a UsageError unless that is allowed."""
+    """Prompts that validation shares with the pool, the attack or the evaluation data; a UsageError unless that is
+    allowed. A role without rows is not in the result."""
     if not validation:
         return {}
-    roles = {"validation": rows_hashes(validation), "alignment": rows_hashes(rows)}
+    others = {"alignment": rows}
     if options.attack_data:
-        roles["attack"] = rows_hashes(load_safety(options.attack_data, "attack", ()))
-    elif "split=" not in options.safety_data:  # else the split option would give the pool again
-        try:
-            roles["attack"] = rows_hashes(load_safety(options.safety_data, "attack", ()))
-        except UsageError:  # a file with no row in that split
-            roles["attack"] = []
-    found = require_disjoint({k: v for k, v in roles.items() if k != "attack"}, options.allow_overlap)
-    if "attack" in roles:
-        found |= require_disjoint({k: roles[k] for k in ("validation", "attack")}, options.allow_overlap)
+        others["attack"] = load_safety(options.attack_data, "attack", ())
+    name, given = parse_source(options.safety_data)
+    if "split" not in given and not is_run(name):  # else it would give the pool again, or has nothing else
+        whole = load_safety(options.safety_data, "all", ())
+        for split in ("attack", "evaluation"):
+            others.setdefault(split, take_split(whole, split))
+    found = {}
+    for role, theirs in others.items():
+        if theirs:
+            hashes = {"validation": rows_hashes(validation), role: rows_hashes(theirs)}
+            found |= require_disjoint(hashes, options.allow_overlap)
     return found
 
 
@@ -217,7 +224,7 @@ def agreement(first: np.ndarray, second: np.ndarray, keep: float) -> dict[str, f
     """Of two models' scores: Spearman's correlation, and the share of the rows kept by one that both keep."""
     from scipy.stats import spearmanr
 
-    size = math.ceil(keep * len(first))
+    size = size_of(keep, len(first))
     tops = [set(np.argsort(-s, kind="stable")[:size].tolist()) for s in (first, second)]
     return {"spearman": float(spearmanr(first, second).statistic), "kept_by_both": len(tops[0] & tops[1]) / size}
 
@@ -226,31 +233,34 @@ def choose(rows: Sequence[dict], scores: np.ndarray, options: CurateOptions) -> 
     """The rows to keep, by number, and for each other row why not.
 
     The `min_per_group` best of each group come first, then the best of all, up to ceil(keep * rows). Of several rows
-    with one prompt the best alone can be kept.
+    with one prompt the best alone can be kept, unless a group would have no row left.
 
     Raises:
-        UsageError: the groups ask for more rows than are kept, or a group has none left.
+        UsageError: the groups ask for more rows than are kept.
     """
     order = np.argsort(-scores, kind="stable").tolist()
-    size = math.ceil(options.keep * len(rows))
+    size = size_of(options.keep, len(rows))
     why = duplicates(rows, order, options)
     groups = groups_of(rows, options)
-    kept: set[int] = set()
-    for name in sorted(set(groups)):
-        best = [i for i in order if groups[i] == name and i not in why][: options.min_per_group]
-        if not best:
-            raise UsageError(
-                f"no row of category {name!r} is left: all are duplicates of rows of other categories; "
-                "pass --duplicates keep"
-            )
-        kept.update(best)
-    if len(kept) > size:
+    # By all rows of a group, duplicates too, so that no order of the rows can break what one order fulfils.
+    least = sum(min(count, options.min_per_group) for count in Counter(groups).values())
+    if least > size:
         raise UsageError(
-            f"{len(set(groups))} groups of at least {options.min_per_group} rows are {len(kept)} rows and --keep "
+            f"{len(set(groups))} groups of at least {options.min_per_group} rows are {least} rows and --keep "
             f"{options.keep} leaves {size}; raise --keep or lower --min-per-group"
         )
+    kept: set[int] = set()
+    for name in sorted(set(groups)):
+        members = [i for i in order if groups[i] == name]
+        best = [i for i in members if i not in why][: options.min_per_group] or members[:1]  # a duplicate, if need be
+        kept.update(best)
     kept.update([i for i in order if i not in why and i not in kept][: size - len(kept)])
     return kept, {i: why.get(i, "below the cut") for i in range(len(rows)) if i not in kept}
+
+
+def size_of(keep: float, rows: int) -> int:
+    """How many of so many rows a share is, rounded up."""
+    return math.ceil(round(keep * rows, 9))  # 0.14 * 100 is 14.000000000000002
 
 
 def groups_of(rows: Sequence[dict], options: CurateOptions) -> list[str]:
@@ -294,7 +304,7 @@ def duplicates(rows: Sequence[dict], order: Sequence[int], options: CurateOption
 
 def _shingles(text: str) -> set[str]:
     """The letter 5-grams of a normalised prompt."""
-    text = re.sub(r"\W+", " ", normalise(text))
+    text = re.sub(r"\W+", " ", normalise(text)).strip() or text  # of signs alone, the signs
     return {text[i : i + 5] for i in range(max(1, len(text) - 4))}
 
 

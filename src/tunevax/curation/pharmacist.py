@@ -79,23 +79,28 @@ class PharmacistConfig(TrainConfig):
             raise unknown("upper loss", self.upper, UPPER)
         if not 0 <= self.upper_end <= 1:
             raise UsageError(f"upper_end is {self.upper_end}; it must be between 0 and 1")
-        for name in ("selector_learning_rate", "attack_step", "harmful_weight"):
+        for name in ("selector_learning_rate", "attack_step", "harmful_weight", "harmful_cap"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be a finite number above 0")
         if self.selector_seeds < 1:
             raise UsageError(f"selector_seeds is {self.selector_seeds}; it must be at least 1")
         if self.full_weights:
             raise UsageError("pharmacist trains an adapter; leave out --full-weights")
+        if self.lora_dropout > 0:
+            raise UsageError("pharmacist compares losses, which dropout would blur; leave out --lora-dropout")
+        if self.gradient_accumulation_steps > 1:
+            raise UsageError("pharmacist steps at every batch; raise --per-device-train-batch-size instead")
         if self.fp16:
             raise UsageError("pharmacist weighs gradients itself, without fp16's scaling; use --bf16 or neither")
         super().__post_init__()
 
     def score(self, pool: Pool) -> np.ndarray:
         """The rows' weights after training, as ranks from 0 to 1, averaged over seeds, [rows]."""
-        each = []
+        each, passes = [], 0.0
         for seed in range(self.seed, self.seed + self.selector_seeds):
             folder = pool.folder / f"seed-{seed}"
-            if not (folder / "done.json").exists():
+            done = folder / "done.json"
+            if not done.exists():
                 args = replace(self, seed=seed, output_dir=str(folder))
                 loaded = pool.load()
                 trainer = PharmacistTrainer(
@@ -104,11 +109,13 @@ class PharmacistConfig(TrainConfig):
                 )  # fmt: skip
                 checkpoint = last_checkpoint(folder) if folder.exists() else None
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-                (folder / "done.json").write_text(json.dumps(trainer.omega.tolist()))
-            each.append(rankdata(json.loads((folder / "done.json").read_text())) / len(pool.rows))
-        # A batch of trusted rows goes with every batch of the pool.
-        passes = (3 if self.mode == "double" else 2) + (self.upper != "refusal")
-        pool.passes.update(dict.fromkeys(("forward", "backward"), passes * self.num_train_epochs * len(each)))
+                part = folder / "done.part"
+                part.write_text(json.dumps({"omega": trainer.omega.tolist(), "passes": trainer.passes()}))
+                part.replace(done)
+            found = json.loads(done.read_text())
+            each.append(rankdata(found["omega"]) / len(pool.rows))
+            passes += found["passes"]
+        pool.passes.update(forward=passes, backward=passes)
         return np.mean(each, axis=0)
 
 
@@ -144,7 +151,7 @@ class PharmacistTrainer(ResponseTrainer):
 
         def encoded(rows: Sequence[dict], answer: str) -> list[dict]:
             rows = [{**row, "completion": row[answer]} for row in rows]
-            return encode(rows, processing_class, args.max_length, context=context_of(model))
+            return encode(rows, processing_class, args.max_length, args.loss_on, context_of(model))
 
         self.validation = encoded(validation, "chosen")
         self.harmful = encoded([r for r in rows if r.get("rejected")], "rejected") if args.upper != "refusal" else []
@@ -162,7 +169,18 @@ class PharmacistTrainer(ResponseTrainer):
         self.follower: list[torch.Tensor] = []
         if args.mode == "double":
             self.follower = [p.detach().clone() for p in self.parameters]
-            self.follower_optimizer = torch.optim.AdamW(self.follower, args.learning_rate, weight_decay=0.0)
+            self.follower_optimizer = torch.optim.AdamW(
+                self.follower,
+                args.learning_rate,
+                (args.adam_beta1, args.adam_beta2),
+                args.adam_epsilon,
+                args.weight_decay,
+            )
+        covered = {id(p) for layer in adapted(self.model) for p in factors(layer)}
+        if args.mode == "unrolled" and any(id(p) not in covered for p in self.parameters):
+            raise UsageError(
+                "mode unrolled reads the gradients of LoRA on linear layers only; name such --lora-targets"
+            )
 
     def weights(self) -> torch.Tensor:
         """p, [rows]: positive, of mean 1."""
@@ -179,22 +197,20 @@ class PharmacistTrainer(ResponseTrainer):
 
         upper, upper_gradient = UPPER[self.args.upper](self, self.drawn(self.validation))
         if self.args.mode == "unrolled":
-            with along(self.model, upper_gradient) as product:
+            with along(self.model, upper_gradient, len(index)) as product:
                 lower, gradient, _ = self.gradient(batch, p)
-            judged = -product(len(index)) / p
+            judged = -product() / p
         else:
             lower, gradient, judged = self.gradient(batch, p)
         if self.args.mode == "double":
             judged = judged - self.follow(batch, p)
         self.step_selector(index, judged)
-        parts = self.current_gradient_accumulation_steps
         for parameter, u, g in zip(self.parameters, upper_gradient, gradient, strict=True):
-            whole = (share * u + (1 - share) * g) / parts
-            parameter.grad = whole if parameter.grad is None else parameter.grad + whole
+            parameter.grad = share * u + (1 - share) * g
         loss = share * upper + (1 - share) * lower
         self.require_finite(loss)
         self.note(upper_loss=upper, lower_loss=lower, upper_share=share, weight_spread=self.weights().detach().std())
-        return loss / parts
+        return loss
 
     def gradient(
         self, batch: dict[str, torch.Tensor], weights: torch.Tensor | None = None
@@ -205,7 +221,7 @@ class PharmacistTrainer(ResponseTrainer):
             weights = torch.full((rows,), 1 / rows, device=self.args.device)
         with self.recompute(), self.accelerator.autocast():
             value, each = row_losses(self.model, batch, weights)
-            return value.detach(), list(torch.autograd.grad(value, self.parameters)), each
+            return value.detach(), list(torch.autograd.grad(value, self.parameters, materialize_grads=True)), each
 
     def step_selector(self, index: torch.Tensor, judged: torch.Tensor) -> None:
         """One step of w on the mean of p_i(w) g_i over the rows `index`."""
@@ -219,9 +235,19 @@ class PharmacistTrainer(ResponseTrainer):
             _, gradient, each = self.gradient(batch, weights)
         for tensor, g in zip(self.follower, gradient, strict=True):
             tensor.grad = g
-        torch.nn.utils.clip_grad_norm_(self.follower, self.args.max_grad_norm)
+        if self.args.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(self.follower, self.args.max_grad_norm)
+        if self.optimizer is not None:  # the schedule's rate
+            self.follower_optimizer.param_groups[0]["lr"] = self.optimizer.param_groups[0]["lr"]
         self.follower_optimizer.step()
+        self.follower_optimizer.zero_grad()
         return each
+
+    def passes(self) -> float:
+        """Forward and backward passes per row of the pool in the whole run; a batch of trusted rows goes with each."""
+        rows = self.state.max_steps * self.args.per_device_train_batch_size
+        each = (3 if self.args.mode == "double" else 2) + (self.args.upper != "refusal")
+        return each * rows / len(self.omega)
 
     def drawn(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
         """A batch of rows without replacement, from the trainer's own generator."""
@@ -303,39 +329,52 @@ def swapped(parameters: Sequence[torch.nn.Parameter], tensors: Sequence[torch.Te
             parameter.data = data
 
 
+def adapted(model: torch.nn.Module) -> list[Any]:
+    """The linear layers with a LoRA adapter."""
+    return [
+        m
+        for m in model.modules()
+        if hasattr(m, "lora_A") and "default" in m.lora_A and not len(m.lora_magnitude_vector)  # no DoRA
+    ]
+
+
+def factors(layer: Any) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+    """A and B of a LoRA layer."""
+    return layer.lora_A["default"].weight, layer.lora_B["default"].weight
+
+
 @contextmanager
-def along(model: torch.nn.Module, direction: Sequence[torch.Tensor]) -> Iterator[Callable[[int], torch.Tensor]]:
-    """Collect, during one backward pass, each row's gradient in the adapter times `direction`.
+def along(model: torch.nn.Module, direction: Sequence[torch.Tensor], rows: int) -> Iterator[Callable[[], torch.Tensor]]:
+    """Collect, during one backward pass over so many rows, each row's gradient in the adapter times `direction`.
 
     In a layer y = W x + s B A x, row i's gradients are sums over tokens, s g (A x)^T for B and s (B^T g) x^T for A,
     with g that of y. Their products with a direction dA, dB are s g . (dB A x + B dA x), summed over tokens: no row's
     gradient is ever formed.
 
     Yields:
-        A function of the number of rows that gives the products, [rows], of the loss that backward was called on.
+        What gives the products, [rows], of the loss that backward was called on.
     """
     wanted = dict(zip((p for p in model.parameters() if p.requires_grad), direction, strict=True))
-    found: list[torch.Tensor] = []
+    found = torch.zeros(rows, device=direction[0].device)
 
     def hook(layer: Any, args: tuple, output: torch.Tensor) -> None:
         if not output.requires_grad:
             return
-        a, b, scale = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
-        x = args[0].detach()
+        (a, b), scale, x = factors(layer), layer.scaling["default"], args[0].detach()
 
         def collect(g: torch.Tensor) -> None:
-            with torch.no_grad():
-                x32, g32 = x.to(a.dtype), g.to(a.dtype)
+            with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
+                # Some blocks flatten rows and tokens into one dimension.
+                g32, x32 = (t.to(a.dtype).reshape(rows, -1, t.shape[-1]) for t in (g, x))
                 through_b = (g32 @ wanted[b]) * (x32 @ a.T)
                 through_a = (g32 @ b) * (x32 @ wanted[a].T)
-                found.append(scale * (through_a + through_b).sum(tuple(range(1, g.dim()))))
+                found.add_((through_a + through_b).sum((1, 2)), alpha=scale)
 
         output.register_hook(collect)
 
-    layers = [m for m in model.modules() if hasattr(m, "lora_A") and "default" in m.lora_A]
-    handles = [layer.register_forward_hook(hook) for layer in layers]
+    handles = [layer.register_forward_hook(hook) for layer in adapted(model)]
     try:
-        yield lambda rows: sum(found, torch.zeros(rows, device=direction[0].device))
+        yield lambda: found
     finally:
         for handle in handles:
             handle.remove()

@@ -69,7 +69,8 @@ def _hold_out(rows: list[dict[str, Any]], categories: list[str]) -> list[dict[st
 
 
 def _row(place: str, row: dict, options: dict[str, str], need: tuple[str, ...], purpose: str) -> dict[str, Any]:
-    columns = {field: options.get(field, field) for field in ("prompt", "chosen", "rejected", "category", "split")}
+    columns = {field: options.get(field, field) for field in ("prompt", "chosen", "rejected", "category")}
+    columns["split"] = "split"  # as an option, `split` names the wanted one
     result: dict[str, Any] = {"place": place, "prompt": _messages_or_text(place, row, "prompt", columns["prompt"])}
     for field in ("chosen", "rejected"):
         column = columns[field]

@@ -17,13 +17,13 @@ import torch
 
 from tunevax.data.encoding import collate, context_of, encode
 from tunevax.data.safety import load_safety
-from tunevax.data.splits import prompt_hash, require_disjoint
+from tunevax.data.splits import prompt_hash
 from tunevax.errors import UsageError, unknown
 from tunevax.finetuning.sink import WAYS, divergence, regulariser, sink_values
 from tunevax.modeling.loading import load
 from tunevax.modeling.progress import bar
 from tunevax.runs import SCHEMA, data_entry, digest, require_one_process, writing
-from tunevax.scoring.score import ExamOptions, build_exam, examine, labels_of, used_prompts
+from tunevax.scoring.score import ExamOptions, build_exam, evaluation_overlap, examine, labels_of
 
 
 @dataclass
@@ -41,7 +41,7 @@ class SinkOptions:
     batch_size: int = field(default=8, metadata={"help": "pairs in a forward pass"})
     max_length: int = field(default=512, metadata={"help": "tokens per text; longer answers are cut"})
     sink_attention: str = field(default="linear", metadata={"help": "linear or eager; see tunevax finetune surgery"})
-    sink_token: int = field(default=0, metadata={"help": "position of the token that attention sinks into"})
+    sink_position: int = field(default=0, metadata={"help": "position of the token that attention sinks into"})
     harmful_score: bool = field(default=False, metadata={"help": "generate answers and judge them too"})
     chat_template: str | None = field(
         default=None, metadata={"help": "alpaca, or a jinja file; default the tokenizer's"}
@@ -55,8 +55,8 @@ class SinkOptions:
         for name in ("pairs", "batch_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.sink_token < 0:
-            raise UsageError(f"sink_token is {self.sink_token}; it must be at least 0")
+        if self.sink_position < 0:
+            raise UsageError(f"sink_position is {self.sink_position}; it must be at least 0")
         if self.sink_attention not in WAYS:
             raise unknown("sink_attention", self.sink_attention, WAYS)
 
@@ -64,7 +64,7 @@ class SinkOptions:
 def analyze_sink(options: SinkOptions, command: str = "", exam_options: ExamOptions | None = None) -> Path:
     """Measure, write a run folder with sink.json, and return it.
 
-    sink.json: `pairs`, `sink_token`, and `models`, for each `label`, `ref`, `d` ([layers][heads], the mean over pairs),
+    sink.json: `pairs`, `sink_position`, and `models`, for each `label`, `ref`, `d` ([layers][heads], mean over pairs),
     `positive_heads`, `heads`, `R` (the mean of ReLU(d)) and `scores` (of `examine`, or None).
 
     Args:
@@ -90,14 +90,14 @@ def analyze_sink(options: SinkOptions, command: str = "", exam_options: ExamOpti
     found, targets = [], []
     with writing(options.output_dir, record, overwrite=options.overwrite) as run:
         for ref, label in zip(options.model, labels_of(options.model), strict=True):
-            hashes = {**used_prompts(ref), "evaluation": [prompt_hash(row["prompt"]) for row in pairs]}
-            overlaps = require_disjoint(hashes, options.allow_overlap)
+            hashes = [prompt_hash(row["prompt"]) for row in pairs]
+            overlaps = evaluation_overlap(ref, hashes, options.allow_overlap)
             loaded = load(
                 ref, revision=options.revision, dtype=options.dtype, chat_template=options.chat_template
             )  # fmt: skip
             d = sink_map(
                 loaded.model, loaded.tokenizer, pairs, options.batch_size, options.max_length,
-                options.sink_attention, options.sink_token,
+                options.sink_attention, options.sink_position,
             )  # fmt: skip
             scores = examine(loaded.model, loaded.tokenizer, exam)[0] if exam else None
             found.append({"label": label, "ref": loaded.info["ref"], **summary(d), "scores": scores})
@@ -112,7 +112,7 @@ def analyze_sink(options: SinkOptions, command: str = "", exam_options: ExamOpti
             )
             record["model"] = record.get("model") or loaded.info
         record["targets"] = targets
-        written = {"schema": SCHEMA, "pairs": len(pairs), "sink_token": options.sink_token, "models": found}
+        written = {"schema": SCHEMA, "pairs": len(pairs), "sink_position": options.sink_position, "models": found}
         (run.path / "sink.json").write_text(json.dumps(written, indent=1) + "\n")
     return run.final
 

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from tunevax.data.encoding import collate
-from tunevax.errors import RunError, UsageError
+from tunevax.errors import UsageError
 from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer, require_fresh, trained_only
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.progress import bar
@@ -52,7 +52,7 @@ class Adapted(NamedTuple):
     """A linear with a LoRA adapter.
 
     Attributes:
-        weight: W, frozen, [out, in].
+        weight: W, frozen, as its layer holds it: [out, in], of GPT-2's Conv1D [in, out].
         a: [r, in].
         b: [out, r].
         scale: alpha / r.
@@ -103,8 +103,9 @@ class EWCTrainer(FinetuneTrainer):
             total = sum(m.rows.square().sum().item() for m in self.adapted)
             count = sum(m.weight.numel() for m in self.adapted)
         if not (math.isfinite(total) and total > 0):
-            raise RunError(
-                f"the Fisher information of the safety rows adds up to {total}; nothing can be weighed by it"
+            raise UsageError(
+                f"the Fisher information of the safety rows adds up to {total}, and nothing can be weighed by it; give "
+                "other safety data, or load the model in another --dtype"
             )
         self.mean_fisher = total / count
 
@@ -168,7 +169,7 @@ def factored_fisher(model: nn.Module, batches: Sequence[dict]) -> list[Adapted]:
     found = []
     for layer, weight, r, c in zip(layers, weights, rows, columns, strict=True):
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        if len(weight) != len(b):  # GPT-2's Conv1D holds its weight as [in, out]
+        if layer.fan_in_fan_out:  # GPT-2's Conv1D, whose rows are the inputs
             r, c = c, r
         total = r.sum().clamp(min=torch.finfo(torch.float32).tiny)
         found.append(Adapted(weight, a, b, layer.scaling["default"], r.sqrt(), (c / total).sqrt()))

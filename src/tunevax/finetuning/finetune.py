@@ -17,7 +17,7 @@ from tunevax.finetuning.sft import FinetuneConfig
 from tunevax.modeling.loading import load
 from tunevax.modeling.memory import StepMemory
 from tunevax.modeling.progress import ProgressCallback
-from tunevax.modeling.trainer import last_checkpoint, save_weights
+from tunevax.modeling.trainer import final_loss, last_checkpoint, resolved, save_weights
 from tunevax.runs import data_entry, digest, is_run, writing
 
 SCREENS = ("off", "report", "drop", "fail")
@@ -42,7 +42,6 @@ class FinetuneOptions:
     )
     revision: str | None = field(default=None, metadata={"help": "revision of a hub id"})
     dtype: str = field(default="auto", metadata={"help": "of the frozen weights: auto, float32, bfloat16, float16"})
-    allow_overlap: bool = field(default=False, metadata={"help": "go on when data roles share prompts, and record it"})
     screen: str = field(
         default="off",
         metadata={
@@ -147,18 +146,3 @@ def safety_rows(options: FinetuneOptions, need: Sequence[str], method: str) -> l
 def hashes(rows: Sequence[dict]) -> list[str]:
     """Of the prompts, each once, sorted."""
     return sorted({prompt_hash(row["prompt"]) for row in rows})
-
-
-def resolved(options: Any, config: Any) -> dict[str, Any]:
-    """Every option of a run as plain values, without what says only where to write and how to start."""
-    values = {**vars(options), **config.to_dict()}
-    return {
-        k: v
-        for k, v in values.items()
-        if k not in ("output_dir", "resume", "overwrite", "run_name", "resume_from_checkpoint")
-    }
-
-
-def final_loss(history: Sequence[dict]) -> float | None:
-    """The last logged training loss."""
-    return next((line["loss"] for line in reversed(history) if "loss" in line), None)

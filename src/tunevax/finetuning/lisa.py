@@ -6,16 +6,19 @@ The same weights and the same optimiser alternate between two states:
     fine-tuning state, K2 steps:   min_w  CE(customer rows)  + rho/2 * ||w - w_al||^2
 
 w_ft are the weights at the last switch from the fine-tuning state, w_al at the last switch from the alignment state:
-in either, the weights at which the present state began. A run begins in the alignment state.
+in either, the weights at which the present state began. A run begins in the alignment state, at its first step that
+moves anything.
 
 What differs from the released code:
 
 - A step is a customer's step. Before each K2 of them come K1 alignment steps, which take no batch from the customer:
   `max_steps`, epochs, the schedule and the order of the customer's rows are those of plain fine-tuning, and no row of
-  theirs is thrown away. A run of S steps has K1 * ceil(S / K2) alignment steps beside them.
-- An alignment step has the learning rate of the customer's step it comes before. Where a warm-up starts from zero, the
-  first K1 would move nothing, and are left out.
-- The proximal term is there from the first step, and its anchors are fp32.
+  theirs is thrown away. A run of S steps has K1 * ceil((S - f) / K2) alignment steps beside them, where f are the steps
+  before the first alignment.
+- An alignment step has the learning rate of the customer's step it comes before. A warm-up starts from zero, where
+  they would move nothing: the first K1 come before the customer's first step of a learning rate above zero (f = 1 with
+  a warm-up, 0 without), and the next before every K2-th from there. A run shorter than K2 has these K1 only.
+- The proximal term is there from the first step that moves anything, and its anchors are fp32.
 
 With a fresh adapter the distance is between adapters, from a start that changes nothing: between what they do to the
 model only in so far as their factors stay close.
@@ -33,7 +36,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tunevax.errors import UsageError
-from tunevax.finetuning.sft import Draws, FinetuneConfig, FinetuneTrainer
+from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer
+from tunevax.modeling.draws import Draws
 
 ANCHOR = "lisa_anchor.safetensors"
 
@@ -41,7 +45,7 @@ ANCHOR = "lisa_anchor.safetensors"
 @dataclass
 class LisaConfig(FinetuneConfig):
     """Configuration of Lisa, with the released code's values; the rest as in `FinetuneConfig`. K2 should fit several
-    times into the run, or there is one switch only."""
+    times into the run, or the only alignment is at its start."""
 
     k1: int = field(default=100, metadata={"help": "alignment steps at each switch; 0 is plain fine-tuning"})
     k2: int = field(default=900, metadata={"help": "steps on the customer's rows between switches"})
@@ -75,19 +79,27 @@ class LisaTrainer(FinetuneTrainer):
         super().__init__(model, args, task_data, processing_class, safety_data, callbacks)
         if args.k1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise UsageError("lisa keeps a copy of whole weights, so it runs without FSDP and DeepSpeed")
-        self.draws = Draws(self, self.encode_answers(safety_data, "chosen"))
+        self.safe = self.encode_answers(safety_data, "chosen")
+        self.draws = Draws(args.seed)
+        self.draws.require(self, len(self.safe), "safety rows")
         self.anchor: list[torch.Tensor] | None = None  # fp32, one per trainable tensor
+        self.first: int | None = None  # the customer's step before which the first alignment came
         self.alignment_steps = 0
 
     def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
-        """The customer's step; before the first micro-batch of every `k2`-th, the alignment state."""
-        if self.args.k1 and self.ready_for != self.state.global_step:
-            if self.state.global_step % self.args.k2 == 0:
+        """The customer's step; before the first micro-batch of every `k2`-th from the first that moves anything, the
+        alignment state."""
+        step = self.state.global_step
+        if self.args.k1 and self.ready_for != step:
+            moves = self._get_learning_rate() > 0
+            if self.first is None and moves:
+                self.first = step
+            if self.first is not None and (step - self.first) % self.args.k2 == 0:
                 self.switch()
-                if self._get_learning_rate() > 0:
+                if moves:
                     self.align(model)
                 self.switch()
-            self.ready_for = self.state.global_step
+            self.ready_for = step
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
@@ -108,21 +120,30 @@ class LisaTrainer(FinetuneTrainer):
 
     def align(self, model: Any) -> None:
         """K1 steps of the optimiser on safety rows, each as large as the customer's."""
-        # Of the customer's accumulation this is the first micro-batch, at which accelerate's optimiser would not step.
+        # Of the customer's accumulation this is the first micro-batch, at which accelerate's optimiser would not step
+        # and DDP, held by `no_sync`, would leave each rank its own gradients.
         sync = self.accelerator.gradient_state
-        before = sync.sync_gradients
-        sync._set_sync_gradients(True)
-        for _ in range(self.args.k1):
-            batches = self.draws.batches()
-            items = self.accelerator.reduce(sum((b["labels"][:, 1:] != -100).sum() for b in batches), "sum")
-            losses = [super(LisaTrainer, self).training_step(model, batch, items) for batch in batches]
-            if self.args.max_grad_norm > 0:
-                self._clip_grad_norm(model)
-            self.optimizer.step()
-            model.zero_grad()
-            self.alignment_steps += 1
-            self.note(alignment_loss=sum(losses))
-        sync._set_sync_gradients(before)
+        before, reduces = sync.sync_gradients, getattr(model, "require_backward_grad_sync", None)
+        try:
+            sync._set_sync_gradients(True)
+            for _ in range(self.args.k1):
+                batches = self.draws.batches(self, self.safe)
+                items = self.accelerator.reduce(sum((b["labels"][:, 1:] != -100).sum() for b in batches), "sum")
+                losses = []
+                for number, batch in enumerate(batches, 1):
+                    if reduces is not None:
+                        model.require_backward_grad_sync = number == len(batches)
+                    losses.append(super().training_step(model, batch, items))
+                if self.args.max_grad_norm > 0:
+                    self._clip_grad_norm(model)
+                self.optimizer.step()
+                model.zero_grad()
+                self.alignment_steps += 1
+                self.note(alignment_loss=sum(losses))
+        finally:
+            sync._set_sync_gradients(before)
+            if reduces is not None:
+                model.require_backward_grad_sync = reduces
 
     def cost(self) -> float:
         """Compute of a customer's step, in SFT steps: its own, and its part of the alignment steps so far."""
@@ -130,13 +151,14 @@ class LisaTrainer(FinetuneTrainer):
 
     def method_state(self) -> dict[str, Any]:
         """The generator of the safety rows and the steps so far; the anchor has a file of its own."""
-        return {**super().method_state(), "draws": self.draws.state(), "alignment_steps": self.alignment_steps}
+        own = {"draws": self.draws.state(), "alignment_steps": self.alignment_steps, "first": self.first}
+        return {**super().method_state(), **own}
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Take back the generator and the steps."""
         super().load_method_state(state)
         self.draws.load(state["draws"])
-        self.alignment_steps = state["alignment_steps"]
+        self.alignment_steps, self.first = state["alignment_steps"], state["first"]
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

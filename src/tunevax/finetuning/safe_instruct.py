@@ -5,8 +5,10 @@
 
 `mix` adds S rows to the data and takes none away: with epochs fixed, the run is S/n longer than plain fine-tuning, and
 the customer's rows are seen as often; with `max_steps` fixed, the run is as long, and the customer's rows are seen less
-often by a share of S/(n+S). Say which, or report both. `joint` leaves the number of steps and the order of the
-customer's rows alone, and each step costs two: a safety batch of equal size, drawn at random, comes with every batch.
+often by a share of S/(n+S). Say which, or report both. Either way a step has fewer of the customer's rows, harmful ones
+among them, in it, and under epochs there are more steps: part of what `mix` wins is dilution, which harmless rows of
+any kind would bring too. `joint` leaves the number of steps and the order of the customer's rows alone, and each step
+costs two: a safety batch of equal size, drawn at random, comes with every batch.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import torch
 
 from tunevax.data.mixing import mix
 from tunevax.errors import UsageError, unknown
-from tunevax.finetuning.sft import Draws, FinetuneConfig, FinetuneTrainer, require_answers
+from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer, require_answers
+from tunevax.modeling.draws import Draws
 from tunevax.modeling.loss import head_loss, labelled, last_hidden, rows_at
 
 MODES = ("mix", "joint")
@@ -71,7 +74,9 @@ class SafeInstructTrainer(FinetuneTrainer):
         self.draws: Draws | None = None
         super().__init__(model, args, rows, processing_class, safety_data, callbacks)
         if args.mode == "joint" and args.lamb > 0:
-            self.draws = Draws(self, self.encode_answers(safety_data, "chosen"))
+            self.safe = self.encode_answers(safety_data, "chosen")
+            self.draws = Draws(args.seed)
+            self.draws.require(self, len(self.safe), "safety rows")
         self.waiting: list[tuple[dict, torch.Tensor]] = []  # safety micro-batches of this step, and its labels
 
     def compute_loss(
@@ -81,7 +86,7 @@ class SafeInstructTrainer(FinetuneTrainer):
         if self.draws is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self.waiting:
-            batches = self.draws.batches()
+            batches = self.draws.batches(self, self.safe)
             items = self.accelerator.reduce(sum((b["labels"][:, 1:] != -100).sum() for b in batches), "sum")
             self.waiting = [(batch, items) for batch in batches]
         safe, safe_items = self.waiting.pop(0)

@@ -17,9 +17,10 @@ The gradient score needs an aligned model. One that was never aligned answers ha
 from rows that teach it to: their gradients point nowhere, and the score flags nothing (`FLOOR`).
 
 Half of the safety rows give the directions, the other half the thresholds: each is where it misses `MISSED` of known
-harmful rows. The rate of false alarms is known on refusals only, not on harmless rows of the customer's kind: look at
-the scores before dropping anything. A row is flagged if either score reaches its threshold, so that a refusal to a
-harmful prompt is, by its prompt. Attacks that hide in harmless rows are what neither score can see.
+harmful rows, which is a choice and no measurement. How many harmful rows of a job are found is not known, and neither
+is the rate of false alarms on harmless rows of the customer's kind: look at the scores before dropping anything. A row
+is flagged if either score reaches its threshold, so that a refusal to a harmful prompt is, by its prompt. Attacks that
+hide in harmless rows are what neither score can see.
 """
 
 from __future__ import annotations
@@ -58,13 +59,14 @@ class Screening(NamedTuple):
     Attributes:
         scores: `gradient` and `refusal`, each [rows], in fp64.
         thresholds: of each score; a row is flagged at or above either.
-        known: of the half that set the thresholds: rows, and the share flagged by each score and by either, of the
-            harmful answers and of the refusals to the same prompts.
+        calibration: of the half that set the thresholds: `rows`; `harmful_at_threshold`, for each score the share of
+            the harmful answers at or above its threshold, 1 - `MISSED` by construction and less only where that is
+            `FLOOR`; and `refusals_flagged_by_gradient`, the share of refusals to the same prompts.
     """
 
     scores: dict[str, np.ndarray]
     thresholds: dict[str, float]
-    known: dict[str, Any]
+    calibration: dict[str, Any]
 
     def flags(self) -> list[list[str]]:
         """The scores that flag each row."""
@@ -91,12 +93,14 @@ def screen(
     if len(safety) < LEAST:
         raise UsageError(f"the screen needs at least {LEAST} safety rows and there are {len(safety)}; give more")
     order = np.random.RandomState(seed).permutation(len(safety))[:PAIRS]
-    half = len(order) // 2
+    half, context = len(order) // 2, context_of(model)
     known = {
-        answer: encode([{**safety[i], "completion": safety[i][answer]} for i in order], tokenizer, max_length)
+        answer: encode(
+            [{**safety[i], "completion": safety[i][answer]} for i in order], tokenizer, max_length, context=context
+        )
         for answer in ("rejected", "chosen")
     }
-    rows = encode(task, tokenizer, max_length, context=context_of(model))
+    rows = encode(task, tokenizer, max_length, context=context)
     with bar() as progress, Probe(model, tokenizer.pad_token_id) as probe:
         shown = progress.add_task("screen", total=2 * len(order) + len(rows), note="")
 
@@ -129,12 +133,13 @@ def screen(
     }
     thresholds = {k: float(np.quantile(v, MISSED, method="lower")) for k, v in scores["harmful"].items()}
     thresholds["gradient"] = max(thresholds["gradient"], FLOOR)
-    shares: dict[str, Any] = {"rows": len(order) - half}
-    for name in ("harmful", "refused"):
-        hits = {k: v >= thresholds[k] for k, v in scores[name].items()}
-        either = np.logical_or(*hits.values())
-        shares[name] = {k: float(v.mean()) for k, v in {**hits, "either": either}.items()}
-    return Screening(scores["job"], thresholds, shares)
+    calibration = {
+        "rows": len(order) - half,
+        "harmful_at_threshold": {k: float((v >= thresholds[k]).mean()) for k, v in scores["harmful"].items()},
+        # The refusal score is of the prompt, which these share with the harmful answers.
+        "refusals_flagged_by_gradient": float((scores["refused"]["gradient"] >= thresholds["gradient"]).mean()),
+    }
+    return Screening(scores["job"], thresholds, calibration)
 
 
 class Probe:
@@ -234,5 +239,5 @@ def act(
         "flagged_by": {name: sum(name in flag for flag in flags) for name in found.scores},
         "dropped": len(task) - len(kept),
         "thresholds": found.thresholds,
-        "known": found.known,
+        "calibration": found.calibration,
     }

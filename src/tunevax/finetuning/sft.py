@@ -12,11 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import numpy as np
-import torch
 from torch import nn
 
-from tunevax.data.encoding import collate, context_of, encode
+from tunevax.data.encoding import context_of, encode
 from tunevax.errors import UsageError
 from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
 
@@ -107,49 +105,3 @@ def trained_only(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[
     finally:
         for parameter, needed in before:
             parameter.requires_grad_(needed)
-
-
-class Draws:
-    """Safety rows for the optimiser steps of a trainer, drawn by a generator of their own: the customer's rows come in
-    the same order as without them. Every process draws the same rows and takes its share.
-
-    Args:
-        trainer: whose steps.
-        rows: encoded rows.
-        size: rows per micro-batch and process; default as many as the customer's.
-
-    Raises:
-        UsageError: there are fewer rows than an optimiser step takes.
-    """
-
-    def __init__(self, trainer: Any, rows: Sequence[dict], size: int | None = None) -> None:
-        args = trainer.args
-        self.trainer, self.rows, self.size = trainer, rows, size or args.per_device_train_batch_size
-        need = self.size * args.gradient_accumulation_steps * args.world_size
-        if len(rows) < need:
-            raise UsageError(
-                f"there are {len(rows)} safety rows and a step takes {need}; give more, or smaller batches"
-            )
-        # RandomState: its stream is frozen by numpy's policy, so a seed means the same rows in every version.
-        self.generator = np.random.RandomState(args.seed)
-
-    def indices(self) -> list[list[int]]:
-        """Which rows this process takes in this optimiser step, one list per micro-batch; without replacement."""
-        world, parts = self.trainer.args.world_size, self.trainer.current_gradient_accumulation_steps
-        drawn = self.generator.choice(len(self.rows), world * parts * self.size, replace=False)
-        return drawn.reshape(world, parts, self.size)[self.trainer.args.process_index].tolist()
-
-    def batches(self) -> list[dict[str, torch.Tensor]]:
-        """The same as tensors on the device, each [rows, tokens]."""
-        pad = self.trainer.processing_class.pad_token_id
-        return [self.trainer._prepare_inputs(collate([self.rows[i] for i in part], pad)) for part in self.indices()]
-
-    def state(self) -> list:
-        """As JSON values."""
-        kind, keys, *rest = self.generator.get_state()
-        return [kind, keys.tolist(), *rest]
-
-    def load(self, state: list) -> None:
-        """Take back what `state` gave."""
-        kind, keys, *rest = state
-        self.generator.set_state((kind, np.array(keys, dtype=np.uint32), *rest))

@@ -56,12 +56,12 @@ class SurgeryConfig(FinetuneConfig):
         default="linear",
         metadata={"help": "linear (beside SDPA or flash attention) or eager (forms the whole attention matrix)"},
     )
-    sink_token: int = field(default=0, metadata={"help": "position of the token that attention sinks into"})
+    sink_position: int = field(default=0, metadata={"help": "position of the token that attention sinks into"})
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.lamb) and self.lamb >= 0):
             raise UsageError(f"lamb is {self.lamb}; it must be a finite number, 0 or more")
-        for name, least in (("pairs_per_step", 1), ("every", 1), ("sink_token", 0)):
+        for name, least in (("pairs_per_step", 1), ("every", 1), ("sink_position", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.pairing not in PAIRINGS:
@@ -124,7 +124,7 @@ class SurgeryTrainer(FinetuneTrainer):
         model = self.accelerator.unwrap_model(self.model)
         with self.recompute(), without_dropout([model]), ExitStack() as until_backward:
             with self.compute_loss_context_manager(), self.accelerator.autocast():
-                columns = sink_columns(model, inputs, self.args.sink_attention, self.args.sink_token)
+                columns = sink_columns(model, inputs, self.args.sink_attention, self.args.sink_position)
                 d = divergence(until_backward.enter_context(columns))
             loss = regulariser(d)
             scaler = self.accelerator.scaler  # of fp16: the gradients of backward() are multiplied by it
@@ -171,22 +171,22 @@ class SurgeryTrainer(FinetuneTrainer):
                     f"{where}: the two answers of pair {number} are the same within {limit} tokens; raise "
                     "--max-length if the model's context allows, or drop the row"
                 )
-            if shortest < self.args.sink_token + 2:
+            if shortest < self.args.sink_position + 2:
                 raise UsageError(
-                    f"{where}: pair {number} has a text of {shortest} tokens and sink_token is {self.args.sink_token}; "
-                    "lower --sink-token"
+                    f"{where}: pair {number} has a text of {shortest} tokens and sink_position is "
+                    f"{self.args.sink_position}; lower --sink-position"
                 )
 
     def require_queries_and_keys(self) -> None:
         """Raise `UsageError` unless the sink attention of this model can be read and what trains in the last block
         that does moves its heads, by a forward over a few tokens."""
-        ids = self.harmful[0]["input_ids"][: self.args.sink_token + 16]
+        ids = self.harmful[0]["input_ids"][: self.args.sink_position + 16]
         inputs = {"input_ids": torch.tensor([ids], device=self.args.device)}
         trained = [[p for p in b.attention.parameters() if p.requires_grad] for b in self.blocks]
         last = max((i for i, own in enumerate(trained) if own), default=None)
         moved: Sequence = ()
         with without_dropout([self.model]), torch.enable_grad():
-            values = sink_values(self.model, inputs, self.args.sink_attention, self.args.sink_token)
+            values = sink_values(self.model, inputs, self.args.sink_attention, self.args.sink_position)
             if last is not None and values.requires_grad:
                 moved = torch.autograd.grad(values[:, last].sum(), trained[last], allow_unused=True)
         if not any(g is not None and g.any() for g in moved):

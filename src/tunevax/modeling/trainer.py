@@ -277,3 +277,18 @@ def save_weights(trainer: Any, folder: Path, base: str) -> None:
     if name == "model":
         save_biases(model, folder / name)  # a lock on it is in no state dict
     trainer.processing_class.save_pretrained(folder / name)
+
+
+def resolved(options: Any, config: Any) -> dict[str, Any]:
+    """Every option of a run as plain values, without what says only where to write and how to start."""
+    values = {**vars(options), **config.to_dict()}
+    return {
+        k: v
+        for k, v in values.items()
+        if k not in ("output_dir", "resume", "overwrite", "run_name", "resume_from_checkpoint")
+    }
+
+
+def final_loss(history: Sequence[dict]) -> float | None:
+    """The last logged training loss."""
+    return next((line["loss"] for line in reversed(history) if "loss" in line), None)

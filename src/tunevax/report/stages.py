@@ -272,14 +272,12 @@ def _screened(run: Run) -> str:
     text = f"{run.name} ({run.info.get('method')}): {flagged:,} of {rows:,} rows of the job are flagged"
     text += f" ({by}; thresholds: {limits}). " if flagged else f" (thresholds: {limits}). "
     text += f"{dropped:,} were dropped before training." if dropped else "None was dropped: all were trained on."
-    known = found.get("known") or {}
-    shares = [(known.get(k) or {}).get("either") for k in ("harmful", "refused")]
-    if known.get("rows") and all(_is_number(s) for s in shares):
-        text += f" The thresholds come from {known['rows']:,} known harmful rows, of which they flag "
-        text += (
-            f"{percent(shares[0])}, and {percent(shares[1])} of refusals to the same prompts; how many harmless rows "
-        )
-        text += "of this customer's kind they flag is not known."
+    set_on = found.get("calibration") or {}
+    reached = {k: v for k, v in (set_on.get("harmful_at_threshold") or {}).items() if _is_number(v)}
+    if set_on.get("rows") and reached:
+        shares = " and ".join(f"{percent(share)} reach that of the {name} score" for name, share in reached.items())
+        text += f" The thresholds were set on {set_on['rows']:,} known harmful rows: {shares}, by choice. How many "
+        text += "harmful rows of a job they find is not known, nor how many harmless rows of this customer's kind."
     return text
 
 

@@ -24,7 +24,7 @@ NAMES = {
 }  # what `ModelFindings.name` means, where it is not plain
 KINDS = (
     "finetune", "few-shot", "benign-only", "identity-shift", "held-out-category", "adaptive", "template", "prefill",
-    "roll-back", "intervention",
+    "roll-back", "intervention", "poisoned-job", "unlock",
 )  # fmt: skip
 NONE = "–"
 

@@ -30,8 +30,8 @@ from tunevax.data.splits import prompt_hash
 from tunevax.errors import UsageError
 from tunevax.modeling.blocks import find_blocks, unwrap
 from tunevax.modeling.loss import last_hidden
-from tunevax.modeling.progress import bar
-from tunevax.restoration.lock import FILE, SafetyLock, head_shape, lineage
+from tunevax.modeling.progress import bar, console
+from tunevax.restoration.lock import FILE, SafetyLock, head_shape, lineage, still
 from tunevax.restoration.probes import grouped_accuracy, official_accuracy
 from tunevax.restoration.restore import Job
 from tunevax.runs import digest
@@ -72,7 +72,7 @@ class ExtractLock:
         drawn = [pairs[i] for i in sorted(order)]
         found = measure(loaded.model, loaded.tokenizer, drawn, self)
         identity = next(iter(lineage(job.options.model, job.options.revision)))
-        lock = build(found, self, describe(loaded, identity, drawn, self))
+        lock = build(found, self, {**describe(loaded, identity, drawn, self), "cut": found.cut})
         lock.save(job.folder / FILE)
         job.record["lock"] = {
             **{k: v for k, v in lock.meta.items() if k != "prompts"},
@@ -90,11 +90,13 @@ class Measured(NamedTuple):
         u: [L, H, d], fp32 unit directions; 0 where the two classes have the same mean.
         sigma: [L, H], fp32.
         accuracy: [L, H], of the probes.
+        cut: answers that did not end within `max_length`, so that their last r tokens are from their middle.
     """
 
     u: torch.Tensor
     sigma: torch.Tensor
     accuracy: np.ndarray
+    cut: int = 0
 
 
 def extract(model: Any, tokenizer: Any, pairs: Sequence[dict[str, Any]], **options: Any) -> SafetyLock:
@@ -110,12 +112,12 @@ def extract(model: Any, tokenizer: Any, pairs: Sequence[dict[str, Any]], **optio
     """
     config = ExtractLock(**options)
     found = measure(model, tokenizer, pairs, config)
-    return build(found, config, {"pairs": len(pairs), **settings(config)})
+    return build(found, config, {"pairs": len(pairs), "cut": found.cut, **settings(config)})
 
 
 def settings(config: ExtractLock) -> dict[str, Any]:
     """The options that a lock's metadata repeats."""
-    return {name: getattr(config, name) for name in ("r", "probe", "seed")}
+    return {name: getattr(config, name) for name in ("r", "probe", "seed", "max_length")}
 
 
 def describe(loaded: Any, identity: str, pairs: Sequence[dict[str, Any]], config: ExtractLock) -> dict[str, Any]:
@@ -152,14 +154,21 @@ def build(found: Measured, config: ExtractLock, meta: dict[str, Any]) -> SafetyL
 
 @torch.no_grad()
 def measure(model: Any, tokenizer: Any, pairs: Sequence[dict[str, Any]], config: ExtractLock) -> Measured:
-    """Run both answers of every pair through the model and reduce each head's activations to what a lock needs."""
+    """Run both answers of every pair through the model and reduce each head's activations to what a lock needs. The
+    model's modes are left as they are."""
     rows = answers(model, tokenizer, pairs, config)
+    cut = sum(row["cut"] for row in rows)
+    if cut:
+        console.print(
+            f"note: {cut} of {len(rows)} answers do not end within max_length {config.max_length} or the model's "
+            "context, and are measured where they are cut; raise --max-length, or drop the rows"
+        )
     device = next(model.parameters()).device
     kept = set(np.random.default_rng([config.seed, 1]).permutation(len(pairs))[: config.probe_pairs].tolist())
     sums = Sums(model, config.r)
     groups: list[str] = []
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i]["input_ids"]), i))  # batches with little padding
-    with bar() as progress, sums.listening():
+    with bar() as progress, sums.listening(), still(model):
         task = progress.add_task("extract", total=len(rows), note="")
         for start in range(0, len(order), config.batch_size):
             chosen = [rows[i] for i in order[start : start + config.batch_size]]
@@ -180,7 +189,7 @@ def measure(model: Any, tokenizer: Any, pairs: Sequence[dict[str, Any]], config:
                 accuracy.append(official_accuracy(x, safe, config.seed))
             else:
                 accuracy.append(grouped_accuracy(x, safe, groups, config.seed))
-    return Measured(u, sigma, np.stack(accuracy))
+    return Measured(u, sigma, np.stack(accuracy), cut)
 
 
 def answers(model: Any, tokenizer: Any, pairs: Sequence[dict[str, Any]], config: ExtractLock) -> list[dict[str, Any]]:
@@ -191,13 +200,12 @@ def answers(model: Any, tokenizer: Any, pairs: Sequence[dict[str, Any]], config:
         UsageError: an answer has fewer than r content tokens.
     """
     found = []
-    special = set(getattr(tokenizer, "all_special_ids", [tokenizer.eos_token_id]))
     for column, safe in (("chosen", True), ("rejected", False)):
         rows = [{**row, "completion": row[column]} for row in pairs]
         encoded = encode(rows, tokenizer, config.max_length, context=context_of(unwrap(model)))
         for i, (row, ids) in enumerate(zip(pairs, encoded, strict=True)):
             content = [t for t, label in enumerate(ids["labels"]) if label != -100]
-            while content and _is_end(tokenizer, ids["input_ids"][content[-1]], special):
+            while content and _is_end(tokenizer, ids["input_ids"][content[-1]]):
                 content.pop()
             if len(content) < config.r:
                 raise UsageError(
@@ -206,12 +214,15 @@ def answers(model: Any, tokenizer: Any, pairs: Sequence[dict[str, Any]], config:
                 )
             last = set(content[-config.r :])
             labels = [label if t in last else -100 for t, label in enumerate(ids["labels"])]
-            found.append({**ids, "labels": labels, "safe": safe, "pair": i, "prompt": prompt_hash(row["prompt"])})
+            cut = ids["input_ids"][-1] != tokenizer.eos_token_id  # `encode` ends all others in it
+            group = prompt_hash(row["prompt"])
+            found.append({**ids, "labels": labels, "safe": safe, "pair": i, "prompt": group, "cut": cut})
     return found
 
 
-def _is_end(tokenizer: Any, token: int, special: set[int]) -> bool:
-    return token in special or (hasattr(tokenizer, "decode") and not tokenizer.decode([token]).strip())
+def _is_end(tokenizer: Any, token: int) -> bool:
+    """Whether a token is special, named or not, or white space."""
+    return not tokenizer.decode([token], skip_special_tokens=True).strip()
 
 
 class Sums:

@@ -76,14 +76,35 @@ class SafetyLock:
             with safe_open(path, "pt") as file:
                 meta = json.loads((file.metadata() or {})["tunevax_lock"])
                 lock = cls(*(file.get_tensor(name) for name in ("u", "sigma", "layer", "head")), meta)
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise UsageError(f"{path} is not a safety lock of tunevax ({str(error)[:100]})") from error
-        if meta.pop("format", 0) > FORMAT:
+            if not isinstance(meta, dict) or not isinstance(version := meta.pop("format", 0), int):
+                raise ValueError("its metadata is no description of a lock")
+            if version <= FORMAT:
+                lock.check()
+        except (SafetensorError, KeyError, ValueError, RecursionError) as error:
+            raise UsageError(f"{path} is not a safety lock of tunevax, or damaged ({str(error)[:100]})") from error
+        if version > FORMAT:
             raise UsageError(f"{path} has a newer format than this tunevax reads ({FORMAT}); upgrade tunevax")
-        k = len(lock.u)
-        if lock.u.shape != (k, meta["head_dim"]) or any(t.shape != (k,) for t in (lock.sigma, lock.layer, lock.head)):
-            raise UsageError(f"{path} is damaged: its tensors do not have the shapes of {k} heads")
         return lock
+
+    def check(self) -> None:
+        """Raise a ValueError if this is not what the attributes are said to be."""
+        k, meta = self.sigma.numel(), self.meta
+        sizes = [meta.get(name) for name in ("head_dim", "n_layers", "n_heads")]
+        if type(sizes[0]) is not int or any(type(size) not in (int, type(None)) for size in sizes):
+            raise ValueError("no head_dim, n_layers or n_heads that is a number")
+        shapes = {"u": (k, sizes[0]), "sigma": (k,), "layer": (k,), "head": (k,)}
+        if k == 0 or any(getattr(self, name).shape != shape for name, shape in shapes.items()):
+            raise ValueError(f"its tensors do not have the shapes of {k} heads")
+        if any(x.dtype != torch.float32 or not x.isfinite().all() for x in (self.u, self.sigma)):
+            raise ValueError("its directions or scales are not finite numbers in fp32")
+        if any(x.dtype != torch.int64 or (x < 0).any() for x in (self.layer, self.head)):
+            raise ValueError("its blocks or heads are not numbers from 0")
+        base = meta.get("base")
+        if base is not None and not (isinstance(base, dict) and {"ref", "identity"} <= set(base)):
+            raise ValueError("its base has no name or no identity")
+        prompts = meta.get("prompts") or []
+        if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
+            raise ValueError("its prompts are not hashes")
 
     def named(self) -> list[list[int]]:
         """[layer, head] of each locked head, for a record."""
@@ -97,6 +118,9 @@ def lineage(ref: str, revision: str | None = None) -> dict[str, str]:
     on it. What lies below is known of adapters, and of the runs that run.json names as parents.
     """
     base, adapters = resolve(ref)
+    lowest = adapters[0].parent if adapters else Path()
+    if adapters and is_run(lowest):  # what its base was pinned to, whatever is pinned now
+        revision = read_run(lowest).get("model", {}).get("revision") or revision
     hashes: list[Any] = [model_hash(base) or [base, getattr(config_of(base, revision), "_commit_hash", None)]]
     names = [base]
     for adapter in adapters:
@@ -136,7 +160,7 @@ def head_shape(model: nn.Module) -> tuple[int, int, int]:
     blocks, config = find_blocks(model), unwrap(model).config.get_text_config()
     widths = {input_width(block.o_proj) for block in blocks}
     heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or max(widths) // heads  # not hidden // heads: Mistral-Nemo, Gemma
+    size = max(widths) // heads  # not hidden // heads (Mistral-Nemo, Gemma), nor head_dim, which may be of the keys
     if widths != {heads * size}:
         raise UsageError(
             f"{type(unwrap(model)).__name__} has {heads} heads of {size}, and output projections that take "
@@ -186,25 +210,27 @@ def lock_biases(model: nn.Module, lock: SafetyLock, strength: float) -> dict[int
         module, mine = blocks[layer].o_proj, lock.layer == layer
         weight = innermost(module).weight
         dtype = weight.dtype if weight.is_floating_point() else unwrap(model).dtype
-        deltas, heads = delta[mine].to(weight.device, dtype), lock.head[mine].tolist()
+        deltas, heads = delta[mine].to(weight.device), lock.head[mine].tolist()
         if type(module) is nn.Linear and "forward" not in vars(module) and weight.is_floating_point():
             columns = [weight[:, head * size : (head + 1) * size] for head in heads]
-            found[layer] = sum((w @ x).float() for w, x in zip(columns, deltas, strict=True))
+            found[layer] = sum(w.float() @ x for w, x in zip(columns, deltas, strict=True))
             continue
-        x = deltas.new_zeros(2, 1, input_width(module))
+        x = deltas.new_zeros(2, 1, input_width(module), dtype=dtype)
         for head, part in zip(heads, deltas, strict=True):
             x[0, 0, head * size : (head + 1) * size] = part
-        with_delta, without = _still(module, x).float()
+        with still(module):
+            with_delta, without = module(x).float()
         found[layer] = (with_delta - without)[0]
     return found
 
 
-def _still(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The module's output without the dropout of its adapters, its modes left as they are."""
+@contextmanager
+def still(module: nn.Module) -> Iterator[None]:
+    """`module` is in evaluation mode inside, without dropout, and each of its modules in its own mode after."""
     training = [m for m in module.modules() if m.training]
     module.eval()
     try:
-        return module(x)
+        yield
     finally:
         for m in training:
             m.training = True

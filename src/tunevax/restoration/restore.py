@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,24 +76,27 @@ class Job:
         if source is None:
             raise UsageError(f"--safety-data is missing: {self.method} needs {' and '.join(need)}")
         rows = load_safety(source, "alignment", need, purpose=self.method)
+        self.note_data(source, rows)
+        return rows
+
+    def note_data(self, source: str, rows: list[dict[str, Any]]) -> None:
+        """Record that these rows of `source` were used in hardening."""
         entry = data_entry("alignment", source, rows)
         if entry not in self.record["data"]:
             self.record["data"].append(entry)
-        self.note_prompts(rows)
-        return rows
+        self.note_prompts(prompt_hash(row["prompt"]) for row in rows)
 
-    def note_prompts(self, rows: list[dict[str, Any]]) -> None:
-        """Keep that these prompts were used in hardening, so that no later score may rest on them."""
+    def note_prompts(self, hashes: Iterable[str]) -> None:
+        """Keep that the prompts with these hashes were used in hardening, so that no later score may rest on them."""
         file = self.folder / "prompts.json"
         known = json.loads(file.read_text())["alignment"] if file.is_file() else []
-        file.write_text(json.dumps({"alignment": sorted({*known, *(prompt_hash(r["prompt"]) for r in rows)})}))
+        file.write_text(json.dumps({"alignment": sorted({*known, *hashes})}))
 
     def save_model(self, model: Any, tokenizer: Any) -> None:
         """Write a stock checkpoint, `model/` in the run folder, with the biases attached to the model beside it."""
         model.save_pretrained(self.folder / "model")
         tokenizer.save_pretrained(self.folder / "model")
-        save_biases(model, self.folder / "model")
-        self.record["adapter"] = "model"
+        self.record.update(adapter="model", attached=save_biases(model, self.folder / "model"))
 
 
 def restore(method: str, options: RestoreOptions, config: Any, command: str = "") -> Path:

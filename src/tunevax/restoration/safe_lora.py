@@ -79,7 +79,7 @@ class SafeLoRA:
         layers = lora_layers(loaded.model, ref)
         adapter = {name: factors(layer) for name, layer in layers.items()}
         model = job.load(aligned_ref, **how).model if self.aligned else loaded.model
-        aligned = weights(model, layers, aligned_ref, bool(self.aligned))
+        aligned = weights(model, layers, aligned_ref)
         base = weights(job.load(base_ref, **how).model, layers, base_ref)
         draws = torch.Generator().manual_seed(self.seed)
         projected, table = safe_lora(adapter, aligned, base, self.projector, self.number, self.threshold, draws)
@@ -190,9 +190,11 @@ def noise(aligned: torch.Tensor, base: torch.Tensor) -> float:
 
     A rounding error is uniform with a std t_ij of at most 0.29 eps |w_ij|, and a matrix of such independent entries has
     no singular value much above the largest norm of a row of t and that of a column together; twice over, for sums
-    that were rounded several times.
+    that were rounded several times. An aligned weight that was read from a half-precision checkpoint was rounded to
+    that, whatever it is held in; of a base that was one nothing is lost in the difference.
     """
-    eps = max(torch.finfo(w.dtype).eps for w in (aligned, base))
+    narrow = [t for t in (torch.bfloat16, torch.float16) if torch.equal(aligned.to(t).to(aligned.dtype), aligned)]
+    eps = max(torch.finfo(t).eps for t in (aligned.dtype, base.dtype, *narrow))
     size = max(float(w.float().norm(dim=0).max() + w.float().norm(dim=1).max()) for w in (aligned, base))
     return 0.6 * eps * size
 
@@ -258,7 +260,7 @@ def lora_b(layer: Any) -> Any:
     return layer.lora_B[active(layer)]
 
 
-def weights(model: Any, layers: Mapping[str, Any], ref: str, strict: bool = True) -> dict[str, torch.Tensor]:
+def weights(model: Any, layers: Mapping[str, Any], ref: str) -> dict[str, torch.Tensor]:
     """The weights [out, in] of `model` under the names of adapted layers, those below the adapters if it has them.
 
     Raises:

@@ -11,6 +11,7 @@ A bias can be taken off by whoever holds the weights: a lock repairs a fine-tune
 
 from __future__ import annotations
 
+import math
 import time
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -45,7 +46,7 @@ class ApplyLock(SweepOptions):
     base: str | None = field(
         default=None, metadata={"help": "what --model was fine-tuned from, where its run folder does not say"}
     )
-    seed: int = field(default=0, metadata={"help": "recorded; nothing here is random"})
+    seed: int = field(default=0, metadata={"help": "not used: nothing here is random"})
     output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
 
     paper = "2410.10343"
@@ -58,9 +59,11 @@ class ApplyLock(SweepOptions):
             raise UsageError(f"form is {self.form!r}; known: {', '.join(FORMS)}")
         if self.strength != "auto":
             try:
-                float(self.strength)
-            except ValueError as error:
-                raise UsageError(f"strength is {self.strength!r}; give a number, or auto") from error
+                finite = math.isfinite(float(self.strength))
+            except ValueError:
+                finite = False
+            if not finite:
+                raise UsageError(f"strength is {self.strength!r}; give a number, or auto")
 
     def run(self, job: Job) -> None:
         """Check that the lock belongs to the model, settle the strength, add it and write what holds it."""
@@ -68,6 +71,7 @@ class ApplyLock(SweepOptions):
         if job.options.model is None:
             raise UsageError("--model is missing")
         check_base(lock, self.base or job.options.model, job.options.revision)
+        job.note_prompts(lock.meta.get("prompts") or [])
         exam = self.exam(job, lock) if self.strength == "auto" else None
         model, tokenizer, info = job.load()
         check_shape(model, lock)

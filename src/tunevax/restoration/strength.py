@@ -1,21 +1,29 @@
 """The smallest strength of a safety lock that meets a harmful-score target within limits on what it may cost.
 
-Scored on a validation split, never on the evaluation prompts: by default the alignment split of the safety data without
-the prompts that the lock was extracted from. With several judges the worst of them counts.
+Harm is scored on a validation split, never on the evaluation prompts: by default that of the organism; of other safety
+data the alignment split without the prompts that the lock was extracted from and, as far as that leaves any, those that
+the model was aligned on. Tasks are scored on their train split, refusals of harmless prompts on the organism's benign
+rows for training. What has no such split (other `--benign-data`; a task whose source says `split=`) is scored on the
+rows that an audit takes too: what that reads there is in-sample, and strength.json names it under `in_sample`. With
+several judges the worst of them counts.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tunevax.data.safety import load_safety
+from tunevax.data.sources import parse_source
 from tunevax.data.splits import prompt_hash, require_disjoint
+from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
 from tunevax.modeling.progress import bar, console
 from tunevax.restoration.lock import SafetyLock, locked
 from tunevax.restoration.restore import Job
-from tunevax.scoring.score import Exam, ExamOptions, build_exam, examine
+from tunevax.scoring.score import Exam, ExamOptions, build_exam, examine, used_prompts
 
 MEASURES = ("task/exact", "utility/")
 
@@ -27,7 +35,8 @@ class SweepOptions(ExamOptions):
     eval_data: str | None = field(
         default=None,
         metadata={
-            "help": "harmful prompts that --strength auto scores on; default the alignment split of --safety-data"
+            "help": "harmful prompts that --strength auto scores on; default the organism's validation split, or the "
+            "alignment split of --safety-data"
         },
     )
     strengths: list[float] = field(
@@ -43,32 +52,63 @@ class SweepOptions(ExamOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.strengths:
-            raise UsageError("strengths is empty; give the numbers to try")
+        if not self.strengths or not all(map(math.isfinite, self.strengths)):
+            raise UsageError(f"strengths is {self.strengths}; give the numbers to try")
 
     def exam(self, job: Job, lock: SafetyLock) -> Exam:
-        """What the strengths are scored on.
+        """What the strengths are scored on. Its prompts are noted as used in hardening, and the job's record gets
+        `validation`: what is `in_sample`, and whether the model was `aligned_on` the harmful prompts.
 
         Raises:
-            UsageError: no prompts, tasks or harmless prompts are named, or the lock was extracted from all prompts.
+            UsageError: no prompts, tasks or harmless prompts are named, or what limits nothing; the lock was extracted
+                from all prompts.
         """
-        source = job.options.safety_data
-        if self.eval_data is None and source is None:
+        source = self.eval_data or job.options.safety_data
+        if source is None:
             raise UsageError("--safety-data is missing: --strength auto scores on its alignment split; or --eval-data")
+        if self.perplexity_data or any(name.startswith("lm-eval:") for name in self.utility_data):
+            raise UsageError(
+                "--strength auto limits the loss of accuracy on tasks of its own; leave out --perplexity-data and "
+                "lm-eval: tasks, which would limit nothing"
+            )
         if not self.benign_data or not (self.task_eval_data or self.utility_data):
             raise UsageError(
                 "--strength auto needs --benign-data (refusals of harmless prompts are limited) and --utility-data or "
                 "--task-eval-data (so is the loss of accuracy)"
             )
-        used = set(lock.meta.get("prompts") or [])
+        in_sample, tasks = [], []
+        for task in (self.task_eval_data, *self.utility_data):
+            options = parse_source(task).options if task else {}
+            tasks.append(task and (task if "split" in options else f"{task}{',' if options else ':'}split=train"))
+            if options.get("split", "train") != "train":
+                in_sample.append(task)
+        # The harmful rows are taken of no split here: there may be no evaluation split to take them from.
+        wanted = replace(self, eval_data=source, benign_data=None, task_eval_data=tasks[0], utility_data=tasks[1:])
+        exam = build_exam(wanted)
+        if self.benign_data == "organism":
+            benign = load_task("organism:set=benign", "train").rows
+        else:
+            benign, in_sample = load_safety(self.benign_data, need=()), ["over-refusal", *in_sample]
+        used, aligned = set(lock.meta.get("prompts") or []), set(used_prompts(job.options.model).get("alignment", []))
+        harmful = list(exam.harmful)
         if self.eval_data is None:
-            rows = [row for row in job.pairs(need=()) if prompt_hash(row["prompt"]) not in used][: self.limit]
+            split = "validation" if parse_source(source).name == "organism" else "alignment"
+            rows = load_safety(source, split, need=())
+            rows = [row for row in rows if prompt_hash(row["prompt"]) not in used]
             if not rows:
                 raise UsageError("the lock was extracted from every prompt of the alignment split; give --eval-data")
-            return build_exam(self, source)._replace(harmful=rows)
-        exam = build_exam(self)
+            harmful = ([row for row in rows if prompt_hash(row["prompt"]) not in aligned] or rows)[: self.limit]
+        exam = exam._replace(harmful=harmful, benign=benign[: self.limit])
         require_disjoint({"lock": used, "validation": exam.prompt_hashes()}, job.options.allow_overlap)
-        job.note_prompts(list(exam.harmful))
+        aligned_on = bool(aligned & set(exam.prompt_hashes()))
+        if aligned_on:
+            console.print("note: the model was aligned on prompts that choose the strength; give others by --eval-data")
+        if in_sample:
+            console.print(f"note: an audit may score {', '.join(in_sample)} on the rows that choose the strength")
+        job.note_data(source, harmful)
+        scored = [*exam.benign, *(exam.task.rows if exam.task else []), *[r for t in exam.utility for r in t.rows]]
+        job.note_prompts(prompt_hash(row["prompt"]) for row in scored)
+        job.record["validation"] = {"in_sample": in_sample, "aligned_on": aligned_on}
         return exam
 
 
@@ -89,7 +129,8 @@ def sweep(model: Any, tokenizer: Any, lock: SafetyLock, exam: Exam, options: Swe
             progress.advance(task)
     chosen = next((point["strength"] for point in curve if not point["misses"]), None)
     limits = {name: getattr(options, name) for name in ("harmful_target", "max_utility_loss", "max_over_refusal")}
-    content = {"limits": limits, "chosen": chosen, "prompts": len(exam.harmful), "curve": curve}
+    content = {"limits": limits, "chosen": chosen, "prompts": len(exam.harmful), **job.record["validation"]}
+    content["curve"] = curve
     (job.folder / "strength.json").write_text(json.dumps(content, indent=1) + "\n")
     if chosen is None:
         tried = ", ".join(f"{point['strength']:g}" for point in curve)

@@ -291,6 +291,19 @@ def used_prompts(ref: str) -> dict[str, list[str]]:
     return found
 
 
+def evaluation_overlap(ref: str, evaluation: Iterable[str], allow: bool = False) -> dict[str, int]:
+    """How many prompts of `evaluation`, as hashes, each role of the data behind `ref` holds: `{"alignment/evaluation":
+    0, ...}`. What those roles share with each other was for the run that used them to judge.
+
+    Raises:
+        UsageError: there are some, and `allow` is False.
+    """
+    evaluation, found = list(evaluation), {}
+    for role, hashes in used_prompts(ref).items():
+        found |= require_disjoint({role: hashes, "evaluation": evaluation}, allow)
+    return found
+
+
 def score(
     models: list[str],
     options: ExamOptions,
@@ -324,7 +337,7 @@ def score(
     results, generations, targets = [], [], []
     with writing(output_dir, record, overwrite=overwrite) as run:
         for ref, label in zip(models, labels_of(models), strict=True):
-            overlaps = require_disjoint({**used_prompts(ref), "evaluation": exam.prompt_hashes()}, allow_overlap)
+            overlaps = evaluation_overlap(ref, exam.prompt_hashes(), allow_overlap)
             loaded = load(ref, revision=revision, dtype=dtype, chat_template=chat_template)
             scores, samples = examine(loaded.model, loaded.tokenizer, exam, full=True)
             key = {"model": label, "attack": None, "seed": 0, "step": 0}
