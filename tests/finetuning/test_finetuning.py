@@ -244,7 +244,7 @@ def test_lisa_on_two_ranks_with_accumulation_is_the_run_of_one(tmp_path):
 
 
 def test_lisa_leaves_accumulation_as_it_was_when_a_step_fails(make):
-    trainer = make(LisaTrainer, k1=1)
+    trainer = make(LisaTrainer, k1=1, gradient_accumulation_steps=1)
     sync = trainer.accelerator.gradient_state
     sync._set_sync_gradients(False)
     trainer.model.require_backward_grad_sync = False  # as DDP has it under no_sync

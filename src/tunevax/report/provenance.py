@@ -242,7 +242,7 @@ def facts(run: Run) -> dict[str, Any]:
     for target in info.get("targets") or []:
         told = [target.get("ref"), target.get("hash") and f"hash {target['hash']}"]
         told += [target.get("template_hash") and f"template {target['template_hash']}"]
-        told += [f"{target['overlap']} prompts shared" if target.get("overlap") else None]
+        told += [f"{n} prompts shared by {roles}" for roles, n in (target.get("overlap") or {}).items() if n]
         pairs.append((f"{target.get('role', 'model')}: {target.get('label')}", " · ".join(str(x) for x in told if x)))
     verb, method = info.get("verb", "run"), info.get("method")
     return {

@@ -277,7 +277,7 @@ def _screened(run: Run) -> str:
     if set_on.get("rows") and reached:
         shares = " and ".join(f"{percent(share)} reach that of the {name} score" for name, share in reached.items())
         text += f" The thresholds were set on {set_on['rows']:,} known harmful rows: {shares}, by choice. How many "
-        text += "harmful rows of a job they find is not known, nor how many harmless rows of this customer's kind."
+        text += "harmful rows of a job they find is not known, nor how many of this customer's harmless rows they flag."
     return text
 
 
