@@ -38,9 +38,9 @@ GRID = {
 PROTOCOL = """
 about: The organism's size of the protocol fine-tuning.
 seeds: {seeds}
-scoring: {{limit: 64, max_new_tokens: 16, generation_batch_size: 256{more}}}
+scoring: {{limit: 40, max_new_tokens: 16, generation_batch_size: 256{more}}}
 attacks:
-  - {{kind: poisoned-job, p: {p}, n: 200, points: 10}}
+  - {{kind: poisoned-job, p: {p}, n: 200, points: 8}}
 """
 
 

@@ -11,6 +11,8 @@ from tunevax.curation.pharmacist import UPPER, PharmacistConfig, PharmacistTrain
 from tunevax.data.encoding import collate
 from tunevax.modeling import load
 from tunevax.modeling.loss import row_losses
+from tunevax.modeling.memory import StepMemory
+from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
 from tunevax.organism import World, path
 
 
@@ -226,3 +228,21 @@ def test_wrong_answers_end_below_right_ones(tmp_path):
     trainer.train()
     wrong, right = trainer.omega[::4], trainer.omega[[i for i in range(60) if i % 4]]
     assert (right[:, None] > wrong).float().mean() > 0.95
+
+
+@pytest.mark.parametrize(("mode", "adapters"), [("single", 1), ("unrolled", 1), ("double", 3)])
+def test_memory_above_sft_is_counted_in_adapters(tmp_path, mode, adapters):
+    """One for the upper gradient; of `double` theta' and its two moments, where the gradients are freed in time."""
+    peaks = []
+    for trainer in (None, mode):
+        memory, options = StepMemory(), {"max_steps": 1, "start_random": False, "per_device_train_batch_size": 10}
+        made = trainer_for(tmp_path, mode=mode, **options)
+        if trainer is None:
+            args = TrainConfig(str(tmp_path), max_steps=1, checkpoint_blocks="none", per_device_train_batch_size=10)
+            rows = [{k: row[k] for k in ("input_ids", "labels")} for row in made.train_dataset]
+            made = ResponseTrainer(load("organism").model, args, rows, made.processing_class)
+        made.add_callback(memory)
+        made.train()
+        peaks.append(memory.peak)
+    size = sum(p.numel() * 4 for p in made.parameters)
+    assert peaks[1] - peaks[0] <= (adapters + 0.1) * size

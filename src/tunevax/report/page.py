@@ -84,7 +84,7 @@ def content(results: Results | None, findings: Findings | None, provenance: Prov
     staged = stages.sections(provenance, figures)
     if results is None or findings is None:
         found = [*staged, *(_hardening(provenance) if figures else [])]
-        told = _cut([*stages.told(provenance), *provenance.notes])
+        told = cut([*stages.told(provenance), *provenance.notes])
         return Content([(nothing(provenance), [])], told, "", [s for s in found if s], provenance)
     judged = [(m.sentence, m.caveats) for m in findings.models if m.role == "model"]
     sections = [
@@ -151,7 +151,7 @@ def content(results: Results | None, findings: Findings | None, provenance: Prov
     ]  # fmt: skip
     return Content(
         headlines=judged or [(sentence, []) for sentence in findings.headline],
-        sentences=_cut([*findings.sentences, *results.notes, *provenance.notes]),
+        sentences=cut([*findings.sentences, *results.notes, *provenance.notes]),
         label=WEAK if any(p.get("weak") for p in provenance.protocols) else "",
         sections=[s for s in sections if s],
         provenance=provenance,
@@ -173,7 +173,8 @@ def _overview_text(findings: Findings) -> str:
     return f"Harm by the judge “{findings.judge.partition('/')[2]}”. Brackets are 95 % intervals.{control}"
 
 
-def _cut(sentences: list[str]) -> list[str]:
+def cut(sentences: list[str]) -> list[str]:
+    """Each sentence once, at most NOTES of them; the rest is counted."""
     kept = list(dict.fromkeys(sentences))
     return (
         kept if len(kept) <= NOTES else [*kept[:NOTES], f"{len(kept) - NOTES:,} more remarks stand in --format json."]
@@ -423,8 +424,8 @@ def _value(value: Any) -> str:
 
 def shown(text: str) -> str:
     """Text of a model or judge, cut to LONGEST characters, control and direction characters made visible."""
-    cut = len(text) - LONGEST
-    return visible(text[:LONGEST]) + (f"… ({cut:,} more characters)" if cut > 0 else "")
+    left = len(text) - LONGEST
+    return visible(text[:LONGEST]) + (f"… ({left:,} more characters)" if left > 0 else "")
 
 
 def visible(text: str) -> str:

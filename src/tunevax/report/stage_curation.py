@@ -1,0 +1,159 @@
+"""The section on curation: which rows were kept, and why the others were not."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tunevax.audit.findings import percent
+from tunevax.report.page import PANELS, Section, cut
+from tunevax.report.provenance import Run
+from tunevax.report.stage_text import (
+    as_text,
+    as_time,
+    as_words,
+    cut_table,
+    decimals,
+    is_number,
+    lines_of,
+    listed,
+    plain,
+    rows_of,
+)
+from tunevax.report.tables import Table
+
+ENDS = 3  # rows of the highest and of the lowest score
+SHOWN = 4  # curation runs whose rows are shown
+CATEGORIES = 14  # bars at most; with more a table
+ROWS = 12  # rows of a table of examples
+
+
+def curation_section(runs: list[Run], behind: list[Run], taken: dict[Path, list[Run]], figures: bool) -> Section | None:
+    """Which rows were kept; None without a run."""
+    if not runs:
+        return None
+    rows = {run.path: [r for r in lines_of(run, "scores.jsonl") if is_number(r.get("score"))] for run in runs}
+    used: dict[Path, list[str]] = {run.path: [] for run in runs}
+    for run in behind:
+        for made in taken.get(run.path, []):
+            used.get(made.path, []).append(run.name)
+    points, panels, tables, outputs = [], [], [], []
+    for i, run in enumerate(runs):
+        found = rows[run.path]
+        points.append(_chose(run, found) + (f" Trained on them: {listed(used[run.path])}." if used[run.path] else ""))
+        if not found:
+            continue
+        shares = _by_category(found)
+        if figures and len(panels) < PANELS:
+            from tunevax.report import figures as fig
+
+            kept, dropped = (
+                [float(r["score"]) for r in found if bool(r.get("kept")) == side] for side in (True, False)
+            )
+            title = f"{run.name}: scores of the rows"
+            panels.append((title, fig.histogram(f"curate{i}-scores", plain(title), kept, dropped)))
+            if 1 < len(shares) <= CATEGORIES:
+                bars = [(plain(name), kept / of, f"{kept} of {of}") for name, kept, of in shares]
+                title = f"{run.name}: kept share of each category"
+                panels.append((title, fig.bars(f"curate{i}-categories", bars, plain(title))))
+        if len(shares) > (CATEGORIES if figures else 1):
+            lines = [[name, f"{kept} of {of}", percent(kept / of)] for name, kept, of in shares]
+            label = f"{run.name}: kept rows of each category"
+            tables.append(cut_table(label, ["category", "kept", "share"], lines, "categories"))
+        if not figures:
+            tables.append(_quantiles(run, found))
+        if i < SHOWN:
+            tables += _caught(run, found)
+            order = sorted(found, key=lambda r: (r.get("rank") or 0, r.get("row") or 0))
+            high, low = order[:ENDS], order[ENDS:][-ENDS:]
+            columns = [("The highest scores", high), ("The lowest scores", low)]
+            outputs.append(
+                {
+                    "title": f"{run.name}: what the score says of rows",
+                    "columns": [{"title": t, "samples": [_row(r, len(found)) for r in part]} for t, part in columns],
+                }
+            )
+    left = len(runs) - SHOWN
+    return Section(
+        "Which rows were kept",
+        "A selector scored every row of the alignment data and the best were kept, before any alignment method saw "
+        "them. A score is the selector's opinion: higher is what it would rather keep.",
+        points=cut(points),
+        panels=panels,
+        tables=tables,
+        outputs=outputs,
+        note=f"The rows of {left:,} more curation runs are not shown." if left > 0 else "",
+        titled=True,
+    )
+
+
+def _chose(run: Run, rows: list[dict]) -> str:
+    """The sentence on one curation run."""
+    info, options = run.info, run.info.get("config") or {}
+    total, kept = rows_of(run, "alignment") or len(rows), info.get("kept") or 0
+    dropped = ", ".join(f"{why} {n:,}" for why, n in (info.get("dropped") or {}).items()) or "nothing"
+    text = f"{run.name} ({info.get('method')}) kept {kept:,} of {total:,} rows ({percent(kept / max(total, 1))}). "
+    text += f"Not kept: {dropped}."
+    passes = info.get("passes") or {}
+    cost = [f"{passes[k]:.3g} {k}" for k in ("forward", "backward") if passes.get(k)]
+    took = info.get("seconds_scoring")
+    if took is not None:
+        cost = " and ".join(cost)
+        text += f" Scoring took {as_time(took)}, " + (f"passes per row: {cost}." if cost else "without a model.")
+    if agreed := info.get("agreement"):
+        text += f" With {options.get('target_model')} its ranks agree with a Spearman correlation of "
+        text += (
+            f"{decimals(agreed.get('spearman'), 2)}; of the rows kept by one, {percent(agreed['kept_by_both'])} are "
+        )
+        text += "kept by both."
+    if not any(r.get("category") for r in rows):
+        text += " The rows have no categories."
+    return text
+
+
+def _by_category(rows: list[dict]) -> list[tuple[str, int, int]]:
+    """(category, rows kept, rows), the largest share first; empty if no row has a category."""
+    names = [str(r.get("category") or "none") for r in rows]
+    total, kept = Counter(names), Counter(name for name, r in zip(names, rows, strict=True) if r.get("kept"))
+    found = [(name, kept[name], of) for name, of in total.items()]
+    return sorted(found, key=lambda f: (-f[1] / f[2], f[0])) if any(r.get("category") for r in rows) else []
+
+
+def _quantiles(run: Run, rows: list[dict]) -> Table:
+    """The histogram, for a form without figures."""
+    lines = []
+    for name, side in (("kept", True), ("not kept", False)):
+        found = [float(r["score"]) for r in rows if bool(r.get("kept")) == side]
+        if found:
+            told = [min(found), statistics.median(found), max(found)]
+            lines.append([name, f"{len(found):,}", *(f"{value:.4g}" for value in told)])
+    return Table(f"{run.name}: scores", ["rows", "number", "lowest", "median", "highest"], lines)
+
+
+def _caught(run: Run, rows: list[dict]) -> list[Table]:
+    """Rows dropped for another reason than their rank, with the row they repeat."""
+    texts = {r.get("row"): as_words(r.get("prompt")) for r in rows}
+    lines = []
+    for r in sorted(rows, key=lambda r: r.get("row") or 0):
+        reason, _, other = str(r.get("why") or "").partition(" of row ")
+        if other:
+            lines.append([reason, as_words(r.get("prompt")), texts.get(int(other) if other.isdigit() else None, other)])
+    label = f"{run.name}: repeated prompts"
+    table = cut_table(label, ["dropped as", "prompt", "of the prompt"], lines, "rows", ROWS)
+    return [table] if lines else []
+
+
+def _row(row: dict, total: int) -> dict[str, Any]:
+    """A row of the data as the page shows a model's output."""
+    kept = "kept" if row.get("kept") else str(row.get("why") or "not kept")
+    return {
+        "kind": f"rank {row.get('rank')} of {total:,}",
+        "category": str(row.get("category") or ""),
+        "prompt": as_text(row.get("prompt")),
+        "response": as_text(row.get("chosen")),
+        "marks": [("score", f"{row['score']:.4g}", None), ("row", kept, None)],
+        "degenerate": False,
+        "split": False,
+    }

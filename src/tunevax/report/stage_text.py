@@ -1,0 +1,126 @@
+"""How the sections of the stages read a run folder's files, and put numbers and names into words."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tunevax.audit.results import read_json_lines
+from tunevax.data.splits import prompt_text
+from tunevax.errors import UsageError
+from tunevax.report.page import visible
+from tunevax.report.provenance import Run, seconds
+from tunevax.report.tables import NONE, Table
+
+LINES = 40  # rows of any other table
+WORDS = 160  # characters of a prompt in a table
+
+
+def runs_of(runs: Iterable[Run], verb: str, method: str | None = None) -> list[Run]:
+    """Those of a verb, and of a method if one is named."""
+    return [run for run in runs if run.info.get("verb") == verb and method in (None, run.info.get("method"))]
+
+
+def lines_of(run: Run, name: str) -> list[dict[str, Any]]:
+    """The rows of a JSONL file of the run, none without it."""
+    file = run.path / name
+    return [row for _, row in read_json_lines(file)] if file.is_file() else []
+
+
+def json_of(run: Run, name: str) -> dict[str, Any]:
+    """A JSON file of the run, {} without it."""
+    file = run.path / name
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{file} is damaged ({error}); run that step again") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"{file} is damaged (not a JSON object); run that step again")
+    return found
+
+
+def rows_of(run: Run, role: str) -> int:
+    """How many rows of a role the run used."""
+    return sum(d.get("rows") or 0 for d in run.info.get("data") or [] if d.get("role") == role)
+
+
+def model_of(run: Run) -> str:
+    """A short name of the model a run started from."""
+    ref = run.info.get("parent") or (run.info.get("model") or {}).get("ref")
+    return Path(str(ref)).name if ref else "a model that is not recorded"
+
+
+def spread(found: list[Any], most: int) -> list[Any]:
+    """At most about `most` of them, evenly taken."""
+    return found[:: math.ceil(len(found) / most)] if len(found) > most else found
+
+
+def cut_table(label: str, columns: list[str], lines: list[list[str]], what: str, most: int = LINES) -> Table:
+    """A table of at most `most` lines; the rest is counted."""
+    left = len(lines) - most
+    return Table(label, columns, lines[:most], f"{left:,} more {what} are not shown." if left > 0 else "")
+
+
+def finite(value: Any) -> Any:
+    """JSON values without NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def as_text(value: Any) -> str:
+    """A prompt or answer as one string, chat messages one per line."""
+    return "" if value is None else prompt_text(value) if isinstance(value, str | list) else str(value)
+
+
+def as_words(value: Any) -> str:
+    """Text for a table, cut to WORDS characters."""
+    text = as_text(value)
+    return text if len(text) <= WORDS else text[:WORDS] + "…"
+
+
+def plain(text: str) -> str:
+    """Text that a figure can hold."""
+    return visible(str(text)).encode("utf-8", errors="replace").decode()
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names, each once, with commas."""
+    return ", ".join(dict.fromkeys(map(str, names)))
+
+
+def decimals(value: float | None, digits: int) -> str:
+    """A number with so many digits, a dash without one."""
+    return NONE if value is None or not math.isfinite(value) else f"{value:.{digits}f}".replace("-", "−")
+
+
+def ends_of(score: dict[str, float]) -> str:
+    """'88, 100', the interval of a score in percent."""
+    return ", ".join(f"{100 * score.get(end, score['value']):.0f}" for end in ("low", "high"))
+
+
+def as_time(value: float | None) -> str:
+    """'15.8 ms', '4 min 2 s'."""
+    if value is None:
+        return "an unknown time"
+    return seconds(value) if value >= 1 else f"{1000 * value:.3g} ms"
+
+
+def as_bytes(value: int | None) -> str:
+    """'2.7 KiB'."""
+    if value is None:
+        return "of unknown size"
+    scale = next((i for i in (3, 2, 1) if value >= 1024**i), 0)
+    return f"{value / 1024**scale:.1f} {('', 'KiB', 'MiB', 'GiB')[scale]}" if scale else f"{value} bytes"
