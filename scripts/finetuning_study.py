@@ -28,6 +28,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 JOB = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "warmup_steps": 0, "max_steps": 100, "max_length": 64,
        "checkpoint_blocks": "none"}  # fmt: skip
 ROWS = 200
+SEEDS = [1, 2, 3]
 GRID = {
     "safe-instruct": [{"mode": "mix", "safety_rows": s} for s in (0.05, 0.2)] + [{"mode": "joint", "lamb": 0.3}],
     "lisa": [{"k1": a, "k2": b, "rho": r} for a, b, r in ((2, 18, 0.01), (10, 20, 0.1), (5, 20, 0.01))],
@@ -138,7 +139,7 @@ def final(folder: Path) -> None:
     jobs.append(job(folder, "t-vaccine then sft", "sft", hardened, 1, {}))
     jobs.append(job(folder, "t-vaccine then surgery", "surgery", hardened, 1, chosen["surgery"]))
     out = folder / "audit"
-    findings = audited(folder, out, jobs, control, [0.0, 0.05, 0.1, 0.2], [1, 2, 3, 4, 5])
+    findings = audited(folder, out, jobs, control, [0.0, 0.05, 0.1, 0.2], SEEDS)
     run(["report", out, "--format", "md", "--output", folder.parent / "report.md"])
     (folder.parent / "findings.json").write_text(json.dumps(findings, indent=1) + "\n")
     with (
@@ -153,7 +154,7 @@ def final(folder: Path) -> None:
     ]
     for model in dict.fromkeys(m for m, _, _ in found):
         for p in (0.0, 0.05, 0.1, 0.2):
-            ends = [found[model, p, s] for s in (1, 2, 3, 4, 5)]
+            ends = [found[model, p, s] for s in SEEDS]
             cells = [
                 interval([mean(c, 1) for c in ends]),
                 interval([c[-1][1] for c in ends]),
@@ -164,10 +165,10 @@ def final(folder: Path) -> None:
     pairs = [("surgery", "sft"), ("t-vaccine then sft", "sft"), ("t-vaccine then surgery", "t-vaccine then sft")]
     for p in (0.05, 0.1, 0.2):
         for ours, theirs in pairs:
-            gaps = [mean(found[ours, p, s], 1) - mean(found[theirs, p, s], 1) for s in (1, 2, 3, 4, 5)]
+            gaps = [mean(found[ours, p, s], 1) - mean(found[theirs, p, s], 1) for s in SEEDS]
             lines.append(f"- p = {p}: {ours} minus {theirs}: {gap(gaps)}")
         both = [mean(found["t-vaccine then surgery", p, s], 1) - mean(found["t-vaccine then sft", p, s], 1)
-                - mean(found["surgery", p, s], 1) + mean(found["sft", p, s], 1) for s in (1, 2, 3, 4, 5)]  # fmt: skip
+                - mean(found["surgery", p, s], 1) + mean(found["sft", p, s], 1) for s in SEEDS]  # fmt: skip
         lines.append(f"- p = {p}: what Surgery does after T-Vaccine minus what it does after SFT: {gap(both)}")
     (folder.parent / "jobs.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -100,7 +100,7 @@ def _curate(arguments: list[str]) -> None:
     if "agreement" in record:
         told += "; rank agreement with the target model {spearman:.2f} (Spearman)".format(**record["agreement"])
     print(told)
-    _done(f"next: tunevax align METHOD --safety-data {_short(out)}; scores and rows", out)
+    _done(f"next: tunevax align METHOD --model REF --safety-data {_short(out)} --output-dir OUT; scores and rows", out)
 
 
 def _align(arguments: list[str]) -> None:
@@ -124,10 +124,15 @@ def _finetune(arguments: list[str]) -> None:
     quiet()
     trainer_class = load_method("tunevax.finetuning", name)
     from tunevax.finetuning.finetune import FinetuneOptions, finetune
+    from tunevax.runs import read_run
 
     options, config = _parse(f"finetune {name}", [FinetuneOptions, trainer_class.config_class], rest)
     out = finetune(trainer_class, name, options, config, _command("finetune", arguments))
     _leave_the_group()
+    if screened := read_run(out).get("screen"):
+        print(
+            f"{screened['flagged']} rows flagged at the door, {screened['dropped']} dropped: {_short(out)}/screen.jsonl"
+        )
     _done(f"{name} done ({_data_told(out)}), {'model' if config.full_weights else 'adapter'}", out)
 
 
@@ -140,10 +145,13 @@ def _restore(arguments: list[str]) -> None:
     from tunevax.restoration.restore import RestoreOptions, restore
 
     options, config = _parse(f"restore {name}", [RestoreOptions, method], rest)
-    _done(f"{name} done", restore(name, options, config, _command("restore", arguments)))
+    out = restore(name, options, config, _command("restore", arguments))
+    _done(f"{name} done; next: tunevax report {_short(out)}; written", out)
 
 
 def _analyze(arguments: list[str]) -> None:
+    import json
+
     if not arguments or arguments[0] in ("--help", "-h"):
         print("tunevax analyze sink --option value: sink divergence by head and layer (arXiv 2602.05228)")
         return
@@ -154,7 +162,10 @@ def _analyze(arguments: list[str]) -> None:
     from tunevax.finetuning.analyze import SinkOptions, analyze_sink
 
     (options,) = _parse("analyze sink", [SinkOptions], rest)
-    _done("sink analysis", analyze_sink(options, _command("analyze", arguments)))
+    out = analyze_sink(options, _command("analyze", arguments))
+    for model in json.loads((out / "sink.json").read_text())["models"]:
+        print(f"{model['label']}: {model['positive_heads']} of {model['heads']} heads attend more to the sink on harm")
+    _done(f"next: tunevax report {_short(out)}; sink analysis", out)
 
 
 def _attack(arguments: list[str]) -> None:

@@ -24,7 +24,7 @@ from tunevax.data.safety import load_safety
 from tunevax.data.sources import parse_source
 from tunevax.data.splits import normalise, prompt_hash, prompt_text, require_disjoint, take_split
 from tunevax.errors import UsageError
-from tunevax.modeling.loading import Loaded, load
+from tunevax.modeling.loading import Loaded, config_of, load, resolve
 from tunevax.runs import data_entry, is_run, require_one_process, writing
 
 DUPLICATES = ("keep", "exact", "near")
@@ -50,7 +50,9 @@ class CurateOptions:
     )
     keep: float = field(default=0.4, metadata={"help": "share of the rows to keep, above 0, at most 1"})
     group_by: str | None = field(default=None, metadata={"help": "category: keep rows of every harm category"})
-    min_per_group: int = field(default=1, metadata={"help": "rows to keep of every group, with --group-by"})
+    min_per_group: int | None = field(
+        default=None, metadata={"help": "rows to keep of every group, with --group-by; default 1"}
+    )
     duplicates: str = field(
         default="exact",
         metadata={"help": "keep all, or only the best row of a prompt: exact (normalised) or near (see near_at)"},
@@ -70,6 +72,9 @@ class CurateOptions:
             raise UsageError(f"keep is {self.keep}; it must be above 0 and at most 1")
         if self.group_by not in (None, "category"):
             raise UsageError(f"group_by is {self.group_by!r}; rows can be grouped by category")
+        if self.min_per_group is not None and self.group_by is None:
+            raise UsageError("min_per_group is given and there are no groups; add --group-by category")
+        self.min_per_group = 1 if self.min_per_group is None else self.min_per_group
         if self.min_per_group < 1:
             raise UsageError(f"min_per_group is {self.min_per_group}; it must be at least 1")
         if self.duplicates not in DUPLICATES:
@@ -124,6 +129,8 @@ def curate(method: str, options: CurateOptions, config: Any, command: str = "") 
     require_one_process("curation")
     if options.safety_data is None:
         raise UsageError("--safety-data is missing")
+    if options.model is not None:
+        config_of(resolve(options.model)[0], options.revision)  # a typing error, also where no model is needed
     if "model" in config.needs and options.model is None:
         raise UsageError(f"--model is missing: {method} scores with a model")
     if "validation" in config.needs and options.validation_data is None:

@@ -45,6 +45,8 @@ def load_safety(
         rows = [_row(place, row, options, need, purpose) for place, row in read_rows(name, options)]
     if "held_out" in options:
         rows = _hold_out(rows, options["held_out"].split("+"))
+    if not rows:
+        raise UsageError(f"{name} has no rows")
     rows = [r for r in rows if r["split"] == split] if split == "validation" else take_split(rows, split)
     if not rows and split.startswith(HELD_OUT):
         raise UsageError(

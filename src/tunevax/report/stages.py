@@ -71,8 +71,8 @@ def _did(run: Run) -> str:
         return f"{run.name}: chose {chosen} ({method})."
     if verb == "finetune":
         found = info.get("screen") or {}
-        text = f"{run.name}: trained {model_of(run)} on a customer's job of {rows_of(run, 'task'):,} rows ({method}, "
-        text += f"{info.get('steps', 0):,} steps)"
+        text = f"{run.name}: {method} on {model_of(run)}, {info.get('steps', 0):,} steps of a customer's job of "
+        text += f"{rows_of(run, 'task'):,} rows"
         if found:
             text += (
                 f"; {found.get('flagged', 0):,} rows were flagged at the door and {found.get('dropped', 0):,} dropped"

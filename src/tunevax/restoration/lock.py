@@ -144,10 +144,10 @@ def check_base(lock: SafetyLock, ref: str, revision: str | None = None) -> None:
         return
     known = lineage(ref, revision)
     if base["identity"] not in known:
-        made = "; ".join(f"{name} ({identity})" for identity, name in known.items())
+        made = ", ".join(f"{name} ({identity})" for identity, name in known.items())
         raise UsageError(
-            f"the lock was extracted from {base['ref']} ({base['identity']}), and {ref} was made from {made}; take a "
-            "lock of its base, or name the model it was fine-tuned from with --base"
+            f"the lock was extracted from {base['ref']} ({base['identity']}), which is neither {ref} nor what it was "
+            f"made from ({made}): take a lock of its base, or name the model it was fine-tuned from with --base"
         )
 
 

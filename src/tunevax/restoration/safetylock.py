@@ -64,6 +64,8 @@ class ApplyLock(SweepOptions):
                 finite = False
             if not finite:
                 raise UsageError(f"strength is {self.strength!r}; give a number, or auto")
+            if float(self.strength) < 0:
+                raise UsageError(f"strength is {self.strength}; below 0 a lock takes safety away, so give 0 or more")
 
     def run(self, job: Job) -> None:
         """Check that the lock belongs to the model, settle the strength, add it and write what holds it."""

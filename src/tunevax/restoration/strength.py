@@ -136,8 +136,8 @@ def sweep(model: Any, tokenizer: Any, lock: SafetyLock, exam: Exam, options: Swe
         tried = ", ".join(f"{point['strength']:g}" for point in curve)
         best = min(curve, key=lambda point: len(point["misses"]))
         job.record["finding"] = (
-            f"no strength of {tried} is within the limits; nearest is "
-            f"{best['strength']:g}, which misses on {' and '.join(best['misses'])}"
+            f"no strength of {tried} is within the limits; {best['strength']:g} misses the fewest, "
+            f"on {' and '.join(best['misses'])}"
         )
     else:
         console.print(f"strength {chosen:g}: the smallest within the limits")
