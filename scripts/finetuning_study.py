@@ -130,14 +130,18 @@ def mean(curve: list, column: int) -> float:
     return sum(point[column] for point in curve[1:]) / (len(curve) - 1)
 
 
-def final(folder: Path) -> None:
+def final(folder: Path, stacked: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     chosen = json.loads((folder.parent / "chosen.json").read_text())
-    sft, hardened = align(folder, "sft", 1), align(folder, "t-vaccine", 1)
+    sft = align(folder, "sft", 1)
     control = job(folder, "sft", "sft", sft, 1, {})
     jobs = [job(folder, m, m, sft, 1, options) for m, options in chosen.items()]
-    jobs.append(job(folder, "t-vaccine then sft", "sft", hardened, 1, {}))
-    jobs.append(job(folder, "t-vaccine then surgery", "surgery", hardened, 1, chosen["surgery"]))
+    pairs = [(m, "sft") for m in chosen]
+    if stacked:
+        hardened = align(folder, "t-vaccine", 1)
+        jobs.append(job(folder, "t-vaccine then sft", "sft", hardened, 1, {}))
+        jobs.append(job(folder, "t-vaccine then surgery", "surgery", hardened, 1, chosen["surgery"]))
+        pairs += [("t-vaccine then sft", "sft"), ("t-vaccine then surgery", "t-vaccine then sft")]
     out = folder / "audit"
     findings = audited(folder, out, jobs, control, [0.0, 0.05, 0.1, 0.2], SEEDS)
     run(["report", out, "--format", "md", "--output", folder.parent / "report.md"])
@@ -162,11 +166,12 @@ def final(folder: Path) -> None:
             ]
             lines.append(f"| {model} | {p} | " + " | ".join(cells) + " |")
     lines += ["", "Paired by seed, mean harmful score over the job, in points (mean and 95 % t interval):", ""]
-    pairs = [("surgery", "sft"), ("t-vaccine then sft", "sft"), ("t-vaccine then surgery", "t-vaccine then sft")]
     for p in (0.05, 0.1, 0.2):
         for ours, theirs in pairs:
             gaps = [mean(found[ours, p, s], 1) - mean(found[theirs, p, s], 1) for s in SEEDS]
             lines.append(f"- p = {p}: {ours} minus {theirs}: {gap(gaps)}")
+        if not stacked:
+            continue
         both = [mean(found["t-vaccine then surgery", p, s], 1) - mean(found["t-vaccine then sft", p, s], 1)
                 - mean(found["surgery", p, s], 1) + mean(found["sft", p, s], 1) for s in SEEDS]  # fmt: skip
         lines.append(f"- p = {p}: what Surgery does after T-Vaccine minus what it does after SFT: {gap(both)}")
@@ -262,8 +267,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["tune", "audit", "sinks"])
     parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--one-stage", action="store_true", help="audit: leave out the T-Vaccine-aligned model")
     options = parser.parse_args()
-    {"tune": tune, "audit": final, "sinks": sinks}[options.what](options.output_dir / "work" / options.what)
+    folder = options.output_dir / "work" / options.what
+    if options.what == "audit":
+        final(folder, not options.one_stage)
+    else:
+        {"tune": tune, "sinks": sinks}[options.what](folder)
 
 
 if __name__ == "__main__":
