@@ -500,7 +500,10 @@ def test_lock_of_another_base_is_refused(runs, tmp_path):
     other.tokenizer.save_pretrained(tmp_path / "other")
     options = RestoreOptions(model=str(tmp_path / "other"))
     config = ApplyLock(lock=str(runs / "lock"), output_dir=str(tmp_path / "out"))
-    with pytest.raises(UsageError, match=r"extracted from organism \(\w{16}\), which is neither .*other nor what it was made from .*--base"):
+    with pytest.raises(
+        UsageError,
+        match=r"extracted from organism \(\w{16}\), which is neither .*other nor what it was made from .*--base",
+    ):
         restore("safetylock", options, config)
     assert not (tmp_path / "out").exists()
     restore("safetylock", options, ApplyLock(**{**vars(config), "base": "organism"}))
