@@ -64,8 +64,6 @@ class ApplyLock(SweepOptions):
                 finite = False
             if not finite:
                 raise UsageError(f"strength is {self.strength!r}; give a number, or auto")
-            if float(self.strength) < 0:
-                raise UsageError(f"strength is {self.strength}; below 0 a lock takes safety away, so give 0 or more")
 
     def run(self, job: Job) -> None:
         """Check that the lock belongs to the model, settle the strength, add it and write what holds it."""
@@ -82,6 +80,8 @@ class ApplyLock(SweepOptions):
         strength = sweep(model, tokenizer, lock, exam, self, job) if exam else float(self.strength)
         if strength is None:
             return
+        if strength < 0:
+            console.print(f"strength {strength:g} is below 0: this takes a lock off again, or takes safety away")
         form, plan = self.form, stock_form(model) if self.form != "run" else None
         if form == "auto":
             form = "stock" if plan else "run"
