@@ -28,7 +28,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 JOB = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "warmup_steps": 0, "max_steps": 100, "max_length": 64,
        "checkpoint_blocks": "none"}  # fmt: skip
 ROWS = 200
-SEEDS = [1, 2, 3]
+SEEDS = [1, 2, 3, 4, 5]
 GRID = {
     "safe-instruct": [{"mode": "mix", "safety_rows": s} for s in (0.05, 0.2)] + [{"mode": "joint", "lamb": 0.3}],
     "lisa": [{"k1": a, "k2": b, "rho": r} for a, b, r in ((2, 18, 0.01), (10, 20, 0.1), (5, 20, 0.01))],
