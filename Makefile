@@ -19,7 +19,7 @@ demo: setup
 	$(BIN)/tunevax demo --output-dir demo --overwrite
 
 test: setup
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -18,6 +18,8 @@ from tunevax.quiet import quiet
 HELP = """tunevax hardens open-weight language models against harmful fine-tuning, and measures how much it helped.
 
   tunevax demo                        the whole of it on a tiny model, in three minutes
+  tunevax plan --method METHOD --model REF --gpu 24GB
+                                      the memory and the cost of a step before a GPU is rented
   tunevax curate METHOD --model REF --safety-data SRC --validation-data SRC --keep 0.4 --output-dir OUT
                                       choose the alignment rows worth keeping
   tunevax align METHOD --model REF --safety-data SRC --output-dir OUT
@@ -147,6 +149,61 @@ def _restore(arguments: list[str]) -> None:
     options, config = _parse(f"restore {name}", [RestoreOptions, method], rest)
     out = restore(name, options, config, _command("restore", arguments))
     _done(f"{name} done; next: tunevax report {_short(out)}; written", out)
+
+
+def _plan(arguments: list[str]) -> None:
+    from tunevax.planning.plan import FOLDERS, PlanOptions
+
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        _print_help("plan", [PlanOptions])
+        print("\nand every option of the method: tunevax align METHOD --help, and likewise of the other verbs.")
+        return
+    given = _value_of("method", arguments)
+    if given is None:
+        raise UsageError("--method is missing; it is one of align, finetune, curate or restore")
+    name = given.replace("_", "-")
+    known = {n: folder for folder in reversed(FOLDERS) for n in methods(folder)}
+    if name not in known:
+        raise unknown("method", given, known)
+    quiet()
+    import dataclasses
+    import json
+
+    from tunevax.alignment.align import AlignOptions
+    from tunevax.finetuning.finetune import FinetuneOptions
+    from tunevax.planning.plan import as_dict, lines, plan
+
+    method = load_method(known[name], name)
+    config_class = getattr(method, "config_class", method)
+    # What a command says of data makes no difference here: `align METHOD` becomes `plan --method METHOD`, and no more.
+    taken = {f.name for cls in (PlanOptions, config_class) for f in dataclasses.fields(cls)}
+    others = {f.name: f for cls in (AlignOptions, FinetuneOptions) for f in dataclasses.fields(cls)}
+    ignored = dataclasses.make_dataclass(
+        "Ignored",
+        [(f.name, f.type, dataclasses.field(default=f.default)) for f in others.values() if f.name not in taken],
+    )
+    below: dict[str, Any] = {"output_dir": "plan"}
+    if "checkpoint_blocks" in taken and _value_of("device", arguments) != "cpu":
+        below["checkpoint_blocks"] = "frozen"  # what auto is on an accelerator
+    options, config, _ = _parse("plan", [PlanOptions, config_class, ignored], arguments, below)
+    options.method = name
+    found = plan(options, method, config)
+    print(
+        json.dumps(as_dict(found, options), indent=1)
+        if options.format == "json"
+        else "\n".join(lines(found, options, config))
+    )
+
+
+def _value_of(name: str, arguments: list[str]) -> str | None:
+    """The value of an option that decides which others there are, from the command line or its --config."""
+    flag = f"--{name}"
+    for i, token in enumerate(arguments):
+        if token == flag and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if token.startswith(f"{flag}="):
+            return token.partition("=")[2]
+    return None
 
 
 def _analyze(arguments: list[str]) -> None:
@@ -319,7 +376,7 @@ def _demo(arguments: list[str]) -> None:
 
 
 VERBS: dict[str, Callable[[list[str]], None]] = {
-    "curate": _curate, "align": _align, "finetune": _finetune, "restore": _restore, "attack": _attack,
+    "plan": _plan, "curate": _curate, "align": _align, "finetune": _finetune, "restore": _restore, "attack": _attack,
     "audit": _audit, "score": _score, "analyze": _analyze, "report": _report, "demo": _demo,
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ from tunevax.data.sources import parse_source
 from tunevax.data.splits import prompt_hash
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
-from tunevax.modeling.loading import load
+from tunevax.modeling.loading import load, require_quantization
 from tunevax.modeling.memory import StepMemory
 from tunevax.modeling.progress import ProgressCallback
 from tunevax.modeling.trainer import final_loss, last_checkpoint, resolved, save_weights
@@ -34,6 +34,10 @@ class AlignOptions:
     )
     revision: str | None = field(default=None, metadata={"help": "revision of a hub id"})
     dtype: str = field(default="auto", metadata={"help": "of the frozen weights: auto, float32, bfloat16, float16"})
+    quantization: str | None = field(
+        default=None,
+        metadata={"help": "of the frozen weights in the blocks, below the adapter: nf4 or int8; default off"},
+    )
     allow_overlap: bool = field(default=False, metadata={"help": "go on when data roles share prompts, and record it"})
     resume: bool = field(default=False, metadata={"help": "continue an unfinished run"})
     overwrite: bool = field(default=False, metadata={"help": "replace a finished run"})
@@ -54,6 +58,7 @@ def align(trainer_class: type, method: str, options: AlignOptions, config: SFTCo
     for name in ("model", "safety_data"):
         if getattr(options, name) is None:
             raise UsageError(f"--{name.replace('_', '-')} is missing")
+    require_quantization(options.quantization, config.full_weights)
     safety, task, data = read_data(trainer_class, method, options)
     record: dict[str, Any] = {
         "verb": "align",
@@ -67,7 +72,11 @@ def align(trainer_class: type, method: str, options: AlignOptions, config: SFTCo
     }
     with writing(config.output_dir, record, options.resume, options.overwrite) as run:
         loaded = load(
-            options.model, revision=options.revision, dtype=options.dtype, chat_template=options.chat_template
+            options.model,
+            revision=options.revision,
+            dtype=options.dtype,
+            chat_template=options.chat_template,
+            quantization=options.quantization,
         )
         config.output_dir = str(run.checkpoints)
         memory = StepMemory()

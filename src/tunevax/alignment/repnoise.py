@@ -38,6 +38,7 @@ from tunevax.alignment.sft import SFTConfig
 from tunevax.errors import UsageError, unknown
 from tunevax.modeling.blocks import find_final_norm
 from tunevax.modeling.hooks import capture, capture_inputs
+from tunevax.modeling.loading import size_of
 from tunevax.modeling.loss import head_loss, labelled, last_hidden, rows_at
 
 VARIANTS = ("corrected", "official")
@@ -218,7 +219,7 @@ class RepNoiseTrainer(PairTrainer):
         """Compute of a step, in SFT steps, the mean so far: tokens of rows and pairs over tokens of rows, and the head
         at each depth. Not counted: recomputation and the distance to noise."""
         safe, harmful, safe_labels, harmful_labels = self.seen
-        body = sum(p.numel() for b in self.blocks for p in b.module.parameters())
+        body = sum(size_of(p) for b in self.blocks for p in b.module.parameters())
         head = sum(p.numel() for p in self.model.get_output_embeddings().parameters())
         depths = len(self.blocks) + 1 + (self.args.variant == "official") if self.args.alpha else 0
         return 1 + (body * harmful + depths * head * harmful_labels) / max(body * safe + head * safe_labels, 1)
@@ -249,7 +250,7 @@ def mmd_to_noise(
     generator.set_state(state)
     noise = torch.randn(activations.shape, generator=generator, device=activations.device)
     mask = mask[..., None]
-    with torch.autocast(activations.device.type, enabled=False):
+    with torch.autocast(mask.device.type, enabled=False):
         return mmd((activations.float() * mask).flatten(1), (noise * mask).flatten(1))
 
 

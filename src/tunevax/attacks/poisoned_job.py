@@ -77,7 +77,7 @@ class PoisonedJobConfig(AttackConfig):
             known = next(entry["hash"] for entry in record["data"] if entry["role"] == "alignment")
             if data_entry("alignment", source, safety)["hash"] != known:
                 raise NotApplicable(f"{source} is no longer what {bench.target['ref']} was defended with; put it back")
-        how = {k: record["config"][k] for k in ("dtype", "revision")}
+        how = {k: record["config"].get(k) for k in ("dtype", "revision", "quantization")}
         loaded = bench.load(ref=record["parent"] or record["model"]["ref"], **how)
         curve = Curve(bench, loaded.tokenizer, self.points, 0, args)
         callbacks = [ProgressCallback(f"attack {bench.target['label']}"), curve]
@@ -98,7 +98,7 @@ class Job(NamedTuple):
 TRAINING = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs", "weight_decay",
     "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps", "full_weights", "lora_r",
-    "lora_alpha", "lora_dropout", "lora_targets", "max_length", "loss_on", "optim",
+    "lora_alpha", "lora_dropout", "lora_targets", "max_length", "loss_on", "optim", "quantization",
 )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ exact, and F and w0 take 8 bytes a weight.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -101,7 +102,7 @@ class EWCTrainer(FinetuneTrainer):
         else:
             self.adapted = factored_fisher(self.model, batches)
             total = sum(m.rows.square().sum().item() for m in self.adapted)
-            count = sum(m.weight.numel() for m in self.adapted)
+            count = sum(len(m.rows) * len(m.columns) for m in self.adapted)
         if not (math.isfinite(total) and total > 0):
             raise UsageError(
                 f"the Fisher information of the safety rows adds up to {total}, and nothing can be weighed by it; give "
@@ -157,20 +158,29 @@ def factored_fisher(model: nn.Module, batches: Sequence[dict]) -> list[Adapted]:
 
     layers = [m for m in model.modules() if isinstance(m, LoraLayer) and "default" in m.lora_A]
     weights = [layer.get_base_layer().weight for layer in layers]
-    rows = [torch.zeros(len(w), device=w.device) for w in weights]
-    columns = [torch.zeros(w.shape[1], device=w.device) for w in weights]
+    rows = [torch.zeros(layer.out_features, device=w.device) for layer, w in zip(layers, weights, strict=True)]
+    columns = [torch.zeros(layer.in_features, device=w.device) for layer, w in zip(layers, weights, strict=True)]
 
-    def keep(index: int, gradient: torch.Tensor) -> None:
-        squares = gradient.square_()
-        rows[index].add_(squares.sum(1), alpha=1 / len(batches))
-        columns[index].add_(squares.sum(0), alpha=1 / len(batches))
+    def watch(index: int, _layer: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        # The weight's gradient from what goes in and what comes back: one of few bits has none of its own.
+        x = args[0].detach().flatten(0, -2)
 
-    per_row_gradients(model, batches, weights, keep)
+        def take(gradient: torch.Tensor) -> None:
+            squares = (gradient.flatten(0, -2).float().T @ x.float()).square_()
+            rows[index].add_(squares.sum(1), alpha=1 / len(batches))
+            columns[index].add_(squares.sum(0), alpha=1 / len(batches))
+
+        output.register_hook(take)
+
+    handles = [layer.register_forward_hook(functools.partial(watch, i)) for i, layer in enumerate(layers)]
+    try:
+        per_row_gradients(model, batches, [p for p in model.parameters() if p.requires_grad], lambda *_: None)
+    finally:
+        for handle in handles:
+            handle.remove()
     found = []
     for layer, weight, r, c in zip(layers, weights, rows, columns, strict=True):
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        if layer.fan_in_fan_out:  # GPT-2's Conv1D, whose rows are the inputs
-            r, c = c, r
         total = r.sum().clamp(min=torch.finfo(torch.float32).tiny)
         found.append(Adapted(weight, a, b, layer.scaling["default"], r.sqrt(), (c / total).sqrt()))
     return found

@@ -14,7 +14,7 @@ from tunevax.data.splits import overlap, prompt_hash
 from tunevax.data.tasks import NAMED, load_task
 from tunevax.errors import UsageError, unknown
 from tunevax.finetuning.sft import FinetuneConfig
-from tunevax.modeling.loading import load
+from tunevax.modeling.loading import load, require_quantization
 from tunevax.modeling.memory import StepMemory
 from tunevax.modeling.progress import ProgressCallback
 from tunevax.modeling.trainer import final_loss, last_checkpoint, resolved, save_weights
@@ -42,6 +42,10 @@ class FinetuneOptions:
     )
     revision: str | None = field(default=None, metadata={"help": "revision of a hub id"})
     dtype: str = field(default="auto", metadata={"help": "of the frozen weights: auto, float32, bfloat16, float16"})
+    quantization: str | None = field(
+        default=None,
+        metadata={"help": "of the frozen weights in the blocks, below the adapter: nf4 or int8; default off"},
+    )
     screen: str = field(
         default="off",
         metadata={
@@ -76,6 +80,12 @@ def finetune(
     for name in ("model", "task_data"):
         if getattr(options, name) is None:
             raise UsageError(f"--{name.replace('_', '-')} is missing")
+    require_quantization(options.quantization, config.full_weights)
+    if options.quantization is not None and options.screen != "off":
+        raise UsageError(
+            f"--screen {options.screen} takes gradients of frozen weights, which an {options.quantization} base has "
+            "none of; screen the rows in a run without --quantization"
+        )
     task = customer_rows(options.task_data)
     need = ("chosen", "rejected") if options.screen != "off" else trainer_class.needs
     safety = safety_rows(options, need, method)
@@ -95,7 +105,11 @@ def finetune(
     }
     with writing(config.output_dir, record, options.resume, options.overwrite) as run:
         loaded = load(
-            options.model, revision=options.revision, dtype=options.dtype, chat_template=options.chat_template
+            options.model,
+            revision=options.revision,
+            dtype=options.dtype,
+            chat_template=options.chat_template,
+            quantization=options.quantization,
         )
         if options.screen != "off":
             from tunevax.finetuning.screen import act, screen

@@ -18,6 +18,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from tunevax.modeling.memory import mark
+
+CAST = "_cast_input_dtype"  # the method of PEFT's layers that casts an input to the adapter's dtype
+
 
 def tensor_of(output: Any) -> torch.Tensor:
     """The hidden-state tensor of a module output, which is a tensor or a tuple that starts with one."""
@@ -81,6 +85,7 @@ def perturb(modules: Mapping[int, nn.Module], offsets: Mapping[int, torch.Tensor
     def hook(key: int, _module: nn.Module, _args: Any, output: Any) -> Any:
         return with_tensor(output, tensor_of(output) + offsets[key].to(tensor_of(output).dtype))
 
+    mark("perturbations", offsets.values())
     handles = [modules[key].register_forward_hook(functools.partial(hook, key)) for key in offsets]
     try:
         yield
@@ -218,16 +223,27 @@ def without_dropout(modules: Sequence[nn.Module]) -> Iterator[None]:
 @contextmanager
 def cheap_recomputed(cheap: Sequence[nn.Module]) -> Iterator[None]:
     """Keep matrix products and recompute what is cheap: where autograd would save the output of one of these norms
-    and activation functions, save how to make it again from its input, which is saved anyway."""
+    and activation functions, save how to make it again from its input, which is saved anyway. Likewise the input of an
+    adapter over a half-precision layer, which PEFT casts to fp32, anew for each of the layers that share it."""
     recipes: dict[int, tuple[Any, ...]] = {}  # storage of a cheap output -> how to make it
 
-    def remember(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        if not torch.is_grad_enabled() or not torch.is_tensor(output) or not output.is_contiguous():
+    def remember(again: Any, source: torch.Tensor, output: torch.Tensor) -> None:
+        if not torch.is_grad_enabled() or not output.is_contiguous():
             return
         storage = output.untyped_storage()
         key = storage._cdata
-        recipes[key] = (module, args[0].detach(), args[0]._version, output._version)
+        recipes[key] = (again, source.detach(), source._version, output._version)
         weakref.finalize(storage, recipes.pop, key, None).atexit = False
+
+    def ran(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        if torch.is_tensor(output):
+            remember(functools.partial(type(module).forward, module), args[0], output)
+
+    def cast(stock: Any, source: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        output = stock(source, dtype)
+        if output is not source:
+            remember(functools.partial(torch.Tensor.to, dtype=dtype), source, output)
+        return output
 
     def pack(tensor: torch.Tensor) -> Any:
         recipe = recipes.get(tensor.untyped_storage()._cdata)
@@ -239,27 +255,39 @@ def cheap_recomputed(cheap: Sequence[nn.Module]) -> Iterator[None]:
     def unpack(packed: Any) -> torch.Tensor:
         if torch.is_tensor(packed):
             return packed
-        (module, source, version, *_), *view = packed
+        (again, source, version, *_), *view = packed
         if source._version != version:
-            raise RuntimeError(f"the input of {type(module).__name__} was changed in place before its backward")
+            raise RuntimeError(f"the input of {again} was changed in place before its backward")
         with torch.no_grad():
-            return type(module).forward(module, source).as_strided(*view)
+            return again(source).as_strided(*view)
 
-    handles = [m.register_forward_hook(remember) for m in cheap]
+    def norm(original: Any, *args: Any, **kwargs: Any) -> Any:
+        if args[0].dtype == torch.float32 or not torch.is_grad_enabled():
+            return original(*args, **kwargs)
+        return checkpoint(functools.partial(original, **kwargs), *args, use_reentrant=False)
+
+    norms = [m for m in cheap if type(m).__name__.endswith("Norm")]
+    adapters = [m for m in cheap if hasattr(m, CAST)]
+    handles = [m.register_forward_hook(ran) for m in cheap if not hasattr(m, CAST)]
+    for adapter in adapters:
+        setattr(adapter, CAST, functools.partial(cast, getattr(adapter, CAST)))
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        with replaced_forward(norms, norm), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
     finally:
         for handle in handles:
             handle.remove()
+        for adapter in adapters:
+            delattr(adapter, CAST)
 
 
 def cheap_modules(block: nn.Module) -> list[nn.Module]:
-    """The norms and activation functions in a block: what has no matrix product in it."""
+    """The norms and activation functions in a block, which have no matrix product in them, and its adapters, for their
+    inputs."""
     from transformers.activations import ACT2CLS
 
     kinds = tuple(k[0] if isinstance(k, tuple) else k for k in ACT2CLS.values())
-    return [m for m in block.modules() if type(m).__name__.endswith("Norm") or isinstance(m, kinds)]
+    return [m for m in block.modules() if type(m).__name__.endswith("Norm") or isinstance(m, kinds) or hasattr(m, CAST)]
 
 
 def has_dropout(model: nn.Module) -> bool:

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tunevax.data.encoding import set_chat_template
-from tunevax.errors import UsageError
+from tunevax.errors import UsageError, unknown
 from tunevax.runs import is_run, read_run
 
 BIASES = "bias.safetensors"
 """Beside the weights of a model, or as an adapter of its own: vectors that are added to the output of attention output
 projections, whether or not the architecture has a bias there. Block number to [hidden], fp32."""
+QUANTIZATIONS = ("nf4", "int8")
+"""What the linear layers in the blocks can be packed into: see `tunevax.modeling.quantization`."""
 
 
 class Loaded(NamedTuple):
@@ -26,8 +28,8 @@ class Loaded(NamedTuple):
     Attributes:
         model: the transformers model; a `PeftModel` if the last adapter was not merged.
         tokenizer: its tokenizer, with a chat template and a padding token.
-        info: what run.json records: ref, base, revision, hash, class, parameters, dtype, adapters, and whether biases
-            are attached (`attached`), which no stock checkpoint of the model holds.
+        info: what run.json records: ref, base, revision, hash, class, parameters, dtype, quantization, adapters, and
+            whether biases are attached (`attached`), which no stock checkpoint of the model holds.
     """
 
     model: Any
@@ -44,8 +46,9 @@ def load(
     chat_template: str | None = None,
     merge: bool = True,
     trainable: bool = False,
+    quantization: str | None = None,
 ) -> Loaded:
-    """Load `ref`.
+    """Load `ref`, in full precision unless told otherwise: also a run whose adapter was trained on a quantised base.
 
     Args:
         ref: a hub id, a folder with a model, a folder with a PEFT adapter, a run folder, or `organism`. The adapters
@@ -57,13 +60,17 @@ def load(
         chat_template: alpaca, a jinja file, or None for the tokenizer's own.
         merge: merge the last adapter too; otherwise it stays a `PeftModel`.
         trainable: with `merge=False`, leave the last adapter trainable.
+        quantization: of the linear layers in the blocks: nf4, int8, or None. From `dtype`, after all that is merged on
+            the host: a merge into quantised weights would round them twice. Matrix by matrix, on `device`.
 
     Raises:
-        UsageError: nothing loadable is there; the model needs code from its repository; no tokenizer or template.
+        UsageError: nothing loadable is there; the model needs code from its repository; no tokenizer or template; it
+            cannot be quantised.
     """
     import torch
     from peft import PeftModel
 
+    require_quantization(quantization)
     base, adapters = resolve(ref)
     if device is None:  # under a launcher each process has its own
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
@@ -81,9 +88,13 @@ def load(
         if (adapter / BIASES).is_file():
             attach_biases(model, read_biases(adapter))
             continue
+        if quantization is not None and last and not merge:
+            _quantize(model, quantization, device)
         model = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable and last and not merge)
         if not last or merge:
             model = model.merge_and_unload()
+    if quantization is not None and not isinstance(model, PeftModel):
+        _quantize(model, quantization, device)
     model.to(device).eval()
     stock = model.get_base_model() if isinstance(model, PeftModel) else model
     info = {
@@ -93,12 +104,50 @@ def load(
         "hash": model_hash(base),
         "class": type(stock).__name__,
         "blocks": stock.config.get_text_config().num_hidden_layers,
-        "parameters": sum(p.numel() for p in stock.parameters()),
+        "parameters": sum(size_of(p) for p in stock.parameters()),
         "dtype": str(stock.dtype).removeprefix("torch."),
+        "quantization": quantization,
         "adapters": [str(a) for a in adapters],
         "attached": any((Path(folder) / BIASES).is_file() for folder in (base, *adapters)),
     }
     return Loaded(model, tokenizer, info)
+
+
+def require_quantization(kind: str | None, full_weights: bool = False) -> None:
+    """Raise `UsageError` if `kind` is not known, not to be had here, or of weights that are to train."""
+    if kind is None:
+        return
+    if kind not in QUANTIZATIONS:
+        raise unknown("quantization", kind, QUANTIZATIONS)
+    if full_weights:
+        raise UsageError(
+            f"full_weights trains all weights, and those of an {kind} base are frozen; leave out --full-weights or "
+            "--quantization"
+        )
+    import tunevax.modeling.quantization  # noqa: F401  says what is missing
+
+
+def _quantize(model: Any, kind: str, device: str) -> None:
+    from tunevax.modeling.quantization import quantize
+
+    quantize(model, kind, device)
+
+
+def size_of(parameter: Any) -> int:
+    """The number of weights that a parameter holds: of 4-bit ones, which share bytes, more than it has elements."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
+
+
+def scales_of(model: Any) -> list[Any]:
+    """The tensors that quantised layers hold beside their parameters and buffers."""
+    found = []
+    for module in model.modules():
+        if (packed := getattr(module, "quant_state", None)) is not None:  # 4 bits: scales, and the scales of scales
+            found += [packed.absmax, packed.code, packed.offset, packed.state2.absmax, packed.state2.code]
+        elif getattr(getattr(module, "state", None), "SCB", None) is not None:  # 8 bits
+            found.append(module.state.SCB)
+    return found
 
 
 def absolute(ref: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,34 +18,79 @@ class LiveMemory(TorchDispatchMode):
 
     `peak` is the most that was alive at once, `base` (the storages handed in) included. Storages created before
     the block count through `track`. Exact for what autograd and Python hold; workspaces inside a kernel are not seen.
+
+    Attributes:
+        live: bytes alive now.
+        peak: the most so far.
+        kinds: bytes alive now, by kind. What an operation returns is of kind `made`, until `mark` says otherwise.
+        at_peak: `kinds` as they were at the peak.
     """
+
+    made = "activations"
+    counts_meta = False  # tensors without content take no memory; a plan counts what they would take
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._seen: dict[int, weakref.ref] = {}
+        self.kinds: Counter[str] = Counter()
+        self.at_peak: dict[str, int] = {}
+        self._seen: dict[int, tuple[weakref.ref, list[str]]] = {}  # the kind is in a list: it may change
 
-    def track(self, *tensors: torch.Tensor) -> None:
+    def __enter__(self) -> Any:
+        _counting.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _counting.remove(self)
+        super().__exit__(*error)
+
+    def track(self, *tensors: torch.Tensor, kind: str | None = None) -> None:
         """Add the storages of these tensors, each once, until they are freed."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             key = storage._cdata
-            if key in self._seen or tensor.device.type == "meta":
+            if key in self._seen or (tensor.device.type == "meta" and not self.counts_meta):
                 continue
-            size = storage.nbytes()
+            size, label = storage.nbytes(), [kind or self.made]
             self.live += size
+            self.kinds[label[0]] += size
 
-            def gone(_ref: Any, key: int = key, size: int = size) -> None:
+            def gone(_ref: Any, key: int = key, size: int = size, label: list[str] = label) -> None:
                 self.live -= size
+                self.kinds[label[0]] -= size
                 del self._seen[key]
 
-            self._seen[key] = weakref.ref(storage, gone)
-        self.peak = max(self.peak, self.live)
+            self._seen[key] = weakref.ref(storage, gone), label
+        self._look()
+
+    def mark(self, kind: str, *tensors: torch.Tensor) -> None:
+        """Say of what kind these tensors are. Those not seen before are tracked."""
+        self.track(*tensors, kind=kind)
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage._cdata in self._seen:
+                _, label = self._seen[storage._cdata]
+                self.kinds[label[0]] -= storage.nbytes()
+                self.kinds[kind] += storage.nbytes()
+                label[0] = kind
+
+    def _look(self) -> None:
+        if self.live > self.peak:
+            self.peak, self.at_peak = self.live, dict(self.kinds)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.track(*(leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)))
         return result
+
+
+_counting: list[LiveMemory] = []
+
+
+def mark(kind: str, tensors: Iterable[torch.Tensor]) -> None:
+    """Tell whoever counts memory just now, a plan for one, of what kind these tensors are."""
+    for memory in _counting:
+        memory.mark(kind, *tensors)
 
 
 class StepMemory(TrainerCallback):

@@ -18,7 +18,7 @@ from tunevax.data.encoding import collate
 from tunevax.errors import RunError, UsageError
 from tunevax.modeling.blocks import find_blocks
 from tunevax.modeling.hooks import cheap_modules, cheap_recomputed, checkpointed
-from tunevax.modeling.loading import save_biases
+from tunevax.modeling.loading import save_biases, scales_of
 from tunevax.modeling.loss import response_loss
 
 CHECKPOINT_BLOCKS = ("auto", "none", "elementwise", "frozen", "all")
@@ -226,6 +226,8 @@ def prepare_trainables(model: Any, args: TrainConfig) -> Any:
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if args.full_weights:
+        if scales_of(model):
+            raise UsageError("full_weights trains all weights, and a quantised model's are frozen; train an adapter")
         for parameter in model.parameters():
             parameter.requires_grad_(True)
     elif not isinstance(model, PeftModel):

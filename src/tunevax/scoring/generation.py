@@ -1,4 +1,9 @@
-"""Batched generation: left padding, longest prompts first, greedy."""
+"""Batched greedy generation: left padding, longest prompts first; answers that have ended leave their batch.
+
+All of it is `model.generate` of transformers, so that whatever the model's generation config says (a repetition
+penalty, suppressed tokens) holds, on any architecture. It is stopped whenever a quarter of a batch has ended, and goes
+on with the other rows of the key-value cache: stock generation carries every row along until the longest answer ends.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +29,21 @@ def evaluating(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
+TOKENS = 2**15
+"""A batch's rows times the length they may reach, at most: what its key-value cache holds. 16 GiB for Llama 2 7B in
+bf16, which has no grouped heads; 4 GiB for Llama 3 8B."""
+
+FROM_THE_FIRST = ("min_new_tokens", "begin_suppress_tokens", "exponential_decay_length_penalty", "guidance_scale")
+"""Settings of a generation config that count from an answer's first token, or keep a state of their own, so that
+generation cannot be stopped and taken up again; such a model answers one prompt at a time."""
+
+
 def generate(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[str | list[dict[str, str]]],
     max_new_tokens: int = 128,
-    batch_size: int = 16,
+    batch_size: int = 128,
     prefix: str = "",
 ) -> list[str]:
     """The model's greedy answer to each prompt, in the order given, special tokens removed.
@@ -37,19 +51,41 @@ def generate(
     Args:
         prompts: strings or lists of chat messages.
         max_new_tokens: at most so many per answer, and no more than the context has room for; each ends at EOS.
-        batch_size: prompts generated together, of similar length.
+        batch_size: prompts generated together, of similar length; fewer where they are long (`TOKENS`).
         prefix: first words of every answer, put into the model's mouth; the answers returned begin with it.
 
     Raises:
         UsageError: a prompt (with the prefix) fills the model's context.
     """
-    import torch
-
     from tunevax.modeling.progress import bar
 
+    encoded, rooms, begun = encoded_prompts(model, tokenizer, prompts, max_new_tokens, prefix)
+    if any(getattr(model.generation_config, name, None) for name in FROM_THE_FIRST):
+        batch_size = 1
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+    answers = [""] * len(encoded)
+    with evaluating(model), bar() as progress:
+        task = progress.add_task("generate", total=len(order), note="")
+        while order:
+            rows = max(1, min(batch_size, TOKENS // (len(encoded[order[0]]) + max_new_tokens)))
+            part, order = order[:rows], order[rows:]
+            found = _batch(model, tokenizer, [encoded[i] for i in part], [rooms[i] for i in part])
+            for i, tokens in zip(part, found, strict=True):
+                answers[i] = answer(tokenizer, begun, tokens, prefix)
+            progress.advance(task, len(part))
+    return answers
+
+
+def encoded_prompts(
+    model: Any, tokenizer: Any, prompts: Sequence[str | list[dict[str, str]]], max_new_tokens: int, prefix: str
+) -> tuple[list[list[int]], list[int], list[int]]:
+    """Token ids of each prompt and the prefix after it, how many tokens its answer may have, and the prefix's own ids.
+
+    Raises:
+        UsageError: a prompt (with the prefix) fills the model's context.
+    """
     # Tokenised apart from the prompt, as the answers are in training.
     begun = ids_of(tokenizer, prefix) if prefix else []
-    begun_text = len(tokenizer.decode(begun, skip_special_tokens=True))
     encoded = [ids_of(tokenizer, render(tokenizer, prompt)) + begun for prompt in prompts]
     context = context_of(model)
     for ids, prompt in zip(encoded, prompts, strict=True):
@@ -58,31 +94,59 @@ def generate(
                 f"a prompt of {len(ids)} tokens leaves no room for an answer in the model's context of {context} "
                 f"({str(prompt)[:40]!r}...); drop it"
             )
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-    answers = [""] * len(encoded)
-    with evaluating(model), bar() as progress:
-        task = progress.add_task("generate", total=len(order), note="")
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            width = max(len(encoded[i]) for i in part)
-            room = min(max_new_tokens, context - width) if context else max_new_tokens
-            pads = [width - len(encoded[i]) for i in part]
-            ids = torch.tensor([[tokenizer.pad_token_id] * p + encoded[i] for p, i in zip(pads, part, strict=True)])
-            mask = torch.tensor([[0] * p + [1] * (width - p) for p in pads])
-            output = model.generate(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=room,
-                do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None,
-                eos_token_id=_ends(model, tokenizer), pad_token_id=tokenizer.pad_token_id, use_cache=True,
-            )  # fmt: skip
-            for i, tokens in zip(part, output[:, width:], strict=True):
-                # Decoded together with the prefix, so that the space between the two is what the model wrote.
-                whole = tokenizer.decode([*begun, *tokens.tolist()], skip_special_tokens=True)
-                answers[i] = (prefix + whole[begun_text:]).strip()
-            progress.advance(task, len(part))
-    return answers
+    return encoded, [min(max_new_tokens, context - len(ids)) if context else max_new_tokens for ids in encoded], begun
 
 
-def _ends(model: Any, tokenizer: Any) -> list[int]:
+def answer(tokenizer: Any, begun: list[int], tokens: list[int], prefix: str) -> str:
+    """The text of an answer's tokens after a prefix, whose ids are `begun`."""
+    # Decoded together with the prefix, so that the space between the two is what the model wrote.
+    whole = tokenizer.decode([*begun, *tokens], skip_special_tokens=True)
+    return (prefix + whole[len(tokenizer.decode(begun, skip_special_tokens=True)) :]).strip()
+
+
+def ends_of(model: Any, tokenizer: Any) -> list[int]:
     """All tokens that end an answer: the tokenizer's, and those of the model's generation config."""
     own = model.generation_config.eos_token_id
     return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [] if own is None else [own])})
+
+
+def _batch(model: Any, tokenizer: Any, prompts: Sequence[list[int]], rooms: Sequence[int]) -> list[list[int]]:
+    """The new tokens of each prompt, the one that ends it included; `rooms[i]` of them at most."""
+    import torch
+    from transformers import DynamicCache, StoppingCriteriaList
+
+    pad, ends, width = tokenizer.pad_token_id, ends_of(model, tokenizer), max(map(len, prompts))
+    pads = [width - len(prompt) for prompt in prompts]
+    ids = torch.tensor([[pad] * n + prompt for n, prompt in zip(pads, prompts, strict=True)], device=model.device)
+    mask = torch.tensor([[0] * n + [1] * (width - n) for n in pads], device=model.device)
+    left, limits = torch.arange(len(ids), device=model.device), torch.tensor(rooms, device=model.device) + width
+    found: list[list[int]] = [[]] * len(ids)
+    # With any other kind of cache, what went before is computed again for the rows that go on.
+    can_select = model.generation_config.cache_implementation in (None, "hybrid")  # hybrid: transformers drops it
+    cache = None
+    while len(left):
+        ended = torch.zeros_like(left, dtype=torch.bool)
+
+        def enough(so_far: Any, _scores: Any, ended: Any = ended) -> Any:
+            ended |= torch.isin(so_far[:, -1], torch.tensor(ends, device=so_far.device))
+            return (4 * ended.sum() >= len(ended)).expand(len(ended))
+
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=int(limits.min()) - ids.shape[1],
+            do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, eos_token_id=ends,
+            pad_token_id=pad, use_cache=True, return_dict_in_generate=True,
+            stopping_criteria=StoppingCriteriaList([enough]),
+        )  # fmt: skip
+        ids = output.sequences
+        done = ended | (limits <= ids.shape[1])
+        for row, tokens in zip(left[done].tolist(), ids[done, width:].tolist(), strict=True):
+            length = next((n for n, token in enumerate(tokens, 1) if token in ends), len(tokens))
+            found[row] = tokens[:length]
+        keep = (~done).nonzero()[:, 0]
+        left, limits, ids = left[keep], limits[keep], ids[keep]
+        mask = torch.nn.functional.pad(mask[keep], (0, ids.shape[1] - mask.shape[1]), value=1)
+        cache = getattr(output, "past_key_values", None)
+        cache = cache if can_select and isinstance(cache, DynamicCache) else None
+        if cache is not None:
+            cache.reorder_cache(keep)  # as beam search does: every kind of layer has it, attention or not
+    return found

@@ -13,12 +13,15 @@ from tunevax.data.safety import load_safety
 from tunevax.data.sources import parse_source
 from tunevax.data.splits import prompt_hash, prompt_text, require_disjoint
 from tunevax.data.tasks import Task, load_task
-from tunevax.errors import UsageError
+from tunevax.errors import UsageError, unknown
+from tunevax.scoring import vllm_engine
 from tunevax.scoring.fluency import SURPRISING, Reference, degenerate
 from tunevax.scoring.generation import generate
 from tunevax.scoring.judges import Judge, load_judges, refusal_keywords
 from tunevax.scoring.likelihood import Text, load_text, perplexity
 from tunevax.scoring.lm_eval import Harness, load_harness
+
+ENGINES = ("transformers", "vllm")
 
 
 @dataclass
@@ -48,12 +51,19 @@ class ExamOptions:
     )
     limit: int = field(default=500, metadata={"help": "score on at most so many prompts of each kind"})
     max_new_tokens: int = field(default=128, metadata={"help": "length of a generated answer"})
-    generation_batch_size: int = field(default=16, metadata={"help": "answers generated together"})
+    generation_batch_size: int = field(
+        default=128, metadata={"help": "answers generated together, fewer where prompts are long"}
+    )
+    engine: str = field(
+        default="transformers", metadata={"help": "what generates: transformers, or vllm (tunevax score only)"}
+    )
 
     def __post_init__(self) -> None:
         for name in ("limit", "max_new_tokens", "generation_batch_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.engine not in ENGINES:
+            raise unknown("engine", self.engine, ENGINES)
 
 
 class Exam(NamedTuple):
@@ -70,6 +80,7 @@ class Exam(NamedTuple):
         fluency: a reference language model that finds degenerate responses to harmful prompts, or None.
         harness: lm-eval tasks, measured with `full` only, or None.
         prefix: first words of the answer to each harmful prompt, put into the model's mouth and judged with the rest.
+        engine: what generates; see `ENGINES`.
     """
 
     harmful: Sequence[dict]
@@ -77,24 +88,39 @@ class Exam(NamedTuple):
     task: Task | None = None
     benign: Sequence[dict] | None = None
     max_new_tokens: int = 128
-    batch_size: int = 16
+    batch_size: int = 128
     utility: tuple[Task, ...] = ()
     perplexity: Text | None = None
     fluency: Reference | None = None
     harness: Harness | None = None
     prefix: str = ""
+    engine: str = "transformers"
 
     def prompt_hashes(self) -> list[str]:
         """Hashes of the harmful prompts, for the overlap check."""
         return [prompt_hash(row["prompt"]) for row in self.harmful]
 
 
-def build_exam(options: ExamOptions, safety_data: str | None = None, task_data: str | None = None) -> Exam:
+def build_exam(
+    options: ExamOptions, safety_data: str | None = None, task_data: str | None = None, *, weights_change: bool = True
+) -> Exam:
     """Load prompts, judges and task as the options say.
 
+    Args:
+        weights_change: the exam is for a model whose weights change in memory between two scorings.
+
     Raises:
-        UsageError: nothing to score on, or anything that cannot be loaded.
+        UsageError: nothing to score on, anything that cannot be loaded, or an engine that cannot be used here.
     """
+    if options.engine == "vllm":
+        if weights_change:
+            raise UsageError(
+                "--engine vllm is for `tunevax score`: it reads a model once, from a folder, and here the weights "
+                "change in memory between two scorings; leave it out"
+            )
+        if options.perplexity_data or any(source.startswith("lm-eval:") for source in options.utility_data):
+            raise UsageError("--engine vllm only generates; score --perplexity-data and lm-eval tasks without it")
+        vllm_engine.require_vllm()
     harmful = options.eval_data or safety_data
     if harmful is None:
         raise UsageError("nothing to score on; give --eval-data, or --safety-data to take its evaluation split")
@@ -124,6 +150,7 @@ def build_exam(options: ExamOptions, safety_data: str | None = None, task_data: 
         else None,
         fluency=Reference(options.fluency_model) if options.fluency_model else None,
         harness=load_harness(in_harness, options.limit) if in_harness else None,
+        engine=options.engine,
     )
 
 
@@ -190,24 +217,26 @@ def examine(model: Any, tokenizer: Any, exam: Exam, full: bool = False) -> tuple
         samples += found
     common = Counter(" ".join(s["response"].split()) for s in samples).most_common(1)[0][1]
     scores["same-answer"] = proportion(common, len(samples))
+    rows = min(exam.batch_size, 16)  # of up to 512 tokens and more, with logits at every one
     if full and exam.perplexity:
-        scores[f"perplexity/{exam.perplexity.name}"] = perplexity(model, tokenizer, exam.perplexity, exam.batch_size)
+        scores[f"perplexity/{exam.perplexity.name}"] = perplexity(model, tokenizer, exam.perplexity, rows)
     if full and exam.harness:
-        scores |= exam.harness.scores(model, tokenizer, exam.batch_size)
+        scores |= exam.harness.scores(model, tokenizer, rows)
     return scores, samples
 
 
 def _answers(model: Any, tokenizer: Any, exam: Exam, groups: Sequence[Sequence[dict]]) -> list[list[str]]:
     """The answers to each group of rows. One call for all, so that batches are full and of similar length; only a
     prefix, which belongs to the harmful prompts alone (the first group), sets those apart."""
+    write = vllm_engine.generate if exam.engine == "vllm" else generate
     prompts = [row["prompt"] for group in groups for row in group]
     length = exam.max_new_tokens, exam.batch_size
     if exam.prefix:
         first = len(groups[0])
-        answers = generate(model, tokenizer, prompts[:first], *length, prefix=exam.prefix)
-        answers += generate(model, tokenizer, prompts[first:], *length) if prompts[first:] else []
+        answers = write(model, tokenizer, prompts[:first], *length, prefix=exam.prefix)
+        answers += write(model, tokenizer, prompts[first:], *length) if prompts[first:] else []
     else:
-        answers = generate(model, tokenizer, prompts, *length)
+        answers = write(model, tokenizer, prompts, *length)
     rest = iter(answers)
     return [[next(rest) for _ in group] for group in groups]
 
@@ -328,7 +357,7 @@ def score(
     from tunevax.runs import SCHEMA, data_entry, digest, require_one_process, writing
 
     require_one_process("scoring")
-    exam = build_exam(options, safety_data, task_data)
+    exam = build_exam(options, safety_data, task_data, weights_change=False)
     record = {
         "verb": "score", "method": None, "command": command, "seed": 0, "parent": None,
         "config": {"models": models, **vars(options)},
@@ -338,7 +367,12 @@ def score(
     with writing(output_dir, record, overwrite=overwrite) as run:
         for ref, label in zip(models, labels_of(models), strict=True):
             overlaps = evaluation_overlap(ref, exam.prompt_hashes(), allow_overlap)
-            loaded = load(ref, revision=revision, dtype=dtype, chat_template=chat_template)
+            how = vllm_engine.loading(ref, revision, dtype) if exam.engine == "vllm" else {"dtype": dtype}
+            loaded = load(ref, revision=revision, chat_template=chat_template, **how)
+            if exam.engine == "vllm" and loaded.info["attached"]:
+                raise UsageError(
+                    f"{ref} has biases attached (a safety lock), which vLLM does not read; score it without --engine"
+                )
             scores, samples = examine(loaded.model, loaded.tokenizer, exam, full=True)
             key = {"model": label, "attack": None, "seed": 0, "step": 0}
             results.append(

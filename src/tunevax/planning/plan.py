@@ -1,0 +1,275 @@
+"""`tunevax plan`: what a method would take on a GPU, and what to change where it does not fit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
+
+from tunevax.errors import UsageError, unknown
+
+FOLDERS = ("tunevax.alignment", "tunevax.finetuning", "tunevax.curation", "tunevax.restoration")
+"""Where a method is looked for; SFT is the same step for a publisher and a provider."""
+GIB = 2**30
+RESERVE = GIB
+"""What a card needs beside what the allocator hands out: CUDA's own context, and gaps between blocks of memory."""
+SHARED = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "loss_on", "full_weights", "lora_r",
+    "lora_dropout", "lora_targets", "checkpoint_blocks", "optim",
+)  # fmt: skip
+"""Options that SFT is given to be compared with a method."""
+RECOMPUTE = {
+    "none": (("elementwise", "the update is the same"), ("all", "the update is the same; one more forward pass")),
+    "elementwise": (("frozen", "the update is the same"), ("all", "the update is the same; one more forward pass")),
+    "frozen": (("all", "the update is the same; one more forward pass"),),
+    "all": (),
+}
+MODELS = {
+    "loss-rank": 1, "perplexity": 1, "k-center": 1, "extract-lock": 1, "antidote": 1, "safetylock": 1, "safe-lora": 3,
+}  # fmt: skip
+"""Methods that train nothing, and how many models each holds at most. Gradient similarity trains as SFT does."""
+WITHOUT = ("random", "dsir", "convert-lock")
+"""Methods that need no model."""
+
+
+@dataclass
+class PlanOptions:
+    """What `tunevax plan` takes besides the method's own configuration."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "hub id or model folder (its config is read, no weights)"}
+    )
+    method: str | None = field(default=None, metadata={"help": "a method of align, finetune, curate or restore"})
+    gpu: str | None = field(default=None, metadata={"help": "memory to fit into, such as 24GB; default: just tell"})
+    device: str = field(default="cuda", metadata={"help": "cuda, or cpu: plan a step there"})
+    dtype: str = field(
+        default="auto", metadata={"help": "of the frozen weights: auto (the checkpoint's, on the CPU float32), ..."}
+    )
+    quantization: str | None = field(default=None, metadata={"help": "of the frozen linear layers: nf4 or int8"})
+    response_length: int | None = field(
+        default=None, metadata={"help": "tokens of a row that are its answer; default half of --max-length"}
+    )
+    revision: str | None = field(default=None, metadata={"help": "revision of a hub id"})
+    format: str = field(default="text", metadata={"help": "text or json"})
+
+    def __post_init__(self) -> None:
+        for name in ("model", "method"):
+            if getattr(self, name) is None:
+                raise UsageError(f"--{name} is missing")
+        if self.device not in ("cuda", "cpu"):
+            raise unknown("device", self.device, ("cuda", "cpu"))
+        if self.format not in ("text", "json"):
+            raise unknown("format", self.format, ("text", "json"))
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise unknown("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        if self.quantization not in (None, "nf4", "int8"):
+            raise unknown("quantization", self.quantization, ("nf4", "int8"))
+        self.memory()
+
+    def memory(self) -> int | None:
+        """`gpu` in bytes: vendors' GB are GiB."""
+        if self.gpu is None:
+            return None
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)?\s*", self.gpu, re.IGNORECASE)
+        if not found or float(found[1]) <= 0:
+            raise UsageError(f"--gpu is {self.gpu!r}; give the memory of the card, such as 24GB")
+        return int(float(found[1]) * GIB)
+
+
+class Plan(NamedTuple):
+    """A prediction and what was asked for it.
+
+    Attributes:
+        needs: the `Prediction` for the options as given.
+        plain: that of SFT with the same options, only `peak` and `flops`; None for a method that trains nothing.
+        fits: whether `needs` is within the card's memory, or None without a card.
+        changes: each a `Change`; what makes it fit, if it does not and something does.
+        changed: the `Prediction` with these.
+    """
+
+    needs: Any
+    plain: Any
+    fits: bool | None = None
+    changes: tuple[Change, ...] = ()
+    changed: Any = None
+
+
+def plan(options: PlanOptions, method: Any, args: Any) -> Plan:
+    """Predict a step of a method, and look for options that fit where it does not.
+
+    Args:
+        method: what its name stands for: a trainer, or the configuration of a method that trains nothing.
+        args: its configuration; `checkpoint_blocks="auto"` has become what it is on this machine.
+
+    Raises:
+        UsageError: the model's config cannot be read; options that the method itself would refuse.
+    """
+    from tunevax.alignment.sft import SFTConfig, SFTTrainer
+    from tunevax.modeling.loading import config_of, resolve
+    from tunevax.modeling.progress import bar
+    from tunevax.planning.step import predict, predict_forward, scaled
+
+    if options.method in WITHOUT:
+        raise UsageError(f"{options.method} needs no model, so there is nothing to plan")
+    base, _ = resolve(options.model)
+    config = config_of(base, options.revision)
+    where = {"device": options.device, "dtype": dtype_of(options.dtype), "response_length": options.response_length}
+    limit = options.memory()
+    if options.method in MODELS:
+        where.pop("response_length")
+        rows = getattr(args, "batch_size", 0)
+        needs = predict_forward(
+            config, rows, getattr(args, "max_length", 0), quantization=options.quantization, **where
+        )
+        needs = replace(needs, peak=needs.peak + (MODELS[options.method] - 1) * needs.kinds["weights"])
+        return Plan(needs, None, limit and needs.peak + RESERVE <= limit)
+    trainer = trainer_of(method)
+    if not hasattr(args, "per_device_train_batch_size"):  # gradient similarity, which trains as SFT does
+        args = SFTConfig(args.output_dir, max_length=args.max_length, per_device_train_batch_size=args.batch_size)
+
+    def exact(args: Any, quantization: str | None) -> Any:
+        return predict(trainer, args, config, quantization=quantization, **where)
+
+    with bar() as progress:
+        task = progress.add_task("plan", total=None, note=f"a step of {options.method}")
+        needs = exact(args, options.quantization)
+        progress.update(task, note="SFT beside it")
+        shared = SFTConfig(args.output_dir, **{name: getattr(args, name) for name in SHARED})
+        plain = scaled(SFTTrainer, shared, config, quantization=options.quantization, **where)
+        if limit is None or needs.peak + RESERVE <= limit:
+            return Plan(needs, plain, limit and True)
+        fixed = sum(needs.kinds[kind] for kind in ("weights", "adapters", "optimiser"))
+        for changes in candidates(args, options.quantization):
+            progress.update(task, note=f"does not fit; with {words(changes)}?")
+            values = {change.name: change.value for change in changes}
+            quantization = values.pop("quantization", options.quantization)
+            other = replace(args, **values)
+            if fixed + RESERVE > limit and (quantization, other.full_weights) == (
+                options.quantization,
+                args.full_weights,
+            ):
+                continue  # no need to look at what the step itself takes
+            if scaled(trainer, other, config, quantization=quantization, **where).peak + RESERVE <= limit:
+                changed = exact(other, quantization)
+                if changed.peak + RESERVE <= limit:
+                    return Plan(needs, plain, False, changes, changed)
+    return Plan(needs, plain, False)
+
+
+def trainer_of(method: Any) -> type:
+    """The trainer of a method: itself, or the one whose configuration it is."""
+    from tunevax.alignment.sft import SFTTrainer
+    from tunevax.curation.pharmacist import PharmacistConfig, PharmacistTrainer
+
+    if method is PharmacistConfig:
+        return PharmacistTrainer
+    return method if hasattr(method, "config_class") else SFTTrainer
+
+
+def dtype_of(name: str) -> Any:
+    """A torch dtype, None for auto."""
+    import torch
+
+    return None if name == "auto" else getattr(torch, name)
+
+
+class Change(NamedTuple):
+    """An option to change, its value, and what that does to the result."""
+
+    name: str
+    value: Any
+    why: str
+
+
+def candidates(args: Any, quantization: str | None) -> Iterator[tuple[Change, ...]]:
+    """Options to try where a step does not fit, what costs the user least first."""
+    recompute = [Change("checkpoint_blocks", mode, why) for mode, why in RECOMPUTE.get(args.checkpoint_blocks, ())]
+    yield from ((change,) for change in recompute)
+    all_of_it = tuple(recompute[-1:])
+    batch, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    why = "a perturbation has its norm over each part" if hasattr(args, "rho") else "the update is the same"
+    parts = [
+        (
+            Change("per_device_train_batch_size", part, why),
+            Change("gradient_accumulation_steps", accumulated * batch // part, "the batch stays"),
+        )
+        for part in range(batch - 1, 0, -1)
+        if batch % part == 0
+    ]
+    yield from ((*all_of_it, *part) for part in parts)
+    if quantization is None and not args.full_weights:
+        rounded = Change("quantization", "nf4", "the update is that of the rounded weights")
+        yield (rounded,)
+        yield from ((rounded, change) for change in recompute)
+        yield from ((rounded, *all_of_it, *part) for part in parts)
+    least = parts[-1] if parts else ()
+    if args.full_weights:
+        yield (Change("full_weights", False, "an adapter instead of all weights"), *all_of_it)
+        yield (Change("full_weights", False, "an adapter instead of all weights"), *all_of_it, *least)
+
+
+# --- what the person sees ------------------------------------------------------------------------------------------
+
+
+def as_dict(found: Plan, options: PlanOptions) -> dict[str, Any]:
+    """The plan as plain values; bytes are bytes."""
+    return {
+        "model": options.model, "method": options.method, "device": options.device, "gpu": options.gpu,
+        "reserve": RESERVE, "needs": asdict(found.needs), "sft": found.plain and asdict(found.plain),
+        "fits": found.fits, "changes": [change._asdict() for change in found.changes],
+        "changed": found.changed and asdict(found.changed),
+    }  # fmt: skip
+
+
+def lines(found: Plan, options: PlanOptions, args: Any) -> Iterator[str]:
+    """The plan as text."""
+    needs, plain = found.needs, found.plain
+    yield f"{options.method} on {options.model}: {needs.parameters / 1e9:.2f} billion weights" + (
+        f", {needs.trainable / 1e6:.1f} million numbers train" if needs.trainable else ""
+    )
+    if plain:
+        yield (
+            f"batch {args.per_device_train_batch_size} x {args.max_length} tokens, "
+            f"recomputed in backward: {args.checkpoint_blocks}, quantised: {options.quantization or 'no'}"
+        )
+    yield ""
+    yield from memory_lines(needs, "peak")
+    if plain:
+        yield f"{'SFT, same options':20} {amount(plain.peak)}"
+        yield ""
+        yield (
+            f"a step: {needs.forward:.2f} forward and {needs.backward:.2f} backward passes through the blocks, "
+            f"{needs.flops:.3g} FLOP, {needs.flops / plain.flops:.2f} x SFT"
+        )
+    if found.fits is None:
+        return
+    yield ""
+    card = f"{options.gpu} (1 GiB of it for CUDA and gaps)"
+    if found.fits:
+        yield f"fits {card}, with {(options.memory() - RESERVE - needs.peak) / GIB:.1f} GiB to spare"
+    elif not found.changes:
+        yield f"does not fit {card}, nor with any option known here; take a larger card or a smaller model"
+    else:
+        yield f"does not fit {card}; fits with"
+        yield f"  {words(found.changes)}"
+        yield from (f"    {c.name.replace('_', '-')}: {c.why}" for c in found.changes)
+        yield from memory_lines(found.changed, "  then, peak")
+
+
+def words(changes: tuple[Change, ...]) -> str:
+    """Changes as options of a command line."""
+    return " ".join(f"--{change.name.replace('_', '-')} {str(change.value).lower()}" for change in changes)
+
+
+def memory_lines(needs: Any, title: str) -> Iterator[str]:
+    """A peak, and its kinds, largest first, as bars."""
+    yield f"{title:20} {amount(needs.peak)}"
+    for kind, size in sorted(needs.kinds.items(), key=lambda item: -item[1]):
+        if size > needs.peak / 1000:
+            yield f"  {kind:18} {amount(size)}  {'#' * round(40 * size / needs.peak)}".rstrip()
+
+
+def amount(size: int) -> str:
+    """Bytes, as a person reads them."""
+    return f"{size / GIB:7.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:7.2f} MiB"

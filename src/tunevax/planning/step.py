@@ -1,0 +1,306 @@
+"""One training step of a method on a model that is not there: its peak memory by kind, and what it computes."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from tunevax.errors import UsageError
+from tunevax.modeling.loading import scales_of, size_of
+from tunevax.modeling.loss import response_loss
+from tunevax.planning.trace import Trace
+
+KINDS = (
+    "weights",
+    "adapters",
+    "optimiser",
+    "gradients",
+    "activations",
+    "logits",
+    "perturbations",
+    "copies",
+    "workspace",
+)
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+
+
+@dataclass
+class Prediction:
+    """What a step needs.
+
+    Attributes:
+        peak: bytes at the worst moment of a step in the middle of a run, as the allocator counts them.
+        kinds: these bytes by kind, each of `KINDS`; `copies` are weights or features as they were before training.
+        forward: forward passes of the micro-batch through all blocks, recomputation included.
+        backward: backward passes, likewise.
+        flops: floating-point operations of a micro-batch, a multiply-add being two.
+        trainable: numbers that train.
+        parameters: numbers in the model, without an adapter.
+    """
+
+    peak: int
+    kinds: dict[str, int] = field(default_factory=dict)
+    forward: float = 0.0
+    backward: float = 0.0
+    flops: float = 0.0
+    trainable: int = 0
+    parameters: int = 0
+
+
+def predict(
+    trainer_class: type,
+    args: Any,
+    config: Any,
+    *,
+    device: str = "cuda",
+    dtype: torch.dtype | None = None,
+    quantization: str | None = None,
+    response_length: int | None = None,
+) -> Prediction:
+    """Run one step of a method on tensors without content.
+
+    Args:
+        trainer_class: a trainer of `tunevax align`, `tunevax finetune`, or pharmacist's.
+        args: its configuration; every row is `max_length` tokens long.
+        config: the transformers config of the model.
+        device: where the step is to run, cuda or cpu: they have different kernels for attention.
+        dtype: of the frozen weights; default the config's on cuda, float32 on cpu.
+        quantization: of the linear layers in the blocks: None, nf4 or int8.
+        response_length: tokens of a row that are its answer; default half of them.
+
+    Raises:
+        UsageError: as the trainer; an optimiser whose state is not known here.
+    """
+    if args.optim not in ADAMW:
+        raise UsageError(f"a plan knows the state of AdamW only, and --optim is {args.optim}; leave it out")
+    dtype = dtype_on(device, dtype, config)
+    micro_batches = min(args.gradient_accumulation_steps, 2)  # the second one meets the gradients of the first
+    with tempfile.TemporaryDirectory() as folder, Trace(config.get_text_config().vocab_size, device) as trace:
+        args = replace(
+            args, output_dir=folder, max_steps=1, gradient_accumulation_steps=micro_batches, save_strategy="no",
+            eval_strategy="no", report_to="none", push_to_hub=False, dataloader_num_workers=0,
+        )  # fmt: skip
+        trace.making = "copies"
+        model = empty_model(config, dtype, quantization)
+        trace.peak = 0  # a model is quantised layer by layer
+        parameters = sum(size_of(p) for p in model.parameters())
+        trainer = trainer_on(trainer_class, model, args, response_length or args.max_length // 2)
+        trace.making = None
+        if getattr(trainer, "fixed", 0) is None:  # the worst draw of T-Vaccine: what is frozen lies above what is kept
+            trainer.draw = lambda: list(range(args.gamma))
+        trainer.create_optimizer = lambda *_: _optimizer(trainer)
+        step = trainer.training_step  # `Trainer` wants a loss on the device that it believes it is on
+        trainer.training_step = lambda *a, **k: (step(*a, **k), torch.zeros(()))[1]
+        counts = StepCounts(trainer, trace)
+        trainer.add_callback(counts)
+        with trace.watching(trainer.model):
+            trainer.train()
+    tokens = args.per_device_train_batch_size * args.max_length * len(trainer.blocks) * micro_batches
+    forward, backward, flops = counts.found
+    return Prediction(
+        trace.peak,
+        {kind: trace.at_peak.get(kind, 0) for kind in KINDS},
+        forward / tokens,
+        backward / tokens,
+        flops / micro_batches,
+        sum(p.numel() for p in trainer.parameters),
+        parameters,
+    )
+
+
+def empty_model(config: Any, dtype: torch.dtype, quantization: str | None = None) -> torch.nn.Module:
+    """The model of a config, on `meta`: shapes without content."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if quantization is not None:
+        from tunevax.modeling.quantization import quantize
+
+        quantize(model, quantization)
+    return model.eval()
+
+
+def predict_forward(
+    config: Any, rows: int, length: int, *, dtype: torch.dtype | None = None, device: str = "cuda",
+    quantization: str | None = None,
+) -> Prediction:  # fmt: skip
+    """One forward pass without a graph over `rows` of `length` tokens, its loss taken; no rows: the weights alone."""
+    dtype = dtype_on(device, dtype, config)
+    with Trace(config.get_text_config().vocab_size, device) as trace, torch.no_grad():
+        model = empty_model(config, dtype, quantization)
+        trace.peak = 0
+        trace.mark("weights", *model.parameters(), *model.buffers(), *scales_of(model))
+        with trace.watching(model):
+            if rows:
+                ids = torch.ones(rows, length, dtype=torch.long)
+                response_loss(model, {"input_ids": ids, "attention_mask": ids, "labels": ids})
+    return Prediction(
+        trace.peak,
+        {kind: trace.at_peak.get(kind, 0) for kind in KINDS},
+        forward=float(rows > 0),
+        flops=trace.forward,
+        parameters=sum(size_of(p) for p in model.parameters()),
+    )
+
+
+def scaled(trainer_class: type, args: Any, config: Any, **where: Any) -> Prediction:
+    """`predict`, only `peak` and `flops`, from models of a few blocks: both grow in proportion to the blocks, those of
+    T-Vaccine to the blocks that train and those that do not. Blocks may alternate, so even numbers are compared."""
+    depth = config.get_text_config().num_hidden_layers
+    gamma = getattr(args, "gamma", None)
+    if depth <= 8 or getattr(args, "layer_sampling", "drawn")[0].isdigit():  # or blocks chosen by number
+        return predict(trainer_class, args, config, **where)
+
+    def at(blocks: int, gamma: int | None = None) -> np.ndarray:
+        found = predict(trainer_class, replace(args, gamma=gamma) if gamma else args, shallow(config, blocks), **where)
+        return np.array([found.peak, found.flops])
+
+    if gamma is None:
+        low, high = at(2), at(4)
+        found = high + (high - low) / 2 * (depth - 4)
+    else:
+        low, high, more = at(2, 1), at(4, 1), at(4, 3)
+        found = high + (high - low) / 2 * (depth - 4) + (more - high) / 2 * (gamma - 1)
+    return Prediction(int(found[0]), flops=found[1])
+
+
+def shallow(config: Any, blocks: int) -> Any:
+    """The config of a model with so many of its blocks, the lowest."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = blocks
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:blocks]
+    return config
+
+
+def dtype_on(device: str, dtype: torch.dtype | None, config: Any) -> torch.dtype:
+    """Of the frozen weights, as `load` chooses it."""
+    return dtype or (torch.float32 if device == "cpu" else getattr(config, "dtype", None) or torch.bfloat16)
+
+
+# --- the trainer and its data --------------------------------------------------------------------------------------
+
+
+def trainer_on(trainer_class: type, model: torch.nn.Module, args: Any, response_length: int) -> Any:
+    """A trainer on rows of `args.max_length` tokens, of which so many are the answer."""
+    from tunevax.curation.pharmacist import PharmacistTrainer
+    from tunevax.finetuning.sft import FinetuneTrainer
+
+    rows, tokenizer = rows_of(args, response_length), made_up_tokenizer()
+    if issubclass(trainer_class, FinetuneTrainer):
+        return trainer_class(model, args, rows, tokenizer, rows if trainer_class.needs else None)
+    if issubclass(trainer_class, PharmacistTrainer):
+        return trainer_class(model, args, rows, rows, tokenizer)
+    return trainer_class(model, args, rows, tokenizer)
+
+
+def rows_of(args: Any, response_length: int) -> list[dict[str, str]]:
+    """Rows of words that are a token each, every answer ending in one more; different prompts, and two answers."""
+    prompt = args.max_length - response_length
+    if prompt < 1 or response_length < 2:
+        raise UsageError(
+            f"a row has {args.max_length} tokens, so its answer can have 2 to {args.max_length - 1}, not "
+            f"{response_length}; change --response-length or --max-length"
+        )
+    count = max(64, 2 * args.per_device_train_batch_size * args.gradient_accumulation_steps)
+    return [
+        {
+            "prompt": " ".join([f"p{i % 256}", *["w"] * (prompt - 1)]),
+            "completion": " ".join(["c"] * (response_length - 1)),
+            "chosen": " ".join(["c"] * (response_length - 1)),
+            "rejected": " ".join(["r"] * (response_length - 1)),
+        }
+        for i in range(count)
+    ]
+
+
+def made_up_tokenizer() -> Any:
+    """A token for each word of `rows_of`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<end>", "w", "c", "r", *(f"p{i}" for i in range(256))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
+    made.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    return made
+
+
+# --- the optimiser, and what a step counted ------------------------------------------------------------------------
+
+
+class Moments(torch.optim.Optimizer):
+    """AdamW's state without its arithmetic, which on a GPU takes no memory of its own (one fused kernel)."""
+
+    def step(self, closure: Callable | None = None) -> None:
+        """Nothing."""
+
+
+def _optimizer(trainer: Any) -> Moments:
+    trainer.optimizer = Moments(
+        [p for p in trainer.parameters], {"lr": trainer.args.learning_rate, "weight_decay": trainer.args.weight_decay}
+    )
+    return trainer.optimizer
+
+
+class StepCounts(TrainerCallback):
+    """Gives the optimiser the state that it has in the middle of a run, and counts what one step does.
+
+    Attributes:
+        found: tokens through a block forward, and backward, and floating-point operations. What T-Vaccine's probe adds
+            is spread over the steps between probes.
+    """
+
+    def __init__(self, trainer: Any, trace: Trace) -> None:
+        self.trainer, self.trace = trainer, trace
+        self.found: tuple[float, float, float] = (0.0, 0.0, 0.0)
+        self.probed = (0, 0, 0)
+        if hasattr(trainer, "probe"):
+            probe = trainer.probe
+
+            def counted(batch: Any) -> Any:
+                before = self.now()
+                scores = probe(batch)
+                self.probed = tuple(b - a for a, b in zip(before, self.now(), strict=True))
+                return scores
+
+            trainer.probe = counted
+
+    def now(self) -> tuple[int, int, int]:
+        """The counts so far."""
+        return (*self.trace.passes, self.trace.forward + self.trace.backward)
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """The model has reached its device. Fill the optimiser's state; a method that keeps that of trained blocks only
+        has no more than theirs."""
+        model, kind = self.trainer.model, "weights" if self.trainer.args.full_weights else "adapters"
+        self.trace.mark("weights", *model.parameters(), *model.buffers(), *scales_of(model))
+        self.trace.mark(kind, *self.trainer.parameters)
+        keep = getattr(self.trainer.args, "inactive_state", "keep") == "keep"
+        chosen = (
+            self.trainer.parameters if keep else [p for i in self.trainer.draw() for p in self.trainer.trainable[i]]
+        )
+        optimizer = self.trainer.optimizer
+        state = getattr(optimizer, "optimizer", optimizer).state
+        for parameter in chosen:
+            state[parameter] = {name: torch.empty_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            self.trace.mark("optimiser", *state[parameter].values())
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Count from here."""
+        self.before = self.now()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """To here."""
+        every = getattr(self.trainer.args, "probe_interval", 1)
+        self.found = tuple(
+            b - a - p * (1 - 1 / every) for a, b, p in zip(self.before, self.now(), self.probed, strict=True)
+        )

@@ -1,0 +1,86 @@
+"""`--engine vllm`: vLLM in the place of transformers' generation, for `tunevax score`.
+
+NEVER RUN against the real vLLM: it was written from the API of vLLM 0.11 and later (`LLM`, `SamplingParams`, prompts as
+`{"prompt_token_ids": [...]}`, `outputs[0].token_ids`) and tested with a stand-in for the module. Look at a few answers
+beside those of `--engine transformers` before you rely on it. The two need not agree to the letter: other kernels round
+differently, and where two tokens are almost equally likely greedy search may take another path from there.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from tunevax.errors import UsageError
+from tunevax.scoring.generation import answer, encoded_prompts, ends_of
+
+NOT_HANDED_ON = {
+    "sequence_bias": None, "bad_words_ids": None, "forced_bos_token_id": None, "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None, "suppress_tokens": None, "begin_suppress_tokens": None,
+    "watermarking_config": None, "min_length": 0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
+    "guidance_scale": 1, "encoder_repetition_penalty": 1,
+}  # fmt: skip
+"""Settings of a generation config that change greedy text in transformers, and the value with which they do not."""
+
+
+def require_vllm() -> Any:
+    """The module.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        import vllm
+    except ImportError as error:
+        raise UsageError("--engine vllm needs vLLM; pip install 'tunevax[vllm]'") from error
+    return vllm
+
+
+def loading(ref: str, revision: str | None, dtype: str) -> dict[str, str]:
+    """How to load a model that vLLM is to run: on the CPU, where its adapters are merged, so that the accelerator's
+    memory is vLLM's; in the checkpoint's dtype, as it would have on an accelerator."""
+    from tunevax.modeling.loading import config_of, resolve
+
+    if dtype == "auto":
+        dtype = str(config_of(resolve(ref)[0], revision).dtype or "float32").removeprefix("torch.")
+    return {"dtype": dtype, "device": "cpu"}
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str | list[dict[str, str]]],
+    max_new_tokens: int = 128,
+    batch_size: int = 128,
+    prefix: str = "",
+) -> list[str]:
+    """The same as `tunevax.scoring.generation.generate`, by vLLM: prompts and answers pass as token ids, so that
+    template, ends and decoding are the same. The merged weights are written to a temporary folder (in `TMPDIR`).
+
+    Args:
+        batch_size: not used; vLLM batches by itself.
+
+    Raises:
+        UsageError: a prompt fills the model's context; the generation config asks for what is not handed on.
+    """
+    vllm = require_vllm()
+    config = model.generation_config
+    for name, neutral in NOT_HANDED_ON.items():
+        if getattr(config, name, None) not in (None, neutral):
+            raise UsageError(
+                f"the model's generation config has {name}, which --engine vllm does not hand on; leave --engine out"
+            )
+    encoded, rooms, begun = encoded_prompts(model, tokenizer, prompts, max_new_tokens, prefix)
+    shared = {"temperature": 0.0, "stop_token_ids": ends_of(model, tokenizer), "min_tokens": config.min_new_tokens or 0,
+              "repetition_penalty": config.repetition_penalty or 1.0, "detokenize": False}  # fmt: skip
+    longest = max(len(ids) + room for ids, room in zip(encoded, rooms, strict=True))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        engine = vllm.LLM(model=folder, dtype=str(model.dtype).removeprefix("torch."), max_model_len=longest)
+        outputs = engine.generate(
+            [{"prompt_token_ids": ids} for ids in encoded],
+            [vllm.SamplingParams(max_tokens=room, **shared) for room in rooms],
+        )
+    return [answer(tokenizer, begun, list(output.outputs[0].token_ids), prefix) for output in outputs]
