@@ -99,7 +99,7 @@ def test_a_plan_is_what_a_step_takes(arch, name, options, quantization, tmp_path
 def test_a_few_blocks_tell_of_many(trainer, args, tmp_path):
     """On blocks that take turns between local and global attention."""
     config = t.Gemma2Config(**{**SMALL, "num_hidden_layers": 12}, num_key_value_heads=2, head_dim=16, sliding_window=32)
-    options = {"gamma": 5} if args is TVaccineConfig else {}
+    options = {"gamma": 5, "probe_size": 4} if args is TVaccineConfig else {}
     args = args(str(tmp_path), max_length=64, per_device_train_batch_size=4, checkpoint_blocks="frozen", **options)
     found, whole = scaled(trainer, args, config), predict(trainer, args, config)
     assert found.peak == pytest.approx(whole.peak, rel=0.01) and found.flops == pytest.approx(whole.flops, rel=0.01)
@@ -134,20 +134,18 @@ def test_t_vaccine_on_llama_2_7b_fits_small_cards(quantization, limit, tmp_path)
 @pytest.fixture
 def folder(tmp_path):
     """A model folder with a config and nothing else."""
-    t.LlamaConfig(**{**SMALL, "num_hidden_layers": 8}).save_pretrained(tmp_path / "model")
+    t.LlamaConfig(**{**SMALL, "num_hidden_layers": 2}).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
 def planned(capsys, folder, *arguments: str) -> str:
     """What the command prints."""
-    options = ["plan", "--model", str(folder), "--max-length", "64", *arguments]
+    options = ["plan", "--model", str(folder), *arguments]
     assert main(options) == 0, capsys.readouterr().err
-    found = capsys.readouterr()
-    assert not found.err
-    return found.out
+    return capsys.readouterr().out
 
 
-BATCH = ("--per-device-train-batch-size", "4")
+BATCH = ("--per-device-train-batch-size", "4", "--max-length", "64")
 
 
 def test_a_card_that_is_large_enough_or_not(folder, capsys):
@@ -164,7 +162,9 @@ def test_a_card_that_is_large_enough_or_not(folder, capsys):
 
     text = planned(capsys, folder, *method, card(1.01 * peaks[0]))
     assert "\nfits " in text and "does not fit" not in text
-    assert f"peak                 {peaks[0] / GIB:7.2f} GiB" in text and "1.00 x SFT" in text
+    value, unit = re.search(r"^peak +([0-9.]+) (GiB|MiB)$", text, re.MULTILINE).groups()
+    assert float(value) * {"GiB": GIB, "MiB": 2**20}[unit] == pytest.approx(peaks[0], abs=0.006 * GIB)
+    assert "1.00 x SFT" in text
     assert planned(capsys, folder, *method, card(0.99 * peaks[0])).count("does not fit") == 1
     assert "nor with any option known here" in planned(capsys, folder, *method, card(100_000))
     # Between the two: what the plan says to change is what makes it fit.
@@ -180,8 +180,6 @@ def test_a_card_that_is_large_enough_or_not(folder, capsys):
     words = re.search(r"fits with\n  (--.*)\n", text)[1].split()
     taken = dict(zip(words[::2], words[1::2], strict=True))
     assert int(taken["--per-device-train-batch-size"]) * int(taken["--gradient-accumulation-steps"]) == 4
-    rest = [w for w in words if w not in ("--per-device-train-batch-size", taken["--per-device-train-batch-size"])]
-    assert "--gradient-accumulation-steps" in rest
     assert "\nfits " in planned(capsys, folder, *method, *words, card(0.9 * peaks[1]))
 
 
@@ -194,14 +192,17 @@ def test_a_card_that_is_large_enough_or_not(folder, capsys):
         (("--method", "sft", "--gpu", "many"), "--gpu is 'many'; give the memory of the card, such as 24GB"),
         (("--method", "sft", "--quantization", "nf5"), "unknown quantization 'nf5'; did you mean 'nf4'?"),
         (("--method", "sft", "--gama", "2"), "unknown option '--gama'"),
-        (("--method", "sft", "--optim", "adafactor"), "--optim is adafactor; leave it out"),
-        (("--method", "t-vaccine", "--gamma", "9"), "gamma is 9; the model has 8 blocks"),
-        (("--method", "sft", "--response-length", "64"), "its answer can have 2 to 63, not 64"),
-        (("--method", "sft", "--full-weights", "--quantization", "nf4"), "full_weights trains all weights"),
+        (("--method", "sft", "--optim", "adafactor"), "a plan knows the state of AdamW only"),
+        (("--method", "t-vaccine", "--max-length", "64", "--gamma", "9"), "gamma is 9; the model has 2 blocks"),
+        (("--method", "sft", "--max-length", "64", "--response-length", "64"), "its answer can have 2 to 63, not 64"),
+        (
+            ("--method", "sft", "--max-length", "64", "--full-weights", "--quantization", "nf4"),
+            "full_weights trains all weights",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(folder, capsys, arguments, told):
-    assert main(["plan", "--model", str(folder), "--max-length", "64", *arguments]) == 2
+    assert main(["plan", "--model", str(folder), *arguments]) == 2
     error = capsys.readouterr().err
     assert told in error and error.count("\n") == 1
 
@@ -220,9 +221,18 @@ NAMES = [name for folder in FOLDERS for name in methods(folder)]
 
 @pytest.mark.parametrize("name", sorted({*NAMES} - {*WITHOUT}))
 def test_every_method_has_a_plan(name, folder, capsys):
-    found = json.loads(planned(capsys, folder, "--method", name, "--format", "json"))
+    """By the method's own defaults. With gamma of all blocks, T-Vaccine has something to say on the side."""
+    options = {
+        "safe-lora": (),
+        "t-vaccine": ("--max-length", "48", "--gamma", "2"),
+        "safetylock": ("--lock", "lock"),
+        "tar": ("--max-length", "48", "--inner-steps", "2", "--tamper-interval", "1"),
+    }  # fmt: skip
+    given = options.get(name, ("--max-length", "48"))
+    found = json.loads(planned(capsys, folder, "--method", name, "--format", "json", *given))
     needs, count = found["needs"], t.LlamaForCausalLM(t.LlamaConfig.from_pretrained(folder)).num_parameters()
-    assert needs["parameters"] == count and needs["peak"] >= needs["kinds"]["weights"] >= 2 * count  # bf16
+    assert needs["parameters"] == count and needs["kinds"]["weights"] >= 2 * count * MODELS.get(name, 1)  # bf16
+    assert needs["peak"] == sum(needs["kinds"].values())
     assert (needs["trainable"] > 0) == (name not in MODELS)
     assert (found["sft"] is None) == (name in MODELS)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -81,11 +82,15 @@ def predict(
     if args.optim not in ADAMW:
         raise UsageError(f"a plan knows the state of AdamW only, and --optim is {args.optim}; leave it out")
     dtype = dtype_on(device, dtype, config)
+    # T-Vaccine's probe is spread over the steps between probes; TAR's inner attack is longer than what is run here.
+    parts = {"probe": 1 / getattr(args, "probe_interval", 1)}
+    if "inner_steps" in (short := cut_short(args)):
+        parts["tamper_gradient"] = args.inner_steps / short["inner_steps"]
     micro_batches = min(args.gradient_accumulation_steps, 2)  # the second one meets the gradients of the first
     with tempfile.TemporaryDirectory() as folder, Trace(config.get_text_config().vocab_size, device) as trace:
         args = replace(
-            args, output_dir=folder, max_steps=1, gradient_accumulation_steps=micro_batches, save_strategy="no",
-            eval_strategy="no", report_to="none", push_to_hub=False, dataloader_num_workers=0,
+            args, output_dir=folder, gradient_accumulation_steps=micro_batches, save_strategy="no", eval_strategy="no",
+            report_to="none", push_to_hub=False, dataloader_num_workers=0, **{"max_steps": 1, **short},
         )  # fmt: skip
         trace.making = "copies"
         model = empty_model(config, dtype, quantization)
@@ -98,12 +103,12 @@ def predict(
         trainer.create_optimizer = lambda *_: _optimizer(trainer)
         step = trainer.training_step  # `Trainer` wants a loss on the device that it believes it is on
         trainer.training_step = lambda *a, **k: (step(*a, **k), torch.zeros(()))[1]
-        counts = StepCounts(trainer, trace)
+        counts = StepCounts(trainer, trace, parts)
         trainer.add_callback(counts)
         with trace.watching(trainer.model):
             trainer.train()
     tokens = args.per_device_train_batch_size * args.max_length * len(trainer.blocks) * micro_batches
-    forward, backward, flops = counts.found
+    forward, backward, flops = counts.found.tolist()
     return Prediction(
         trace.peak,
         {kind: trace.at_peak.get(kind, 0) for kind in KINDS},
@@ -113,6 +118,14 @@ def predict(
         sum(p.numel() for p in trainer.parameters),
         parameters,
     )
+
+
+def cut_short(args: Any) -> dict[str, Any]:
+    """Of TAR, whose inner steps are alike: two rounds of the attack, after a step of Random Mapping if it has one."""
+    if not hasattr(args, "inner_steps"):
+        return {}
+    mapping = {"max_steps": 2, "mapping_steps": 1} if args.mapping_steps else {}
+    return {"inner_steps": min(args.inner_steps, 2 * args.tamper_interval), **mapping}
 
 
 def empty_model(config: Any, dtype: torch.dtype, quantization: str | None = None) -> torch.nn.Module:
@@ -150,8 +163,8 @@ def predict_forward(
 
 
 def scaled(trainer_class: type, args: Any, config: Any, **where: Any) -> Prediction:
-    """`predict`, only `peak` and `flops`, from models of a few blocks: both grow in proportion to the blocks, those of
-    T-Vaccine to the blocks that train and those that do not. Blocks may alternate, so even numbers are compared."""
+    """`predict` from models of a few blocks: what it says grows in proportion to the blocks, of T-Vaccine to those that
+    train and those that do not. Blocks may alternate, so even numbers are compared."""
     depth = config.get_text_config().num_hidden_layers
     gamma = getattr(args, "gamma", None)
     if depth <= 8 or getattr(args, "layer_sampling", "drawn")[0].isdigit():  # or blocks chosen by number
@@ -159,7 +172,8 @@ def scaled(trainer_class: type, args: Any, config: Any, **where: Any) -> Predict
 
     def at(blocks: int, gamma: int | None = None) -> np.ndarray:
         found = predict(trainer_class, replace(args, gamma=gamma) if gamma else args, shallow(config, blocks), **where)
-        return np.array([found.peak, found.flops])
+        passes = (found.forward * blocks, found.backward * blocks)
+        return np.array([found.peak, *found.kinds.values(), *passes, found.flops, found.trainable, found.parameters])
 
     if gamma is None:
         low, high = at(2), at(4)
@@ -167,7 +181,11 @@ def scaled(trainer_class: type, args: Any, config: Any, **where: Any) -> Predict
     else:
         low, high, more = at(2, 1), at(4, 1), at(4, 3)
         found = high + (high - low) / 2 * (depth - 4) + (more - high) / 2 * (gamma - 1)
-    return Prediction(int(found[0]), flops=found[1])
+    peak, *kinds, forward, backward, flops, trainable, parameters = found.tolist()
+    kinds = {kind: round(size) for kind, size in zip(KINDS, kinds, strict=True)}
+    return Prediction(
+        round(peak), kinds, forward / depth, backward / depth, flops, round(trainable), round(parameters)
+    )  # fmt: skip
 
 
 def shallow(config: Any, blocks: int) -> Any:
@@ -254,29 +272,30 @@ def _optimizer(trainer: Any) -> Moments:
 class StepCounts(TrainerCallback):
     """Gives the optimiser the state that it has in the middle of a run, and counts what one step does.
 
+    Args:
+        parts: methods of the trainer, and how often what each counts is to be counted.
+
     Attributes:
-        found: tokens through a block forward, and backward, and floating-point operations. What T-Vaccine's probe adds
-            is spread over the steps between probes.
+        found: of the last step, tokens through a block forward, and backward, and floating-point operations.
     """
 
-    def __init__(self, trainer: Any, trace: Trace) -> None:
+    def __init__(self, trainer: Any, trace: Trace, parts: dict[str, float]) -> None:
         self.trainer, self.trace = trainer, trace
-        self.found: tuple[float, float, float] = (0.0, 0.0, 0.0)
-        self.probed = (0, 0, 0)
-        if hasattr(trainer, "probe"):
-            probe = trainer.probe
+        self.before = self.found = self.more = np.zeros(3)
+        for name, times in parts.items():
+            if hasattr(trainer, name):
+                setattr(trainer, name, functools.partial(self.counted, getattr(trainer, name), times))
 
-            def counted(batch: Any) -> Any:
-                before = self.now()
-                scores = probe(batch)
-                self.probed = tuple(b - a for a, b in zip(before, self.now(), strict=True))
-                return scores
+    def counted(self, part: Callable, times: float, *args: Any) -> Any:
+        """What `part` gives; what it counts, counts so many times."""
+        before = self.now()
+        result = part(*args)
+        self.more = self.more + (times - 1) * (self.now() - before)
+        return result
 
-            trainer.probe = counted
-
-    def now(self) -> tuple[int, int, int]:
+    def now(self) -> np.ndarray:
         """The counts so far."""
-        return (*self.trace.passes, self.trace.forward + self.trace.backward)
+        return np.array([*self.trace.passes, self.trace.forward + self.trace.backward], dtype=float)
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """The model has reached its device. Fill the optimiser's state; a method that keeps that of trained blocks only
@@ -296,11 +315,8 @@ class StepCounts(TrainerCallback):
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Count from here."""
-        self.before = self.now()
+        self.before, self.more = self.now(), np.zeros(3)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """To here."""
-        every = getattr(self.trainer.args, "probe_interval", 1)
-        self.found = tuple(
-            b - a - p * (1 - 1 / every) for a, b, p in zip(self.before, self.now(), self.probed, strict=True)
-        )
+        self.found = self.now() - self.before + self.more
