@@ -34,7 +34,7 @@ import transformers as t
 from tunevax.methods import load_method
 from tunevax.modeling.loading import scales_of
 from tunevax.modeling.memory import LiveMemory
-from tunevax.planning.step import predict, trainer_on
+from tunevax.planning.step import predict, trainer_on, worst_draw
 from tunevax.quiet import quiet
 
 SEED, STEPS, GAMMA = 0, 7, 8
@@ -133,7 +133,11 @@ def trainer_of(method, recompute, model, options, folder):
         trainer = t.Trainer(ours.model, args, data_collator=ours.data_collator, train_dataset=ours.train_dataset)
         trainer.remove_callback(t.PrinterCallback)
     if method == "t-vaccine":
-        trainer.draw = lambda: list(range(GAMMA if trainer.state.global_step else len(trainer.blocks)))
+        trainer.draw = lambda: (
+            worst_draw(trainer.args, len(trainer.blocks))
+            if trainer.state.global_step
+            else list(range(len(trainer.blocks)))
+        )
     return trainer
 
 

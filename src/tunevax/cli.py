@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
 import shlex
 import sys
@@ -170,40 +171,58 @@ def _plan(arguments: list[str]) -> None:
     import json
 
     from tunevax.alignment.align import AlignOptions
+    from tunevax.curation.curate import CurateOptions
     from tunevax.finetuning.finetune import FinetuneOptions
     from tunevax.planning.plan import as_dict, lines, plan
+    from tunevax.restoration.restore import RestoreOptions
 
     method = load_method(known[name], name)
     config_class = getattr(method, "config_class", method)
     # What a command says of data makes no difference here: `align METHOD` becomes `plan --method METHOD`, and no more.
     taken = {f.name for cls in (PlanOptions, config_class) for f in dataclasses.fields(cls)}
-    others = {f.name: f for cls in (AlignOptions, FinetuneOptions) for f in dataclasses.fields(cls)}
+    classes = (AlignOptions, FinetuneOptions, CurateOptions, RestoreOptions)
+    others = {f.name: f for cls in classes for f in dataclasses.fields(cls)}
     ignored = dataclasses.make_dataclass(
         "Ignored",
         [(f.name, f.type, dataclasses.field(default=f.default)) for f in others.values() if f.name not in taken],
     )
     below: dict[str, Any] = {"output_dir": "plan"}
-    if "checkpoint_blocks" in taken and _value_of("device", arguments) != "cpu":
-        below["checkpoint_blocks"] = "frozen"  # what auto is on an accelerator
+    if "use_cpu" in taken:
+        below["use_cpu"] = True  # where it would run is not here
     options, config, _ = _parse("plan", [PlanOptions, config_class, ignored], arguments, below)
     options.method = name
-    found = plan(options, method, config)
+    if options.device != "cpu" and _value_of("checkpoint-blocks", arguments) in (None, "auto"):
+        config.checkpoint_blocks = "frozen"  # what auto is on an accelerator
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # what a trainer notes is no part of the plan
+            found = plan(options, method, config)
+    except (NotImplementedError, RuntimeError) as error:
+        if "--debug" in sys.argv:
+            raise
+        what = str(error).strip().splitlines()[0][:120]
+        raise UsageError(
+            f"{name} on {options.model} cannot be planned: what it computes depends on values, as a mixture of experts "
+            f"does ({what})"
+        ) from error
     print(
-        json.dumps(as_dict(found, options), indent=1)
-        if options.format == "json"
-        else "\n".join(lines(found, options, config))
+        json.dumps(as_dict(found, options), indent=1) if options.format == "json" else "\n".join(lines(found, options))
     )
 
 
 def _value_of(name: str, arguments: list[str]) -> str | None:
     """The value of an option that decides which others there are, from the command line or its --config."""
-    flag = f"--{name}"
+    found = None
     for i, token in enumerate(arguments):
-        if token == flag and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if token.startswith(f"{flag}="):
-            return token.partition("=")[2]
-    return None
+        flag, equals, value = token.partition("=")
+        value = value if equals else arguments[i + 1] if i + 1 < len(arguments) else None
+        if flag == "--config" and value and Path(value).is_file() and found is None:
+            import yaml
+
+            content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            found = content.get(name, content.get(name.replace("-", "_"))) if isinstance(content, dict) else None
+        if flag.replace("_", "-") == f"--{name}":
+            return value
+    return found if found is None else str(found)
 
 
 def _analyze(arguments: list[str]) -> None:

@@ -38,6 +38,7 @@ from safetensors.torch import load_file, save_file
 from tunevax.errors import UsageError
 from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer
 from tunevax.modeling.draws import Draws
+from tunevax.modeling.memory import mark
 
 ANCHOR = "lisa_anchor.safetensors"
 
@@ -117,6 +118,7 @@ class LisaTrainer(FinetuneTrainer):
     def switch(self) -> None:
         """Anchor the coming state at the weights of now."""
         self.anchor = [parameter.detach().float().clone() for parameter in self.parameters]
+        mark("copies", self.anchor)
 
     def align(self, model: Any) -> None:
         """K1 steps of the optimiser on safety rows, each as large as the customer's."""

@@ -236,7 +236,7 @@ def cheap_recomputed(cheap: Sequence[nn.Module]) -> Iterator[None]:
         weakref.finalize(storage, recipes.pop, key, None).atexit = False
 
     def ran(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        if torch.is_tensor(output):
+        if torch.is_tensor(output) and len(args) == 1:
             remember(functools.partial(type(module).forward, module), args[0], output)
 
     def cast(stock: Any, source: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -249,7 +249,7 @@ def cheap_recomputed(cheap: Sequence[nn.Module]) -> Iterator[None]:
         recipe = recipes.get(tensor.untyped_storage()._cdata)
         # An output changed in place is no longer what the module gave. A view shares its base's version.
         if recipe is None or isinstance(tensor, nn.Parameter) or tensor._version != recipe[3]:
-            return tensor
+            return tensor.detach()  # itself, it would keep the operation that made it, and that one it
         return recipe, tensor.shape, tensor.stride(), tensor.storage_offset()
 
     def unpack(packed: Any) -> torch.Tensor:
@@ -264,7 +264,7 @@ def cheap_recomputed(cheap: Sequence[nn.Module]) -> Iterator[None]:
     def norm(original: Any, *args: Any, **kwargs: Any) -> Any:
         if args[0].dtype == torch.float32 or not torch.is_grad_enabled():
             return original(*args, **kwargs)
-        return checkpoint(functools.partial(original, **kwargs), *args, use_reentrant=False)
+        return checkpoint(functools.partial(original, **kwargs), *args, use_reentrant=False, preserve_rng_state=False)
 
     norms = [m for m in cheap if type(m).__name__.endswith("Norm")]
     adapters = [m for m in cheap if hasattr(m, CAST)]

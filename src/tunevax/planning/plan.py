@@ -41,7 +41,13 @@ class PlanOptions:
         default=None, metadata={"help": "hub id or model folder (its config is read, no weights)"}
     )
     method: str | None = field(default=None, metadata={"help": "a method of align, finetune, curate or restore"})
-    gpu: str | None = field(default=None, metadata={"help": "memory to fit into, such as 24GB; default: just tell"})
+    gpu: str | None = field(
+        default=None,
+        metadata={
+            "help": "memory to fit into, such as 24GB, in GiB as nvidia-smi counts (a card with ECC has up to 6 % less "
+            "than its name: 22.5GB for an L4); default: just tell"
+        },
+    )
     device: str = field(default="cuda", metadata={"help": "cuda, or cpu: plan a step there"})
     dtype: str = field(
         default="auto", metadata={"help": "of the frozen weights: auto (the checkpoint's, on the CPU float32), ..."}
@@ -83,16 +89,20 @@ class Plan(NamedTuple):
     Attributes:
         needs: the `Prediction` for the options as given.
         plain: that of SFT with the same options, only `peak` and `flops`; None for a method that trains nothing.
+        args: the configuration that was planned.
         fits: whether `needs` is within the card's memory, or None without a card.
         changes: each a `Change`; what makes it fit, if it does not and something does.
         changed: the `Prediction` with these.
+        refused: why some options could not be tried.
     """
 
     needs: Any
     plain: Any
+    args: Any
     fits: bool | None = None
     changes: tuple[Change, ...] = ()
     changed: Any = None
+    refused: tuple[str, ...] = ()
 
 
 def plan(options: PlanOptions, method: Any, args: Any) -> Plan:
@@ -122,8 +132,10 @@ def plan(options: PlanOptions, method: Any, args: Any) -> Plan:
         needs = predict_forward(
             config, rows, getattr(args, "max_length", 0), quantization=options.quantization, **where
         )
-        needs = replace(needs, peak=needs.peak + (MODELS[options.method] - 1) * needs.kinds["weights"])
-        return Plan(needs, None, limit and needs.peak + RESERVE <= limit)
+        others = (MODELS[options.method] - 1) * needs.kinds["weights"]
+        kinds = {**needs.kinds, "weights": needs.kinds["weights"] + others}
+        needs = replace(needs, peak=needs.peak + others, kinds=kinds)
+        return Plan(needs, None, args, limit and needs.peak + RESERVE <= limit)
     trainer = trainer_of(method)
     if not hasattr(args, "per_device_train_batch_size"):  # gradient similarity, which trains as SFT does
         args = SFTConfig(args.output_dir, max_length=args.max_length, per_device_train_batch_size=args.batch_size)
@@ -138,23 +150,27 @@ def plan(options: PlanOptions, method: Any, args: Any) -> Plan:
         shared = SFTConfig(args.output_dir, **{name: getattr(args, name) for name in SHARED})
         plain = scaled(SFTTrainer, shared, config, quantization=options.quantization, **where)
         if limit is None or needs.peak + RESERVE <= limit:
-            return Plan(needs, plain, limit and True)
+            return Plan(needs, plain, args, limit and True)
         fixed = sum(needs.kinds[kind] for kind in ("weights", "adapters", "optimiser"))
+        refused: dict[str, None] = {}
         for changes in candidates(args, options.quantization):
             progress.update(task, note=f"does not fit; with {words(changes)}?")
             values = {change.name: change.value for change in changes}
             quantization = values.pop("quantization", options.quantization)
-            other = replace(args, **values)
-            if fixed + RESERVE > limit and (quantization, other.full_weights) == (
-                options.quantization,
-                args.full_weights,
-            ):
-                continue  # no need to look at what the step itself takes
-            if scaled(trainer, other, config, quantization=quantization, **where).peak + RESERVE <= limit:
+            try:
+                other = replace(args, **values)
+                same = (quantization, other.full_weights) == (options.quantization, args.full_weights)
+                if same and fixed + RESERVE > limit:
+                    continue  # no need to look at what the step itself takes
+                if scaled(trainer, other, config, quantization=quantization, **where).peak + RESERVE > limit:
+                    continue
                 changed = exact(other, quantization)
-                if changed.peak + RESERVE <= limit:
-                    return Plan(needs, plain, False, changes, changed)
-    return Plan(needs, plain, False)
+            except UsageError as error:  # not for this method, this model or this installation
+                refused[str(error)] = None
+                continue
+            if changed.peak + RESERVE <= limit:
+                return Plan(needs, plain, args, False, changes, changed)
+    return Plan(needs, plain, args, False, refused=tuple(refused))
 
 
 def trainer_of(method: Any) -> type:
@@ -222,9 +238,9 @@ def as_dict(found: Plan, options: PlanOptions) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def lines(found: Plan, options: PlanOptions, args: Any) -> Iterator[str]:
+def lines(found: Plan, options: PlanOptions) -> Iterator[str]:
     """The plan as text."""
-    needs, plain = found.needs, found.plain
+    needs, plain, args = found.needs, found.plain, found.args
     yield f"{options.method} on {options.model}: {needs.parameters / 1e9:.2f} billion weights" + (
         f", {needs.trainable / 1e6:.1f} million numbers train" if needs.trainable else ""
     )
@@ -250,6 +266,7 @@ def lines(found: Plan, options: PlanOptions, args: Any) -> Iterator[str]:
         yield f"fits {card}, with {(options.memory() - RESERVE - needs.peak) / GIB:.1f} GiB to spare"
     elif not found.changes:
         yield f"does not fit {card}, nor with any option known here; take a larger card or a smaller model"
+        yield from (f"  not tried: {why}" for why in found.refused)
     else:
         yield f"does not fit {card}; fits with"
         yield f"  {words(found.changes)}"

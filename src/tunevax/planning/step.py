@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.fx.experimental import _config as fx_config
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from tunevax.errors import UsageError
@@ -29,7 +30,6 @@ KINDS = (
     "copies",
     "workspace",
 )
-ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Prediction:
         kinds: these bytes by kind, each of `KINDS`; `copies` are weights or features as they were before training.
         forward: forward passes of the micro-batch through all blocks, recomputation included.
         backward: backward passes, likewise.
-        flops: floating-point operations of a micro-batch, a multiply-add being two.
+        flops: floating-point operations of an optimiser step, a multiply-add being two.
         trainable: numbers that train.
         parameters: numbers in the model, without an adapter.
     """
@@ -79,18 +79,28 @@ def predict(
     Raises:
         UsageError: as the trainer; an optimiser whose state is not known here.
     """
-    if args.optim not in ADAMW:
-        raise UsageError(f"a plan knows the state of AdamW only, and --optim is {args.optim}; leave it out")
+    if (optim := getattr(args.optim, "value", args.optim)) != "adamw_torch_fused":
+        raise UsageError(f"a plan knows fused AdamW only, which is the default, and --optim is {optim}; leave it out")
+    if args.bf16 or args.fp16:
+        raise UsageError("a plan does not know mixed precision; leave --bf16 and --fp16 out, and give --dtype instead")
     dtype = dtype_on(device, dtype, config)
-    # T-Vaccine's probe is spread over the steps between probes; TAR's inner attack is longer than what is run here.
-    parts = {"probe": 1 / getattr(args, "probe_interval", 1)}
-    if "inner_steps" in (short := cut_short(args)):
+    whole, short = args.gradient_accumulation_steps, cut_short(args)
+    micro_batches = min(whole, 2)  # the second one meets the gradients of the first
+    # What is not done in every step, or longer than it is run here, and how often it counts.
+    parts = {"probe": micro_batches / whole / getattr(args, "probe_interval", 1)}
+    if "inner_steps" in short:
         parts["tamper_gradient"] = args.inner_steps / short["inner_steps"]
-    micro_batches = min(args.gradient_accumulation_steps, 2)  # the second one meets the gradients of the first
-    with tempfile.TemporaryDirectory() as folder, Trace(config.get_text_config().vocab_size, device) as trace:
+    if "k1" in short:
+        parts["align"] = args.k1 / args.k2
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        fx_config.patch(meta_nonzero_assume_all_nonzero=True),  # Surgery's heads that turn to the sink: all
+        Trace(config.get_text_config().vocab_size, device) as trace,
+    ):
         args = replace(
             args, output_dir=folder, gradient_accumulation_steps=micro_batches, save_strategy="no", eval_strategy="no",
-            report_to="none", push_to_hub=False, dataloader_num_workers=0, **{"max_steps": 1, **short},
+            report_to="none", push_to_hub=False, dataloader_num_workers=0, dataloader_pin_memory=False, use_cpu=True,
+            warmup_steps=0, **{"max_steps": 1, **short},
         )  # fmt: skip
         trace.making = "copies"
         model = empty_model(config, dtype, quantization)
@@ -98,8 +108,10 @@ def predict(
         parameters = sum(size_of(p) for p in model.parameters())
         trainer = trainer_on(trainer_class, model, args, response_length or args.max_length // 2)
         trace.making = None
-        if getattr(trainer, "fixed", 0) is None:  # the worst draw of T-Vaccine: what is frozen lies above what is kept
-            trainer.draw = lambda: list(range(args.gamma))
+        if getattr(trainer, "fixed", 0) is None:
+            trainer.draw = lambda: worst_draw(args, len(trainer.blocks))
+        if hasattr(trainer, "step_selector"):
+            trainer.step_selector = lambda *_: None  # a number for each row, whose gradient has no content
         trainer.create_optimizer = lambda *_: _optimizer(trainer)
         step = trainer.training_step  # `Trainer` wants a loss on the device that it believes it is on
         trainer.training_step = lambda *a, **k: (step(*a, **k), torch.zeros(()))[1]
@@ -114,14 +126,25 @@ def predict(
         {kind: trace.at_peak.get(kind, 0) for kind in KINDS},
         forward / tokens,
         backward / tokens,
-        flops / micro_batches,
+        flops / micro_batches * whole,
         sum(p.numel() for p in trainer.parameters),
         parameters,
     )
 
 
+def worst_draw(args: Any, depth: int) -> list[int]:
+    """The blocks of T-Vaccine's that take most: where frozen ones are recomputed, these lie above what is kept; where
+    all are, what is left of the lowest one's pass meets the gradients of as many as can be above it."""
+    if args.checkpoint_blocks == "all":
+        return [0, *range(depth - args.gamma + 1, depth)]
+    return list(range(args.gamma))
+
+
 def cut_short(args: Any) -> dict[str, Any]:
-    """Of TAR, whose inner steps are alike: two rounds of the attack, after a step of Random Mapping if it has one."""
+    """Of TAR, whose inner steps are alike: two rounds of the attack, after a step of Random Mapping if it has one. Of
+    Lisa one alignment step."""
+    if getattr(args, "k1", 0):
+        return {"k1": 1}
     if not hasattr(args, "inner_steps"):
         return {}
     mapping = {"max_steps": 2, "mapping_steps": 1} if args.mapping_steps else {}
@@ -145,13 +168,14 @@ def predict_forward(
 ) -> Prediction:  # fmt: skip
     """One forward pass without a graph over `rows` of `length` tokens, its loss taken; no rows: the weights alone."""
     dtype = dtype_on(device, dtype, config)
+    ids = torch.ones(rows, length, dtype=torch.long)
     with Trace(config.get_text_config().vocab_size, device) as trace, torch.no_grad():
+        trace.making = "weights"
         model = empty_model(config, dtype, quantization)
-        trace.peak = 0
-        trace.mark("weights", *model.parameters(), *model.buffers(), *scales_of(model))
+        trace.making, trace.peak = None, 0
+        trace.track(*model.parameters())  # looks at what is there, which may be all
         with trace.watching(model):
             if rows:
-                ids = torch.ones(rows, length, dtype=torch.long)
                 response_loss(model, {"input_ids": ids, "attention_mask": ids, "labels": ids})
     return Prediction(
         trace.peak,
@@ -209,11 +233,13 @@ def dtype_on(device: str, dtype: torch.dtype | None, config: Any) -> torch.dtype
 def trainer_on(trainer_class: type, model: torch.nn.Module, args: Any, response_length: int) -> Any:
     """A trainer on rows of `args.max_length` tokens, of which so many are the answer."""
     from tunevax.curation.pharmacist import PharmacistTrainer
+    from tunevax.finetuning.ewc import EWCTrainer
     from tunevax.finetuning.sft import FinetuneTrainer
 
     rows, tokenizer = rows_of(args, response_length), made_up_tokenizer()
     if issubclass(trainer_class, FinetuneTrainer):
-        return trainer_class(model, args, rows, tokenizer, rows if trainer_class.needs else None)
+        safety = rows[:1] if trainer_class is EWCTrainer else rows  # of which it takes a gradient each, beforehand
+        return trainer_class(model, args, rows, tokenizer, safety if trainer_class.needs else None)
     if issubclass(trainer_class, PharmacistTrainer):
         return trainer_class(model, args, rows, rows, tokenizer)
     return trainer_class(model, args, rows, tokenizer)
@@ -227,7 +253,8 @@ def rows_of(args: Any, response_length: int) -> list[dict[str, str]]:
             f"a row has {args.max_length} tokens, so its answer can have 2 to {args.max_length - 1}, not "
             f"{response_length}; change --response-length or --max-length"
         )
-    count = max(64, 2 * args.per_device_train_batch_size * args.gradient_accumulation_steps)
+    count = max(64, 10 * args.per_device_train_batch_size * args.gradient_accumulation_steps)  # TAR holds out 1 in 5
+    count = max(count, getattr(args, "probe_size", 0))
     return [
         {
             "prompt": " ".join([f"p{i % 256}", *["w"] * (prompt - 1)]),

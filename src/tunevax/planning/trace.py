@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import masking_utils
 
 from tunevax.modeling.blocks import find_blocks
 from tunevax.modeling.hooks import tensor_of
@@ -156,10 +157,15 @@ class Trace(LiveMemory):
             for p in model.parameters()
             if p.requires_grad
         ]
+        # `meta` would answer that a mask is all ones. On an accelerator it rarely is: rows differ in length.
+        stock = masking_utils._ignore_causal_mask_sdpa
+        if self.device != "cpu":
+            masking_utils._ignore_causal_mask_sdpa = lambda *_, **__: False
         with attention_for(self.device):
             try:
                 yield
             finally:
+                masking_utils._ignore_causal_mask_sdpa = stock
                 for handle in handles:
                     handle.remove()
 

@@ -33,9 +33,14 @@ TOKENS = 2**15
 """A batch's rows times the length they may reach, at most: what its key-value cache holds. 16 GiB for Llama 2 7B in
 bf16, which has no grouped heads; 4 GiB for Llama 3 8B."""
 
-FROM_THE_FIRST = ("min_new_tokens", "begin_suppress_tokens", "exponential_decay_length_penalty", "guidance_scale")
+FROM_THE_FIRST = {
+    "min_length": (None, 0), "min_new_tokens": (None, 0), "begin_suppress_tokens": (None, []),
+    "forced_eos_token_id": (None,), "exponential_decay_length_penalty": (None,),
+    "encoder_repetition_penalty": (None, 1), "guidance_scale": (None, 1),
+}  # fmt: skip
 """Settings of a generation config that count from an answer's first token, or keep a state of their own, so that
-generation cannot be stopped and taken up again; such a model answers one prompt at a time."""
+generation cannot be stopped and taken up again, with what each is when it is off. A model that has one of them answers
+one prompt at a time."""
 
 
 def generate(
@@ -60,7 +65,7 @@ def generate(
     from tunevax.modeling.progress import bar
 
     encoded, rooms, begun = encoded_prompts(model, tokenizer, prompts, max_new_tokens, prefix)
-    if any(getattr(model.generation_config, name, None) for name in FROM_THE_FIRST):
+    if any(getattr(model.generation_config, name, None) not in off for name, off in FROM_THE_FIRST.items()):
         batch_size = 1
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     answers = [""] * len(encoded)
