@@ -206,7 +206,8 @@ def line(entry, stock, unit):
     told += f"{said / unit:10.2f}" if said else f"{'-':>10}"
     told += f"{said / measured:8.3f}" if measured and said else f"{'-':>8}"
     told += f"{seconds:9.3f}" if seconds else f"{'-':>9}"
-    told += f"{seconds / stock['seconds']:9.2f}" if seconds and "seconds" in stock else f"{'-':>9}"
+    reference = stock.get(entry["model"])
+    told += f"{seconds / reference:9.2f}" if seconds and reference else f"{'-':>9}"
     return "  ".join([told, *(f"{k}: {entry[k]}" for k in ("error", "prediction_error") if k in entry)])
 
 
@@ -230,23 +231,33 @@ def main():
     title = "a rehearsal on small shapes, no evidence of a real model: " if options.tiny else ""
     print(f"{title}{found['device']}, {options.rows} x {options.tokens} tokens, {found['dtype']}; {found['versions']}")
     print(f"{'model':11} {'method':10} bits again    {unit_name:>8} predicted   ratio   s/step  x stock", flush=True)
+
+    def written(entry):
+        print(line(entry, stock, unit), flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=1))
+
     for run in [(name, *run) for name in MODELS for run in RUNS]:
-        name, method, recompute, quantization = run
-        entry = {"model": name, "method": method, "recompute": recompute, "quantization": quantization}
+        entry = dict(zip(("model", "method", "recompute", "quantization"), run, strict=True))
         began = time.perf_counter()
         if began - start + longest > 60 * options.minutes:
             found["skipped"].append(entry)
-        else:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            caught(entry, "error", measure, *run, options, folder)
+        longest = max(longest, time.perf_counter() - began)
+        stock[entry["model"]] = entry.get("seconds") if entry["method"] == "stock" else stock.get(entry["model"])
+        found["entries"].append(entry)
+        written(entry)
+    print("and what the plan says", flush=True)  # last: it needs no GPU
+    for entry in [e for e in found["entries"] if e["method"] != "stock"]:
+        if time.perf_counter() - start < 60 * options.minutes:
+            run = [entry[key] for key in ("model", "method", "recompute", "quantization")]
             with tempfile.TemporaryDirectory() as folder:
-                caught(entry, "error", measure, *run, options, folder)
-                if method != "stock":
-                    caught(entry, "prediction_error", predicted, *run, options, folder)
-            longest = max(longest, time.perf_counter() - began)
-            stock = entry if method == "stock" else stock
-            found["entries"].append(entry)
-            print(line(entry, stock, unit), flush=True)
-        if options.json:
-            options.json.write_text(json.dumps(found, indent=1))
+                caught(entry, "prediction_error", predicted, *run, options, folder)
+            written(entry)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1))
     for entry in found["skipped"]:
         print("skipped, no time left:", *(str(v) for v in entry.values() if v))
 

@@ -82,7 +82,7 @@ def sink_columns(
         if id(module) in attentions:
             mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
             weight = _query_weight(lengths, query.shape[2], mask, sink, kwargs.get("sliding_window"))
-            with torch.autocast(weight.device.type, enabled=False):
+            with torch.autocast(lengths.device.type, enabled=False):
                 if how == "eager":
                     column = _eager_column(name, output[1], weight, sink, model)
                 else:
