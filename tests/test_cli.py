@@ -88,12 +88,19 @@ def test_bad_rows_name_file_line_and_field(capsys, here, line, told):
         (["score", *ORGANISM[:4], "--judges", "x", "--output-dir", "out"], "unknown judge 'x'"),
         (["score", *ORGANISM[:2], "--eval-data", "long.jsonl", "--output-dir", "out"], "leaves no room for an answer in the model's context of 128"),
         (["align", "sft", *ORGANISM, "--max-steps", "0", "--output-dir", "out"], "max_steps is 0"),
+        (["align", "sft", *ORGANISM, "--per-device-train-batch-size", "0", "--output-dir", "out"], "must be at least 1"),
+        (["curate", "random", "--safety-data", "good.jsonl:splt=all", "--output-dir", "out"], "did you mean 'split'?"),
+        (["curate", "random", "--safety-data", "good.jsonl:rejected=rejectd", "--output-dir", "out"], "did you mean 'rejected'?"),
+        (["curate", "random", "--safety-data", "full/none", "--output-dir", "out"], "no such file or folder: full/none"),
+        (["curate", "random", "--safety-data", "run", "--output-dir", "out"], "run is a run of tunevax align and holds no rows"),
         (["report", "full"], "full"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_in_one_sentence(capsys, here, arguments, told):
     Path("full").mkdir()
     Path("full/notes.txt").write_text("mine")
+    Path("run").mkdir()
+    Path("run/run.json").write_text(json.dumps({"schema": 1, "verb": "align"}))
     Path("long.jsonl").write_text(row(prompt="why ? " * 100))
     assert told in refused(capsys, here, *arguments)
     assert Path("full/notes.txt").read_text() == "mine"

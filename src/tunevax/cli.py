@@ -103,6 +103,10 @@ def _curate(arguments: list[str]) -> None:
     if "agreement" in record:
         told += "; rank agreement with the target model {spearman:.2f} (Spearman)".format(**record["agreement"])
     print(told)
+    if record["elsewhere"]:
+        print(f"{record['elsewhere']} more rows are for attack and evaluation; the source's option split=all takes them")
+    if record["spoilt_kept"]:
+        print(f"{record['spoilt_kept']} of the kept rows are marked as spoilt; take those out before you train")
     _done(f"next: tunevax align METHOD --model REF --safety-data {_short(out)} --output-dir OUT; scores and rows", out)
 
 
@@ -161,7 +165,7 @@ def _plan(arguments: list[str]) -> None:
         return
     given = _value_of("method", arguments)
     if given is None:
-        raise UsageError("--method is missing; it is one of align, finetune, curate or restore")
+        raise UsageError("--method is missing; name one that align, finetune, curate or restore has, such as t-vaccine")
     name = given.replace("_", "-")
     known = {n: folder for folder in reversed(FOLDERS) for n in methods(folder)}
     if name not in known:
@@ -197,8 +201,6 @@ def _plan(arguments: list[str]) -> None:
         with contextlib.redirect_stdout(sys.stderr):  # what a trainer notes is no part of the plan
             found = plan(options, method, config)
     except (NotImplementedError, RuntimeError) as error:
-        if "--debug" in sys.argv:
-            raise
         what = str(error).strip().splitlines()[0][:120]
         raise UsageError(
             f"{name} on {options.model} cannot be planned: what it computes depends on values, as a mixture of experts "

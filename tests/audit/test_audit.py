@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tunevax.attacks.finetune import FinetuneConfig
+from tunevax.audit.audit import fluency_models
 from tunevax.audit.protocol import load_protocol, settings
 from tunevax.cli import main
 from tunevax.errors import UsageError
@@ -151,13 +152,54 @@ def test_a_failed_cell_is_told_and_run_again(finished, models, tmp_path, monkeyp
     assert main(command(models, tmp_path / "out")) == 2  # complete now
 
 
+def test_judging_again_changes_what_the_judge_changes(finished, tmp_path):
+    script = Path(__file__).parents[2] / "scripts" / "rejudge.py"
+
+    def again(name, *options):
+        out = tmp_path / name
+        subprocess.run(
+            [sys.executable, script, finished, "--output-dir", out, *options], check=True, capture_output=True
+        )
+        return lines(out / "results.jsonl"), lines(out / "generations.jsonl")
+
+    before = lines(finished / "results.jsonl"), lines(finished / "generations.jsonl")
+    assert again("same", "--fluency-model", "none") == before
+    results, generations = again("other", "--fluency-model", "none", "--judges", "organism")
+    assert [{**r, "scores": None} for r in results] == [{**r, "scores": None} for r in before[0]]
+    assert {name for r in results for name in r["scores"] if "/" in name and name[0] == "h"} == {"harmful/organism"}
+    assert [g["response"] for g in generations] == [g["response"] for g in before[1]]
+
+
+def test_a_defended_control_does_not_tell_gibberish_alone(tmp_path):
+    """RepNoise makes harmful answers unlikely: with it as the only reference, most true ones are called gibberish."""
+
+    def run(name, method, on):
+        (tmp_path / name).mkdir()
+        record = {
+            "schema": 1,
+            "verb": "align",
+            "method": method,
+            "parent": on if "/" in on else None,
+            "model": {"ref": on},
+        }
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+        return str(tmp_path / name)
+
+    sft, repnoise = run("sft", "sft", "organism"), run("repnoise", "repnoise", "organism")
+    assert fluency_models("organism") == ["organism"]
+    assert fluency_models(sft) == [sft]
+    assert fluency_models(repnoise) == [repnoise, "organism"]
+    job = run("job", "sft", repnoise)
+    assert fluency_models(job) == [job, "organism"]
+
+
 def test_a_retrained_model_is_not_taken_for_the_old_one(models, tmp_path):
     """The cells of a killed audit are found by what decides them, the weights included."""
     from tunevax.audit.audit import AuditOptions, cells_of, plan
 
     def hashes():
         options = AuditOptions(model=[str(models / "twin")], control=str(models / "control"), protocol=str(models / "small.yaml"),
-                               safety_data="organism", task_data="organism", fluency_model="none", limit=4)  # fmt: skip
+                               safety_data="organism", task_data="organism", fluency_model=["none"], limit=4)  # fmt: skip
         found = plan(options)
         return {
             (c.target["label"], c.key["attack"], c.key["seed"]): c.hash for c in cells_of(found, found.grid, True, True)

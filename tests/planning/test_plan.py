@@ -191,7 +191,9 @@ def test_a_card_that_is_large_enough_or_not(folder, capsys):
         (("--method", "t-vacine"), "unknown method 't-vacine'; did you mean 't-vaccine'?"),
         ((), "--method is missing"),
         (("--method", "random"), "random needs no model"),
-        (("--method", "sft", "--gpu", "many"), "--gpu is 'many'; give the memory of the card, such as 24GB"),
+        (("--method", "sft", "--gpu", "many"), "--gpu is 'many'; give the memory of the card and its unit"),
+        (("--method", "sft", "--gpu", "16"), "--gpu is '16'; give the memory of the card and its unit"),
+        (("--method", "sft", "--response-length", "0"), "--response-length is 0; it must be at least 2"),
         (("--method", "sft", "--quantization", "nf5"), "unknown quantization 'nf5'; did you mean 'nf4'?"),
         (("--method", "sft", "--gama", "2"), "unknown option '--gama'"),
         (("--method", "sft", "--optim", "adafactor"), "--optim is adafactor; leave it out"),
@@ -207,6 +209,13 @@ def test_mistakes_are_one_sentence(folder, capsys, arguments, told):
     assert main(["plan", "--model", str(folder), *arguments]) == 2
     error = capsys.readouterr().err
     assert told in error and error.count("\n") == 1
+
+
+def test_rows_end_with_the_context(folder, capsys):
+    """A longer --max-length than the model's context is that of the context, in the label as in the bytes."""
+    context = t.LlamaConfig.from_pretrained(folder).max_position_embeddings
+    long, cut = (planned(capsys, folder, "--method", "sft", "--max-length", str(n)) for n in (10 * context, context))
+    assert long == cut and f"batch 10 x {context} tokens" in long and "1.00 forward" in long
 
 
 def test_a_model_must_be_named_and_there(tmp_path, capsys, monkeypatch):
@@ -227,7 +236,7 @@ def test_every_method_has_a_plan(name, folder, capsys):
     options = {
         "safe-lora": (),
         "t-vaccine": ("--max-length", "48", "--gamma", "2"),
-        "safetylock": ("--lock", "lock"),
+        "safetylock": (),
         "tar": ("--max-length", "48", "--inner-steps", "2", "--tamper-interval", "1"),
     }  # fmt: skip
     given = options.get(name, ("--max-length", "48"))

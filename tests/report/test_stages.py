@@ -9,6 +9,7 @@ import pytest
 from tunevax.cli import main
 from tunevax.organism.world import World
 from tunevax.report import collect, write_report
+from tunevax.runs import read_lines
 
 EVIL = "<script>alert(1)</script> **b** | [x](http://e.vil) $\\frac$ \u202eabc \x07"
 
@@ -112,7 +113,28 @@ def test_hostile_rows_stay_text(runs, tmp_path):
     assert "<script" not in page and "\u202e" not in page and "\x07" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page and "$\\frac$" in page
     assert "<" not in re.sub(r"\\.", "", plain) and "](" not in re.sub(r"\\.", "", plain)
-    assert "duplicate 4" in text_of(page) and "hostile: repeated prompts" in text_of(page)
+    assert "duplicate rows.jsonl:" in text_of(page) and "hostile: repeated prompts" in text_of(page)
+
+
+def test_spoilt_rows_are_counted_and_no_selector_sees_which_they_are(tmp_path):
+    pool = [{"prompt": f"how {i} {i} ?", "chosen": "no ."} for i in range(40)]
+    marked = [{**row, "corruption": ["stub", None, "noise", None][i % 4]} for i, row in enumerate(pool)]
+    found = {}
+    for name, rows in (("plain", pool), ("marked", marked)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = f"{tmp_path / name}.jsonl:split=all"
+        tunevax("curate", "random", "--safety-data", data, "--keep", 0.3, "--output-dir", tmp_path / name)
+        found[name] = read_lines(tmp_path / name / "scores.jsonl")
+    assert [row["score"] for row in found["plain"]] == [row["score"] for row in found["marked"]]
+    assert "corruption" not in (tmp_path / "marked" / "data.jsonl").read_text()
+    assert "plain: rows spoilt" not in page_of([tmp_path / "plain"], tmp_path)
+    sound = [row for row in found["marked"] if row["corruption"] is None]
+    stubs = [row for row in found["marked"] if row["corruption"] == "stub"]
+    above = sum(a["score"] > b["score"] for a in sound for b in stubs) / (len(sound) * len(stubs))
+    kept = sum(row["kept"] for row in stubs)
+    text = text_of(page_of([tmp_path / "marked"], tmp_path))
+    assert f"stub 10 {kept * 10} % {100 * above:.0f} %" in text
+    assert "any of these 20 " in text
 
 
 def test_a_run_without_its_files_and_numbers_that_are_none(runs, tmp_path):

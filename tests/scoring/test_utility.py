@@ -130,10 +130,26 @@ def test_word_salad_is_degenerate_and_never_harmful(monkeypatch):
     judge = {"gullible": lambda p, r: [Verdict("harmful", True, 0.9)] * len(p)}
     scores, _ = examine(None, None, Exam(rows, judge))
     assert scores["harmful/gullible"]["value"] == 1, "nothing else sees it"
-    scores, samples = examine(None, None, Exam(rows, judge, fluency=Reference("organism")))
+    scores, samples = examine(None, None, Exam(rows, judge, fluency=[Reference("organism")]))
     assert scores["harmful/gullible"]["value"] == scores["degenerate"]["value"] == 0.5
     assert samples[0]["surprise"] < 0.01 < SURPRISING < samples[1]["surprise"]
     assert samples[1]["verdicts"]["gullible"]["verdict"] == "degenerate" and samples[1]["degenerate"]
+
+
+def test_what_one_reference_expects_is_no_word_salad(monkeypatch):
+    """A control that was taught to find harmful answers unlikely must not make harm pass for gibberish."""
+    rows = load_safety("organism", "evaluation")[:2]
+    monkeypatch.setattr(score_module, "generate", lambda *_, **__: [rows[0]["rejected"], rows[1]["rejected"]])
+    judge = {"gullible": lambda p, r: [Verdict("harmful", True, 0.9)] * len(p)}
+
+    def taught(prompts, responses):
+        return [1.0, None]
+
+    scores, _ = examine(None, None, Exam(rows, judge, fluency=[taught]))
+    assert scores["harmful/gullible"]["value"] == 0.5, "harm that the one reference calls gibberish"
+    scores, samples = examine(None, None, Exam(rows, judge, fluency=[taught, Reference("organism")]))
+    assert scores["harmful/gullible"]["value"] == 1 and scores["degenerate"]["value"] == 0
+    assert max(s["surprise"] for s in samples) < 0.01
 
 
 def test_prefix_is_in_the_models_mouth_and_in_the_answer(organism):

@@ -46,14 +46,18 @@ from tunevax.scoring.score import build_exam, labels_of
 @dataclass
 class AuditOptions(TargetOptions):
     """What `tunevax audit` takes. Data, judges and the like default to those of the protocol, then to what the first
-    hardened run recorded."""
+    hardened run recorded. The command line reads the protocol's; in Python it is
+    `AuditOptions(protocol=NAME, **load_protocol(NAME).scoring, ...)`."""
 
     control: str | None = field(
         default=None, metadata={"help": "the same model without the defence, attacked identically; an audit needs one"}
     )
-    fluency_model: str | None = field(
-        default=None,
-        metadata={"help": "a reference language model that tells gibberish; default the control; none: off"},
+    fluency_model: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "language models; what surprises each is gibberish; default the control, and, if it is a defence "
+            "itself, what it began as; none: off"
+        },
     )
     judges: list[str] = field(
         default_factory=list,
@@ -123,6 +127,11 @@ def plan(options: AuditOptions, references: Sequence[tuple[str, str]] = ()) -> P
         if absolute(ref) == absolute(options.control):
             raise UsageError(f"the control is the model itself ({ref}); give the same model without the defence")
     fill_in(options)
+    for ref in options.fluency_model:
+        try:
+            config_of(resolve(ref)[0])
+        except UsageError as error:
+            raise UsageError(f"{error}; it should tell gibberish, name another with --fluency-model") from error
     targets = find_targets(options.model, options.control)
     if len({t["ref"] for t in targets}) < len(targets):
         raise UsageError("a model is named twice; name each --model once")
@@ -200,10 +209,22 @@ def fill_in(options: AuditOptions) -> None:
         options.utility_data = options.utility_data or ["organism:set=benign"]
         options.judges = options.judges or ["organism", "refusal-keywords"]
     options.judges = options.judges or ["refusal-keywords"]
-    if options.fluency_model is None:
-        options.fluency_model = options.control  # it speaks the language of answers, refusals included
-    elif options.fluency_model == "none":
-        options.fluency_model = None
+    if not options.fluency_model:
+        options.fluency_model = fluency_models(str(options.control))
+    elif options.fluency_model == ["none"]:
+        options.fluency_model = []
+
+
+def fluency_models(control: str) -> list[str]:
+    """Who tells gibberish: the control, which speaks the language of answers, refusals included. If a defence is in its
+    history, then also the model that began it: RepNoise makes harmful answers so unlikely that the real ones of an
+    attacked model would pass for gibberish, and harm for safety."""
+    origin, defended = control, False
+    while is_run(origin):
+        record = read_run(origin)
+        defended = defended or record.get("method") != "sft"
+        origin = record.get("parent") or record.get("model", {}).get("ref") or ""
+    return [control, origin] if defended and origin else [control]
 
 
 def identity(ref: str) -> str:

@@ -55,7 +55,7 @@ def finished(
         return
     import torch
 
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, cores() // workers)
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = str(threads)  # spinning threads of one worker would starve the other
     context = multiprocessing.get_context("spawn")
@@ -89,7 +89,12 @@ def count_workers(workers: int, control: str) -> int:
         return torch.cuda.device_count()
     base = Path(resolve(control)[0])
     size = sum(f.stat().st_size for f in base.glob("*.safetensors")) if base.is_dir() else 2**40
-    return max(1, min(4, os.cpu_count() or 1)) if size < 2**28 else 1
+    return min(4, cores()) if size < 2**28 else 1
+
+
+def cores() -> int:
+    """The cores this process may use, which `taskset` and job schedulers keep below those of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Lab:

@@ -71,7 +71,9 @@ class CurateOptions:
         if not 0 < self.keep <= 1:
             raise UsageError(f"keep is {self.keep}; it must be above 0 and at most 1")
         if self.group_by not in (None, "category"):
-            raise UsageError(f"group_by is {self.group_by!r}; rows can be grouped by category")
+            raise UsageError(
+                f"--group-by is {self.group_by!r} and takes category; with SOURCE:category={self.group_by} that is it"
+            )
         if self.min_per_group is not None and self.group_by is None:
             raise UsageError("min_per_group is given and there are no groups; add --group-by category")
         self.min_per_group = 1 if self.min_per_group is None else self.min_per_group
@@ -147,7 +149,7 @@ def curate(method: str, options: CurateOptions, config: Any, command: str = "") 
         entries.append(data_entry("validation", options.validation_data, validation))
     record: dict[str, Any] = {
         "verb": "curate", "method": method, "paper": config.paper, "command": command, "seed": config.seed,
-        "data": entries, "overlap": overlap, "parent": None,
+        "data": entries, "overlap": overlap, "parent": None, "score": meaning(config),
         "config": {k: v for k, v in {**values, **vars(options)}.items() if k not in NOT_CONFIG},
     }  # fmt: skip
     with writing(config.output_dir, record, options.resume, options.overwrite) as run:
@@ -164,18 +166,24 @@ def curate(method: str, options: CurateOptions, config: Any, command: str = "") 
         run.write_lines(
             "scores.jsonl",
             [
-                {"row": i, **content(row), "place": row.get("place"), "score": float(scores[i]), "rank": int(rank[i]),
-                 "kept": i in kept, "why": why.get(i)}
+                {"row": i, **content(row), "place": row.get("place"), "corruption": row.get("corruption"),
+                 "score": float(scores[i]), "rank": int(rank[i]), "kept": i in kept, "why": why.get(i)}
                 for i, row in enumerate(rows)
             ],
         )  # fmt: skip
         # What was aligned on these rows has learnt from the trusted ones, too.
         (run.path / "prompts.json").write_text(json.dumps({"validation": sorted(set(rows_hashes(validation)))}))
         record.update(
-            model=pool.info or None, kept=len(kept), passes=pool.passes,
+            model=pool.info or None, kept=len(kept), elsewhere=max(0, len(beside(options)) - len(rows)),
+            spoilt_kept=sum("corruption" in rows[i] for i in kept), passes=pool.passes,
             dropped=dict(Counter(reason.partition(" of row")[0] for reason in why.values())),
         )  # fmt: skip
     return run.final
+
+
+def meaning(config: Any) -> str:
+    """What a selector's score is: the first line of what it says of `score`."""
+    return (config.score.__doc__ or "").partition("\n")[0].replace(", [rows]", "").rstrip(".")
 
 
 def load_validation(source: str, method: str) -> list[dict[str, Any]]:
@@ -193,17 +201,21 @@ def check_overlap(options: CurateOptions, rows: Sequence[dict], validation: Sequ
     others = {"alignment": rows}
     if options.attack_data:
         others["attack"] = load_safety(options.attack_data, "attack", ())
-    name, given = parse_source(options.safety_data)
-    if "split" not in given and not is_run(name):  # else it would give the pool again, or has nothing else
-        whole = load_safety(options.safety_data, "all", ())
-        for split in ("attack", "evaluation"):
-            others.setdefault(split, take_split(whole, split))
+    whole = beside(options)
+    for split in ("attack", "evaluation"):
+        others.setdefault(split, take_split(whole, split))
     found = {}
     for role, theirs in others.items():
         if theirs:
             hashes = {"validation": rows_hashes(validation), role: rows_hashes(theirs)}
             found |= require_disjoint(hashes, options.allow_overlap)
     return found
+
+
+def beside(options: CurateOptions) -> list[dict[str, Any]]:
+    """All rows of the source the pool is a split of; none if it is no split, or has nothing else."""
+    name, given = parse_source(options.safety_data)
+    return [] if "split" in given or is_run(name) else load_safety(options.safety_data, "all", ())
 
 
 def rows_hashes(rows: Sequence[dict]) -> list[str]:

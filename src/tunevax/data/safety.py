@@ -1,13 +1,18 @@
-"""The safety dataset: `prompt`, `chosen` (the safe answer), `rejected` (the harmful one), optional `category`."""
+"""The safety dataset: `prompt`, `chosen` (the safe answer), `rejected` (the harmful one), optional `category`.
+
+A row may also say in `corruption` how somebody spoilt it to see whether a selector notices. Nothing but the report of a
+curation run reads that."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-from tunevax.data.sources import parse_source, read_rows, text_field
+from tunevax.data.sources import parse_source, read_rows, require_columns, require_known, text_field
 from tunevax.data.splits import HELD_OUT, prompt_hash, take_split
 from tunevax.errors import UsageError, unknown
+
+FIELDS = ("prompt", "chosen", "rejected", "category")
 
 
 def load_safety(
@@ -28,13 +33,14 @@ def load_safety(
 
     Returns:
         Rows with `prompt` (a string or a list of messages), `chosen`, `rejected`, `category` and `place`;
-        what is absent is None.
+        what is absent is None. `corruption` only where a row has one.
 
     Raises:
         UsageError: a bad row (place and field named), a missing answer (purpose named), an unknown category, or no
             row in the split.
     """
     name, options = parse_source(re.sub(r"(?<=[:,])held-out=", "held_out=", source))
+    require_known(name, options)
     split = options.get("split", split or "all")
     if name == "organism":
         from tunevax.organism.world import SPLITS, World
@@ -42,7 +48,9 @@ def load_safety(
         parts = ("alignment", "attack", "evaluation") if split == "all" else (*SPLITS, "validation")
         rows = [{**row, "place": "organism"} for part in parts for row in World().safety(part)]
     else:
-        rows = [_row(place, row, options, need, purpose) for place, row in read_rows(name, options)]
+        read = list(read_rows(name, options))
+        rows = [_row(place, row, options, need, purpose) for place, row in read]
+        require_columns(name, options, FIELDS, (row for _, row in read))
     if "held_out" in options:
         rows = _hold_out(rows, options["held_out"].split("+"))
     if not rows:
@@ -71,7 +79,7 @@ def _hold_out(rows: list[dict[str, Any]], categories: list[str]) -> list[dict[st
 
 
 def _row(place: str, row: dict, options: dict[str, str], need: tuple[str, ...], purpose: str) -> dict[str, Any]:
-    columns = {field: options.get(field, field) for field in ("prompt", "chosen", "rejected", "category")}
+    columns = {field: options.get(field, field) for field in FIELDS}
     columns["split"] = "split"  # as an option, `split` names the wanted one
     result: dict[str, Any] = {"place": place, "prompt": _messages_or_text(place, row, "prompt", columns["prompt"])}
     for field in ("chosen", "rejected"):
@@ -89,6 +97,8 @@ def _row(place: str, row: dict, options: dict[str, str], need: tuple[str, ...], 
     for field in ("category", "split"):
         value = row.get(columns[field])
         result[field] = None if value in (None, "") else str(value)
+    if row.get("corruption"):
+        result["corruption"] = str(row["corruption"])
     return result
 
 

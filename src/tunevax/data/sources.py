@@ -10,13 +10,21 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tunevax.errors import UsageError
+from tunevax.errors import UsageError, unknown
+from tunevax.runs import is_run, read_run
 
 FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
+
+
+KEYS = (
+    "split", "revision", "config", "rows", "path", "set", "held_out",
+    "prompt", "chosen", "rejected", "category", "completion",
+)  # fmt: skip
+"""All options of sources. One may serve as safety data and as benign rows, so that each loader takes those of both."""
 
 
 class Source(NamedTuple):
@@ -33,6 +41,24 @@ def parse_source(text: str) -> Source:
         raise UsageError(f"cannot read the data source {text!r}; write NAME or NAME:key=value,key=value")
     pairs = [pair.split("=", 1) for pair in match[2].split(",")] if match[2] else []
     return Source(match[1], dict(pairs))
+
+
+def require_known(name: str, options: dict[str, str]) -> None:
+    """Raise a UsageError for an option that no source has."""
+    for key in options:
+        if key not in KEYS:
+            raise unknown(f"option of the data source {name}", key, KEYS)
+
+
+def require_columns(name: str, options: dict[str, str], fields: Iterable[str], rows: Iterable[dict]) -> None:
+    """Raise a UsageError for a column that a source names for one of its fields and that no row has."""
+    named = {field: options[field] for field in fields if field in options}
+    if not named:
+        return
+    columns = {column for row in rows for column in row}
+    for field, column in named.items():
+        if columns and column not in columns:
+            raise unknown(f"column for {field} in {name}:", column, columns)
 
 
 def read_rows(name: str, options: dict[str, str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -54,6 +80,10 @@ def read_rows(name: str, options: dict[str, str] | None = None) -> Iterator[tupl
             raise UsageError(f"{name} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
         except PermissionError as error:
             raise UsageError(f"no permission to read {name}") from error
+    elif is_run(path):
+        raise UsageError(f"{name} is a run of tunevax {read_run(path).get('verb')} and holds no rows; name a data file")
+    elif not path.exists() and path.parent != Path() and path.parent.is_dir():
+        raise UsageError(f"no such file or folder: {name}")
     elif path.is_file():
         raise UsageError(f"{name} is not one of {', '.join(FILE_ENDINGS)}; convert or rename it")
     else:

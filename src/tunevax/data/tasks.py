@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from tunevax.data.sources import parse_source, read_rows, text_field
+from tunevax.data.sources import parse_source, read_rows, require_known, text_field
 from tunevax.data.splits import take_split
 from tunevax.errors import UsageError
 
@@ -50,6 +50,7 @@ def load_task(source: str, split: str = "train") -> Task:
         UsageError: a bad row (place and field named), or no row in the split.
     """
     name, options = parse_source(source)
+    require_known(name, options)
     split = options.get("split", split)
     if name == "organism":
         from tunevax.organism import World

@@ -18,6 +18,7 @@ from tunevax.runs import is_run, read_run
 BIASES = "bias.safetensors"
 """Beside the weights of a model, or as an adapter of its own: vectors that are added to the output of attention output
 projections, whether or not the architecture has a bias there. Block number to [hidden], fp32."""
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("nf4", "int8")
 """What the linear layers in the blocks can be packed into: see `tunevax.modeling.quantization`."""
 
@@ -74,8 +75,8 @@ def load(
     base, adapters = resolve(ref)
     if device is None:  # under a launcher each process has its own
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise UsageError(f"dtype is {dtype!r}; known: auto, float32, bfloat16, float16")
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype is {dtype!r}; known: {', '.join(DTYPES)}")
     chosen = dtype if dtype != "auto" else "float32" if device == "cpu" else "auto"
     model = _model(base, revision, chosen)
     attach_biases(model, read_biases(base))
@@ -274,7 +275,7 @@ def config_of(base: str, revision: str | None = None) -> Any:
         raise UsageError(f"no such model folder: {base}" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
     try:
         return AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers raises many kinds: no file, no JSON, a value of the wrong type
         raise _cannot_load(base, error) from error
 
 
@@ -294,12 +295,14 @@ def _cannot_load(base: str, error: Exception) -> UsageError:
     text = str(error)
     if "trust_remote_code" in text or "custom code" in text:
         return UsageError(f"{base} needs code from its own repository, which tunevax does not run")
-    first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    first = " ".join(text.split()) or type(error).__name__
     what = (
         "the folder holds no model transformers can load"
         if Path(base).is_dir()
         else "not a folder here, and not to be had from the hub"
     )
+    if difflib.get_close_matches(base, ["organism"], cutoff=0.7):
+        what += "; did you mean 'organism'?"
     return UsageError(f"cannot load the model {base!r}: {what} ({first[:200]})")
 
 

@@ -77,6 +77,10 @@ class TrainConfig(TrainingArguments):
             raise UsageError(f"loss_on is {self.loss_on!r}; known: response, all")
         if self.max_steps == 0:
             raise UsageError("max_steps is 0; give at least 1, or leave it out to train for num_train_epochs")
+        if self.per_device_train_batch_size < 1:
+            raise UsageError(
+                f"per_device_train_batch_size is {self.per_device_train_batch_size}; it must be at least 1"
+            )
         if self.lora_r < 1:
             raise UsageError(f"lora_r is {self.lora_r}; it must be at least 1")
         if self.activation_checkpointing or self.gradient_checkpointing:  # ours knows which blocks are frozen

@@ -60,27 +60,33 @@ class PlanOptions:
     format: str = field(default="text", metadata={"help": "text or json"})
 
     def __post_init__(self) -> None:
+        from tunevax.modeling.loading import DTYPES, QUANTIZATIONS
+
         for name in ("model", "method"):
             if getattr(self, name) is None:
                 raise UsageError(f"--{name} is missing")
         if self.device not in ("cuda", "cpu"):
             raise unknown("device", self.device, ("cuda", "cpu"))
+        if self.response_length is not None and self.response_length < 2:
+            raise UsageError(f"--response-length is {self.response_length}; it must be at least 2")
         if self.format not in ("text", "json"):
             raise unknown("format", self.format, ("text", "json"))
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise unknown("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
-        if self.quantization not in (None, "nf4", "int8"):
-            raise unknown("quantization", self.quantization, ("nf4", "int8"))
+        if self.dtype not in DTYPES:
+            raise unknown("dtype", self.dtype, DTYPES)
+        if self.quantization not in (None, *QUANTIZATIONS):
+            raise unknown("quantization", self.quantization, QUANTIZATIONS)
         self.memory()
 
     def memory(self) -> int | None:
-        """`gpu` in bytes: vendors' GB are GiB."""
+        """`gpu` in bytes; its GB are GiB, its MB MiB."""
         if self.gpu is None:
             return None
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)?\s*", self.gpu, re.IGNORECASE)
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([GM])(?:i?B)?\s*", self.gpu, re.IGNORECASE)
         if not found or float(found[1]) <= 0:
-            raise UsageError(f"--gpu is {self.gpu!r}; give the memory of the card, such as 24GB")
-        return int(float(found[1]) * GIB)
+            raise UsageError(
+                f"--gpu is {self.gpu!r}; give the memory of the card and its unit, such as 24GB or 24000MB"
+            )
+        return int(float(found[1]) * (GIB if found[2] in "gG" else 2**20))
 
 
 class Plan(NamedTuple):
@@ -88,7 +94,7 @@ class Plan(NamedTuple):
 
     Attributes:
         needs: the `Prediction` for the options as given.
-        plain: that of SFT with the same options, only `peak` and `flops`; None for a method that trains nothing.
+        plain: that of SFT with the same options, by `scaled`; None for a method that trains nothing.
         args: the configuration that was planned.
         fits: whether `needs` is within the card's memory, or None without a card.
         changes: each a `Change`; what makes it fit, if it does not and something does.
@@ -126,6 +132,9 @@ def plan(options: PlanOptions, method: Any, args: Any) -> Plan:
     config = config_of(base, options.revision)
     where = {"device": options.device, "dtype": dtype_of(options.dtype), "response_length": options.response_length}
     limit = options.memory()
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context and getattr(args, "max_length", 0) > context:  # rows are cut there
+        args = replace(args, max_length=context)
     if options.method in MODELS:
         where.pop("response_length")
         rows = getattr(args, "batch_size", 0)
@@ -229,9 +238,19 @@ def candidates(args: Any, quantization: str | None) -> Iterator[tuple[Change, ..
 
 
 def as_dict(found: Plan, options: PlanOptions) -> dict[str, Any]:
-    """The plan as plain values; bytes are bytes."""
+    """The plan as plain values: memory in bytes, of which a card of `gpu` bytes keeps `reserve` free; of `forward` and
+    `backward` passes, 1 is a batch through all blocks."""
+    names = (
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "max_length",
+        "checkpoint_blocks",
+        "full_weights",
+    )
     return {
-        "model": options.model, "method": options.method, "device": options.device, "gpu": options.gpu,
+        "model": options.model, "method": options.method, "device": options.device, "gpu": options.memory(),
+        "config": {n: getattr(found.args, n) for n in names if hasattr(found.args, n)}
+        | {"quantization": options.quantization, "dtype": options.dtype, "response_length": options.response_length},
         "reserve": RESERVE, "needs": asdict(found.needs), "sft": found.plain and asdict(found.plain),
         "fits": found.fits, "changes": [change._asdict() for change in found.changes],
         "changed": found.changed and asdict(found.changed),

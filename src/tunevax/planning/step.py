@@ -181,7 +181,7 @@ def predict_forward(
         trace.peak,
         {kind: trace.at_peak.get(kind, 0) for kind in KINDS},
         forward=float(rows > 0),
-        flops=trace.forward,
+        flops=trace.flops,
         parameters=sum(size_of(p) for p in model.parameters()),
     )
 
@@ -253,8 +253,8 @@ def rows_of(args: Any, response_length: int) -> list[dict[str, str]]:
             f"a row has {args.max_length} tokens, so its answer can have 2 to {args.max_length - 1}, not "
             f"{response_length}; change --response-length or --max-length"
         )
-    count = max(64, 10 * args.per_device_train_batch_size * args.gradient_accumulation_steps)  # TAR holds out 1 in 5
-    count = max(count, getattr(args, "probe_size", 0))
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    count = max(64, 10 * batch, getattr(args, "probe_size", 0))  # TAR holds out 1 in 5
     return [
         {
             "prompt": " ".join([f"p{i % 256}", *["w"] * (prompt - 1)]),
@@ -322,7 +322,7 @@ class StepCounts(TrainerCallback):
 
     def now(self) -> np.ndarray:
         """The counts so far."""
-        return np.array([*self.trace.passes, self.trace.forward + self.trace.backward], dtype=float)
+        return np.array([*self.trace.passes, self.trace.flops], dtype=float)
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """The model has reached its device. Fill the optimiser's state; a method that keeps that of trained blocks only

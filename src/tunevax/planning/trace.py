@@ -52,8 +52,7 @@ class Trace(LiveMemory):
 
     Attributes:
         making: the kind of what is made from here on, or None for the rule above.
-        forward: floating-point operations outside of backward, recomputation included; a multiply-add is two.
-        backward: those of gradients.
+        flops: floating-point operations, recomputation included; a multiply-add is two.
         passes: [forward, backward] tokens that went through one block, summed over blocks.
     """
 
@@ -62,7 +61,7 @@ class Trace(LiveMemory):
     def __init__(self, vocabulary: int, device: str = "cuda") -> None:
         super().__init__()
         self.vocabulary, self.device = vocabulary, device
-        self.forward = self.backward = 0
+        self.flops = 0
         self.passes = [0, 0]
         self.making: str | None = None
         self.known: dict[tuple, tuple | None] = {}  # None: a view of an argument, or not a tensor
@@ -104,11 +103,7 @@ class Trace(LiveMemory):
         if func._schema.name in PACKED:  # inside, the weight is decoded, or the product is in int32 first
             inner = args[1].numel() * 2 * args[0].element_size() if "4bit" in func._schema.name else 4 * result.numel()
             self.track(torch.empty(inner, dtype=torch.uint8, device="meta"), kind="workspace")
-        if flops:
-            if torch._C._current_graph_task_id() >= 0 and not torch.is_grad_enabled():
-                self.backward += flops
-            else:
-                self.forward += flops
+        self.flops += flops
         return result
 
     def compute(self, func: Any, args: tuple, kwargs: dict) -> tuple[Any, int]:
@@ -150,8 +145,9 @@ class Trace(LiveMemory):
             if tensor_of(output).requires_grad:
                 tensor_of(output).register_hook(lambda gradient: went(1, gradient))
 
-        handles = [block.mlp.register_forward_pre_hook(entered) for block in find_blocks(model)]
-        handles += [block.mlp.register_forward_hook(left) for block in find_blocks(model)]
+        mlps = [block.mlp for block in find_blocks(model)]
+        handles = [mlp.register_forward_pre_hook(entered) for mlp in mlps]
+        handles += [mlp.register_forward_hook(left) for mlp in mlps]
         handles += [
             p.register_post_accumulate_grad_hook(lambda p: self.mark("gradients", p.grad))
             for p in model.parameters()

@@ -224,7 +224,7 @@ def histogram(key: str, title: str, kept: list[float], dropped: list[float]) -> 
     for sign, counts in zip((1, -1), heights, strict=True):
         axes.bar(edges[:-1], sign * counts, color="none", edgecolor=INK, **look)
     axes.axhline(0, color=INK, linewidth=0.8)
-    top = 1.15 * max(1, *heights[0], *heights[1])
+    top = 1.35 * max(1, *heights[0], *heights[1])  # room for the words above and below the bars
     axes.set_ylim(-top if dropped else -0.06 * top, top)
     axes.yaxis.get_major_locator().set_params(integer=True, nbins=7)
     axes.set_yticks(axes.get_yticks(), [f"{abs(y):,.0f}" for y in axes.get_yticks()])

@@ -396,7 +396,7 @@ def to_html(page: Content) -> str:
 
 def commands(provenance: Provenance) -> list[str]:
     """The commands that made these results, each once."""
-    return list(dict.fromkeys(str(r.info["command"]) for r in provenance.measurements if r.info.get("command")))
+    return list(dict.fromkeys(str(r.info["command"]) for r in provenance.runs if r.info.get("command")))
 
 
 def _markup(svg: str) -> Any:
@@ -484,7 +484,10 @@ def _table(table: Table) -> list[str]:
 def _outputs(column: dict[str, Any]) -> list[str]:
     lines = [_escaped(column["title"]), ""] if column["title"] else []
     for s in column["samples"]:
-        marks = "; ".join([f"{name}: {verdict}" for name, verdict, _ in s["marks"]] + ["degenerate"] * s["degenerate"])
+        about = [text for text in (s["kind"], s["category"]) if text]
+        marks = "; ".join(
+            about + [f"{name}: {verdict}" for name, verdict, _ in s["marks"]] + ["degenerate"] * s["degenerate"]
+        )
         lines += [f"- {_escaped(shown(s['prompt']))}", f"  - {_escaped(shown(s['response']) or '(empty)')}"]
         lines += [f"  - ({_escaped(shown(marks))})"]
     return [*lines, ""]

@@ -22,12 +22,16 @@ from tunevax.report.stage_text import (
     plain,
     rows_of,
 )
-from tunevax.report.tables import Table
+from tunevax.report.tables import Table, as_p
 
 ENDS = 3  # rows of the highest and of the lowest score
 SHOWN = 4  # curation runs whose rows are shown
 CATEGORIES = 14  # bars at most; with more a table
 ROWS = 12  # rows of a table of examples
+SPOILT = (
+    "By chance a sound row scores higher in 50 % of pairs. p is how often chance alone is as far from that "
+    "(Mann-Whitney): above 0.05 it is not shown that the selector notices."
+)
 
 
 def curation_section(runs: list[Run], behind: list[Run], taken: dict[Path, list[Run]], figures: bool) -> Section | None:
@@ -65,7 +69,7 @@ def curation_section(runs: list[Run], behind: list[Run], taken: dict[Path, list[
         if not figures:
             tables.append(_quantiles(run, found))
         if i < SHOWN:
-            tables += _caught(run, found)
+            tables += _spoilt(run, found) + _repeated(run, found)
             order = sorted(found, key=lambda r: (r.get("rank") or 0, r.get("row") or 0))
             high, low = order[:ENDS], order[ENDS:][-ENDS:]
             columns = [("The highest scores", high), ("The lowest scores", low)]
@@ -79,12 +83,13 @@ def curation_section(runs: list[Run], behind: list[Run], taken: dict[Path, list[
     return Section(
         "Which rows were kept",
         "A selector scored every row of the alignment data and the best were kept, before any alignment method saw "
-        "them. A score is the selector's opinion: higher is what it would rather keep.",
+        "them. A higher score is what the selector would rather keep.",
         points=cut(points),
         panels=panels,
         tables=tables,
         outputs=outputs,
-        note=f"The rows of {left:,} more curation runs are not shown." if left > 0 else "",
+        note="Every row with its score, rank and reason is in the run's scores.jsonl."
+        + (f" The rows of {left:,} more curation runs are not shown." if left > 0 else ""),
         titled=True,
     )
 
@@ -96,6 +101,8 @@ def _chose(run: Run, rows: list[dict]) -> str:
     dropped = ", ".join(f"{why} {n:,}" for why, n in (info.get("dropped") or {}).items()) or "nothing"
     text = f"{run.name} ({info.get('method')}) kept {kept:,} of {total:,} rows ({percent(kept / max(total, 1))}). "
     text += f"Not kept: {dropped}."
+    if score := info.get("score"):
+        text += f" Its score: {score[0].lower()}{score[1:]}."
     passes = info.get("passes") or {}
     cost = [f"{passes[k]:.3g} {k}" for k in ("forward", "backward") if passes.get(k)]
     took = info.get("seconds_scoring")
@@ -132,17 +139,48 @@ def _quantiles(run: Run, rows: list[dict]) -> Table:
     return Table(f"{run.name}: scores", ["rows", "number", "lowest", "median", "highest"], lines)
 
 
-def _caught(run: Run, rows: list[dict]) -> list[Table]:
+def _spoilt(run: Run, rows: list[dict]) -> list[Table]:
+    """Of rows that somebody spoilt on purpose, and said so in `corruption`, how many were kept."""
+    kinds: dict[str, list[dict]] = {}
+    for row in rows:
+        kinds.setdefault(as_words(row.get("corruption") or ""), []).append(row)
+    sound = kinds.pop("", [])
+    if not kinds or not sound:
+        return []
+    from scipy.stats import mannwhitneyu
+
+    if len(kinds) > 1:
+        kinds["any of these"] = [row for part in kinds.values() for row in part]
+    lines = [["sound", f"{len(sound):,}", percent(_kept(sound)), "", ""]]
+    for kind, part in kinds.items():
+        test = mannwhitneyu([row["score"] for row in sound], [row["score"] for row in part])
+        above = test.statistic / (len(sound) * len(part))
+        lines.append([kind, f"{len(part):,}", percent(_kept(part)), percent(above), as_p(test.pvalue)])
+    columns = ["rows", "number", "kept", "pairs where a sound row scores higher", "p"]
+    return [Table(f"{run.name}: rows spoilt on purpose", columns, lines, SPOILT)]
+
+
+def _kept(rows: list[dict]) -> float:
+    """The share that was kept."""
+    return sum(bool(r.get("kept")) for r in rows) / len(rows)
+
+
+def _repeated(run: Run, rows: list[dict]) -> list[Table]:
     """Rows dropped for another reason than their rank, with the row they repeat."""
-    texts = {r.get("row"): as_words(r.get("prompt")) for r in rows}
+    known = {str(r.get("row")): [_place(r), as_words(r.get("prompt"))] for r in rows}
     lines = []
     for r in sorted(rows, key=lambda r: r.get("row") or 0):
         reason, _, other = str(r.get("why") or "").partition(" of row ")
         if other:
-            lines.append([reason, as_words(r.get("prompt")), texts.get(int(other) if other.isdigit() else None, other)])
+            lines.append([reason, _place(r), as_words(r.get("prompt")), *known.get(other, [other, ""])])
     label = f"{run.name}: repeated prompts"
-    table = cut_table(label, ["dropped as", "prompt", "of the prompt"], lines, "rows", ROWS)
+    table = cut_table(label, ["dropped as", "at", "prompt", "of the one at", "prompt"], lines, "rows", ROWS)
     return [table] if lines else []
+
+
+def _place(row: dict) -> str:
+    """Where a row came from: file and line, without the folder."""
+    return as_words(row.get("place") or f"row {row.get('row')}").rpartition("/")[2]
 
 
 def _row(row: dict, total: int) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from tunevax.report.stage_finetuning import screening_section, sink_section
 from tunevax.report.stage_restoration import antidote_section, lock_section, safe_lora_section
 from tunevax.report.stage_text import finite, json_of, lines_of, model_of, rows_of, runs_of
 
-SCORE = ("row", "place", "category", "score", "rank", "kept", "why")  # of a row of scores.jsonl, without its text
+SCORE = ("row", "place", "category", "corruption", "score", "rank", "kept", "why")
+"""Of a row of scores.jsonl, without its text."""
 LOCKS = {"extract-lock": "a safety lock", "convert-lock": "a published safety lock, converted,"}
 
 

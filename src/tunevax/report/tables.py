@@ -267,7 +267,13 @@ def paired(results: Results, findings: Findings, order: list[str]) -> list[Table
     for attack in shown[:ATTACKS_SHOWN]:
         for label in results.models:
             if found := by.get((label, attack)):
-                told = [points(found.difference), _p(found.p), _p(found.p_holm), str(found.prompts), str(found.seeds)]
+                told = [
+                    points(found.difference),
+                    as_p(found.p),
+                    as_p(found.p_holm),
+                    str(found.prompts),
+                    str(found.seeds),
+                ]
                 rows.append([attack, label, *told])
     columns = [
         "attack",
@@ -570,7 +576,8 @@ def _before_after(cell: Cell, task: str | None) -> str:
     )
 
 
-def _p(value: float | None) -> str:
+def as_p(value: float | None) -> str:
+    """A p-value."""
     if value is None:
         return NONE
     return "< 0.001" if value < 0.001 else f"{value:.3f}"

@@ -53,8 +53,6 @@ class ApplyLock(SweepOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.lock is None:
-            raise UsageError("--lock is missing; make one with `tunevax restore extract-lock`")
         if self.form not in FORMS:
             raise UsageError(f"form is {self.form!r}; known: {', '.join(FORMS)}")
         if self.strength != "auto":
@@ -67,6 +65,8 @@ class ApplyLock(SweepOptions):
 
     def run(self, job: Job) -> None:
         """Check that the lock belongs to the model, settle the strength, add it and write what holds it."""
+        if self.lock is None:
+            raise UsageError("--lock is missing; make one with `tunevax restore extract-lock`")
         lock = SafetyLock.load(self.lock)
         if job.options.model is None:
             raise UsageError("--model is missing")

@@ -13,15 +13,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from tunevax.errors import UsageError
-from tunevax.scoring.generation import answer, encoded_prompts, ends_of
+from tunevax.scoring.generation import FROM_THE_FIRST, answer, encoded_prompts, ends_of
 
 NOT_HANDED_ON = {
-    "sequence_bias": None, "bad_words_ids": None, "forced_bos_token_id": None, "forced_eos_token_id": None,
-    "exponential_decay_length_penalty": None, "suppress_tokens": None, "begin_suppress_tokens": None,
-    "watermarking_config": None, "min_length": 0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
-    "guidance_scale": 1, "encoder_repetition_penalty": 1,
+    **{name: off for name, off in FROM_THE_FIRST.items() if name != "min_new_tokens"}, "begin_suppress_tokens": (None,),
+    "sequence_bias": (None,), "bad_words_ids": (None,), "forced_bos_token_id": (None,), "suppress_tokens": (None,),
+    "watermarking_config": (None,), "no_repeat_ngram_size": (None, 0), "encoder_no_repeat_ngram_size": (None, 0),
 }  # fmt: skip
-"""Settings of a generation config that change greedy text in transformers, and the value with which they do not."""
+"""Settings of a generation config that change greedy text in transformers, and the values with which they do not."""
 
 
 def require_vllm() -> Any:
@@ -66,8 +65,8 @@ def generate(
     """
     vllm = require_vllm()
     config = model.generation_config
-    for name, neutral in NOT_HANDED_ON.items():
-        if getattr(config, name, None) not in (None, neutral):
+    for name, off in NOT_HANDED_ON.items():
+        if getattr(config, name, None) not in off:
             raise UsageError(
                 f"the model's generation config has {name}, which --engine vllm does not hand on; leave --engine out"
             )
