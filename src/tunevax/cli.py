@@ -104,7 +104,9 @@ def _curate(arguments: list[str]) -> None:
         told += "; rank agreement with the target model {spearman:.2f} (Spearman)".format(**record["agreement"])
     print(told)
     if record["elsewhere"]:
-        print(f"{record['elsewhere']} more rows are for attack and evaluation; the source's option split=all takes them")
+        print(
+            f"{record['elsewhere']} more rows are for attack and evaluation; the source's option split=all takes them"
+        )
     if record["spoilt_kept"]:
         print(f"{record['spoilt_kept']} of the kept rows are marked as spoilt; take those out before you train")
     _done(f"next: tunevax align METHOD --model REF --safety-data {_short(out)} --output-dir OUT; scores and rows", out)
