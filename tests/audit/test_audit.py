@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import runpy
 import shutil
 import signal
 import subprocess
@@ -152,14 +153,13 @@ def test_a_failed_cell_is_told_and_run_again(finished, models, tmp_path, monkeyp
     assert main(command(models, tmp_path / "out")) == 2  # complete now
 
 
-def test_judging_again_changes_what_the_judge_changes(finished, tmp_path):
+def test_judging_again_changes_what_the_judge_changes(finished, tmp_path, monkeypatch):
     script = Path(__file__).parents[2] / "scripts" / "rejudge.py"
 
     def again(name, *options):
         out = tmp_path / name
-        subprocess.run(
-            [sys.executable, script, finished, "--output-dir", out, *options], check=True, capture_output=True
-        )
+        monkeypatch.setattr(sys, "argv", [str(w) for w in (script, finished, "--output-dir", out, *options)])
+        runpy.run_path(str(script), run_name="__main__")
         return lines(out / "results.jsonl"), lines(out / "generations.jsonl")
 
     before = lines(finished / "results.jsonl"), lines(finished / "generations.jsonl")
