@@ -45,11 +45,11 @@ import numpy as np
 from scipy import stats
 
 from tunevax.cli import main as tunevax
+from tunevax.curation.pharmacist import MODES
 from tunevax.methods import load_method
 from tunevax.organism import World
 from tunevax.runs import is_run, read_lines, read_run
 
-MODES = ("single", "double", "unrolled")
 KINDS = ("stub", "gibberish", "over-refusal")
 SHARES = {"stub": 0.2, "gibberish": 0.1, "over-refusal": 0.1}
 # Rows with harmful and with harmless prompts, in the pool and in validation.
@@ -468,7 +468,7 @@ def main() -> None:
     one.add_argument("--organism-model", default="organism", help="what scores the organism's rows")
     one.add_argument("--datasets", nargs="+", default=list(SIZES), choices=list(SIZES))
     one.add_argument("--selectors", nargs="+", default=[*SELECTORS, "pharmacist"], choices=[*SELECTORS, "pharmacist"])
-    one.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES, help="of pharmacist")
+    one.add_argument("--modes", nargs="+", default=MODES, choices=MODES, help="of pharmacist")
     one.add_argument("--selector-seeds", type=int, default=1, help="of pharmacist; its own default, 3, takes long")
     one.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     two = parts.add_parser("audit", help="does a subset defend as well as all rows?")

@@ -18,7 +18,7 @@ from tunevax.quiet import quiet
 
 HELP = """tunevax hardens open-weight language models against harmful fine-tuning, and measures how much it helped.
 
-  tunevax demo                        the whole of it on a tiny model, in three minutes
+  tunevax demo                        the whole of it on a tiny model, in three to six minutes
   tunevax plan --method METHOD --model REF --gpu 24GB
                                       the memory and the cost of a step before a GPU is rented
   tunevax curate METHOD --model REF --safety-data SRC --validation-data SRC --keep 0.4 --output-dir OUT

@@ -141,7 +141,8 @@ def curate(method: str, options: CurateOptions, config: Any, command: str = "") 
         raise UsageError(f"--target-model is given and {method} scores without a model; leave it out")
     rows = load_safety(options.safety_data, "alignment", purpose=method)
     validation = load_validation(options.validation_data, method) if options.validation_data else []
-    overlap = check_overlap(options, rows, validation)
+    whole = beside(options)
+    overlap = check_overlap(options, rows, whole, validation)
     choose(rows, np.zeros(len(rows)), options)  # what it refuses shall be refused before anything is trained
     values = config.to_dict() if hasattr(config, "to_dict") else dataclasses.asdict(config)
     entries = [data_entry("alignment", options.safety_data, rows)]
@@ -174,7 +175,7 @@ def curate(method: str, options: CurateOptions, config: Any, command: str = "") 
         # What was aligned on these rows has learnt from the trusted ones, too.
         (run.path / "prompts.json").write_text(json.dumps({"validation": sorted(set(rows_hashes(validation)))}))
         record.update(
-            model=pool.info or None, kept=len(kept), elsewhere=max(0, len(beside(options)) - len(rows)),
+            model=pool.info or None, kept=len(kept), elsewhere=max(0, len(whole) - len(rows)),
             spoilt_kept=sum("corruption" in rows[i] for i in kept), passes=pool.passes,
             dropped=dict(Counter(reason.partition(" of row")[0] for reason in why.values())),
         )  # fmt: skip
@@ -193,15 +194,16 @@ def load_validation(source: str, method: str) -> list[dict[str, Any]]:
     return load_safety(source, "all", purpose=method)
 
 
-def check_overlap(options: CurateOptions, rows: Sequence[dict], validation: Sequence[dict]) -> dict[str, int]:
-    """Prompts that validation shares with the pool, the attack or the evaluation data; a UsageError unless that is
-    allowed. A role without rows is not in the result."""
+def check_overlap(
+    options: CurateOptions, rows: Sequence[dict], whole: list[dict], validation: Sequence[dict]
+) -> dict[str, int]:
+    """Prompts that validation shares with the pool, the attack or the evaluation data (of `whole`, see `beside`); a
+    UsageError unless that is allowed. A role without rows is not in the result."""
     if not validation:
         return {}
     others = {"alignment": rows}
     if options.attack_data:
         others["attack"] = load_safety(options.attack_data, "attack", ())
-    whole = beside(options)
     for split in ("attack", "evaluation"):
         others.setdefault(split, take_split(whole, split))
     found = {}
