@@ -388,7 +388,9 @@ def _report(arguments: list[str]) -> None:
 
 
 def _demo(arguments: list[str]) -> None:
-    parser = _Parser(prog="tunevax demo", description="Align, attack and report on the organism, in three minutes.")
+    parser = _Parser(
+        prog="tunevax demo", description="Align, attack and report on the organism, in three to six minutes."
+    )
     parser.add_argument("--output-dir", type=Path, default=Path("demo"), help="folder for the runs and the report")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier demo in that folder")
     options = parser.parse_args(arguments)
