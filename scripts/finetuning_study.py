@@ -17,6 +17,7 @@ import argparse
 import gzip
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 from scipy.stats import spearmanr
@@ -92,13 +93,13 @@ def curves(out: Path) -> dict:
     return found
 
 
-def tune(folder: Path) -> None:
+def tune(folder: Path, methods: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in World().safety("held-out")))
     aligned = align(folder, "sft", 11)
     control = job(folder, "sft", "sft", aligned, 11, {})
-    jobs = {(m, i): job(folder, f"{m}-{i}", m, aligned, 11, o) for m in GRID for i, o in enumerate(GRID[m])}
+    jobs = {(m, i): job(folder, f"{m}-{i}", m, aligned, 11, o) for m in methods for i, o in enumerate(GRID[m])}
     out = folder / "audit"
     audited(folder, out, list(jobs.values()), control, [0.1], [11], f', eval_data: "{prompts}:split=all"')
     found = curves(out)
@@ -106,9 +107,9 @@ def tune(folder: Path) -> None:
     plain = found["sft", 0.1, 11]
     told(f"sft: mean harmful {mean(plain, 1):.2f}, final {plain[-1][1]:.2f}, task {plain[-1][2]:.2f}", folder)
     chosen = {}
-    for method, grid in GRID.items():
+    for method in methods:
         best = None
-        for i, options in enumerate(grid):
+        for i, options in enumerate(GRID[method]):
             curve = found[f"{method}-{i}", 0.1, 11]
             fits = curve[-1][2] >= plain[-1][2] - 0.05
             told(f"{method} {options}: mean harmful {mean(curve, 1):.2f}, final {curve[-1][1]:.2f}, "
@@ -285,12 +286,13 @@ def main() -> None:
     parser.add_argument("what", choices=["tune", "audit", "sinks"])
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--one-stage", action="store_true", help="audit: leave out the T-Vaccine-aligned model")
+    parser.add_argument("--methods", nargs="+", choices=GRID, default=list(GRID), help="tune: only these")
     options = parser.parse_args()
     folder = options.output_dir / "work" / options.what
     if options.what == "audit":
         final(folder, not options.one_stage)
     else:
-        {"tune": tune, "sinks": sinks}[options.what](folder)
+        {"tune": partial(tune, methods=options.methods), "sinks": sinks}[options.what](folder)
 
 
 if __name__ == "__main__":
