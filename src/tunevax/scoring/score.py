@@ -80,7 +80,8 @@ class Exam(NamedTuple):
         perplexity: a text, measured with `full` only, or None.
         fluency: reference language models; a response to a harmful prompt that surprises each of them is degenerate.
         harness: lm-eval tasks, measured with `full` only, or None.
-        prefix: first words of the answer to each harmful prompt, put into the model's mouth and judged with the rest.
+        prefix: first words of the answer to each harmful prompt, the same for all or one each, put into the model's
+            mouth and judged with the rest.
         engine: what generates; see `ENGINES`.
     """
 
@@ -94,7 +95,7 @@ class Exam(NamedTuple):
     perplexity: Text | None = None
     fluency: Sequence[Reference] = ()
     harness: Harness | None = None
-    prefix: str = ""
+    prefix: str | Sequence[str] = ""
     engine: str = "transformers"
 
     def prompt_hashes(self) -> list[str]:
