@@ -207,6 +207,26 @@ def test_exact_loose_and_over_refusal_are_counted_apart(monkeypatch):
     )
 
 
+def test_a_limit_asks_of_every_category(tmp_path):
+    """In files sorted by category: harmful and harmless prompts, and a task's rows."""
+    for name, answers in (("harmful", ("no", "yes")), ("harmless", (None, None))):
+        rows = [
+            {"prompt": f"{c} {i}", "chosen": answers[0], "rejected": answers[1], "category": c}
+            for c in "abcdef"
+            for i in range(80)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = [{"prompt": f"sum {i}", "completion": str(i)} for i in range(90)]
+    (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in task))
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("harmful", "harmless", "task")]
+    options = score_module.ExamOptions(benign_data=files[1], task_eval_data=f"{files[2]}:split=all", limit=12)
+    exam = score_module.build_exam(options, files[0])
+    for rows in (exam.harmful, exam.benign):
+        assert len(rows) == 12 and {row["category"] for row in rows} == set("abcdef")
+    asked = [row["prompt"] for row in exam.task.rows]
+    assert len(asked) == 12 and asked != [row["prompt"] for row in task[:12]]
+
+
 def test_prompts_of_parents_count_as_used(tmp_path):
     from tunevax.scoring.score import used_prompts
 
