@@ -265,7 +265,9 @@ def assert_same(found, expected, rtol=1e-9):
 
 
 def outside(names):
-    return {part for n in names if ".layers." not in n for part in ("embed_tokens", "model.norm", "lm_head") if part in n}
+    return {
+        part for n in names if ".layers." not in n for part in ("embed_tokens", "model.norm", "lm_head") if part in n
+    }
 
 
 WHOLE = {"untied": {"full_weights": True}, "tied": {"full_weights": True}}
@@ -368,8 +370,9 @@ def test_what_a_block_adds_has_no_arbitrary_scale(make, kind):
     if kind == "llama":
         assert p.tolist() == paper.tolist() and all("Attention" in m for m in modules)
         return
-    torch.testing.assert_close(logits, same, rtol=1e-5, atol=1e-6)  # logits come in fp32: 2^-24 of each
-    assert all("Norm" in m for m in modules) and scaled == close(p, rel=1e-6)  # s_l are norms taken in fp32
+    # transformers' norms round to fp32 in any model: 2^-24 at each of the 17 or more, of which no more than 1e-5 is left.
+    torch.testing.assert_close(logits, same, rtol=1e-5, atol=1e-5)
+    assert all("Norm" in m for m in modules) and scaled == close(p, rel=1e-5)
     assert abs(far - paper).max() > 0.1
 
 

@@ -331,9 +331,13 @@ def test_a_limit_draws_every_category_by_its_share(sizes, limit, expected):
     found = drawn(rows, limit)
     counts = Counter(row["category"] for row in found)
     # Of two equal remainders a hash decides.
-    assert sorted(counts.values()) == sorted(expected.values()) and (len(set(sizes.values())) < len(sizes) or counts == expected)
+    assert sorted(counts.values()) == sorted(expected.values()) and (
+        len(set(sizes.values())) < len(sizes) or counts == expected
+    )
     assert found == [row for row in rows if row in found]  # in the order of the file
-    assert [row["n"] for row in found if row["category"] == "a"] != list(range(counts["a"])) or counts["a"] == sizes["a"]
+    assert [row["n"] for row in found if row["category"] == "a"] != list(range(counts["a"])) or counts["a"] == sizes[
+        "a"
+    ]
 
 
 def test_a_limit_does_not_see_the_order_of_the_file():

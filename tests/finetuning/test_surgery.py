@@ -182,7 +182,9 @@ def test_a_choice_of_queries(name):
         torch.testing.assert_close(linear, eager, rtol=1e-5, atol=1e-5)
     model.set_attn_implementation("eager")
     for row, (length, counted) in enumerate(((14, slice(3, 7)), (9, slice(2, 6)))):
-        for layer, a in enumerate(model(inputs["input_ids"][row : row + 1, :length], output_attentions=True).attentions):
+        for layer, a in enumerate(
+            model(inputs["input_ids"][row : row + 1, :length], output_attentions=True).attentions
+        ):
             column = a[0, :, counted, 0]
             by_hand = column.sum(-1) / (column > 0).all(0).sum().clamp_min(1)
             torch.testing.assert_close(found[0][0][row, layer], by_hand, rtol=1e-5, atol=1e-6)

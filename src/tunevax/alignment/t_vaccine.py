@@ -6,8 +6,8 @@ Vaccine on gamma of the L blocks, chosen by how strongly harmful text pulls on t
     S     = gamma blocks without replacement, with probabilities p       every J steps
     eps_l = rho * grad_{e_l} L / ||grad_{e_S} L||_2,   l in S            every step      (Eq. 6)
 
-Of the blocks only those in S train. What lies outside the blocks and has something to train (all of it with
-full weights; an adapter on the embeddings or the head) trains at every step, as in LISA (arXiv 2403.17919), whose sampler
+Of the blocks only those in S train. What lies outside the blocks and has something to train (all of it with full
+weights; an adapter on the embeddings or the head) trains at every step, as in LISA (arXiv 2403.17919), whose sampler
 this is after. With gamma = L every gradient is Vaccine's. Below min(S) there is no graph at all: those blocks run once,
 for both passes. Only where the embeddings train, the second pass goes back through all blocks. Harmful data never
 updates a weight.
@@ -307,8 +307,8 @@ class TVaccineTrainer(VaccineTrainer):
 
 
 def above_blocks(model: Any) -> set[torch.nn.Parameter]:
-    """The parameters of the final norm and of the head, from which no gradient goes back through a block. A head that is
-    tied to the embeddings is not among them."""
+    """The parameters of the final norm and of the head, whose gradients need no block's graph. A head that is tied to
+    the embeddings is not among them."""
     stock = unwrap(model)
     above = [stock.get_output_embeddings()]
     with suppress(UsageError):  # a model without a final norm

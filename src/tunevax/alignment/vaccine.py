@@ -1,8 +1,8 @@
 """Vaccine: perturbation-aware alignment (Huang et al., arXiv 2402.01109).
 
 With e_l the output of block l's attention module (or, see `VaccineConfig.embedding`, what the block adds to its
-residual stream), each step first finds the perturbation of all e_l together that raises the alignment loss most within a
-budget, to first order, and then takes the gradient at the perturbed point:
+residual stream), each step first finds the perturbation of all e_l together that raises the alignment loss most
+within a budget, to first order, and then takes the gradient at the perturbed point:
 
     eps_l = rho * grad_{e_l} L / ||grad_e L||_2      (Eq. 1 and 3 of arXiv 2410.09760, which restates it)
     w    <- w - lr * grad_w L(e + eps)
@@ -44,8 +44,8 @@ class VaccineConfig(SFTConfig):
     embedding: str = field(
         default="attention",
         metadata={
-            "help": "what e_l is: attention (the module's output, as in the papers' code), or added (what the block adds "
-            "to its residual stream, which is another thing where a norm comes between, as in Gemma 2 and 3 and OLMo 2)"
+            "help": "what e_l is: attention (the module's output, as in the papers' code), or added (what the block "
+            "adds to its residual stream, which differs where a norm comes between, as in Gemma 2 and 3 and OLMo 2)"
         },
     )
     rho_scale: str = field(
@@ -187,8 +187,8 @@ class VaccineTrainer(SFTTrainer):
         return self.step_cost()
 
     def step_cost(self, above: float = 1.0, trained: float = 1.0, reach: float = 1.0) -> float:
-        """Compute of a step, in SFT steps, when a share `above` of the blocks has a graph in pass 1, and `reach` in pass
-        2, of which `trained` trains.
+        """Compute of a step, in SFT steps, when a share `above` of the blocks has a graph in pass 1 and `reach` in
+        pass 2, of which `trained` trains.
 
         In forwards of all blocks, F, each backward through frozen weights being one more: pass 1 is F + above F, pass 2
         is 2 reach F, SFT is 2 F. The weight gradients of a block cost another forward of it, those of an adapter

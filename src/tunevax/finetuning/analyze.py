@@ -78,8 +78,8 @@ class SinkOptions:
 def analyze_sink(options: SinkOptions, command: str = "", exam_options: ExamOptions | None = None) -> Path:
     """Measure, write a run folder with sink.json, and return it.
 
-    sink.json: `pairs`, `sink_position`, `sink_queries`, and `models`, for each `label`, `ref`, `d` ([layers][heads], mean over pairs),
-    `positive_heads`, `heads`, `R` (the mean of ReLU(d)) and `scores` (of `examine`, or None).
+    sink.json: `pairs`, `sink_position`, `sink_queries`, and `models`, for each `label`, `ref`, `d` ([layers][heads],
+    mean over pairs), `positive_heads`, `heads`, `R` (the mean of ReLU(d)) and `scores` (of `examine`, or None).
 
     Args:
         exam_options: what to score on with `options.harmful_score`; default the evaluation split of the safety data.
@@ -93,9 +93,7 @@ def analyze_sink(options: SinkOptions, command: str = "", exam_options: ExamOpti
     if len(options.model) > 2:
         raise UsageError(f"analyze sink takes one model or two, before and after, and there are {len(options.model)}")
     require_one_process("analyzing")
-    pairs = drawn(
-        load_safety(options.safety_data, "evaluation", ("chosen", "rejected"), "analyze sink"), options.pairs
-    )
+    pairs = drawn(load_safety(options.safety_data, "evaluation", ("chosen", "rejected"), "analyze sink"), options.pairs)
     exam = build_exam(exam_options or ExamOptions(), options.safety_data) if options.harmful_score else None
     config = {k: v for k, v in vars(options).items() if k not in ("output_dir", "overwrite")}
     record: dict[str, Any] = {

@@ -10,8 +10,8 @@ and the regulariser (Eq. 4) is the mean over heads of ReLU(d_h).
 A query spreads its attention over all tokens up to its own, so A[i, k] falls as i grows, whatever the text says: over
 all queries (`all`, the paper's form) the longer of two texts has the smaller alpha, and d_h is mostly the difference of
 their lengths. With `common`, N holds the first m tokens of either answer, m being the number of tokens that both have
-(the template's end not counted): an answer compared with itself cut short has d_h = 0. Of two answers to the same prompt
-these are the same positions.
+(the template's end not counted): an answer compared with itself cut short has d_h = 0. Of two answers to the same
+prompt these are the same positions.
 
 Two ways to alpha_h:
 

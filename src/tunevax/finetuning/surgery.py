@@ -12,11 +12,11 @@ Pairs run by themselves, before the job's batch, and their gradient is added to 
 and of the two graphs only one is in memory at a time. The `loss` in the log is f; `sink_loss` is the mean of ReLU(d_h).
 
 The paper's released code draws a harmful and a safe row of unrelated prompts and averages over all tokens of both
-(`pairing="random"`, `sink_queries="all"`, `pairs_per_step=1`), and takes lamb = 300 at learning rate 5e-6, all weights,
-1024 heads. Refusals are shorter than harmful answers, or longer, and over all tokens d_h is mostly that difference; here
-both answers of a pair are read at the positions that both have (see `tunevax.finetuning.sink`). 300 is the default for
-LoRA too: the term is a mean over heads, whatever their number, and AdamW's steps depend on its size against f's, not on
-the learning rate.
+(`pairing="random"`, `sink_queries="all"`, `pairs_per_step=1`), and takes lamb = 300 at learning rate 5e-6, all
+weights, 1024 heads. Refusals are shorter than harmful answers, or longer, and over all tokens d_h is mostly that
+difference; here both answers of a pair are read at the positions that both have (see `tunevax.finetuning.sink`). 300 is
+the default for LoRA too: the term is a mean over heads, whatever their number, and AdamW's steps depend on its size
+against f's, not on the learning rate.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def degenerate(text: str) -> bool:
     characters = [c for c in text if not c.isspace()]
     if not characters:
         return True
-    # Not the format characters (zero-width joiners of emoji and Persian), nor what this Python's tables do not know yet.
+    # Not format characters (zero-width joiners of emoji and Persian), nor what this Python's tables do not know yet.
     odd = sum(unicodedata.category(c) in ("Cc", "Co", "Cs") or c == "\ufffd" for c in characters)
     most, count = Counter(characters).most_common(1)[0]
     same = count == len(characters) if most.isdigit() else count > 0.8 * len(characters)
@@ -63,7 +63,7 @@ def loops(text: str) -> bool:
     for chunk in CHUNK.finditer(text):
         if DATA.search(chunk.group()):
             language[chunk.start() : chunk.end()] = False
-    # Periods to try: how far back the same six characters were last. A loop of any period has some that occur once in it.
+    # Periods to try: how far back the same six characters were last. Any loop has some that occur once in a period.
     last: dict[str, int] = {}
     periods, known = set(), np.zeros(len(text), dtype=bool)
     for i in range(len(text) - GRAM + 1):

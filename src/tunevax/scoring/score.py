@@ -50,7 +50,9 @@ class ExamOptions:
         default_factory=list,
         metadata={"help": "reference language models; what surprises each of them is word salad; default none"},
     )
-    limit: int = field(default=500, metadata={"help": "score on at most so many prompts of each kind, drawn by their hash"})
+    limit: int = field(
+        default=500, metadata={"help": "score on at most so many prompts of each kind, drawn by their hash"}
+    )
     max_new_tokens: int = field(default=128, metadata={"help": "length of a generated answer"})
     generation_batch_size: int = field(
         default=128, metadata={"help": "answers generated together, fewer where prompts are long"}
