@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from tunevax.data.sources import parse_source, read_rows, require_columns, require_known, text_field
+from tunevax.data.formats import read_pair
+from tunevax.data.sources import TWICE, parse_source, read_rows, require_columns, require_known, text_field
 from tunevax.data.splits import HELD_OUT, prompt_hash, take_split
 from tunevax.errors import UsageError, unknown
 
@@ -18,7 +19,7 @@ FIELDS = ("prompt", "chosen", "rejected", "category")
 def load_safety(
     source: str, split: str | None = None, need: tuple[str, ...] = ("chosen",), purpose: str = "this method"
 ) -> list[dict[str, Any]]:
-    """Read a preference dataset as TRL defines it, plain strings or chat messages.
+    """Read a preference dataset as TRL defines it, or in another shape that `tunevax.data.formats` knows.
 
     Args:
         source: a hub id, local file or curation run, with options after a colon (see `tunevax.data.sources`), or
@@ -33,7 +34,8 @@ def load_safety(
 
     Returns:
         Rows with `prompt` (a string or a list of messages), `chosen`, `rejected`, `category` and `place`;
-        what is absent is None. `corruption` only where a row has one.
+        what is absent is None. `corruption` only where a row has one; `read_as`, of rows of a file or dataset, says
+        which columns were read and how.
 
     Raises:
         UsageError: a bad row (place and field named), a missing answer (purpose named), an unknown category, or no
@@ -79,39 +81,29 @@ def _hold_out(rows: list[dict[str, Any]], categories: list[str]) -> list[dict[st
 
 
 def _row(place: str, row: dict, options: dict[str, str], need: tuple[str, ...], purpose: str) -> dict[str, Any]:
-    columns = {field: options.get(field, field) for field in FIELDS}
-    columns["split"] = "split"  # as an option, `split` names the wanted one
-    result: dict[str, Any] = {"place": place, "prompt": _messages_or_text(place, row, "prompt", columns["prompt"])}
-    for field in ("chosen", "rejected"):
-        column = columns[field]
-        if field in need and row.get(column) in (None, "") and column not in row:
-            raise UsageError(
-                f"{place}: no field '{column}', and {purpose} needs it"
-                f" (fields: {', '.join(map(str, row))}); say which column holds it with SOURCE:{field}=COLUMN"
-            )
-        if row.get(column) is None and field not in need:
-            result[field] = None
-        else:
-            answer = _messages_or_text(place, row, field, column)
-            result[field] = answer if isinstance(answer, str) else answer[-1]["content"]
-    for field in ("category", "split"):
-        value = row.get(columns[field])
-        result[field] = None if value in (None, "") else str(value)
+    result: dict[str, Any] = {"place": place, **read_pair(place, row, options, need, purpose)}
+    # As an option, `split` names the wanted one and no column.
+    for field, column in (("category", options.get("category", "category")), ("split", "split")):
+        result[field] = _label(place, row, column)
     if row.get("corruption"):
         result["corruption"] = str(row["corruption"])
     return result
 
 
-def _messages_or_text(place: str, row: dict, field: str, column: str) -> str | list[dict[str, str]]:
+def _label(place: str, row: dict, column: str) -> str | None:
+    """The category or split of a row, a number too; None where it has none. Of a list, or an object of yes and no as
+    BeaverTails has it, what it names."""
     value = row.get(column)
-    if not isinstance(value, list):
-        return text_field(place, row, field, column)
-    if not value:
-        raise UsageError(f"{place}: field '{column}' is empty")
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise UsageError(
-                f"{place}: field '{column}' holds a message without a role; write {{'role': ..., 'content': ...}}"
-            )
-        text_field(place, message, "content", "content")
-    return value
+    if isinstance(value, dict):
+        value = [name for name, yes in value.items() if yes]
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        value = ", ".join(value)
+    if value is None or value == "" or value != value:  # NaN
+        return None
+    if value is TWICE:
+        raise UsageError(f"{place}: field '{column}' occurs twice with different values; remove or rename one")
+    if not isinstance(value, str | int | float):
+        raise UsageError(
+            f"{place}: field '{column}' must be a word or a number, this is a {type(value).__name__}; quote it"
+        )
+    return text_field(place, {column: str(value)}, column, column)
