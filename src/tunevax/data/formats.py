@@ -43,7 +43,10 @@ ROLES = {
 }  # fmt: skip
 """What people call the three roles."""
 
-LEFT_OUT, IMPLICIT = "; turns after the answer left out", " (implicit prompt)"
+MARKS = ("label", "is_safe")
+"""The columns that say whether a single answer is a good one (TRL's unpaired preference, BeaverTails)."""
+
+IMPLICIT, LAST, LEFT_OUT = " (implicit prompt)", "; the last of several answers", "; turns after the answer left out"
 
 
 def read_pair(
@@ -112,17 +115,19 @@ def read_example(place: str, row: dict[str, Any], options: dict[str, str]) -> di
         talk = column or next(c for c in CONVERSATIONS if not _absent(row.get(c)))
         turns, read_as = _question(place, row, talk)
         end = _last_answer(place, talk, turns)
+        read_as += LAST if any(turn["role"] == "assistant" for turn in turns[1:end]) else ""
     else:
-        if row.get("label") is False and "completion" not in options:
+        bad = next((c for c in MARKS if str(row.get(c)).lower() == "false"), None)
+        if bad and "completion" not in options:
             raise UsageError(
-                f"{place}: field 'label' is false, which marks an answer that is not to be learnt; remove such rows, "
+                f"{place}: field '{bad}' is false, which marks an answer that is not to be learnt; remove such rows, "
                 f"or take them with SOURCE:completion={answer}"
             )
         turns = _turns(place, row, "completion", answer)
         whole = turns is not None and turns[0]["role"] != "assistant"
+        asked, read_as = _question(place, row, column or _question_column(place, row, whole, answer), answer)
         if turns is None:
             turns = [{"role": "assistant", "content": text_field(place, row, "completion", answer)}]
-        asked, read_as = _question(place, row, column or _question_column(place, row, whole, answer), answer)
         if not asked:
             turns, read_as = _with_system(place, row, turns, "")
         turns, start = _joined(place, answer, asked, turns)
@@ -216,14 +221,14 @@ def _answer_column(place: str, row: dict, options: dict[str, str]) -> str | None
 
 
 def _no_answer(place: str, row: dict, field: str, column: str, purpose: str) -> str:
-    label = next((c for c in ("label", "is_safe") if isinstance(row.get(c), bool)), None)
+    label = next((c for c in MARKS if str(row.get(c)).lower() in ("true", "false")), None)
     way = (
         f"each row is one answer, marked by '{label}': put both answers to a prompt into one row, as 'chosen' and "
         "'rejected'"
         if label and column == field
         else f"say which column holds it with SOURCE:{field}=COLUMN"
     )
-    return f"{place}: no field '{column}', and {purpose} needs it (fields: {columns_of(row)}); {way}"
+    return f"{place}: no field '{column}', and {purpose} needs it ({columns_of(place, row)}); {way}"
 
 
 def _last_answer(place: str, column: str, turns: Turns) -> int:
@@ -268,10 +273,12 @@ def _parting(place: str, talks: Sequence[Turns]) -> int:
     if end == shortest and len(talks[0]) != len(talks[1]):
         raise UsageError(f"{place}: 'chosen' and 'rejected' give the same answers, one conversation is only longer")
     end = min(end, shortest - 1)
+    if all(turns[end]["role"] != "assistant" and len(turns) == end + 1 for turns in talks):
+        raise UsageError(f"{place}: 'chosen' and 'rejected' are conversations without an answer; remove the row")
     if end == 0 or talks[0][end]["role"] != "assistant" or talks[1][end]["role"] != "assistant":
         raise UsageError(
-            f"{place}: 'chosen' and 'rejected' answer different questions: they differ before an answer, in message "
-            f"{end + 1}; both must begin with the same question"
+            f"{place}: 'chosen' and 'rejected' answer different questions: they differ in message {end + 1}, before "
+            "an answer; both must begin with the same question"
         )
     return end
 
@@ -340,16 +347,19 @@ def _conversation(place: str, column: str, messages: Sequence[Any]) -> Turns:
         where, role = f"{place}: message {number} of '{column}'", ROLES.get(message[role_key].strip().lower())
         if role is None or message.get("tool_calls") or message.get("function_call"):
             what = "calls a tool" if role else f"has the role {message[role_key]!a}"
-            raise UsageError(f"{where} {what}; known are {', '.join(ROLES)}, without tools: remove the row")
-        text = message.get(text_key)
-        if isinstance(text, list | tuple):
-            message = {**message, text_key: _parts(where, text)}
-        text = message.get(text_key)
-        if role == "system" and (text is None or (isinstance(text, str) and not text.strip())):
-            continue
+            raise UsageError(
+                f"{where} {what}; the roles are {', '.join(ROLES)}, and tools are not read: remove the row"
+            )
         if role == "assistant" and message.get("weight") == 0 and number == len(messages):
             raise UsageError(f"{where} has the weight 0, and it is the answer to learn; remove the row")
-        turns.append({"role": role, "content": text_field(where, message, text_key, text_key)})
+        text = message.get(text_key)
+        if isinstance(text, list | tuple):
+            text = _parts(where, text)
+        if role == "system" and (text is None or (isinstance(text, str) and not text.strip())):
+            continue
+        if text_key not in message or text is TWICE:
+            raise UsageError(f"{where} has {'two different' if text is TWICE else 'no'} '{text_key}'; mend it")
+        turns.append({"role": role, "content": text_field(where, {text_key: text}, text_key, text_key)})
     if not turns:
         raise UsageError(f"{place}: field '{column}' is empty")
     return turns

@@ -327,13 +327,21 @@ def _folder(path: Path, options: dict[str, str]) -> Splits:
             return _dataset(str(path), datasets.load_from_disk(str(path)))
         builder = datasets.load_dataset_builder(str(path), config)
         files = {str(s): [Path(f) for f in found] for s, found in (builder.config.data_files or {}).items()}
-        if any(_reader(file) is None for found in files.values() for file in found):
+        read = {file for found in files.values() for file in found}
+        if any(_reader(file) is None for file in read):
             return _dataset(str(path), datasets.load_dataset(str(path), config))
     except Exception as error:  # many kinds; each means that there is no dataset in it
         raise UsageError(
-            f"{path} is a folder that cannot be read as a dataset ({_first_line(error)}); name a file in it"
+            f"{path} is a folder that cannot be read as a dataset ({_reason(error)}); name a file in it"
             f"{_or_config(str(path), error)}"
         ) from error
+    used = {_ending(file) for file in read}
+    passed_over = {_ending(file) for file in path.iterdir() if _reader(file)} - used - {".json"}  # what describes it
+    if passed_over and list(files) == ["train"] and not any("train" in file.name for file in read):
+        raise UsageError(
+            f"{path} holds files of several kinds, of which only {', '.join(sorted(used))} would be read and "
+            f"{', '.join(sorted(passed_over))} not; name one file, or sort them into folders"
+        )
     return {split: _chained(found) for split, found in files.items()}
 
 
@@ -349,7 +357,7 @@ def _hub(name: str, options: dict[str, str]) -> Iterator[tuple[str, dict]]:
     try:
         found = datasets.load_dataset(name, options.get("config"), split=wanted, revision=options.get("revision"))
     except Exception as error:  # the hub client raises many kinds; each means: not to be had
-        why = f" ({_first_line(error)})" if isinstance(error, ValueError) else ""
+        why = f" ({_reason(error)})" if isinstance(error, ValueError) else ""
         raise UsageError(
             f"no dataset {name!r}: not a local file, and the hub answered {type(error).__name__}{why}; "
             f"check the name, or give a local .jsonl, .json, .csv or .parquet file{_or_config(name, error)}"
@@ -358,8 +366,10 @@ def _hub(name: str, options: dict[str, str]) -> Iterator[tuple[str, dict]]:
     yield from _take(name, splits, None) if wanted is None else next(iter(splits.values()))
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+def _reason(error: Exception) -> str:
+    """The first sentence of a library's error; where configurations are listed, the list too."""
+    text = str(error).strip() or type(error).__name__
+    return " ".join(text.split())[:300] if "config name" in text.lower() else text.splitlines()[0].rstrip(".:")
 
 
 def _or_config(name: str, error: Exception) -> str:
@@ -410,9 +420,8 @@ def text_field(place: str, row: dict[str, Any], field: str, column: str) -> str:
             out.
     """
     if column not in row:
-        header = "; the first line of a CSV names its columns" if re.search(r"\.[ct]sv\b[^/]*$", place) else ""
         raise UsageError(
-            f"{place}: no field '{column}' (fields: {columns_of(row)}{header}); "
+            f"{place}: no field '{column}' ({columns_of(place, row)}); "
             f"say which column holds it with SOURCE:{field}=COLUMN"
         )
     value = row[column]
@@ -437,8 +446,10 @@ def text_field(place: str, row: dict[str, Any], field: str, column: str) -> str:
     return value
 
 
-def columns_of(row: dict[str, Any]) -> str:
-    """The columns of a row for a message, long names and lists cut."""
+def columns_of(place: str, row: dict[str, Any]) -> str:
+    """What fields a row has, for a message; long names and lists are cut."""
     names = [str(name).encode("utf-8", "backslashreplace").decode() for name in row]
     names = [name if len(name) <= 40 else f"{name[:40]}..." for name in names]
-    return ", ".join(names if len(names) <= 20 else [*names[:20], "..."])
+    names = names if len(names) <= 20 else [*names[:20], "..."]
+    header = "; the first line of a CSV names them" if re.search(r"\.[ct]sv\b[^/]*$", place.lower()) else ""
+    return f"fields: {', '.join(names)}{header}"
