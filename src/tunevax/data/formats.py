@@ -80,7 +80,10 @@ def read_pair(
                 {"role": "assistant", "content": text_field(place, row, field, column)}
             ]
     whole = bool(answers) and all(turns[0]["role"] != "assistant" for turns in answers.values())
-    asked, read_as = _question(place, row, options.get("prompt") or _question_column(place, row, whole))
+    column = options.get("prompt") or _question_column(place, row, whole)
+    if whole and column in columns.values():  # named for the question as well, which is in the conversation
+        column = None
+    asked, read_as = _question(place, row, column)
     if not answers:
         if asked[-1]["role"] == "assistant":  # a whole conversation, of which only the question is wanted
             asked = asked[: _last_answer(place, read_as, asked)]
@@ -111,7 +114,7 @@ def read_example(place: str, row: dict[str, Any], options: dict[str, str]) -> di
         UsageError: a field is missing or bad, or the row says that its answer is not to be learnt.
     """
     answer, column = options.get("completion") or _answer_column(place, row, options), options.get("prompt")
-    if answer is None:
+    if answer is None or answer == column:
         talk = column or next(c for c in CONVERSATIONS if not _absent(row.get(c)))
         turns, read_as = _question(place, row, talk)
         end = _last_answer(place, talk, turns)
@@ -318,7 +321,8 @@ def _turns(place: str, row: dict, field: str, column: str) -> Turns | None:
     """The conversation in a column: messages, JSON of them in a string, or an HH-RLHF dialogue; None if it is text."""
     value = row.get(column)
     if isinstance(value, str):
-        messages = _written_messages(value) or _dialogue(value)
+        start = value.lstrip()[:6]  # of most strings a look at it is enough, and there may be a million
+        messages = _written_messages(value) if start[:1] == "[" else _dialogue(value) if start == "Human:" else None
         if messages is None and column in CONVERSATIONS:
             raise UsageError(f"{place}: field '{column}' must be a list of messages, this is a string")
         return messages and _conversation(place, column, messages)
@@ -389,7 +393,7 @@ def _written_messages(text: str) -> list[dict] | None:
 
 def _dialogue(text: str) -> list[dict] | None:
     r"""The turns of an HH-RLHF string, `\n\nHuman: ...\n\nAssistant: ...`."""
-    if not re.match(r"\s*Human:", text) or "\n\nAssistant:" not in text:
+    if "\n\nAssistant:" not in text:
         return None
     pieces = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.strip())[1:]
     if pieces[-2:] == ["Assistant", ""]:  # the end of a question

@@ -9,8 +9,8 @@ import re
 from typing import Any
 
 from tunevax.data.formats import read_pair
-from tunevax.data.sources import TWICE, parse_source, read_rows, require_columns, require_known, text_field
-from tunevax.data.splits import HELD_OUT, prompt_hash, take_split
+from tunevax.data.sources import label_field, parse_source, read_rows, require_columns, require_known
+from tunevax.data.splits import HELD_OUT, SHARES, prompt_hash, take_split
 from tunevax.errors import UsageError, unknown
 
 FIELDS = ("prompt", "chosen", "rejected", "category")
@@ -52,6 +52,8 @@ def load_safety(
     else:
         read = list(read_rows(name, options))
         rows = [_row(place, row, options, need, purpose) for place, row in read]
+        if split != "all":
+            _require_splits(rows)
         require_columns(name, options, FIELDS, (row for _, row in read))
     if "held_out" in options:
         rows = _hold_out(rows, options["held_out"].split("+"))
@@ -65,6 +67,16 @@ def load_safety(
     if not rows:
         raise UsageError(f"{name} has no row in the {split} split; use {name}:split=all to take every row")
     return rows
+
+
+def _require_splits(rows: list[dict[str, Any]]) -> None:
+    """Raise a UsageError for a row whose `split` field names none: it would be in no split at all."""
+    for row in rows:
+        if row["split"] not in (None, *SHARES, HELD_OUT, "validation"):
+            raise UsageError(
+                f"{row['place']}: field 'split' is {row['split']!a}, and safety data has {', '.join(SHARES)}, "
+                f"{HELD_OUT} and validation; write one of these, or leave the field out to have the prompt decide"
+            )
 
 
 def _hold_out(rows: list[dict[str, Any]], categories: list[str]) -> list[dict[str, Any]]:
@@ -84,26 +96,7 @@ def _row(place: str, row: dict, options: dict[str, str], need: tuple[str, ...], 
     result: dict[str, Any] = {"place": place, **read_pair(place, row, options, need, purpose)}
     # As an option, `split` names the wanted one and no column.
     for field, column in (("category", options.get("category", "category")), ("split", "split")):
-        result[field] = _label(place, row, column)
+        result[field] = label_field(place, row, column)
     if row.get("corruption"):
         result["corruption"] = str(row["corruption"])
     return result
-
-
-def _label(place: str, row: dict, column: str) -> str | None:
-    """The category or split of a row, a number too; None where it has none. Of a list, or an object of yes and no as
-    BeaverTails has it, what it names."""
-    value = row.get(column)
-    if isinstance(value, dict):
-        value = [name for name, yes in value.items() if yes]
-    if isinstance(value, list) and all(isinstance(name, str) for name in value):
-        value = ", ".join(value)
-    if value is None or value == "" or value != value:  # NaN
-        return None
-    if value is TWICE:
-        raise UsageError(f"{place}: field '{column}' occurs twice with different values; remove or rename one")
-    if not isinstance(value, str | int | float):
-        raise UsageError(
-            f"{place}: field '{column}' must be a word or a number, this is a {type(value).__name__}; quote it"
-        )
-    return text_field(place, {column: str(value)}, column, column)

@@ -148,7 +148,7 @@ def _text(path: Path) -> str:
             f"{path}:{line}: not {encoding.upper().removesuffix('-SIG')} text (byte {error.start} of the file); "
             "save it as UTF-8"
         ) from error
-    return re.sub(r"(?m)^\ufeff+", "", text)  # files that were joined have a mark in the middle
+    return text.removeprefix("\ufeff").replace("\n\ufeff", "\n")  # files that were joined have marks in the middle
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -444,6 +444,23 @@ def text_field(place: str, row: dict[str, Any], field: str, column: str) -> str:
             f"{value[error.start]!a}); remove it"
         ) from error
     return value
+
+
+def label_field(place: str, row: dict[str, Any], column: str) -> str | None:
+    """The category or split of a row, a number too; None where it has none. Of a list, or an object of yes and no as
+    BeaverTails has it, what it names.
+
+    Raises:
+        UsageError: given twice, or none of these.
+    """
+    value = row.get(column)
+    if isinstance(value, dict):
+        value = [name for name, yes in value.items() if yes]
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        value = ", ".join(value)
+    if value is None or value == "" or value != value:  # NaN
+        return None
+    return text_field(place, {column: str(value) if isinstance(value, int | float) else value}, column, column)
 
 
 def columns_of(place: str, row: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from tunevax.data.formats import read_example
-from tunevax.data.sources import parse_source, read_rows, require_known, text_field
+from tunevax.data.sources import label_field, parse_source, read_rows, require_known, text_field
 from tunevax.data.splits import take_split
 from tunevax.errors import UsageError
 
@@ -75,7 +75,14 @@ def load_task(source: str, split: str = "train") -> Task:
 
 
 def _row(place: str, row: dict, options: dict[str, str]) -> dict[str, Any]:
-    return {"place": place, **read_example(place, row, options), "split": row.get("split")}
+    split = label_field(place, row, "split")
+    if split not in (None, *SHARES, "test", "validation"):
+        raise UsageError(
+            f"{place}: field 'split' is {split!a}, and a task has {', '.join(SHARES)} (or test) and validation; write "
+            "one of these, or leave the field out to have the prompt decide"
+        )
+    split = "evaluation" if split == "test" else split
+    return {"place": place, **read_example(place, row, options), "split": split}
 
 
 def _named(name: str, options: dict[str, str], split: str) -> list[dict[str, Any]]:
