@@ -161,6 +161,11 @@ def test_a_named_column_may_hold_a_whole_conversation():
     assert example(alpaca, prompt="input", completion="output")[0] == "on this"
 
 
+def test_the_answer_is_the_one_behind_the_whole_prompt():
+    again = [u("q"), a("1"), u("q")]
+    assert pair({"prompt": again, "chosen": [*again, a("no"), u("x"), a("y")]}, ("chosen",))[:2] == (again, "no")
+
+
 def test_prompts_alone():
     for row, prompt in (
         ({"messages": [u("q"), a("r")]}, "q"),
