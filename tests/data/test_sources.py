@@ -101,7 +101,7 @@ def test_long_csv_fields_are_read_and_stray_quotes_placed(tmp_path):
             b'{"val": [{"prompt": "a"}], "test": [{"prompt": "b"}]}',
             "has the splits val, test and no train.*rows=val",
         ),
-        ("a.csv", b"how?,no\nwhy?,no\n", "a.csv:2: no field 'chosen'.*fields: how.*first line of a CSV names them"),
+        ("a.csv", b"how?,no\nwhy?,no\n", "a.csv:2: no field 'prompt'.*fields: how.*first line of a CSV names them"),
         ("a.jsonl", b'{"prompt": "a", "chosen": "c", "split": "trian"}', "a.jsonl:1: field 'split' is 'trian'"),
     ],
     ids=lambda value: "" if isinstance(value, bytes) else value[:24],

@@ -74,6 +74,8 @@ def read_pair(
     answers: dict[str, Turns] = {}
     for field, column in columns.items():
         if field in need and column not in row:
+            if not set(columns.values()) & set(row):  # a file of another kind: what it lacks first is the question
+                _question(place, row, options.get("prompt") or _question_column(place, row, False))
             raise UsageError(_no_answer(place, row, field, column, purpose))
         if field in need or not _absent(row.get(column)):
             answers[field] = _turns(place, row, field, column) or [
