@@ -332,8 +332,11 @@ def test_recomputation_reaches_the_embeddings(make, mode):
     options = {"rho": 3.0, "layer_sampling": "2,5", "full_weights": True}
     kept = make(TVaccineTrainer, model=tiny_llama(), **options)
     again = make(TVaccineTrainer, model=tiny_llama(), checkpoint_blocks=mode, **options)
+    ran = []
+    again.blocks[0].mlp.up_proj.register_forward_hook(lambda *_: ran.append(1))
     assert step(kept)[0] == step(again)[0]
     assert_same(grads_of(again), grads_of(kept), 0.0)
+    assert len(ran) == (2 if mode == "elementwise" else 3)  # block 0 is frozen: two passes, and again for backward
 
 
 def post_norm(kind):

@@ -12,7 +12,7 @@ from tunevax.attacks.held_out_category import HeldOutCategoryConfig
 from tunevax.attacks.identity_shift import OBEDIENT, IdentityShiftConfig
 from tunevax.attacks.intervention import Edit, InterventionConfig, edited
 from tunevax.attacks.poisoned_job import PoisonedJobConfig
-from tunevax.attacks.prefill import PrefillConfig, common_opening
+from tunevax.attacks.prefill import PrefillConfig, common_opening, own_openings
 from tunevax.attacks.roll_back import RollBackConfig
 from tunevax.attacks.template import TemplateConfig
 from tunevax.cli import main
@@ -180,6 +180,7 @@ def test_prefill_gives_each_prompt_the_start_of_its_own_harmful_answer(aligned):
         ids = tokenizer(row["rejected"], add_special_tokens=False)["input_ids"]
         given = tokenizer.decode(ids[: min(5, len(ids) // 2)], skip_special_tokens=True)
         assert response.startswith(given) and given
+    assert own_openings(rows[:1], tokenizer) == ["use"]
     found.exam = found.exam._replace(harmful=[{**row, "rejected": None} for row in rows])
     with pytest.raises(NotApplicable, match="share no opening, and this prompt has no `rejected`.*--text"):
         PrefillConfig().run(found)
