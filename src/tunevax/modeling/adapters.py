@@ -20,29 +20,29 @@ from tunevax.errors import UsageError
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 """What PEFT calls the file of an adapter's weights."""
+NARROW = (torch.bfloat16, torch.float16)
 KEPT = 0.9
 """The share of an adapter's update that a merge has to keep; rounding takes the rest."""
 OFF = 0.1
 """How far the logits of a merged model may be from those of the unmerged one, in units of what the adapter moves."""
 
 
+class RoundedAway(UsageError):
+    """An adapter has no effect, or loses too much of it, in the model's dtype; in float32 it may have one."""
+
+
 class Merge(NamedTuple):
     """What a merge did to the model.
 
     Attributes:
-        kept: share of the update dW that is in the weights after rounding, <W' - W, dW> / <dW, dW>; 1 in fp32.
+        dtype: of the weights.
+        kept: share of the update dW that is in the weights after rounding, <W' - W, dW> / <dW, dW>; 1 in float32.
         off: distance of the merged from the unmerged logits on the probe, over what the adapter moves them.
-        noise: what rounding of activations alone may make of `off`.
     """
 
+    dtype: str
     kept: float
     off: float
-    noise: float
-
-    @property
-    def right(self) -> bool:
-        """Whether the merged model is the one that was trained."""
-        return self.kept >= KEPT and self.off <= OFF + self.noise
 
 
 def load_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
@@ -90,10 +90,12 @@ def load_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
         ) from error
     shared = ("vblora_vector_bank", ".tinylora_v.")  # PEFT's own exceptions
     missing = [key for key in report.missing_keys if not any(name in key for name in shared)]
-    if missing or report.unexpected_keys:
+    # Of a module that it trained whole and whose vocabulary grew PEFT saves every copy; the one it reads is no option.
+    extra = [k for k in report.unexpected_keys if not re.search(r"\.(modules_to_save|original_module)\.\w+$", k)]
+    if missing or extra:
         parts = [
             f"{len(keys)} {what}, such as {sorted(keys)[0]}"
-            for keys, what in ((missing, "of its weights are missing"), (report.unexpected_keys, "belong nowhere"))
+            for keys, what in ((missing, "of its weights are missing"), (extra, "belong nowhere"))
             if keys
         ]
         raise UsageError(
@@ -157,20 +159,37 @@ def merge(model: Any, ref: str) -> tuple[Any, Merge]:
         ref: what to call the adapter in an error.
 
     Raises:
-        UsageError: the adapter changes nothing.
+        UsageError: the adapter changes nothing, or is of a kind that PEFT cannot merge, or the merged model is another.
+        RoundedAway: the dtype is too narrow for the update.
     """
     apart, moved = effect(model, ref)
     untie(model)
-    kept = merge_layers(model)
-    dtype = model.get_base_model().dtype
+    stock = model.get_base_model()
+    dtype = stock.dtype
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that all is merged already, and of ties: what matters is compared below
-        model = model.merge_and_unload()
+        try:
+            kept = merge_layers(model)
+            model = model.merge_and_unload()
+        except Exception as error:
+            if "out of memory" in str(error).lower():
+                raise
+            raise UsageError(f"the adapter {ref} cannot be merged into {type(stock).__name__}: {error}") from error
     for module in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
         if module.weight.is_floating_point():
             module.to(dtype)  # one that was trained whole comes in fp32
     off = float((logits(model) - apart).norm()) / moved
-    return model, Merge(kept, off, rounding(model, dtype) * float(apart.norm()) / moved)
+    noise = rounding(model, dtype) * float(apart.norm()) / moved
+    if kept < KEPT or not off <= OFF + noise:
+        kind = str(dtype).removeprefix("torch.")
+        why = (
+            f"merging {ref} into {kind} weights keeps {kept:.0%} of its update, and moves the logits {off:.0%} of its "
+            "effect away from those of the unmerged model"
+        )
+        if dtype in NARROW:
+            raise RoundedAway(why)
+        raise UsageError(f"{why}; this kind of adapter cannot be merged into {type(model).__name__}")
+    return model, Merge(str(dtype).removeprefix("torch."), round(kept, 4), float(f"{off:.2g}"))
 
 
 def effect(model: Any, ref: str) -> tuple[torch.Tensor, float]:
@@ -192,8 +211,11 @@ def effect(model: Any, ref: str) -> tuple[torch.Tensor, float]:
         second = [p for n, p in model.named_parameters() if re.search(r"lora_(embedding_)?B\b", n)]
         if second and not any(p.any() for p in second):
             why = "its B matrices are all 0, so it was never trained (no step, or a learning rate of 0)"
+        elif model.dtype in NARROW:
+            kind = str(model.dtype).removeprefix("torch.")
+            raise RoundedAway(f"the adapter {ref} moves no logit in {kind}: its update is too small for that")
         else:
-            why = f"its update is too small for {str(model.dtype).removeprefix('torch.')}, or its scale is 0"
+            why = "its update is 0, or too small for the model's weights"
         raise UsageError(f"the adapter {ref} moves no logit: {why}; use the model below it")
     return apart, moved
 
@@ -268,7 +290,7 @@ def merge_layers(model: Any) -> float:
     for layer in [m for m in model.modules() if isinstance(m, BaseTunerLayer) and hasattr(m, "merge")]:
         base = layer.get_base_layer()
         parameter = getattr(base, getattr(layer, "parameter_name", "weight"), None)
-        if not isinstance(parameter, nn.Parameter) or parameter.dtype not in (torch.bfloat16, torch.float16):
+        if not isinstance(parameter, nn.Parameter) or parameter.dtype not in NARROW:
             continue  # merged by merge_and_unload, without loss
         before = parameter.data
         parameter.data = before.float()

@@ -23,6 +23,8 @@ BIASES = "bias.safetensors"
 """Beside the weights of a model, or as an adapter of its own: vectors that are added to the output of attention output
 projections, whether or not the architecture has a bias there. Block number to [hidden], fp32."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+OTHER_MEDIA = re.compile(r"vision|visual|audio|speech|image|video|multi_modal|mm_")
+"""What the names of weights have in them that belong to the towers of other media beside a text model."""
 QUANTIZATIONS = ("nf4", "int8")
 """What the linear layers in the blocks can be packed into: see `tunevax.modeling.quantization`."""
 
@@ -35,9 +37,10 @@ class Loaded(NamedTuple):
         tokenizer: its tokenizer, with a chat template and a padding token.
         info: what run.json records: ref, base, revision, hash, class, parameters, dtype, quantization, adapters with
             their hashes (`adapter_hashes`), how each merge of one went (`merges`: the dtype, the share `kept` of the
-            update after rounding, and how far `off` the logits are, in units of what the adapter moves them), the kind
-            of quantisation that the base was saved in (`saved_in`), and whether biases are attached (`attached`),
-            which no stock checkpoint of the model holds.
+            update after rounding, and how far `off` the logits are, in units of what the adapter moves them), why the
+            weights are in float32 where the checkpoint's dtype could not hold a merge (`widened`), the kind of
+            quantisation that the base was saved in (`saved_in`), and whether biases are attached (`attached`), which
+            no stock checkpoint of the model holds.
     """
 
     model: Any
@@ -106,37 +109,36 @@ def load(
     if quantization is None:  # merges, and what they are checked by, run where the model will
         model.to(device)
     merges = []
-    for adapter, lock, merged in zip(adapters, locks, merging, strict=True):
-        if lock:
-            attach_biases(model, read_biases(adapter))
-            continue
-        if quantization is not None and not merged:
+    try:
+        for adapter, lock, merged in zip(adapters, locks, merging, strict=True):
+            if lock:
+                attach_biases(model, read_biases(adapter))
+                continue
+            if quantization is not None and not merged:
+                _quantize(model, quantization, device)
+            model = peft.load_adapter(model, adapter, trainable and not merged)
+            if merged:
+                model, result = peft.merge(model, str(adapter))
+                merges.append(result._asdict())
+        if quantization is not None and not isinstance(model, PeftModel):
             _quantize(model, quantization, device)
-        model = peft.load_adapter(model, adapter, trainable and not merged)
-        if not merged:
-            continue
-        model, result = peft.merge(model, str(adapter))
-        kind = str(model.dtype).removeprefix("torch.")
-        if not result.right:
-            why = (
-                f"merging {adapter} into {kind} weights keeps {result.kept:.0%} of its update and leaves logits that "
-                f"are {result.off:.0%} of what it moves away from the unmerged ones"
-            )
-            if kind == "float32":
-                raise UsageError(f"{why}; this kind of adapter cannot be merged into {type(model).__name__}")
-            if dtype != "auto":
-                raise UsageError(f"{why}; use --dtype float32")
-            return load(
-                ref, revision=revision, dtype="float32", device=device, chat_template=chat_template, merge=merge,
-                trainable=trainable, quantization=quantization,
-            )  # fmt: skip
-        merges.append({"dtype": kind, "kept": round(result.kept, 4), "off": float(f"{result.off:.2g}")})
-    if quantization is not None and not isinstance(model, PeftModel):
-        _quantize(model, quantization, device)
-    model.to(device).eval()
-    if isinstance(model, PeftModel):
-        with torch.no_grad():
+        model.to(device).eval()
+        if isinstance(model, PeftModel):
             peft.effect(model, str(adapters[-1]))
+    except peft.RoundedAway as error:
+        if dtype != "auto":
+            raise UsageError(f"{error}; use --dtype float32") from error
+        why = str(error)
+    else:
+        why = None
+    if why:  # out of the handler, which would keep the first model
+        del model
+        again = load(
+            ref, revision=revision, dtype="float32", device=device, chat_template=chat_template, merge=merge,
+            trainable=trainable, quantization=quantization,
+        )  # fmt: skip
+        again.info["widened"] = why
+        return again
     stock = model.get_base_model() if isinstance(model, PeftModel) else model
     info = {
         "ref": absolute(ref),
@@ -152,6 +154,7 @@ def load(
         "adapters": [str(a) for a in adapters],
         "adapter_hashes": [model_hash(str(a)) for a in adapters],
         "merges": merges,
+        "widened": None,
         "attached": any((Path(folder) / BIASES).is_file() for folder in (base, *adapters)),
     }
     return Loaded(model, tokenizer, info)
@@ -261,7 +264,7 @@ def resolve(ref: str) -> tuple[str, list[Path]]:
         base, adapters = resolve(record.get("adapter_on") or record["parent"] or record["model"]["ref"])
         return base, [*adapters, path / "adapter"]
     if (path / "adapter_config.json").is_file():
-        base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        base = adapter_config(path).get("base_model_name_or_path")
         if not base:
             raise UsageError(f"{ref} is an adapter that does not name its base model")
         below, adapters = resolve(base)
@@ -269,6 +272,21 @@ def resolve(ref: str) -> tuple[str, list[Path]]:
     if path.is_dir() and not (path / "config.json").is_file():
         raise UsageError(f"{ref} is neither a model folder (no config.json) nor a finished run (no run.json)")
     return ref, []
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of an adapter folder.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    file = folder / "adapter_config.json"
+    if why := damage(file):
+        raise UsageError(why)
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{file} cannot be read as a JSON object; save the adapter again") from error
 
 
 class AddedBias:
@@ -366,7 +384,12 @@ def config_of(base: str, revision: str | None = None) -> Any:
 def _model(base: str, revision: str | None, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return read_model(AutoModelForCausalLM, base, config=config_of(base, revision), revision=revision, dtype=dtype)
+    config = config_of(base, revision)
+    model = read_model(AutoModelForCausalLM, base, config=config, revision=revision, dtype=dtype)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # see `nf4`: it would repack the weight, without gradients
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def read_model(auto: Any, ref: str, **how: Any) -> Any:
@@ -397,6 +420,9 @@ def read_model(auto: Any, ref: str, **how: Any) -> Any:
                     "unequal shape; get the whole checkpoint"
                 ) from error
             raise _cannot_load(ref, error) from error
+    config = how.get("config")
+    if config is not None and type(model.config) is not type(config):  # the text model of one for other media too
+        info["unexpected_keys"] = {key for key in info["unexpected_keys"] if not OTHER_MEDIA.search(key)}
     if why := misfit(info):
         raise UsageError(f"the weights of {ref} do not fit {type(model).__name__}: {why}")
     from tunevax.modeling.adapters import record_ties

@@ -33,8 +33,8 @@ import torch
 
 from tunevax.data.encoding import collate, context_of, encode
 from tunevax.errors import UsageError
-from tunevax.modeling.blocks import unwrap
 from tunevax.modeling.adapters import KEPT, untie
+from tunevax.modeling.blocks import unwrap
 from tunevax.modeling.loading import absolute
 from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.progress import bar
@@ -135,7 +135,7 @@ def antidote(
                 after = before.masked_fill(mask, 0)
                 weight = layer.get_base_layer().weight.data
                 wanted = after.T if layer.fan_in_fan_out else after
-                was = weight.float()
+                was = weight.to(torch.float32, copy=True)
                 weight += wanted
                 kept += float(((weight.float() - was) * wanted).sum(dtype=torch.float64))
                 total += float(wanted.float().square().sum(dtype=torch.float64))
