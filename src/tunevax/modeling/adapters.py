@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from tunevax.errors import UsageError
+from tunevax.modeling.precision import wide
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 """What PEFT calls the file of an adapter's weights."""
@@ -222,7 +223,7 @@ def effect(model: Any, ref: str) -> tuple[torch.Tensor, float]:
 
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
-    """On two fixed sequences of 16 tokens from all over the vocabulary, [2, 16, vocabulary] in fp32."""
+    """On two fixed sequences of 16 tokens from all over the vocabulary, [2, 16, vocabulary] in fp32 or float64."""
     stock = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = stock.config
     values = {**config.to_dict(), **config.get_text_config().to_dict()}
@@ -231,7 +232,7 @@ def logits(model: Any) -> torch.Tensor:
     plain = [i for i in range(count) if i not in special]  # an image token asks for an image
     chosen = [plain[i * len(plain) // 32] for i in range(32)]
     ids = torch.tensor(chosen, device=stock.get_input_embeddings().weight.device).view(16, 2).T
-    return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
+    return wide(model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits)
 
 
 def rounding(model: Any, dtype: torch.dtype) -> float:

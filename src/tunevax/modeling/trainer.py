@@ -21,6 +21,7 @@ from tunevax.modeling.blocks import find_blocks
 from tunevax.modeling.hooks import cheap_modules, cheap_recomputed, checkpointed
 from tunevax.modeling.loading import save_biases, scales_of
 from tunevax.modeling.loss import response_loss
+from tunevax.modeling.precision import wide
 from tunevax.modeling.progress import console
 from tunevax.runs import is_main_process
 
@@ -269,7 +270,7 @@ def prepare_trainables(model: Any, args: TrainConfig) -> Any:
         require_targets(model, args.lora_targets)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            parameter.data = wide(parameter.data)
     return model
 
 

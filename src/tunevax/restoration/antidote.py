@@ -37,6 +37,7 @@ from tunevax.modeling.adapters import KEPT, untie
 from tunevax.modeling.blocks import unwrap
 from tunevax.modeling.loading import absolute
 from tunevax.modeling.loss import last_hidden
+from tunevax.modeling.precision import wide
 from tunevax.modeling.progress import bar
 from tunevax.restoration.restore import Job
 from tunevax.restoration.safe_lora import active, factors, lora_b, lora_layers, parent_of
@@ -135,10 +136,10 @@ def antidote(
                 after = before.masked_fill(mask, 0)
                 weight = layer.get_base_layer().weight.data
                 wanted = after.T if layer.fan_in_fan_out else after
-                was = weight.to(torch.float32, copy=True)
+                was = wide(weight).clone()
                 weight += wanted
-                kept += float(((weight.float() - was) * wanted).sum(dtype=torch.float64))
-                total += float(wanted.float().square().sum(dtype=torch.float64))
+                kept += float(((wide(weight) - was) * wanted).sum(dtype=torch.float64))
+                total += float(wide(wanted).square().sum(dtype=torch.float64))
                 lora_b(layer).weight.zero_()  # it is in the weight now
                 pruned = mask.float().mean()
             else:
@@ -147,8 +148,8 @@ def antidote(
                 for weight, mask in zip((a, b), masks, strict=True):
                     weight.masked_fill_(mask, 0)
                 after, pruned = update(layer), torch.cat([m.flatten() for m in masks]).float().mean()
-            size = before.float().norm()
-            ratio = float(after.float().norm() / size) if size > 0 else None
+            size = wide(before).norm()
+            ratio = float(wide(after).norm() / size) if size > 0 else None
             table.append({"layer": name, "pruned": float(pruned), "ratio": ratio})
             progress.advance(task)
     if kept < KEPT * total:
@@ -172,7 +173,7 @@ def salient(weight: torch.Tensor, norms: torch.Tensor, alpha: float) -> torch.Te
         norms: [in], L2 norm of each input over the tokens.
     """
     count = math.ceil(round(alpha * weight.shape[1], 6))  # 0.1 * 30 is a little over 3
-    top = (weight.float().abs() * norms.float()).topk(count, dim=1).indices
+    top = (wide(weight).abs() * wide(norms)).topk(count, dim=1).indices
     return torch.zeros_like(weight, dtype=torch.bool).scatter_(1, top, True)
 
 
