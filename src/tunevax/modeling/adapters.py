@@ -59,7 +59,10 @@ def load_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
 
     file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if file is None:
-        raise UsageError(f"{folder} has an adapter_config.json and no weights ({' or '.join(WEIGHTS)})")
+        raise UsageError(
+            f"{folder} has an adapter_config.json and no weights ({' or '.join(WEIGHTS)}); if it is a merged model, "
+            "delete that file"
+        )
     if why := damage(folder / "adapter_config.json") or damage(file):
         raise UsageError(why)
     try:

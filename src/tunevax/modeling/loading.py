@@ -151,7 +151,7 @@ def load(
         "dtype": str(stock.dtype).removeprefix("torch."),
         "quantization": quantization,
         "saved_in": saved_in,
-        "adapters": [str(a) for a in adapters],
+        "adapters": [str(a.absolute()) for a in adapters],
         "adapter_hashes": [model_hash(str(a)) for a in adapters],
         "merges": merges,
         "widened": None,
@@ -425,6 +425,8 @@ def read_model(auto: Any, ref: str, **how: Any) -> Any:
         info["unexpected_keys"] = {key for key in info["unexpected_keys"] if not OTHER_MEDIA.search(key)}
     if why := misfit(info):
         raise UsageError(f"the weights of {ref} do not fit {type(model).__name__}: {why}")
+    if getattr(model, "_hf_peft_config_loaded", False):  # by transformers itself, from a hub id
+        raise UsageError(f"{ref} is an adapter; download it (`hf download {ref}`) and give the folder")
     from tunevax.modeling.adapters import record_ties
 
     record_ties(model)
