@@ -45,12 +45,12 @@ def save(model, folder: Path, **how) -> Path:
 
 @pytest.fixture
 def base(tmp_path) -> Path:
-    return save(tiny_llama(2), tmp_path / "base")
+    return save(tiny_llama(2).float(), tmp_path / "base")
 
 
 @pytest.fixture
 def tied(tmp_path) -> Path:
-    model = tiny_llama(2)
+    model = tiny_llama(2).float()
     model.config.tie_word_embeddings = True
     model.lm_head.weight = model.model.embed_tokens.weight
     return save(model, tmp_path / "tied")
@@ -149,7 +149,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
     ],
 )
 def test_damaged_files_are_named(tmp_path, name, content, said):
-    folder = save(tiny_llama(2), tmp_path / "base", max_shard_size="200KB")
+    folder = save(tiny_llama(2).float(), tmp_path / "base", max_shard_size="200KB")
     file = next(folder.glob(name))
     changed = content(file.read_bytes())
     file.unlink() if changed is None else file.write_bytes(changed)
@@ -420,7 +420,7 @@ def test_what_has_no_adapter_is_said():
 @pytest.mark.parametrize("targets", ["q_proj,v_porj", "v_porj"])
 def test_each_name_of_lora_targets_must_match(targets):
     with pytest.raises(UsageError, match="v_porj"):
-        prepare_trainables(tiny_llama(1), TrainConfig("x", lora_targets=targets))
+        prepare_trainables(tiny_llama(1).float(), TrainConfig("x", lora_targets=targets))
 
 
 def test_dropout_on_fused_experts_is_refused_by_name():
