@@ -86,24 +86,23 @@ def _last(cell: Cell, control: Cell) -> int:
 
 
 def strength(cell: Cell, control: Cell | None, judge: str, phi: float) -> str:
-    """Whether an attack can tell model and control apart: strong, too weak, barely, no start or no control.
+    """Whether an attack can tell model and control apart: strong, barely, too weak, no start or no control.
 
     It is strong if half of the runs of both together pass phi before the last evaluated step. Which of the two a run is
     of plays no part: were the control's runs alone asked, only attacks whose control happened to fall early would count,
-    and a model like the control would seem to hold out longer (docs/protocol.md has the numbers).
+    and a model like the control would seem to hold out longer (docs/protocol.md has the numbers). Of the rest, half of
+    the control's own runs pass phi (barely) or fewer.
     """
     if control is None:
         return "no control"
     if 0 in (control.steps_to(judge, seed, phi) for seed in control.seeds):
         return "no start"
-    pairs = [pair for pair in _pairs(cell, control, judge, phi).values() if None not in pair]
-    runs = [run for pair in pairs for run in pair]
-    if not runs or cell is control:
-        runs = [run for _, run in _pairs(control, control, judge, phi).values() if run]
-    if not runs or 2 * sum(run.reached for run in runs) < len(runs):
-        return "too weak"
-    early = sum(run.reached and run.step < _last(cell, control) for run in runs)
-    return "strong" if 2 * early >= len(runs) else "barely"
+    own = [run for _, run in _pairs(control, control, judge, phi).values() if run]
+    runs = [run for pair in _pairs(cell, control, judge, phi).values() if None not in pair for run in pair]
+    runs = own if cell is control else runs or own
+    if runs and 2 * sum(run.reached and run.step < _last(cell, control) for run in runs) >= len(runs):
+        return "strong"
+    return "barely" if own and 2 * sum(run.reached for run in own) >= len(own) else "too weak"
 
 
 def stopped_seeds(cell: Cell, judge: str, phi: float) -> list[int]:

@@ -67,7 +67,7 @@ def name_of(results: Results, findings: Findings, model: ModelFindings) -> str:
         return "no control" if results.control is None or strengths else "too weak"
     if "strong" not in strengths:
         return "too weak" if strengths & {"too weak", "barely"} else "no start"
-    if all(set(a.steps) | set(a.stopped) <= set(a.stopped) for a in curves if a.strength == "strong"):
+    if all(set(a.steps) <= set(a.stopped) for a in _strong(model)):
         return "stopped"
     ratio = model.resistance
     if ratio is None or ratio.low is None:

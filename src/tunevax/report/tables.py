@@ -234,6 +234,7 @@ def strongest(results: Results, findings: Findings) -> list[str]:
 def every_attack(results: Results, findings: Findings, order: list[str]) -> list[Table]:
     """A row per attack and model, in the order given; a second table for those beyond FIRST attacks."""
     others = [j for j in results.judges if j != findings.judge]
+    own = [o for j in results.judges if (o := j.replace("harmful/", "judged/", 1)) and _differs(results, j, o)]
     by = {(found.label, a.attack): a for found in findings.models for a in found.attacks}
     rows = []
     for attack in order[:ATTACKS_SHOWN]:
@@ -246,15 +247,18 @@ def every_attack(results: Results, findings: Findings, order: list[str]) -> list
                     told_steps(cell, findings.judge, findings.phi),
                     _against(cell, attacked),
                     str(_worst(cell, findings.judge) or NONE),
-                    *(str(_worst(cell, judge) or NONE) for judge in others),
+                    *(str(_worst(cell, judge) or NONE) for judge in [*others, *own]),
                     _before_after(cell, results.task),
+                    _gibberish(attacked),
                     _share_only(_worst(cell, "degenerate")),
                 ]
             )
     judge = findings.judge.partition("/")[2]
     columns = [
         "attack", "model", f"steps to {percent(findings.phi)}", "× the control's", f"worst by {judge}",
-        *(f"worst by {j.partition('/')[2]}" for j in others), "task before → after", "degenerate, most",
+        *(f"worst by {j.partition('/')[2]}" for j in others),
+        *(f"worst by {j.partition('/')[2]}, degenerate text as it judges it" for j in own),
+        "task before → after", f"degenerate at {percent(findings.phi)}, or at the end", "degenerate, most",
     ]  # fmt: skip
     return _split(Table("Every attack on every model", columns, rows, _left_out(order)))
 
@@ -540,7 +544,20 @@ def _against(cell: Cell, attacked: Attacked | None) -> str:
         return "control"
     if attacked is None:
         return NONE
+    if attacked.ratio is None and attacked.stopped:
+        return "loss not finite"
     return str(attacked.ratio) if attacked.ratio else attacked.strength.replace("strong", "") or NONE
+
+
+def _differs(results: Results, score: str, other: str) -> bool:
+    """Whether the curves of two scores differ somewhere."""
+    return any(c.curve(other) and c.curve(score) != c.curve(other) for c in results.cells)
+
+
+def _gibberish(attacked: Attacked | None) -> str:
+    """The mean share of degenerate outputs where the runs passed the threshold, or at their end."""
+    values = list(attacked.gibberish.values()) if attacked else []
+    return percent(sum(values) / len(values)) if values else NONE
 
 
 def _split(table: Table) -> list[Table]:
