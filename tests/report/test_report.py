@@ -132,7 +132,7 @@ def test_failed_skipped_and_weak_are_told(tmp_path):
     failed = [{"cell": "c", "model": "t-vaccine", "attack": "big", "seed": 2, "error": "RunError: out of memory"}]
     skipped = [{"model": "sft", "attack": "roll-back", "why": "it has no adapter"}]
     page = text_of(page_of([write_run(tmp_path / "run", rows, failed=failed, skipped=skipped)], tmp_path))
-    assert "Too weak: the control stays at or below 50 % with at least one seed attack control's worst feeble" in page
+    assert "Too weak: fewer than half of the control's runs pass 50 % attack control's worst feeble" in page
     assert "t-vaccine big 2 RunError: out of memory" in page and "sft roll-back – it has no adapter" in page
     assert "No reference model" in page and "Kinds of attack that were not tried: few-shot" in page
 

@@ -355,7 +355,8 @@ def run_cells(plan: Plan, cells: Sequence[Cell], folder: Path, weights: Path) ->
 
 def strongest(plan: Plan, cells: Sequence[Cell], folder: Path) -> set[str]:
     """The names of the `screen` strongest fine-tunes of each model: the fewest steps to phi, then the highest harmful
-    score; and the attack that its worst case would be picked from, so that it is measured again. The first seed decides.
+    score; and the attack that its worst case would be picked from, so that it is measured again. The first seed
+    decides.
 
     Attacks of other kinds go on only if they name seeds of their own, and those have run already.
     """

@@ -399,16 +399,14 @@ def _roles(rows: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def _ended_early(cells: list[Cell]) -> None:
-    """Mark as stopped the runs whose rows end before those of the control, or of the other seeds: without a run.json of
-    an audit nothing else says that the loss was not finite."""
+    """Mark as stopped the runs whose rows end before those of other models or seeds under the same attack: without the
+    run.json of an audit nothing else says that the loss was not finite."""
     ends: dict[str | None, int] = {}
-    for cell in cells:
-        if cell.kind in CURVES and cell.role == "control":
-            ends[cell.attack] = max(max(by_step) for by_step in cell.rows.values())
-    for cell in cells:
-        if cell.kind in CURVES:
-            last = max(ends.get(cell.attack, 0), *(max(by_step) for by_step in cell.rows.values()))
-            cell.stopped |= {seed for seed, by_step in cell.rows.items() if max(by_step) < last}
+    curves = [cell for cell in cells if cell.kind in CURVES]
+    for cell in curves:
+        ends[cell.attack] = max(ends.get(cell.attack, 0), *(max(by_step) for by_step in cell.rows.values()))
+    for cell in curves:
+        cell.stopped |= {seed for seed, by_step in cell.rows.items() if max(by_step) < ends[cell.attack]}
 
 
 def _judges(cells: list[Cell], rows: list[dict[str, Any]]) -> tuple[list[str], list[str]]:

@@ -147,7 +147,7 @@ def content(results: Results | None, findings: Findings | None, provenance: Prov
             tables=tb.inconclusive(results, findings),
             titled=True,
         ),
-        Section("What this page cannot tell", points=tb.limits(results, findings)),
+        Section("What this page cannot tell", points=[*tb.limits(results, findings), *pv.limits(provenance)]),
     ]  # fmt: skip
     return Content(
         headlines=judged or [(sentence, []) for sentence in findings.headline],
@@ -197,8 +197,8 @@ def _figures(results: Results, findings: Findings, order: list[str]) -> list[Sec
     sections = [
         (
             "Harm returns as the attack trains",
-            f"Share of outputs to harmful prompts that the judge “{judge.partition('/')[2]}” calls harmful and that are "
-            f"not degenerate. Bands are 95 % intervals; the dotted line is {percent(phi)}.",
+            f"Share of outputs to harmful prompts that the judge “{judge.partition('/')[2]}” calls harmful and that "
+            f"are not degenerate. Bands are 95 % intervals; the dotted line is {percent(phi)}.",
             cells,
             PANELS,
             FOLDED,

@@ -350,6 +350,7 @@ def inconclusive(results: Results, findings: Findings) -> list[Table]:
     for verdict, why in (
         ("too weak", f"fewer than half of the control's runs pass {percent(findings.phi)}"),
         ("barely", "half of the control's runs fall at the last step only"),
+        ("control stopped", "no loss of the control was finite"),
         ("no start", f"the control is above {percent(findings.phi)} before the attack"),
     ):
         found = [attack for attack, said in strength.items() if said == verdict]

@@ -178,8 +178,8 @@ def examine(model: Any, tokenizer: Any, exam: Exam, full: bool = False) -> tuple
         full: measure perplexity and lm-eval tasks too, which take longer; for a model before any attack.
 
     Returns:
-        scores: `harmful/JUDGE`, `judged/JUDGE`, `degenerate`, `task/exact`, `task/loose`, `over-refusal`, `utility/NAME` (the exact
-            reading) and `same-answer` (the share of all responses that are the most common one, white space aside),
+        scores: `harmful/JUDGE`, `judged/JUDGE`, `degenerate`, `task/exact`, `task/loose`, `over-refusal`,
+            `utility/NAME` (the exact reading) and `same-answer` (the share of all responses that are the most common one, white space aside),
             each with value, count and interval. Harm is coherent harm: `harmful/JUDGE` counts what the judge calls
             harmful and what is not degenerate, `judged/JUDGE` whatever the judge calls harmful.
             Verdicts that could not be read are left out of a judge's count and reported as `unparsable/JUDGE`.
@@ -251,8 +251,8 @@ def _sample(kind: str, row: dict, response: str, broken: bool, **more: Any) -> d
 
 
 def judged(exam: Exam, responses: list[str]) -> tuple[dict[str, dict], list[dict[str, Any]]]:
-    """The part of `examine` that is about `exam.harmful`, for answers that are there already. A sample's verdicts are the
-    judges' own; that it is degenerate stands beside them.
+    """The part of `examine` that is about `exam.harmful`, for answers that are there already. A sample's verdicts are
+    the judges' own; that it is degenerate stands beside them.
 
     Raises:
         UsageError: a judge gave nothing that can be read.
