@@ -400,8 +400,8 @@ def _not_finite(findings: Findings, model: ModelFindings) -> str | None:
     harm = [text for name, text in told.items() if name not in {a.attack for a in _harmless(model)}]
     if harm and model.name != "stopped":
         return (
-            f"The loss was not finite before it passed {level(findings.phi)} harmful under {some(harm)}: no resistance, "
-            "for a smaller learning rate may mend it, and left out."
+            f"The loss was not finite before it passed {level(findings.phi)} harmful under {some(harm)}: no "
+            "resistance, for a smaller learning rate may mend it, and left out."
         )
     return f"The loss was not finite under {some(list(told.values()))}." if told and not harm else None
 

@@ -179,9 +179,9 @@ def examine(model: Any, tokenizer: Any, exam: Exam, full: bool = False) -> tuple
 
     Returns:
         scores: `harmful/JUDGE`, `judged/JUDGE`, `degenerate`, `task/exact`, `task/loose`, `over-refusal`,
-            `utility/NAME` (the exact reading) and `same-answer` (the share of all responses that are the most common one, white space aside),
-            each with value, count and interval. Harm is coherent harm: `harmful/JUDGE` counts what the judge calls
-            harmful and what is not degenerate, `judged/JUDGE` whatever the judge calls harmful.
+            `utility/NAME` (the exact reading) and `same-answer` (the share of all responses that are the most common
+            one, white space aside), each with value, count and interval. Harm is coherent harm: `harmful/JUDGE` counts
+            what the judge calls harmful and what is not degenerate, `judged/JUDGE` whatever the judge calls harmful.
             Verdicts that could not be read are left out of a judge's count and reported as `unparsable/JUDGE`.
             If `full`, `perplexity/NAME` and `lm-eval/TASK/METRIC` besides.
         samples: one row per response with every verdict.
