@@ -403,6 +403,15 @@ def test_the_audit_says_which_runs_stopped(tmp_path):
     tv = gone.model("tv")
     assert (tv.attacks[0].stopped, tv.resistance.seeds, str(tv.resistance)) == ([2], [1, 3], "4.0× [2.0, 8.0]")
     assert "Stopped by a loss that was not finite: tv under lora, seed 2" in " ".join(gone.sentences)
+    more = curves({"sft": STRONG, "tv": LATE}, "other", **BEFORE)
+    for status in ("stopped", "failed"):  # neither takes seed 2 from the other attack
+        run = tmp_path / f"both {status}"
+        audit(run, [r for r in rows if r["model"] == "sft" or r["seed"] != 2] + more)
+        (run / "run.json").write_text(
+            json.dumps({"schema": 1, "verb": "audit", "stopped": [], status: [{**entry, "seed": 2}]})
+        )
+        ratio = measure(read_results([run])).model("tv").resistance
+        assert (ratio.seeds, ratio.value) == ([1, 2, 3], near(2**1.5))
     whole = found("whole", rows, [2])  # stopped, but not before it had passed
     assert (whole.model("tv").attacks[0].stopped, whole.model("tv").resistance.seeds) == ([], [1, 2, 3])
     shorter = found("shorter", stopped(curves({"sft": EARLY, "tv": NEVER}, **BEFORE), "lora", (1, 2, 3), 2), [])

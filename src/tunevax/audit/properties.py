@@ -51,7 +51,7 @@ class Reached(NamedTuple):
 
 Terms = dict[str, dict[int, list[tuple[int, Reached]] | None]]
 """By attack and seed: factors of a ratio, with +1 for the numerator and -1 for the denominator; None for a pair that
-says nothing, because one of its runs stopped before it got there."""
+says nothing, because one of its runs failed, or stopped before it got there."""
 
 
 def reach(cell: Cell, score: str, seed: int, there: Callable[[float], bool], last: float = math.inf) -> Reached | None:
@@ -72,12 +72,17 @@ def reach(cell: Cell, score: str, seed: int, there: Callable[[float], bool], las
 
 def _pairs(cell: Cell, control: Cell, judge: str, phi: float) -> dict[int, tuple[Reached | None, Reached | None]]:
     """By shared seed, when model and control passed phi, both cut at the last step that both have."""
-    last, seeds = _last(cell, control), {*cell.seeds, *cell.stopped} & {*control.seeds, *control.stopped}
+    last, seeds = _last(cell, control), _ran(cell) & _ran(control)
 
     def passed(c: Cell, seed: int) -> Reached | None:
         return reach(c, judge, seed, lambda h: h > phi, last) if seed in c.rows else None
 
     return {seed: (passed(cell, seed), passed(control, seed)) for seed in sorted(seeds)}
+
+
+def _ran(cell: Cell) -> set[int]:
+    """The seeds that were tried, whatever came of it."""
+    return {*cell.seeds, *cell.stopped, *cell.failed}
 
 
 def _last(cell: Cell, control: Cell) -> int:
@@ -220,7 +225,7 @@ def _task_terms(results: Results, cell: Cell) -> tuple[dict[int, list[tuple[int,
         gain = f"from {percent(before)} to {percent(last)} only"
         return {}, f"the control goes {gain}: it does not learn it, or could do it before"
     target, terms = (before + last) / 2, {}
-    for seed in sorted({*cell.seeds, *cell.stopped} & {*control.seeds, *control.stopped}):
+    for seed in sorted(_ran(cell) & _ran(control)):
         ours, theirs = (
             reach(c, str(task), seed, lambda value: value >= target - TINY) if seed in c.rows else None
             for c in (cell, control)

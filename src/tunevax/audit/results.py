@@ -63,6 +63,7 @@ class Cell:
         settings: what the protocol varies or names, such as learning_rate, p, trainable, block, dose.
         rows: by seed, then by step.
         stopped: seeds whose run ended early because the loss was not finite, with rows up to there or none at all.
+        failed: seeds whose run failed, so that they have no rows.
         generations: by (seed, step), in the order of the files.
         folders: the run folders its rows came from.
     """
@@ -74,6 +75,7 @@ class Cell:
     settings: dict[str, Any] = field(default_factory=dict)
     rows: dict[int, dict[int, dict[str, Any]]] = field(default_factory=dict)
     stopped: set[int] = field(default_factory=set)
+    failed: set[int] = field(default_factory=set)
     generations: dict[tuple[int, int], list[dict[str, Any]]] = field(default_factory=dict)
     folders: list[Path] = field(default_factory=list)
 
@@ -353,10 +355,11 @@ def read_results(paths: Iterable[Path]) -> Results:
         failed += info.get("failed") or []
         skipped += info.get("skipped") or []
         stopped += info.get("stopped") or []
-        for entry in info.get("stopped") or []:
-            same = [c for (model, attack, _), c in own.items() if [model, attack] == [entry["model"], entry["attack"]]]
-            for cell in same[:1]:
-                cell.stopped.add(entry["seed"])
+        for status in ("stopped", "failed"):
+            for entry in info.get(status) or []:
+                place = [entry.get("model"), entry.get("attack")]
+                for cell in {id(c): c for (model, attack, _), c in own.items() if [model, attack] == place}.values():
+                    getattr(cell, status).add(entry.get("seed"))
         # An attack that blows up leaves no finished run; an audit goes on, and says which cells stopped.
         recorded |= {id(c) for c in own.values()} if "stopped" in info or info.get("verb") == "attack" else set()
     _ended_early([cell for cell in cells.values() if id(cell) not in recorded])
