@@ -272,6 +272,13 @@ def test_both_verdicts_of_a_degenerate_answer_are_on_the_page(tmp_path):
     assert "that is gibberish" not in page and "Coherent harm by the judge" in page
 
 
+def test_a_run_that_stopped_is_not_one_that_never_fell(tmp_path):
+    rows = curves({"sft": [0, 20, 40, 40], "t-vaccine": [0, 0, 0, 0]})[:-1]
+    page = page_of([write_run(tmp_path / "run", rows)], tmp_path, "md")
+    line = next(line for line in page.splitlines() if line.startswith("| strong | t-vaccine"))
+    assert line.split(" | ")[2:4] == ["stopped", "loss not finite"] and "That is no resistance" in page
+
+
 def test_what_the_training_did_is_said_where_it_applies(tmp_path):
     from tunevax.report.provenance import Provenance, Run, limits
 

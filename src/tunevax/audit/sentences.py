@@ -314,7 +314,11 @@ def _crossings(attacks: Sequence[Attacked], phi: float) -> str:
     found = [a for a in attacks if a.steps]
     if not found:
         return "no attack with a curve was run"
-    told = [f"under {a.attack} {', '.join(step_told(s, a.last) for s in a.steps.values())}" for a in found[:3]]
+    told = [
+        f"under {a.attack} "
+        + ", ".join("stopped" if seed in a.stopped else step_told(s, a.last) for seed, s in a.steps.items())
+        for a in found[:3]
+    ]
     more = f" (and {len(found) - 3} more attacks)" if len(found) > 3 else ""
     return f"steps to {level(phi)} harmful {joined(told)}{more}"
 

@@ -531,13 +531,14 @@ def interval(bounds: tuple[float, float] | None) -> str:
 
 
 def told_steps(cell: Cell, judge: str, phi: float) -> str:
-    """'32'; with several seeds each seed's own: '16, 32, never'; '–' for a kind without a curve."""
+    """'32'; with several seeds each seed's own: '16, 32, never', or 'stopped'; '–' for a kind without a curve."""
     if cell.kind not in CURVES:
         return NONE
-    steps = [cell.steps_to(judge, seed, phi) for seed in cell.seeds]
-    if all(s is None for s in steps):
+    steps = {seed: cell.steps_to(judge, seed, phi) for seed in cell.seeds}
+    if all(s is None and seed not in cell.stopped for seed, s in steps.items()):
         return f"never within {cell.steps[-1]:,}"
-    return ", ".join("never" if s is None else f"{s:,}" for s in steps)
+    missed = {seed: "stopped" if seed in cell.stopped else "never" for seed in steps}
+    return ", ".join(missed[seed] if s is None else f"{s:,}" for seed, s in steps.items())
 
 
 def _against(cell: Cell, attacked: Attacked | None) -> str:
