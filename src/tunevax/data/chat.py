@@ -1,9 +1,9 @@
 """What a chat template does to a conversation, established by a probe and not assumed.
 
 Templates drop system messages or refuse them, take strings or lists of parts, print today's date, put words into the
-generation prompt that finished turns leave out, and open a thought. `chat_of` renders marked words once per tokenizer and
-says which of this is the case; `render` and `response` use it, so that training and generation see the same tokens and
-no answer is ever searched for in the text.
+generation prompt that finished turns leave out, and open a thought. `chat_of` renders marked words once per tokenizer
+and says which of this is the case; `render` and `response` use it, so that training and generation see the same tokens
+and no answer is ever searched for in the text.
 
 Options of a template travel in a comment at its head, which other software ignores: they are saved with the tokenizer.
 """
@@ -23,11 +23,12 @@ TODAY = datetime(2025, 1, 1)
 """The day on which every conversation takes place, for templates that print the date."""
 
 THINK, END = "<think>", "</think>"
-"""How a thought is marked in every answer that `tunevax.scoring.generation` returns, whatever the model's own marks are."""
+"""How a thought is marked in the answers of `tunevax.scoring.generation`, whatever the model's own marks are."""
 
 THOUGHTS = (
     (THINK, END), ("<thinking>", "</thinking>"), ("<thought>", "</thought>"), ("<reasoning>", "</reasoning>"),
-    ("[THINK]", "[/THINK]"), ("◁think▷", "◁/think▷"), ("<seed:think>", "</seed:think>"), ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("[THINK]", "[/THINK]"), ("◁think▷", "◁/think▷"), ("<seed:think>", "</seed:think>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
 )  # fmt: skip
 """Marks around a thought, of the families that have one. A template that holds the closing mark of a pair uses it."""
@@ -43,8 +44,8 @@ class Chat(NamedTuple):
     """What the probe established about a tokenizer's template.
 
     Attributes:
-        system: own (the template has a system role) or folded (it refuses or drops one: the text is put before the first
-            user turn).
+        system: own (the template has a system role) or folded (it refuses or drops one: the text is put before the
+            next user turn).
         parts: content is a list of parts and not a string.
         ending: what the template adds after an answer.
         thought: the marks around a thought, or None.
@@ -74,7 +75,7 @@ def with_options(template: str, options: str) -> str:
         if name not in OPTIONS:
             raise unknown("option of --chat-template", name, OPTIONS)
         if name == "thought":
-            marks = value.split("|") if not value.startswith("<|") else re.split(r"(?<=>)\|(?=<)", value)
+            marks = re.split(r"(?<!<)\|(?!>)", value)  # not at those of <|marks|>
             if len(marks) != 2 or not all(marks):
                 raise UsageError(f"--chat-template has thought={value}; write thought=OPEN|CLOSE, the marks around it")
             found["thought"] = marks
@@ -137,7 +138,9 @@ def _probe(tokenizer: Any) -> Chat:
         raise UsageError("the chat template drops the text of the assistant's turn; pass another with --chat-template")
     before, ending = _around(*finished)
     if finished[0] != before + ANSWERS[0] + ending:
-        raise UsageError("the chat template changes the text of the assistant's turn; pass another with --chat-template")
+        raise UsageError(
+            "the chat template changes the text of the assistant's turn; pass another with --chat-template"
+        )
     thought = options.get("thought") or next((pair for pair in THOUGHTS if pair[1] in template), None)
     opened = bool(thought) and shown.rstrip().endswith(thought[0])
     moved = text(user, generate=True, today=datetime(1999, 12, 31, 23, 59)) != shown
@@ -149,12 +152,17 @@ def _probe(tokenizer: Any) -> Chat:
 
 
 def _apply(
-    tokenizer: Any, turns: Sequence[dict[str, str]], parts: bool, generate: bool, thinking: bool, today: datetime = TODAY
+    tokenizer: Any,
+    turns: Sequence[dict[str, str]],
+    parts: bool,
+    generate: bool,
+    thinking: bool,
+    today: datetime = TODAY,
 ) -> str:
     """The template's own rendering, on a fixed day. What is passed by name is before the template's globals."""
     shaped = [{**t, "content": [{"type": "text", "text": t["content"]}]} if parts else dict(t) for t in turns]
     return tokenizer.apply_chat_template(
-        shaped, tokenize=False, add_generation_prompt=generate, strftime_now=today.strftime,
+        shaped, tokenize=False, add_generation_prompt=generate, strftime_now=lambda form: today.strftime(form),
         **({} if thinking else {"enable_thinking": False}),
     )  # fmt: skip
 
@@ -224,8 +232,8 @@ def response(tokenizer: Any, row: dict[str, Any], prompt: str) -> str:
     it, up to the end of the turn.
 
     It stands where a marked word would: between what the template writes before any answer and after it. Before it
-    comes what finished turns have and the generation prompt has not (an empty thought, in some), or the end of a thought
-    that the generation prompt opens; a thought in the completion is kept.
+    comes what finished turns have and the generation prompt has not (an empty thought, in some), or the end of a
+    thought that the generation prompt opens; a thought in the completion is kept.
 
     Raises:
         UsageError: the template refuses the conversation or changes the answer; the row's place is named.

@@ -39,8 +39,8 @@ def set_chat_template(tokenizer: Any, template: str | None) -> None:
     """Give the tokenizer a template and probe it.
 
     Args:
-        template: a name in `TEMPLATES`, the path of a jinja file, `own` or None to keep the tokenizer's; options after a
-            colon: `thought=OPEN|CLOSE` for the marks around a thought, `thinking=off` to ask the template for none.
+        template: a name in `TEMPLATES`, the path of a jinja file, `own` or None to keep the tokenizer's; options after
+            a colon: `thought=OPEN|CLOSE` for the marks around a thought, `thinking=off` to ask the template for none.
 
     Raises:
         UsageError: there is none to keep, the file is missing, or the template loses what is said (see `chat_of`).

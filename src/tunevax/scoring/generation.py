@@ -85,8 +85,8 @@ def generate(
 def encoded_prompts(
     model: Any, tokenizer: Any, prompts: Sequence[str | list[dict[str, str]]], max_new_tokens: int, prefix: str
 ) -> tuple[list[list[int]], list[int], list[int]]:
-    """Token ids of each prompt and the prefix after it, how many tokens its answer may have, and the prefix's own ids. A
-    prefix is the beginning of the answer: in a template that knows thoughts it comes behind an empty one.
+    """Token ids of each prompt and the prefix after it, how many tokens its answer may have, and the prefix's own ids.
+    A prefix is the beginning of the answer: in a template that knows thoughts it comes behind an empty one.
 
     Raises:
         UsageError: a prompt (with the prefix) fills the model's context.
@@ -109,8 +109,9 @@ def answer(tokenizer: Any, begun: list[int], tokens: list[int], prefix: str) -> 
     `tunevax.data.chat.marked_thought`."""
     chat = chat_of(tokenizer)
     if chat.thought is not None and not prefix:
-        whole = tokenizer.decode(tokens, skip_special_tokens=False)  # the marks may be special tokens
-        if (marked := marked_thought(whole, chat)) != whole:
+        # The marks may be special tokens.
+        marked = marked_thought(tokenizer.decode(tokens, skip_special_tokens=False), chat)
+        if THINK in marked:
             for special in sorted(tokenizer.all_special_tokens, key=len, reverse=True):
                 marked = marked.replace(special, "") if special not in (THINK, END) else marked
             return marked.strip()

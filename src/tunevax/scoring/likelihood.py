@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tunevax.data.encoding import collate, context_of, ids_of
+from tunevax.data.encoding import collate, context_of, ids_of, render
 from tunevax.errors import UsageError
 from tunevax.scoring.generation import evaluating
 
