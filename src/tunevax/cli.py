@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib.util
+import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,34 +47,91 @@ options. Every option can stand in a YAML file: --config FILE. Add --debug to se
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 for a failed run, 2 for a wrong invocation."""
+    """Run a command; returns the exit code: 0, 1 for a failed run, 2 for a wrong invocation, 130 or 143 when it was
+    interrupted or terminated."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # `>&-`
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for good
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a locale without `·` must not end a run
+    if argv is None:
+        signal.signal(signal.SIGTERM, _terminate)
+    code = 0
+    try:
+        code = _run(arguments)
+    except BrokenPipeError:  # `tunevax ... | head`: what it prints is no longer wanted
+        pass
+    except KeyboardInterrupt as stop:
+        if argv is None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the way out is short, and no place for a traceback
+        word, code = ("terminated", 143) if isinstance(stop, _Terminated) else ("interrupted", 130)
+        _say(f"tunevax: {word}{f'; {stop}' if str(stop) else ''}")
+    finally:
+        code = _flush(code)
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    """The command, its errors as one sentence each; returns the exit code."""
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
-    if not arguments or arguments[0] in ("--help", "-h", "help"):
-        print(HELP)
-        return 0
-    if arguments[0] in ("--version", "-V"):
-        print(__version__)
-        return 0
-    verb, *rest = arguments
     try:
-        if verb not in VERBS:
-            raise unknown("verb", verb, VERBS)
-        VERBS[verb](rest)
-    except BrokenPipeError:  # `tunevax ... | head`
-        sys.stderr.close()
-        return 0
-    except KeyboardInterrupt:
-        print("tunevax: interrupted", file=sys.stderr)
-        return 130
+        if not arguments or arguments[0] in ("--help", "-h", "help"):
+            print(HELP)
+        elif arguments[0] in ("--version", "-V"):
+            print(__version__)
+        elif arguments[0] in VERBS:
+            VERBS[arguments[0]](arguments[1:])
+        else:
+            raise unknown("verb", arguments[0], VERBS)
     except Exception as error:
-        if debug:
+        if debug or (isinstance(error, BrokenPipeError) and _nobody_reads()):
             raise
         known = error if isinstance(error, TunevaxError) else _library_error(error)
-        print(f"tunevax: {known}", file=sys.stderr)
+        _say(f"tunevax: {known}")
         return known.exit_code
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: what a batch system sends when the time is up. It unwinds as Ctrl-C does."""
+
+
+def _terminate(*_: Any) -> None:
+    raise _Terminated
+
+
+def _say(line: str) -> None:
+    """A line on stderr, if anybody reads it."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe whose reader has left, as against any other pipe of the program."""
+    import select
+
+    if not hasattr(select, "poll"):  # Windows
+        return True
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _flush(code: int) -> int:
+    """Write out what stdout still holds; returns the exit code. What cannot be written goes nowhere, so that the
+    interpreter does not stumble over it at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w", encoding="utf-8") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            _say(f"tunevax: stdout cannot be written: {error.strerror}")
+            return code or 1
+    return code
 
 
 def _library_error(error: Exception) -> TunevaxError:
@@ -568,6 +627,11 @@ def _print_help(title: str, classes: list[type]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    class Page(Console):
+        def on_broken_pipe(self) -> None:
+            """As `print` does, and not rich's exit with 1."""
+            raise
+
     fields = {f.name: f for cls in reversed(classes) for f in dataclasses.fields(cls) if f.init}
     own = [
         b for cls in classes for b in cls.__mro__ if dataclasses.is_dataclass(b) and b.__name__ != "TrainingArguments"
@@ -582,7 +646,7 @@ def _print_help(title: str, classes: list[type]) -> None:
         table.add_row(
             f"--{name.replace('_', '-')}", PLAIN.get(name) or field.metadata.get("help", ""), f"[dim]{shown}[/dim]"
         )
-    Console().print(f"tunevax {title}\n", table, sep="\n", highlight=False)
+    Page().print(f"tunevax {title}\n", table, sep="\n", highlight=False)
     if "max_steps" in fields:
         print("\nand every field of transformers.TrainingArguments; `--help-all` shows them.")
 
