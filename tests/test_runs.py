@@ -18,13 +18,13 @@ def test_parents_made_for_a_refused_run_are_removed(tmp_path):
 def test_what_a_failed_run_leaves(tmp_path):
     record = {"verb": "x", "method": None, "config": {}}
     for error, left in (
-        (UsageError("no"), False),
+        (UsageError("no"), True),  # whatever happens at the end, checkpoints stay
         (OSError(28, "full"), True),
         (RunError("nan"), True),
         (KeyboardInterrupt(), True),
     ):
         out = tmp_path / type(error).__name__
-        with pytest.raises((type(error), UsageError)), writing(str(out), record) as run:
+        with pytest.raises((type(error), RunError)), writing(str(out), record) as run:
             (run.checkpoints / "checkpoint-3").mkdir()
             raise error
         assert run.path.exists() == left, error

@@ -302,7 +302,7 @@ def _analyze(arguments: list[str]) -> None:
 
     (options,) = _parse("analyze sink", [SinkOptions], rest)
     out = analyze_sink(options, _command("analyze", arguments))
-    for model in json.loads((out / "sink.json").read_text())["models"]:
+    for model in json.loads((out / "sink.json").read_text(encoding="utf-8"))["models"]:
         print(f"{model['label']}: {model['positive_heads']} of {model['heads']} heads attend more to the sink on harm")
     _done(f"next: tunevax report {_short(out)}; sink analysis", out)
 
@@ -699,7 +699,7 @@ def _worst(out: Path) -> str:
     import json
 
     worst: dict[str, tuple[float, str]] = {}
-    for line in (out / "results.jsonl").read_text().splitlines():
+    for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         for name, value in row["scores"].items():
             if name.startswith("harmful/") and value["value"] >= worst.get(row["model"], (-1.0, ""))[0]:

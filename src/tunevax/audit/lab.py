@@ -146,7 +146,7 @@ class Lab:
         part = folder / f"{cell.hash}.{os.getpid()}.part"
         kept = bench if outcome["status"] in ("done", "stopped") else None
         content = {**outcome, "results": kept.results if kept else [], "generations": kept.generations if kept else []}
-        part.write_text(json.dumps(content, default=str))
+        part.write_text(json.dumps(content, default=str), encoding="utf-8")
         part.replace(folder / f"{cell.hash}.json")
         return f"{told} · {outcome['seconds']:.0f} s"
 

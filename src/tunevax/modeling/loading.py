@@ -177,7 +177,7 @@ def resolve(ref: str) -> tuple[str, list[Path]]:
         base, adapters = resolve(record.get("adapter_on") or record["parent"] or record["model"]["ref"])
         return base, [*adapters, path / "adapter"]
     if (path / "adapter_config.json").is_file():
-        base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
         if not base:
             raise UsageError(f"{ref} is an adapter that does not name its base model")
         below, adapters = resolve(base)

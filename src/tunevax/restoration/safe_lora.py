@@ -219,7 +219,7 @@ def parent_of(ref: str) -> str | None:
         record = read_run(ref)
         return record.get("adapter_on") or record.get("parent") or record.get("model", {}).get("ref")
     config = Path(ref) / "adapter_config.json"
-    return json.loads(config.read_text()).get("base_model_name_or_path") if config.is_file() else None
+    return json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") if config.is_file() else None
 
 
 def lora_layers(model: Any, ref: str) -> dict[str, Any]:
