@@ -16,7 +16,8 @@ from typing import Any
 from tunevax import __version__
 from tunevax.errors import RunError, TunevaxError, UsageError, unknown
 from tunevax.methods import load_method, methods
-from tunevax.quiet import quiet
+from tunevax.quiet import hush, quiet
+from tunevax.yaml_files import meant, read_yaml
 
 HELP = """tunevax hardens open-weight language models against harmful fine-tuning, and measures how much it helped.
 
@@ -77,6 +78,7 @@ def _run(arguments: list[str]) -> int:
     """The command, its errors as one sentence each; returns the exit code."""
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
+    hush()
     try:
         if not arguments or arguments[0] in ("--help", "-h", "help"):
             print(HELP)
@@ -279,9 +281,7 @@ def _value_of(name: str, arguments: list[str]) -> str | None:
         flag, equals, value = token.partition("=")
         value = value if equals else arguments[i + 1] if i + 1 < len(arguments) else None
         if flag == "--config" and value and Path(value).is_file() and found is None:
-            import yaml
-
-            content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            content = read_yaml(value, words=True)
             found = content.get(name, content.get(name.replace("-", "_"))) if isinstance(content, dict) else None
         if flag.replace("_", "-") == f"--{name}":
             return value
@@ -520,7 +520,7 @@ def _parse(title: str, classes: list[type], arguments: list[str], below: dict[st
         raise SystemExit(0)
     tokens = _from_file(arguments, fields) + _gathered(arguments, fields)
     given = {t[2:].partition("=")[0].replace("-", "_") for t in tokens if t.startswith("--")}
-    tokens = _tokens({k: v for k, v in (below or {}).items() if k not in given}) + tokens
+    tokens = _tokens({k: v for k, v in (below or {}).items() if k not in given}, fields) + tokens
     for token in tokens:
         if token.startswith("--"):
             name = token[2:].partition("=")[0].replace("-", "_")
@@ -570,27 +570,21 @@ def _from_file(arguments: list[str], fields: dict[str, Any]) -> list[str]:
     given = {a[2:].partition("=")[0].replace("-", "_") for a in arguments if a.startswith("--")}
     tokens: list[str] = []
     for path in paths:
-        import yaml
-
-        try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UsageError(f"no such config file: {path}") from error
-        except yaml.YAMLError as error:
-            where = getattr(error, "problem_mark", None)
-            raise UsageError(f"{path}:{where.line + 1 if where else 1}: not valid YAML") from error
+        content, typed = read_yaml(path, words=True), read_yaml(path)
         if not isinstance(content, dict):
             raise UsageError(f"{path} must hold `option: value` lines")
         for key, value in content.items():
             name = str(key).replace("-", "_")
             if name not in fields:
                 raise UsageError(f"{path}: {unknown('key', str(key), fields)}")
+            if value is None and fields[name].default is not None:
+                raise UsageError(f"{path}: {key} has no value; give it one, or leave the line out for the default")
             if name not in given:
-                tokens += _tokens({name: value})
+                tokens += _tokens({name: typed[key] if isinstance(value, dict) else value}, fields)
     return tokens
 
 
-def _tokens(options: dict[str, Any]) -> list[str]:
+def _tokens(options: dict[str, Any], fields: dict[str, Any]) -> list[str]:
     """Option values from YAML as command-line tokens, so that one parser converts every value."""
     import json
 
@@ -598,8 +592,12 @@ def _tokens(options: dict[str, Any]) -> list[str]:
     for name, value in options.items():
         if value is None:
             continue
-        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        tokens += [f"--{name}", *(str(v).lower() if isinstance(v, bool) else str(v) for v in values)]
+        kind = fields[name].type if name in fields else str
+        values = [meant(v, name, kind) for v in (value if isinstance(value, list) else [value])]
+        words = [str(v).lower() if isinstance(v, bool) else json.dumps(v) if isinstance(v, dict) else str(v)
+                 for v in values]  # fmt: skip
+        # `=`, since a value may begin with a dash
+        tokens += [f"--{name}", *words] if isinstance(value, list) else [f"--{name}={words[0]}"]
     return tokens
 
 

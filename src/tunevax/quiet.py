@@ -24,6 +24,15 @@ CHATTERS = ("transformers", "datasets", "huggingface_hub", "accelerate", "peft",
 
 def quiet() -> None:
     """Silence warnings, info logs and download bars of transformers and its friends in this process."""
+    hush()
+
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+
+
+def hush() -> None:
+    """The part of it that imports nothing, for what libraries say while they are imported."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     if not sys.warnoptions:  # no -W and no PYTHONWARNINGS: nobody asked for them
@@ -32,7 +41,3 @@ def quiet() -> None:
         logging.lastResort.setLevel(logging.ERROR)
     for name in CHATTERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()

@@ -57,6 +57,8 @@ class FinetuneOptions:
     overwrite: bool = field(default=False, metadata={"help": "replace a finished run"})
 
     def __post_init__(self) -> None:
+        if self.screen in ("no", "false"):  # what other tools write for off
+            self.screen = "off"
         if self.screen not in SCREENS:
             raise unknown("screen", self.screen, SCREENS)
 
