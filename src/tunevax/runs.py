@@ -201,6 +201,7 @@ def _checked(output_dir: str, record: dict[str, Any], overwrite: bool) -> RunFol
         if (place.exists() and not place.is_dir()) or place == place.parent:
             raise UsageError(f"{output_dir} exists and is not a run of tunevax; choose another --output-dir")
         run = RunFolder(final, record)
+        run.path.exists()  # a name that is too long for it
     except PermissionError as error:
         raise UsageError(f"no permission to look into {output_dir}; choose another --output-dir") from error
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name with a zero byte, a name too long

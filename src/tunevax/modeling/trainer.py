@@ -152,6 +152,13 @@ class ResponseTrainer(Trainer):
                 if isinstance(callback, ProgressCallback):
                     callback.progress.stop()  # an error, too, ends the bar
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As in `Trainer`, but a run resumed from the checkpoint of its last step is not trained one step more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
     def compute_loss(
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -325,7 +332,9 @@ def rehearse(trainer: Any, folder: Path, base: str) -> None:
             vars(thing).update(values)
     weights, together = sum(sizes), checkpoints_together(trainer)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    moments = 8 * trained if "adam" in str(args.optim) and not args.save_only_model else 0  # two per weight, in fp32
+    optim = str(getattr(args.optim, "value", args.optim))
+    per_weight = 2 if "8bit" in optim else 8  # two numbers
+    moments = per_weight * trained if optim.startswith("adam") and not args.save_only_model else 0
     there = sum(p.stat().st_size for p in Path(args.output_dir).rglob("*") if p.is_file())  # of a run that is resumed
     kept = min(together, args.save_total_limit or together)
     needed = max(together * (weights + moments), kept * (weights + moments) + weights)
