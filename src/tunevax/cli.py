@@ -389,7 +389,7 @@ def _audit(arguments: list[str]) -> None:
         for ref in options.model:
             print(f"controls of {ref}: {', '.join(options.controls)}")
             found = make_controls(
-                ref, options.controls, Path(f"{options.output_dir}.controls"), _command("audit", arguments)
+                ref, options.controls, Path(f"{Path(str(options.output_dir))}.controls"), _command("audit", arguments)
             )
             references += [(label, str(made)) for label, made, _ in found if made is not None]
             for label, made, why in found:
