@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tunevax.alignment.held_out import evaluate, fitting, held_out_rows, loss_on
 from tunevax.alignment.sft import SFTConfig
 from tunevax.data.safety import load_safety
 from tunevax.data.sources import parse_source
@@ -17,7 +18,7 @@ from tunevax.modeling.loading import load, require_quantization
 from tunevax.modeling.memory import StepMemory
 from tunevax.modeling.progress import LogCallback, ProgressCallback
 from tunevax.modeling.trainer import final_loss, last_checkpoint, rehearse, resolved, save_weights
-from tunevax.runs import data_entry, digest, is_run, writing
+from tunevax.runs import data_entry, digest, is_main_process, is_run, writing
 
 
 @dataclass
@@ -37,6 +38,10 @@ class AlignOptions:
     quantization: str | None = field(
         default=None,
         metadata={"help": "of the frozen weights in the blocks, below the adapter: nf4 or int8; default off"},
+    )
+    held_out_prompts: int = field(
+        default=40,
+        metadata={"help": "harmful and harmless prompts that the finished model is evaluated on, 0 for none"},
     )
     allow_overlap: bool = field(default=False, metadata={"help": "go on when data roles share prompts, and record it"})
     resume: bool = field(default=False, metadata={"help": "continue an unfinished run"})
@@ -59,7 +64,10 @@ def align(trainer_class: type, method: str, options: AlignOptions, config: SFTCo
         if getattr(options, name) is None:
             raise UsageError(f"--{name.replace('_', '-')} is missing")
     require_quantization(options.quantization, config.full_weights)
+    if options.held_out_prompts < 0:
+        raise UsageError(f"held_out_prompts is {options.held_out_prompts}; it must be at least 0")
     safety, task, data = read_data(trainer_class, method, options)
+    held_out = held_out_rows(options, safety, options.held_out_prompts)
     record: dict[str, Any] = {
         "verb": "align",
         "method": method,
@@ -79,6 +87,9 @@ def align(trainer_class: type, method: str, options: AlignOptions, config: SFTCo
             quantization=options.quantization,
         )
         config.output_dir = str(run.checkpoints)
+        if is_main_process():
+            held_out = fitting(held_out, loaded.model, loaded.tokenizer, config.max_length)
+            loss_before = loss_on(loaded.model, held_out.harmful, loaded.tokenizer, config.max_length)
         memory = StepMemory()
         callbacks = [ProgressCallback(f"align {method}"), LogCallback(run.path / "log.jsonl"), memory]
         trainer = trainer_class(loaded.model, config, safety, loaded.tokenizer, task, callbacks)
@@ -91,11 +102,13 @@ def align(trainer_class: type, method: str, options: AlignOptions, config: SFTCo
             save_weights(trainer, run.path, base)
             seen = {prompt_hash(r["prompt"]) for r in safety} | curated_with(options.safety_data)
             (run.path / "prompts.json").write_text(json.dumps({"alignment": sorted(seen)}), encoding="utf-8")
+            record["held_out"] = evaluate(trainer, held_out, loss_before)
         record.update(
             model={**loaded.info, "trainable": trainable},
             adapter="model" if config.full_weights else "adapter", template_hash=digest(loaded.tokenizer.chat_template),
             steps=trainer.state.global_step, final_loss=final_loss(trainer.state.log_history),
             compute={"per_step": trainer.cost(), "total": trainer.cost() * trainer.state.global_step},
+            updates_per_block=trainer.updates(),
             **({"peak_memory_bytes": memory.peak} if memory.peak else {}),
         )  # fmt: skip
     return run.final
