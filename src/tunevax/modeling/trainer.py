@@ -318,8 +318,10 @@ def rehearse(trainer: Any, folder: Path, base: str) -> None:
     try:
         with weighed() as sizes:
             save_weights(trainer, trial, base)
-    except (TunevaxError, OSError):
+    except TunevaxError:
         raise
+    except OSError as error:
+        raise UsageError(f"{folder}: {error.strerror or error}; mend that, or choose another --output-dir") from error
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         way = "leave out --full-weights" if args.full_weights else "choose other --lora-targets"
