@@ -145,7 +145,7 @@ def test_models_that_cannot_be_used(capsys, here):
 
 
 def test_overlapping_splits_are_an_error_unless_allowed(capsys, here):
-    common = ["align", "sft", "--model", "organism", "--chat-template", "alpaca", "--max-steps", "1"]
+    common = ["align", "sft", "--model", "organism", "--chat-template", "alpaca", "--max-steps", "2"]
     assert main([*common, "--safety-data", "good.jsonl:split=all", "--output-dir", "aligned"]) == 0
     capsys.readouterr()
     attack = [

@@ -17,6 +17,7 @@ import shutil
 import stat
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -464,8 +465,10 @@ def digest(value: Any) -> str:
 
 
 def data_entry(role: str, source: str, rows: Sequence[dict]) -> dict[str, Any]:
-    """What run.json says of one dataset; of alignment data also its categories, None where rows have none."""
-    content = [{k: v for k, v in row.items() if k != "place"} for row in rows]
+    """What run.json says of one dataset: of alignment data also its categories, None where rows have none; of data that
+    was read from a file or the hub also how many rows were read as what."""
+    content = [{k: v for k, v in row.items() if k not in ("place", "read_as")} for row in rows]
+    read_as = Counter(row["read_as"] for row in rows if row.get("read_as"))
     categories = sorted({row["category"] for row in rows if row.get("category")}) or None
     return {
         "role": role,
@@ -474,6 +477,7 @@ def data_entry(role: str, source: str, rows: Sequence[dict]) -> dict[str, Any]:
         "distinct": len({digest(r) for r in content}),
         "hash": digest(content),
         **({"categories": categories} if role == "alignment" else {}),
+        **({"read_as": dict(read_as)} if read_as else {}),
     }
 
 

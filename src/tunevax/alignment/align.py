@@ -104,7 +104,7 @@ def align(trainer_class: type, method: str, options: AlignOptions, config: SFTCo
             (run.path / "prompts.json").write_text(json.dumps({"alignment": sorted(seen)}), encoding="utf-8")
             record["held_out"] = evaluate(trainer, held_out, loss_before)
         record.update(
-            model={**loaded.info, "trainable": trainable},
+            model={**loaded.info, "trainable": trainable, **trainer.coverage},
             adapter="model" if config.full_weights else "adapter", template_hash=digest(loaded.tokenizer.chat_template),
             steps=trainer.state.global_step, final_loss=final_loss(trainer.state.log_history),
             compute={"per_step": trainer.cost(), "total": trainer.cost() * trainer.state.global_step},

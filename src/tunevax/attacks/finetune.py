@@ -94,6 +94,7 @@ class FinetuneConfig(TrainConfig):
         curve = Curve(bench, loaded.tokenizer, self.points, len(encoded), self, exam)
         progress = ProgressCallback(f"attack {bench.target['label']}")
         trainer = ResponseTrainer(loaded.model, self, encoded, loaded.tokenizer, [progress, curve])
+        bench.record.update(trainer.coverage)
         self.restrict(trainer, bench)
         base = bench.target["ref"] if is_run(bench.target["ref"]) else loaded.info["base"]
         if bench.folder is not None:

@@ -135,7 +135,7 @@ def finetune(
                 json.dumps({"alignment": hashes(safety), "task": hashes(task)}), encoding="utf-8"
             )
         record.update(
-            model={**loaded.info, "trainable": trainable},
+            model={**loaded.info, "trainable": trainable, **trainer.coverage},
             adapter="model" if config.full_weights else "adapter", template_hash=digest(loaded.tokenizer.chat_template),
             steps=trainer.state.global_step, final_loss=final_loss(trainer.state.log_history),
             compute={"per_step": trainer.cost(), "total": trainer.cost() * trainer.state.global_step},

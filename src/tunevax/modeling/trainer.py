@@ -18,13 +18,14 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from tunevax.data.encoding import collate
 from tunevax.errors import RunError, TunevaxError, UsageError
+from tunevax.modeling.adapters import coverage, left_out_of_blocks, require_targets, split_targets
 from tunevax.modeling.blocks import find_blocks
 from tunevax.modeling.hooks import cheap_modules, cheap_recomputed, checkpointed
 from tunevax.modeling.loading import save_biases, scales_of
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.precision import wide
-from tunevax.modeling.progress import ProgressCallback
-from tunevax.runs import require_room
+from tunevax.modeling.progress import ProgressCallback, console
+from tunevax.runs import is_main_process, require_room
 
 CHECKPOINT_BLOCKS = ("auto", "none", "elementwise", "frozen", "all")
 
@@ -113,6 +114,9 @@ class ResponseTrainer(Trainer):
         args: the configuration.
         train_dataset: encoded rows, `{"input_ids": [...], "labels": [...]}`.
         processing_class: the tokenizer, saved with every checkpoint.
+
+    Attributes:
+        coverage: which matrices have an adapter and which do not, for run.json; empty where all weights train.
     """
 
     ready_for = -1  # the optimiser step that a method has done its part of, which comes before the first micro-batch
@@ -127,6 +131,10 @@ class ResponseTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         model = prepare_trainables(model, args)
+        self.coverage = {} if args.full_weights else coverage(model)
+        note = left_out_of_blocks(self.coverage) if self.coverage and args.lora_targets == "all-linear" else None
+        if note and is_main_process():
+            console.print(f"note: {note}", highlight=False)
         super().__init__(
             model=model,
             args=args,
@@ -242,7 +250,8 @@ class ResponseTrainer(Trainer):
 def prepare_trainables(model: Any, args: TrainConfig) -> Any:
     """Give `model` a fresh LoRA adapter (or all its weights) to train, in fp32.
 
-    A model that comes with a trainable adapter keeps it. Raises `UsageError` if `lora_targets` match nothing.
+    A model that comes with a trainable adapter keeps it. `all-linear` is every linear layer but the head, and the
+    matrices of fused experts. Raises `UsageError` if one of `lora_targets` matches nothing.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -252,12 +261,18 @@ def prepare_trainables(model: Any, args: TrainConfig) -> Any:
         for parameter in model.parameters():
             parameter.requires_grad_(True)
     elif not isinstance(model, PeftModel):
-        targets = args.lora_targets if args.lora_targets == "all-linear" else args.lora_targets.split(",")
+        targets, experts = split_targets(model, args.lora_targets)
+        if experts and args.lora_dropout:
+            raise UsageError(
+                f"PEFT has no dropout for the fused matrices of {type(model).__name__} ({', '.join(experts)}); leave "
+                "out --lora-dropout, or name linear layers alone in --lora-targets"
+            )
         config = LoraConfig(
             r=args.lora_r,
             lora_alpha=args.lora_alpha,
             lora_dropout=args.lora_dropout,
             target_modules=targets,
+            target_parameters=experts or None,
             task_type="CAUSAL_LM",
         )
         with torch.random.fork_rng():  # the adapter's start depends on the seed only
@@ -266,6 +281,7 @@ def prepare_trainables(model: Any, args: TrainConfig) -> Any:
                 model = get_peft_model(model, config)
             except ValueError as error:
                 raise UsageError(f"lora_targets {args.lora_targets!r}: {str(error).splitlines()[0]}") from error
+        require_targets(model, args.lora_targets)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = wide(parameter.data)

@@ -84,7 +84,7 @@ def load_text(source: str) -> Text:
         rows = islice(World().pretraining(), 200)
         return Text(source, [[*messages(r["prompt"]), {"role": "assistant", "content": r["completion"]}] for r in rows])
     try:
-        text = Path(source).read_text(encoding="utf-8")
+        text = Path(source).read_text(encoding="utf-8-sig")  # without the mark that some editors put in front
     except OSError as error:
         raise UsageError(f"cannot read {source} ({error.strerror}); perplexity needs a text file") from error
     except UnicodeDecodeError as error:
