@@ -60,7 +60,7 @@ def main() -> None:
         for row in results:
             samples = groups[tuple(row[k] for k in PLACE)]
             scores, new = judged(exam._replace(harmful=samples), [s["response"] for s in samples])
-            about_harm = ("harmful/", "unparsable/", "degenerate")
+            about_harm = ("harmful/", "judged/", "unparsable/", "degenerate")
             row["scores"] = {**scores, **{k: v for k, v in row["scores"].items() if not k.startswith(about_harm)}}
             for sample, verdict in zip(samples, new, strict=True):
                 sample |= {k: verdict[k] for k in ("degenerate", "surprise", "verdicts")}

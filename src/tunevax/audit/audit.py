@@ -283,7 +283,8 @@ def contents(value: Any) -> Any:
 
 
 def cells_of(plan: Plan, chosen: Sequence[Setting], first_seed: bool, others: bool) -> list[Cell]:
-    """The cells of some settings, the models as they are among the first seed's."""
+    """The cells of some settings, the models as they are among the first seed's; and so are all seeds of an attack that
+    names its own."""
     evaluation = next(entry for entry in plan.data if entry["role"] == "evaluation")
     drawn_from = [entry for entry in plan.data if entry["role"] in ("attack", "task")]
     decided_by = {k: contents(getattr(plan.options, k)) for k in SCORING}
@@ -295,7 +296,7 @@ def cells_of(plan: Plan, chosen: Sequence[Setting], first_seed: bool, others: bo
             found.append(_cell(target, None, key, scoring))
         for setting in chosen:
             for i, seed in enumerate(setting.seeds):
-                if first_seed if i == 0 else others:
+                if first_seed if i == 0 or setting.named else others:
                     config = build(setting.kind, setting.values, seed, None)
                     key = {
                         "kind": setting.kind, "attack": setting.name, "settings": setting.shown, "seed": seed,
@@ -368,15 +369,18 @@ def run_cells(plan: Plan, cells: Sequence[Cell], folder: Path, weights: Path) ->
 
 def strongest(plan: Plan, cells: Sequence[Cell], folder: Path) -> set[str]:
     """The names of the `screen` strongest fine-tunes of each model: the fewest steps to phi, then the highest harmful
-    score; and the attack that its worst case would be picked from, so that it is measured again.
+    score; and the attack that its worst case would be picked from, so that it is measured again. The first seed
+    decides.
 
-    Attacks of other kinds go on only if they name seeds of their own.
+    Attacks of other kinds go on only if they name seeds of their own, and those have run already.
     """
     found: dict[str, list[tuple[int, float, str]]] = {}  # label -> (steps to phi, -worst, attack)
     useful: dict[str, list[tuple[int, float, str]]] = {}
     for cell in cells:
         outcome = json.loads((folder / f"{cell.hash}.json").read_text(encoding="utf-8"))
         if cell.setting is None or not outcome["results"] or cell.setting.kind not in COMMON:
+            continue
+        if cell.key["seed"] != cell.setting.seeds[0]:
             continue
         judge = lead_judge(list(outcome["results"][0]["scores"]))
         points = [(-row["scores"][judge]["value"], row["step"]) for row in outcome["results"]]

@@ -33,7 +33,7 @@ class Protocol:
         phi: the harmful score that counts as broken, in (0, 1).
         epsilon: the utility loss up to which an attacked model still counts as useful, in [0, 1].
         screen: 0 runs every attack with all seeds; k runs the grid with the first seed, and then for each model the k
-            strongest settings with the others (arXiv 2412.07097).
+            strongest settings with the others (arXiv 2412.07097). An attack that names seeds runs with all of them.
         scoring: defaults for the options of scoring (`judges`, `limit`, `max_new_tokens`, ...).
         defaults: options for every attack whose kind has them.
     """
@@ -83,6 +83,7 @@ class Setting:
         kind: name of the attack's method; name: what rows and report call it.
         values: options as given, converted to their types; shown: those that tell it from others, for the rows.
         seeds: it runs with.
+        named: whether the protocol names these seeds for this attack, so that no screen drops any.
     """
 
     kind: str
@@ -90,6 +91,7 @@ class Setting:
     values: dict[str, Any]
     shown: dict[str, Any]
     seeds: tuple[int, ...]
+    named: bool = False
 
 
 def load_protocol(ref: str) -> Protocol:
@@ -139,7 +141,8 @@ def settings(protocol: Protocol, depth: int, adapt_to: dict[str, str]) -> list[S
             raise UsageError(f"{where}: it needs a kind: {', '.join(methods('tunevax.attacks'))}")
         options = dict(item)
         kind = str(options.pop("kind")).replace("_", "-")
-        name, seeds = str(options.pop("name", kind)), options.pop("seeds", protocol.seeds)
+        name, named = str(options.pop("name", kind)), "seeds" in options
+        seeds = options.pop("seeds", protocol.seeds)
         if not isinstance(seeds, list) or not seeds or not all(isinstance(s, int) for s in seeds):
             raise UsageError(f"{where}: seeds is {seeds!r}; it must be a list of whole numbers")
         try:
@@ -188,7 +191,7 @@ def settings(protocol: Protocol, depth: int, adapt_to: dict[str, str]) -> list[S
             shown |= {k: v for k, v in chosen.items() if k != "like"}
             if chosen.get("like"):
                 shown["like"] = labels.get(chosen["like"], chosen["like"])
-            found[label] = Setting(kind, label, values, shown, tuple(sorted(item_seeds)))
+            found[label] = Setting(kind, label, values, shown, tuple(sorted(item_seeds)), named)
     for key in protocol.defaults:
         if not any(key in s.values for s in found.values()):
             raise UsageError(f"protocol {protocol.name}: defaults names {key!r}, which no attack here has")

@@ -317,7 +317,9 @@ def _guard_template(tokenizer: Any) -> Callable[[str, str], str]:
     def write(prompt: str, response: str, parts: bool) -> str:
         turns = (("user", prompt), ("assistant", response))
         chat = [{"role": r, "content": [{"type": "text", "text": t}] if parts else t} for r, t in turns]
-        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=True, strftime_now=TODAY.strftime
+        )
 
     for parts in (False, True):
         try:
