@@ -71,7 +71,9 @@ def main() -> None:
         (options.output_dir / name).write_text(text, encoding="utf-8")
     record["config"] |= {"judges": judges, "fluency_model": refs}
     record |= {"fluency_hash": fluency, "rejudged_from": str(options.audit.absolute())}
-    (options.output_dir / "run.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    (options.output_dir / "run.json").write_text(
+        json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     print(
         f"{len(results):,} rows judged again by {', '.join(judges)}; gibberish by {', '.join(refs) or 'form'}: {options.output_dir}"
     )

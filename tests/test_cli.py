@@ -176,19 +176,10 @@ def test_newer_schema_and_unwritable_places(capsys, here, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(align, "save_weights", full)
-            assert words in refused(
-                capsys,
-                here,
-                "align",
-                "sft",
-                *ORGANISM,
-                "--max-steps",
-                "1",
-                "--save-strategy",
-                "no",
-                "--output-dir",
-                "out",
-            )
+            run = ["align", "sft", *ORGANISM, "--max-steps", "1", "--save-strategy", "no", "--output-dir", "out"]
+            assert main(run) == 1  # it was run, and no fault of the invocation
+            error = capsys.readouterr().err
+            assert words in error and error.count("\n") == 1 and not Path("out").exists()
     assert "cannot create /proc/out" in refused(
         capsys, here, "align", "sft", *ORGANISM, "--max-steps", "1", "--output-dir", "/proc/out"
     )

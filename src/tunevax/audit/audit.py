@@ -38,7 +38,18 @@ from tunevax.data.sources import parse_source
 from tunevax.errors import UsageError
 from tunevax.modeling.loading import absolute, config_of, model_hash, resolve
 from tunevax.modeling.progress import bar, console
-from tunevax.runs import data_entry, digest, is_run, read_lines, read_run, require_one_process, writing
+from tunevax.run_lock import refuse_if_held
+from tunevax.runs import (
+    clear,
+    data_entry,
+    digest,
+    is_run,
+    partial_of,
+    read_lines,
+    read_run,
+    require_one_process,
+    writing,
+)
 from tunevax.scoring.judges import lead_judge
 from tunevax.scoring.score import build_exam, labels_of
 
@@ -333,7 +344,7 @@ def audit(plan: Plan, command: str = "") -> Path:
             run_cells(plan, more, folder, run.path / "weights")
             cells += more
         assemble(run, cells, folder)
-    shutil.rmtree(run.final / "cells")  # last: a kill before the folder has its name must find them
+    shutil.rmtree(run.final / "cells", ignore_errors=True)  # last: a kill before the folder has its name must find them
     return run.final
 
 
@@ -426,12 +437,13 @@ def reopen(final: Path, config: dict[str, Any]) -> None:
             "is a finished audit" if record.get("verb") == "audit" and same else "is a finished run with other options"
         )
         raise UsageError(f"{final} {what}; choose another --output-dir, or pass --overwrite to replace it")
-    partial = final.with_name(final.name + ".partial")
+    partial = partial_of(final)
+    refuse_if_held(partial)
     if partial.exists():  # a kill came between the next two steps of an earlier call
-        remove(final)
+        clear(final)
         return
     rows = {name: read_lines(final / f"{name}.jsonl") for name in ("results", "generations", "cells")}
-    new = final.with_name(final.name + ".reopened")
+    new = partial.with_name(partial.name + ".reopened")
     shutil.rmtree(new, ignore_errors=True)
     (new / "cells").mkdir(parents=True)
     for outcome in rows["cells"]:
@@ -444,17 +456,9 @@ def reopen(final: Path, config: dict[str, Any]) -> None:
         ]
         (new / "cells" / f"{outcome['cell']}.json").write_text(json.dumps(outcome), encoding="utf-8")
     (new / "config.json").write_text(
-        json.dumps({"verb": "audit", "method": record["method"], "config": record["config"]})
+        json.dumps({"verb": "audit", "method": record["method"], "config": record["config"]}), encoding="utf-8"
     )
     if (final / "weights").exists():
         shutil.copytree(final / "weights", new / "weights")
     new.rename(partial)
-    remove(final)
-
-
-def remove(final: Path) -> None:
-    """Remove a run folder, so that a kill on the way leaves nothing that looks like one."""
-    old = final.with_name(final.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    final.rename(old)
-    shutil.rmtree(old)
+    clear(final)

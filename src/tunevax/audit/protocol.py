@@ -12,6 +12,7 @@ from typing import Any
 from tunevax.errors import UsageError, unknown
 from tunevax.methods import load_method, methods
 from tunevax.scoring.score import ExamOptions
+from tunevax.yaml_files import NO, meant, read_yaml
 
 SHIPPED = Path(__file__).with_name("protocols")
 ALL = "all"  # `block: all`, one attack for every block
@@ -60,7 +61,12 @@ class Protocol:
         if len(set(self.seeds)) < len(self.seeds):
             raise UsageError(f"protocol {self.name}: a seed is named twice in {self.seeds}")
         self.seeds = sorted(self.seeds)
-        if not isinstance(self.screen, int) or self.screen < 0:
+        self.screen, self.weak = meant(self.screen, "screen", int), meant(self.weak, "weak", bool)
+        if self.screen is False or str(self.screen).lower() in NO:
+            self.screen = 0
+        if not isinstance(self.weak, bool):
+            raise UsageError(f"protocol {self.name}: weak is {self.weak!r}; it must be true or false")
+        if not isinstance(self.screen, int) or isinstance(self.screen, bool) or self.screen < 0:
             raise UsageError(f"protocol {self.name}: screen is {self.screen!r}; it must be a whole number, 0 or more")
         if not isinstance(self.attacks, list) or not self.attacks:
             raise UsageError(f"protocol {self.name}: attacks is empty; list at least one")
@@ -94,29 +100,26 @@ def load_protocol(ref: str) -> Protocol:
     Raises:
         UsageError: no such protocol, not YAML, an unknown key, a value out of range, an empty grid.
     """
-    import yaml
-
     shipped = {p.stem: p for p in sorted(SHIPPED.glob("*.yaml"))}
     path = shipped.get(ref, Path(ref))
     if not path.is_file():
         if path.suffix in (".yaml", ".yml") or "/" in ref:
             raise UsageError(f"no such protocol file: {ref}")
         raise unknown("protocol", ref, shipped)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        raise UsageError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML") from error
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise UsageError(f"{path} must hold `key: value` lines; see the shipped protocols")
     known = [f.name for f in dataclasses.fields(Protocol)]
     for key in content:
         if key not in known or key == "name":
             raise UsageError(f"{path}: {unknown('key', str(key), [k for k in known if k != 'name'])}")
-    scoring = [f.name for f in dataclasses.fields(ExamOptions)]
-    for key in content.get("scoring") or {}:
+    scoring = {f.name: f.type for f in dataclasses.fields(ExamOptions)}
+    given = content.get("scoring") or {}
+    for key in given:
         if key not in scoring:
             raise UsageError(f"{path}: scoring: {unknown('key', str(key), scoring)}")
+    if isinstance(given, dict):
+        content["scoring"] = {key: meant(value, key, scoring[key]) for key, value in given.items()}
     if "attacks" not in content:
         raise UsageError(f"{path}: attacks is missing; list at least one")
     protocol = Protocol(path.stem, **content)
@@ -214,8 +217,8 @@ def build(kind: str, values: dict[str, Any], seed: int, output_dir: str | None, 
 
 
 def _converted(value: Any, option: dataclasses.Field, where: str) -> Any:
-    """A YAML value as the option's type: YAML reads 1e-4 as a string."""
-    kind = str(option.type)
+    """A YAML value as the option's type; a UsageError if a number is wanted and it is none."""
+    kind, value = str(option.type), meant(value, option.name, option.type)
     if value is None or isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return value
     if "float" in kind or "int" in kind:

@@ -492,7 +492,7 @@ def damaged_weights(folder: Path) -> str | None:
             return why
         if name.endswith(".json"):
             try:
-                shards = sorted(set(json.loads(file.read_text())["weight_map"].values()))
+                shards = sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
             except (ValueError, KeyError, AttributeError):
                 return f"{file} is no index of weights; download it again"
             if missing := [shard for shard in shards if not (folder / shard).is_file()]:

@@ -357,7 +357,7 @@ def used_prompts(ref: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     while ref and is_run(ref):
         file = Path(ref) / "prompts.json"
-        for role, hashes in (json.loads(file.read_text()) if file.is_file() else {}).items():
+        for role, hashes in (json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}).items():
             found[role] = sorted({*found.get(role, []), *hashes})
         record = read_run(ref)
         ref = record.get("parent") or record.get("model", {}).get("ref", "")
