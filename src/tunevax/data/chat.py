@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import os.path
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -159,12 +160,33 @@ def _apply(
     thinking: bool,
     today: datetime = TODAY,
 ) -> str:
-    """The template's own rendering, on a fixed day. What is passed by name is before the template's globals."""
+    """The template's own rendering, on a fixed day."""
     shaped = [{**t, "content": [{"type": "text", "text": t["content"]}]} if parts else dict(t) for t in turns]
-    return tokenizer.apply_chat_template(
-        shaped, tokenize=False, add_generation_prompt=generate, strftime_now=lambda form: today.strftime(form),
-        **({} if thinking else {"enable_thinking": False}),
-    )  # fmt: skip
+    with on(today):
+        return tokenizer.apply_chat_template(
+            shaped,
+            tokenize=False,
+            add_generation_prompt=generate,
+            **({} if thinking else {"enable_thinking": False}),
+        )
+
+
+@contextmanager
+def on(today: datetime = TODAY) -> Iterator[None]:
+    """Templates that print the date print this one. transformers hands templates a function that reads the clock, and
+    turns any that it is given into text, so the clock itself is replaced."""
+    from transformers.utils import chat_template_utils as library
+
+    class Fixed(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return today
+
+    clock, library.datetime = library.datetime, Fixed
+    try:
+        yield
+    finally:
+        library.datetime = clock
 
 
 def _reason(error: Exception) -> str:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunevax.data.chat import TODAY
+from tunevax.data.chat import on
 from tunevax.errors import UsageError, unknown
 from tunevax.modeling.loading import read_model
 from tunevax.scoring.judges import Judge, Verdict
@@ -318,9 +318,8 @@ def _guard_template(tokenizer: Any) -> Callable[[str, str], str]:
     def write(prompt: str, response: str, parts: bool) -> str:
         turns = (("user", prompt), ("assistant", response))
         chat = [{"role": r, "content": [{"type": "text", "text": t}] if parts else t} for r, t in turns]
-        return tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=True, strftime_now=lambda form: TODAY.strftime(form)
-        )
+        with on():
+            return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
     for parts in (False, True):
         try:
