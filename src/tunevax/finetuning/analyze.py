@@ -128,7 +128,7 @@ def analyze_sink(options: SinkOptions, command: str = "", exam_options: ExamOpti
         record["targets"] = targets
         read = {"sink_position": options.sink_position, "sink_queries": options.sink_queries}
         written = {"schema": SCHEMA, "pairs": len(pairs), **read, "models": found}
-        (run.path / "sink.json").write_text(json.dumps(written, indent=1) + "\n")
+        (run.path / "sink.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     return run.final
 
 
