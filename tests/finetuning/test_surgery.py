@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers as t
+from tiny import in_float64
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -26,6 +27,8 @@ from tunevax.runs import read_run
 pytestmark = pytest.mark.numerical
 
 WAYS = ("linear", "eager")
+SOFTMAX = {"linear": 1e-12, "eager": 2e-7}
+"""How far a mean of attention weights may be off: transformers takes its own softmax in fp32, 2^-24 at either end."""
 # arXiv 2602.05228's divergence on the model and texts below, rows are layers.
 D = [
     [0.043592, -0.265545, -0.474969, -0.244151],
@@ -53,7 +56,7 @@ def reference(attn="sdpa"):
     for name, p in sorted(model.named_parameters()):
         size = 0.35 if "q_proj" in name or "k_proj" in name else 0.08
         p.data = torch.randn(p.shape, generator=generator) * size if p.dim() > 1 else torch.ones_like(p)
-    return model
+    return in_float64(model)
 
 
 def texts():
@@ -82,7 +85,7 @@ def norm(model):
 def test_matches_reference(how, attn):
     model = reference(attn)
     d = divergence(sink_values(model, texts(), how))
-    torch.testing.assert_close(d, torch.tensor(D), rtol=0, atol=1e-6)
+    torch.testing.assert_close(d, torch.tensor(D, dtype=d.dtype), rtol=0, atol=1e-6)  # D has six decimals
     assert [tuple(i) for i in (d > 0).nonzero().tolist()] == [(0, 0), (1, 2), (2, 1), (2, 2)]
     r = regulariser(d)
     assert r.item() == pytest.approx(0.0617799, abs=1e-6)
@@ -99,13 +102,13 @@ def test_properties(how):
     model, inputs = reference(), texts()
     d = divergence(sink_values(model, inputs, how))
     wider = {k: torch.nn.functional.pad(v, (0, 5)) for k, v in inputs.items()}
-    torch.testing.assert_close(divergence(sink_values(model, wider, how)), d, rtol=0, atol=1e-6)
+    torch.testing.assert_close(divergence(sink_values(model, wider, how)), d, rtol=0, atol=SOFTMAX[how])
     other = {k: v.flip(0) for k, v in inputs.items()}
     swapped = divergence(sink_values(model, other, how))
-    torch.testing.assert_close(swapped, -d, rtol=0, atol=1e-6)
+    torch.testing.assert_close(swapped, -d, rtol=0, atol=SOFTMAX[how])
     torch.testing.assert_close(regulariser(swapped) + regulariser(d), d.abs().mean())
     same = {k: v[[0, 0]] for k, v in inputs.items()}
-    assert not divergence(sink_values(model, same, how)).any()
+    assert divergence(sink_values(model, same, how)).abs().max() <= SOFTMAX[how]
     for p in (model.lm_head.weight, model.model.layers[-1].mlp.down_proj.weight):
         p.data.add_(1)
     assert torch.equal(divergence(sink_values(model, inputs, how)), d)
