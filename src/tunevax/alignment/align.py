@@ -67,7 +67,7 @@ def align(trainer_class: type, method: str, options: AlignOptions, config: SFTCo
     if options.held_out_prompts < 0:
         raise UsageError(f"held_out_prompts is {options.held_out_prompts}; it must be at least 0")
     safety, task, data = read_data(trainer_class, method, options)
-    held_out = held_out_rows(options, safety, options.held_out_prompts)
+    held_out = held_out_rows(options.safety_data, options.task_data, safety, options.held_out_prompts)
     record: dict[str, Any] = {
         "verb": "align",
         "method": method,
