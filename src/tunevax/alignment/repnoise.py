@@ -104,6 +104,10 @@ class RepNoiseTrainer(PairTrainer):
         self.norm = find_final_norm(self.model)
         self.whole: float | None = None  # pairs in the whole batch, of all micro-batches and ranks
 
+    def parts(self) -> tuple[str, ...]:
+        """What enters each block, and the output of its MLP where that is drawn to noise."""
+        return ("module", "mlp") if self.args.beta else ("module",)
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """As the base, and the number of pairs that the weights of the micro-batches are shares of."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -147,13 +151,13 @@ class RepNoiseTrainer(PairTrainer):
     def forward(self, model: Any, inputs: dict) -> Pass:
         """Rows and pairs through the model together."""
         rows, blocks = len(inputs["labels"]), [b.module for b in self.blocks]
-        mlps = {i: b.mlp for i, b in enumerate(self.blocks)}
+        mlps = {i: b.mlp for i, b in enumerate(self.blocks)} if self.args.beta else {}
         with capture(mlps) as activations, capture_inputs(blocks) as states:
             hidden = last_hidden(model, joined(inputs))
         each = range(len(blocks))
-        return Pass(
-            hidden[:rows], hidden[rows:], [states[i][rows:] for i in each], [activations[i][rows:] for i in each]
-        )
+        # OPT flattens rows and tokens before its MLP.
+        activations = [a.reshape(*hidden.shape[:2], -1)[rows:] for a in activations.values()]
+        return Pass(hidden[:rows], hidden[rows:], [states[i][rows:] for i in each], activations)
 
     # --- which tokens ------------------------------------------------------------------------------------------------
 

@@ -65,6 +65,10 @@ class VaccineTrainer(SFTTrainer):
     replay = True  # run the blocks below the first selected one once, for both passes
     perturbed = 0  # micro-batches given a random perturbation so far
 
+    def parts(self) -> tuple[str, ...]:
+        """The output of each block's attention, or of what mixes tokens in its place."""
+        return ("module", "attention")
+
     def selected_blocks(self) -> list[int]:
         """The blocks perturbed in this step, ascending: all of them."""
         return list(range(len(self.blocks)))

@@ -74,7 +74,7 @@ def sink_columns(
     if how not in WAYS:
         raise unknown("way to the sink attention", how, WAYS)
     lengths = _lengths(inputs, sink)
-    attentions = {id(block.attention): layer for layer, block in enumerate(find_blocks(model))}
+    attentions = {id(block.attention): layer for layer, block in enumerate(find_blocks(model, "attention"))}
     name = type(unwrap(model)).__name__
     found: dict[int, torch.Tensor] = {}
 

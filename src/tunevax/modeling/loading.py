@@ -71,6 +71,8 @@ def load(
     import torch
     from peft import PeftModel
 
+    from tunevax.modeling.shapes import require_language_model, settle_tokens
+
     require_quantization(quantization)
     base, adapters = resolve(ref)
     if device is None:  # under a launcher each process has its own
@@ -82,8 +84,6 @@ def load(
     attach_biases(model, read_biases(base))
     tokenizer = load_tokenizer(str(adapters[-1]) if adapters else base, base, revision)
     set_chat_template(tokenizer, chat_template)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     for i, adapter in enumerate(adapters):
         last = i == len(adapters) - 1
         if (adapter / BIASES).is_file():
@@ -96,7 +96,9 @@ def load(
             model = model.merge_and_unload()
     if quantization is not None and not isinstance(model, PeftModel):
         _quantize(model, quantization, device)
+    settle_tokens(model, tokenizer, ref)
     model.to(device).eval()
+    require_language_model(model)
     stock = model.get_base_model() if isinstance(model, PeftModel) else model
     info = {
         "ref": absolute(ref),
@@ -104,7 +106,7 @@ def load(
         "revision": getattr(stock.config, "_commit_hash", None) or revision,
         "hash": model_hash(base),
         "class": type(stock).__name__,
-        "blocks": stock.config.get_text_config().num_hidden_layers,
+        "blocks": getattr(stock.config.get_text_config(), "num_hidden_layers", None),
         "parameters": sum(size_of(p) for p in stock.parameters()),
         "dtype": str(stock.dtype).removeprefix("torch."),
         "quantization": quantization,
@@ -208,7 +210,7 @@ def attach_biases(model: Any, biases: Mapping[int, Any]) -> list[Any]:
     """
     from tunevax.modeling.blocks import find_blocks
 
-    blocks = find_blocks(model) if biases else []
+    blocks = find_blocks(model, "o_proj") if biases else []
     return [innermost(blocks[i].o_proj).register_forward_hook(AddedBias(bias)) for i, bias in biases.items()]
 
 
@@ -216,8 +218,10 @@ def attached_biases(model: Any) -> dict[int, Any]:
     """What `attach_biases` added to `model` so far, summed, by block."""
     from tunevax.modeling.blocks import find_blocks
 
+    if not any(isinstance(h, AddedBias) for m in model.modules() for h in m._forward_hooks.values()):
+        return {}  # nor need there be blocks
     found = {}
-    for i, block in enumerate(find_blocks(model)):
+    for i, block in enumerate(find_blocks(model, "o_proj")):
         hooks = innermost(block.o_proj)._forward_hooks.values()
         for bias in (hook.bias for hook in hooks if isinstance(hook, AddedBias)):
             found[i] = found[i] + bias if i in found else bias
@@ -283,6 +287,11 @@ def _model(base: str, revision: str | None, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = config_of(base, revision)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UsageError(
+            f"{base} is an encoder-decoder model ({type(config).__name__}), and tunevax takes causal language models, "
+            "which are decoders alone, such as Llama"
+        )
     try:
         return AutoModelForCausalLM.from_pretrained(
             base, config=config, revision=revision, dtype=dtype, trust_remote_code=False

@@ -16,11 +16,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from tunevax.data.encoding import collate
 from tunevax.errors import RunError, UsageError
-from tunevax.modeling.blocks import find_blocks
+from tunevax.modeling.blocks import Block, find_blocks
 from tunevax.modeling.hooks import cheap_modules, cheap_recomputed, checkpointed
 from tunevax.modeling.loading import save_biases, scales_of
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.precision import wide
+from tunevax.modeling.shapes import require_language_model
 
 CHECKPOINT_BLOCKS = ("auto", "none", "elementwise", "frozen", "all")
 
@@ -134,10 +135,33 @@ class ResponseTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         # The loss is divided by the labels of the whole batch, and its labels are shifted whatever the architecture.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = self._loss_shifts_labels = True
-        self.blocks = find_blocks(model)
+        self.blocks = self.find_parts()
         self.cheap = [cheap_modules(b.module) for b in self.blocks]
         self.parameters = [p for p in model.parameters() if p.requires_grad]  # all that may ever train
         self._metrics: dict[str, list[float]] = defaultdict(list)
+
+    def parts(self) -> tuple[str, ...]:
+        """What a method works on of every block: `module` for the block itself, and fields of `Block`. With none of
+        them it runs on models whose blocks are not known at all."""
+        return ()
+
+    def find_parts(self) -> list[Block]:
+        """The blocks, if the model has what the method needs of them; none where it needs none and they are not known.
+
+        Raises:
+            UsageError: the model has not; the message names the part.
+        """
+        parts = self.parts()
+        try:
+            blocks = find_blocks(self.model, *[part for part in parts if part != "module"])
+        except UsageError as error:
+            if parts:
+                raise UsageError(f"{error}, and {type(self).__name__} needs it") from error
+            if self.args.checkpoint_blocks == "all":
+                raise UsageError(f"{error}; leave out --checkpoint-blocks all, which recomputes them") from error
+            blocks = []
+        require_language_model(self.model, blocks, parts)
+        return blocks
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; a second call starts over."""
@@ -237,11 +261,13 @@ def prepare_trainables(model: Any, args: TrainConfig) -> Any:
             parameter.requires_grad_(True)
     elif not isinstance(model, PeftModel):
         targets = args.lora_targets if args.lora_targets == "all-linear" else args.lora_targets.split(",")
+        leave_out = not_linear(model) if targets == "all-linear" else []
         config = LoraConfig(
             r=args.lora_r,
             lora_alpha=args.lora_alpha,
             lora_dropout=args.lora_dropout,
             target_modules=targets,
+            exclude_modules=leave_out or None,
             task_type="CAUSAL_LM",
         )
         with torch.random.fork_rng():  # the adapter's start depends on the seed only
@@ -254,6 +280,21 @@ def prepare_trainables(model: Any, args: TrainConfig) -> Any:
         if parameter.requires_grad:
             parameter.data = wide(parameter.data)
     return model
+
+
+def not_linear(model: Any) -> list[str]:
+    """Modules that are linear layers by class alone: what they give is not [..., out]. Llama 4's router gives scores and
+    logits, and PEFT would add an adapter's output to the pair."""
+    found = []
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and type(module).forward is not torch.nn.Linear.forward:
+            weight = module.weight
+            if weight.is_floating_point() and weight.shape == (module.out_features, module.in_features):
+                with torch.no_grad():
+                    output = module(weight.new_zeros(1, module.in_features))
+                if not torch.is_tensor(output) or output.shape != (1, module.out_features):
+                    found.append(path)
+    return found
 
 
 def last_checkpoint(folder: Path) -> Path | None:
