@@ -105,8 +105,9 @@ class RepNoiseTrainer(PairTrainer):
         self.whole: float | None = None  # pairs in the whole batch, of all micro-batches and ranks
 
     def parts(self) -> tuple[str, ...]:
-        """What enters each block, and the output of its MLP where that is drawn to noise."""
-        return ("module", "mlp") if self.args.beta else ("module",)
+        """What enters each block and is read by the final norm, and the output of its MLP where that is drawn to
+        noise."""
+        return ("module", "norm", "mlp") if self.args.beta else ("module", "norm")
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """As the base, and the number of pairs that the weights of the micro-batches are shares of."""

@@ -67,7 +67,7 @@ class VaccineTrainer(SFTTrainer):
 
     def parts(self) -> tuple[str, ...]:
         """The output of each block's attention, or of what mixes tokens in its place."""
-        return ("module", "attention")
+        return ("attention",)
 
     def selected_blocks(self) -> list[int]:
         """The blocks perturbed in this step, ascending: all of them."""

@@ -16,6 +16,7 @@ space or a short convolution."""
 # OPT has no MLP module: the output of its second linear is the MLP's output.
 MLP_NAMES = ("mlp", "feed_forward", "ffn", "fc2", "block_sparse_moe", "moe", "mlp_block", "shared_mlp", "experts")
 OUTPUT_PROJECTION_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+FINAL_NORM_NAMES = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "norm_f")
 LOOKED_FOR = {
     "attention": (*ATTENTION_NAMES, *MIXER_NAMES, "mixer"),
     "mlp": MLP_NAMES,
@@ -78,7 +79,7 @@ def find_blocks(model: nn.Module, *parts: str) -> list[Block]:
             raise UsageError(
                 f"{_numbered(without, len(blocks))} of {class_name} "
                 f"{'has' if len(without) == 1 else 'have'} no recognisable {CALLED[part]}: looked for "
-                f"{', '.join(LOOKED_FOR[part])}; plain sft works without"
+                f"{'just one of ' if part == 'mlp' else ''}{', '.join(LOOKED_FOR[part])}; plain sft works without"
             )
     return blocks
 
@@ -93,9 +94,9 @@ def find_final_norm(model: nn.Module) -> nn.Module:
     for parent in model.modules():
         children = list(parent.children())
         if any(isinstance(c, nn.ModuleList) and len(c) and c[0] is first for c in children):
-            norms = [c for c in children if "Norm" in type(c).__name__]
-            if norms:
-                return norms[-1]
+            norms = {name: c for name, c in parent.named_children() if "Norm" in type(c).__name__}
+            if norms:  # of Gemma 4 one of them is of another kind
+                return next((norms[name] for name in FINAL_NORM_NAMES if name in norms), list(norms.values())[-1])
     raise UsageError(
         f"{type(unwrap(model)).__name__} has no norm between its blocks and its head; plain sft works without"
     )

@@ -286,12 +286,10 @@ def config_of(base: str, revision: str | None = None) -> Any:
 def _model(base: str, revision: str | None, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
+    from tunevax.modeling.shapes import settle_config
+
     config = config_of(base, revision)
-    if getattr(config, "is_encoder_decoder", False):
-        raise UsageError(
-            f"{base} is an encoder-decoder model ({type(config).__name__}), and tunevax takes causal language models, "
-            "which are decoders alone, such as Llama"
-        )
+    settle_config(config, base)
     try:
         return AutoModelForCausalLM.from_pretrained(
             base, config=config, revision=revision, dtype=dtype, trust_remote_code=False

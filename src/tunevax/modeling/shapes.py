@@ -1,4 +1,4 @@
-"""What a model has to be like: looked at in one small forward pass, and in its tokenizer, before anything is trained."""
+"""What a model has to be like, seen in one small forward pass and in its tokenizer before anything is trained."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from tunevax.errors import UsageError
-from tunevax.modeling.blocks import CALLED, Block, unwrap
-from tunevax.modeling.hooks import tensor_of
-from tunevax.modeling.loss import logits_of
+from tunevax.modeling.blocks import CALLED, Block, find_final_norm, unwrap
+from tunevax.modeling.hooks import Prefix, tensor_of, without_dropout
+from tunevax.modeling.loss import last_hidden, logits_of
+from tunevax.modeling.precision import wide
 
 TOKENS = 6  # of a row of the probe
 
@@ -20,8 +21,9 @@ def require_language_model(model: nn.Module, blocks: Sequence[Block] = (), parts
     """Run two short rows through `model`, and raise `UsageError` unless it is what tunevax takes it for.
 
     Its logits follow from the head's input as `logits_of` has it; no token sees those behind it; and each of `blocks`
-    runs once, takes hidden states [batch, tokens, hidden], and has each of `parts` (fields of `Block`, `module` for the
-    block itself) run once, with such an output; an MLP's may be flattened to [batch x tokens, hidden].
+    takes hidden states [batch, tokens, hidden], and has each of `parts` (fields of `Block`, `module` for the block
+    itself) run once, with such an output; an MLP's may be flattened to [batch x tokens, hidden]. With `norm` among the
+    parts, the head is given what the final norm gives.
     """
     stock = unwrap(model)
     name, head, embedding = type(stock).__name__, stock.get_output_embeddings(), stock.get_input_embeddings()
@@ -40,7 +42,12 @@ def require_language_model(model: nn.Module, blocks: Sequence[Block] = (), parts
         calls.setdefault(key, []).append(args[0] if args else kwargs.get("hidden_states"))
 
     handles = [head.register_forward_pre_hook(lambda _module, args: heads.append(args[0]))]
-    wanted = [(i, part) for i in range(len(blocks)) for part in parts]
+    normed: list[torch.Tensor] = []
+    if "norm" in parts:
+        handles.append(
+            find_final_norm(model).register_forward_hook(lambda _module, _args, output: normed.append(output))
+        )
+    wanted = [(i, part) for i in range(len(blocks)) for part in parts if part != "norm"]
     for i, part in wanted:
         module = getattr(blocks[i], part)
         handles.append(module.register_forward_hook(lambda *call, key=(i, part): ran(key, *call)))
@@ -59,6 +66,11 @@ def require_language_model(model: nn.Module, blocks: Sequence[Block] = (), parts
             module.training = True
     _require_head(name, stock, heads, logits)
     _require_causal(name, logits)
+    if "norm" in parts and not (normed and torch.equal(normed[-1], heads[0])):
+        raise UsageError(
+            f"between the final norm of {name} and its head something else is computed (a projection or a scale), so "
+            "that no other depth can be read by norm and head; plain sft works without"
+        )
     inputs = [(i, "input") for i in range(len(blocks))] if "module" in parts else []
     for i, part in [*inputs, *wanted]:
         _require_states(name, i, part, calls.get((i, part), []), ids.shape, stock.config.get_text_config().hidden_size)
@@ -85,17 +97,18 @@ def _require_head(name: str, stock: nn.Module, heads: list[torch.Tensor], logits
     with torch.no_grad():
         ours = logits_of(stock, heads[0])
     if ours.shape == logits.shape:
-        error = (ours - logits.float()).abs().max().item()
-        if error <= 8 * torch.finfo(logits.dtype).eps * max(logits.abs().max().item(), 1e-3):
+        error = (ours - wide(logits)).abs().max().item()
+        # Rounding of one product; a cap that changes less does no harm either.
+        if error <= max(1e-4, 8 * torch.finfo(logits.dtype).eps) * max(logits.abs().max().item(), 1e-3):
             return
     raise UsageError(
-        f"{name} does something to its logits behind its head that tunevax does not know (a scale, a cap or a cut), and "
-        "every loss would be wrong; use another model, or report its class"
+        f"{name} does something to its logits behind its head that tunevax does not know (a scale, a cap or a cut), "
+        "and every loss would be wrong; use another model, or report its class"
     )
 
 
 def _require_causal(name: str, logits: torch.Tensor) -> None:
-    first = logits[:, 0].float()
+    first = wide(logits[:, 0])
     loose = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 0.05
     if (first[0] - first[1]).abs().max() > loose * first.abs().max():
         raise UsageError(
@@ -120,7 +133,47 @@ def _require_states(
     raise UsageError(f"{what} of {name} {why}, which this method cannot work on; plain sft does not look into blocks")
 
 
-# --- tokens ----------------------------------------------------------------------------------------------------------
+def can_replay(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
+    """Whether the blocks below any one can be left out of a second pass (`Prefix`), what enters that one being all that
+    it and those above need of them. They need more where blocks share keys and values (Gemma 3n and 4)."""
+    stock = unwrap(model)
+    if any(p.is_meta for p in model.parameters()):
+        return True
+    ids = probe_ids(stock)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for start in sorted({1, len(blocks) // 2, len(blocks) - 1} - {0, len(blocks)}):
+        prefix = Prefix(blocks, start)
+        try:
+            with torch.no_grad(), without_dropout([model]):
+                with prefix.record():
+                    first = last_hidden(model, inputs)
+                with prefix.replay():
+                    second = last_hidden(model, inputs)
+        except Exception:  # of whatever kind: what a block asks for is not there
+            return False
+        if not torch.equal(first, second):
+            return False
+    return True
+
+
+# --- config and tokens -------------------------------------------------------------------------------------------------
+
+
+def settle_config(config: Any, base: str) -> None:
+    """Take a padding token beyond the embedding out of `config`: transformers would not build the model.
+
+    Raises:
+        UsageError: it is of an encoder-decoder model.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise UsageError(
+            f"{base} is an encoder-decoder model ({type(config).__name__}), and tunevax takes causal language models, "
+            "which are decoders alone, such as Llama"
+        )
+    for part in (config, config.get_text_config()):
+        pad, rows = getattr(part, "pad_token_id", None), getattr(part, "vocab_size", None)
+        if pad is not None and rows is not None and pad >= rows:
+            part.pad_token_id = None
 
 
 def settle_tokens(model: nn.Module, tokenizer: Any, ref: str) -> None:

@@ -16,7 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from tunevax.data.encoding import collate
 from tunevax.errors import RunError, UsageError
-from tunevax.modeling.blocks import Block, find_blocks
+from tunevax.modeling.blocks import CALLED, Block, find_blocks
 from tunevax.modeling.hooks import cheap_modules, cheap_recomputed, checkpointed
 from tunevax.modeling.loading import save_biases, scales_of
 from tunevax.modeling.loss import response_loss
@@ -141,8 +141,8 @@ class ResponseTrainer(Trainer):
         self._metrics: dict[str, list[float]] = defaultdict(list)
 
     def parts(self) -> tuple[str, ...]:
-        """What a method works on of every block: `module` for the block itself, and fields of `Block`. With none of
-        them it runs on models whose blocks are not known at all."""
+        """What a method works on of every block: `module` for the block itself, and fields of `Block`; and `norm`, the
+        model's final one. With none of them it runs on models whose blocks are not known at all."""
         return ()
 
     def find_parts(self) -> list[Block]:
@@ -153,7 +153,7 @@ class ResponseTrainer(Trainer):
         """
         parts = self.parts()
         try:
-            blocks = find_blocks(self.model, *[part for part in parts if part != "module"])
+            blocks = find_blocks(self.model, *[part for part in parts if part in CALLED])
         except UsageError as error:
             if parts:
                 raise UsageError(f"{error}, and {type(self).__name__} needs it") from error
@@ -259,9 +259,15 @@ def prepare_trainables(model: Any, args: TrainConfig) -> Any:
             raise UsageError("full_weights trains all weights, and a quantised model's are frozen; train an adapter")
         for parameter in model.parameters():
             parameter.requires_grad_(True)
-    elif not isinstance(model, PeftModel):
+    elif isinstance(model, PeftModel):
+        if model.active_peft_config.is_prompt_learning:  # its tokens in front shift all that is taken by position
+            raise UsageError(
+                f"the model comes with an adapter of kind {model.active_peft_config.peft_type.value}, which trains a "
+                "prompt and no weights; give the model without it, or one with a LoRA adapter"
+            )
+    else:
         targets = args.lora_targets if args.lora_targets == "all-linear" else args.lora_targets.split(",")
-        leave_out = not_linear(model) if targets == "all-linear" else []
+        leave_out = no_place_for_an_adapter(model) if targets == "all-linear" else []
         config = LoraConfig(
             r=args.lora_r,
             lora_alpha=args.lora_alpha,
@@ -282,16 +288,25 @@ def prepare_trainables(model: Any, args: TrainConfig) -> Any:
     return model
 
 
-def not_linear(model: Any) -> list[str]:
-    """Modules that are linear layers by class alone: what they give is not [..., out]. Llama 4's router gives scores and
-    logits, and PEFT would add an adapter's output to the pair."""
+def no_place_for_an_adapter(model: Any) -> list[str]:
+    """Linear layers that `all-linear` leaves out.
+
+    Those that are linear by class alone, and do not give [..., out] for [..., in]: Llama 4's router gives scores and
+    logits, and PEFT would add an adapter's output to the pair. And the last ones of Mamba's mixers, whose fused kernels
+    take the weight past the layer, so that an adapter there would do nothing on a GPU; PEFT refuses some of them.
+    """
     found = []
     for path, module in model.named_modules():
+        if "Mamba" in type(module).__name__ and hasattr(module, "conv1d") and hasattr(module, "out_proj"):
+            found.append(f"{path}.out_proj")
         if isinstance(module, torch.nn.Linear) and type(module).forward is not torch.nn.Linear.forward:
             weight = module.weight
             if weight.is_floating_point() and weight.shape == (module.out_features, module.in_features):
-                with torch.no_grad():
-                    output = module(weight.new_zeros(1, module.in_features))
+                try:
+                    with torch.no_grad():
+                        output = module(weight.new_zeros(1, module.in_features))
+                except RuntimeError:  # DeepSeek V4's grouped layer takes rows of another shape
+                    output = None
                 if not torch.is_tensor(output) or output.shape != (1, module.out_features):
                     found.append(path)
     return found
