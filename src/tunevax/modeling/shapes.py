@@ -156,7 +156,7 @@ def can_replay(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
     return True
 
 
-# --- config and tokens -------------------------------------------------------------------------------------------------
+# --- config and tokens ------------------------------------------------------------------------------------------------
 
 
 def settle_config(config: Any, base: str) -> None:

@@ -3,7 +3,10 @@ the log, a progress bar, checkpoints from which a killed run resumes to the same
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -289,16 +292,18 @@ def prepare_trainables(model: Any, args: TrainConfig) -> Any:
 
 
 def no_place_for_an_adapter(model: Any) -> list[str]:
-    """Linear layers that `all-linear` leaves out.
+    """Linear layers that `all-linear` leaves out, by path.
 
-    Those that are linear by class alone, and do not give [..., out] for [..., in]: Llama 4's router gives scores and
-    logits, and PEFT would add an adapter's output to the pair. And the last ones of Mamba's mixers, whose fused kernels
-    take the weight past the layer, so that an adapter there would do nothing on a GPU; PEFT refuses some of them.
+    - Linear by class alone: they do not give [..., out] for [..., in]. Llama 4's router gives scores and logits, and
+      PEFT would add an adapter's output to the pair.
+    - Never called, or not always: the code of the module above takes the weight, as Mamba's does with `dt_proj` and, in
+      its fused kernels, with `x_proj` and `out_proj`. An adapter on the layer would do nothing there.
     """
     found = []
     for path, module in model.named_modules():
-        if "Mamba" in type(module).__name__ and hasattr(module, "conv1d") and hasattr(module, "out_proj"):
-            found.append(f"{path}.out_proj")
+        children = [name for name, child in module.named_children() if isinstance(child, torch.nn.Linear)]
+        taken = weights_taken(type(module)) if children else frozenset()
+        found += [f"{path}.{name}" for name in children if name in taken]
         if isinstance(module, torch.nn.Linear) and type(module).forward is not torch.nn.Linear.forward:
             weight = module.weight
             if weight.is_floating_point() and weight.shape == (module.out_features, module.in_features):
@@ -310,6 +315,16 @@ def no_place_for_an_adapter(model: Any) -> list[str]:
                 if not torch.is_tensor(output) or output.shape != (1, module.out_features):
                     found.append(path)
     return found
+
+
+@functools.cache
+def weights_taken(kind: type) -> frozenset[str]:
+    """The layers of a module whose whole weight its own code uses, for more than the dtype or the device."""
+    try:
+        code = inspect.getsource(kind)
+    except (OSError, TypeError):  # there is no source
+        return frozenset()
+    return frozenset(re.findall(r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size)|\[)", code))
 
 
 def last_checkpoint(folder: Path) -> Path | None:
