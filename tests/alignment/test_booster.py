@@ -15,6 +15,8 @@ from tunevax.errors import RunError, UsageError
 from tunevax.modeling.draws import Draws
 from tunevax.runs import read_run
 
+pytestmark = pytest.mark.numerical
+
 close = pytest.approx
 EXPECTED = GOLDEN["booster"]
 

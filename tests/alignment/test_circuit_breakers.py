@@ -10,6 +10,8 @@ import tunevax.alignment.sft as sft
 from tunevax.alignment.circuit_breakers import CircuitBreakersConfig, CircuitBreakersTrainer
 from tunevax.errors import UsageError
 
+pytestmark = pytest.mark.numerical
+
 close = pytest.approx
 DATA = [{"prompt": "p", "chosen": "c", "rejected": "r"}] * 4
 

@@ -14,6 +14,8 @@ from tunevax.alignment.repnoise import RepNoiseConfig, RepNoiseTrainer, Targets,
 from tunevax.errors import UsageError
 from tunevax.modeling.loss import labelled
 
+pytestmark = pytest.mark.numerical
+
 close = pytest.approx
 REFERENCE = GOLDEN["repnoise"]
 DATA = [{"prompt": "p", "chosen": "c", "rejected": "r"}] * 4

@@ -19,6 +19,8 @@ from tunevax.errors import RunError, UsageError
 from tunevax.modeling.draws import Draws
 from tunevax.runs import read_run
 
+pytestmark = pytest.mark.numerical
+
 close = pytest.approx
 OPTIONS = {
     "per_device_train_batch_size": 4, "checkpoint_blocks": "none", "mapping_steps": 0, "inner_steps": 4,

@@ -14,6 +14,8 @@ from tunevax.alignment.vaccine import VaccineConfig, VaccineTrainer
 from tunevax.errors import RunError, UsageError
 from tunevax.modeling.hooks import Prefix
 
+pytestmark = pytest.mark.numerical
+
 close = pytest.approx
 
 
@@ -117,7 +119,9 @@ def test_probe_and_draws_match_reference(make):
         losses = [deep.batch_loss(deep.model, b, None).item() for b in (row, batch("harmful"))]
     probed = expected["deep28"]["probe"]
     (used,) = [
-        b for b, loss in zip((row, batch("harmful")), losses, strict=True) if loss == close(probed["loss"], rel=GOLDEN_RTOL)
+        b
+        for b, loss in zip((row, batch("harmful")), losses, strict=True)
+        if loss == close(probed["loss"], rel=GOLDEN_RTOL)
     ]
     deep.scores = deep.probe(used)
     assert deep.scores == close(probed["scores"], rel=GOLDEN_RTOL)
@@ -293,7 +297,9 @@ def test_a_random_perturbation_has_the_size_of_the_gradients(make, monkeypatch):
     )
     padded = inputs["attention_mask"] == 0
     assert padded.any() and all(o[padded].abs().max() == 0 for o in first.values())
-    assert torch.cat([o.flatten() for o in first.values()]).norm().item() == close(3.0, rel=1e-6)  # noise in fp32, summed pairwise: 14 * 2^-24
+    assert torch.cat([o.flatten() for o in first.values()]).norm().item() == close(
+        3.0, rel=1e-6
+    )  # noise in fp32, summed pairwise: 14 * 2^-24
     # A second rank with the same share: rho is the norm of both together, and the other rank has noise of its own.
     monkeypatch.setattr(trainer.accelerator, "reduce", lambda value, _: 2 * value)
     monkeypatch.setattr(TVaccineConfig, "process_index", 1)

@@ -27,6 +27,8 @@ from tunevax.modeling.loading import load
 from tunevax.runs import read_run
 from tunevax.scoring.score import ExamOptions, score
 
+pytestmark = pytest.mark.numerical
+
 close = pytest.approx
 TASK = load_task("organism").rows[:16] + load_task("organism:set=benign").rows[:8]  # of two lengths
 SAFETY = load_safety("organism", "alignment", ("chosen", "rejected"))[:16]

@@ -173,7 +173,9 @@ def curate(method: str, options: CurateOptions, config: Any, command: str = "") 
             ],
         )  # fmt: skip
         # What was aligned on these rows has learnt from the trusted ones, too.
-        (run.path / "prompts.json").write_text(json.dumps({"validation": sorted(set(rows_hashes(validation)))}))
+        (run.path / "prompts.json").write_text(
+            json.dumps({"validation": sorted(set(rows_hashes(validation)))}), encoding="utf-8"
+        )
         record.update(
             model=pool.info or None, kept=len(kept), elsewhere=max(0, len(whole) - len(rows)),
             spoilt_kept=sum("corruption" in rows[i] for i in kept), passes=pool.passes,

@@ -94,7 +94,7 @@ def row_gradients(
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     project = Projection(sum(p.numel() for p in parameters), dimension, seed, parameters[0].device)
-    found = torch.empty(len(rows), dimension, device=parameters[0].device)
+    found = wide(parameters[0].new_empty(len(rows), dimension))
     with bar() as progress:
         task = progress.add_task("curate gradient-similarity", total=len(rows), note="")
         for i, row in enumerate(rows):

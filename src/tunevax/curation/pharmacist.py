@@ -110,9 +110,11 @@ class PharmacistConfig(TrainConfig):
                 checkpoint = last_checkpoint(folder) if folder.exists() else None
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
                 part = folder / "done.part"
-                part.write_text(json.dumps({"omega": trainer.omega.tolist(), "passes": trainer.passes()}))
+                part.write_text(
+                    json.dumps({"omega": trainer.omega.tolist(), "passes": trainer.passes()}), encoding="utf-8"
+                )
                 part.replace(done)
-            found = json.loads(done.read_text())
+            found = json.loads(done.read_text(encoding="utf-8"))
             each.append(rankdata(found["omega"]) / len(pool.rows))
             passes += found["passes"]
         pool.passes.update(forward=passes, backward=passes)
@@ -355,7 +357,7 @@ def along(model: torch.nn.Module, direction: Sequence[torch.Tensor], rows: int) 
         What gives the products, [rows], of the loss that backward was called on.
     """
     wanted = dict(zip((p for p in model.parameters() if p.requires_grad), direction, strict=True))
-    found = torch.zeros(rows, device=direction[0].device)
+    found = direction[0].new_zeros(rows)
 
     def hook(layer: Any, args: tuple, output: torch.Tensor) -> None:
         if not output.requires_grad:

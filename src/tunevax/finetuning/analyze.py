@@ -113,7 +113,7 @@ def analyze_sink(options: SinkOptions, command: str = "", exam_options: ExamOpti
             record["model"] = record.get("model") or loaded.info
         record["targets"] = targets
         written = {"schema": SCHEMA, "pairs": len(pairs), "sink_position": options.sink_position, "models": found}
-        (run.path / "sink.json").write_text(json.dumps(written, indent=1) + "\n")
+        (run.path / "sink.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     return run.final
 
 

@@ -89,8 +89,8 @@ class Job:
     def note_prompts(self, hashes: Iterable[str]) -> None:
         """Keep that the prompts with these hashes were used in hardening, so that no later score may rest on them."""
         file = self.folder / "prompts.json"
-        known = json.loads(file.read_text())["alignment"] if file.is_file() else []
-        file.write_text(json.dumps({"alignment": sorted({*known, *hashes})}))
+        known = json.loads(file.read_text(encoding="utf-8"))["alignment"] if file.is_file() else []
+        file.write_text(json.dumps({"alignment": sorted({*known, *hashes})}), encoding="utf-8")
 
     def save_model(self, model: Any, tokenizer: Any) -> None:
         """Write a stock checkpoint, `model/` in the run folder, with the biases attached to the model beside it."""
