@@ -70,7 +70,7 @@ def find_blocks(model: nn.Module, *parts: str) -> list[Block]:
     if not lists:
         raise UsageError(
             f"no decoder blocks found in {class_name}: looked for a ModuleList of {depth} blocks, each with one of "
-            f"{', '.join((*LOOKED_FOR['attention'], *MLP_NAMES))}; plain sft works without"
+            f"{', '.join((*LOOKED_FOR['attention'], *MLP_NAMES))}"
         )
     blocks = [_block(module) for module in lists[0]]
     for part in parts:
@@ -79,7 +79,7 @@ def find_blocks(model: nn.Module, *parts: str) -> list[Block]:
             raise UsageError(
                 f"{_numbered(without, len(blocks))} of {class_name} "
                 f"{'has' if len(without) == 1 else 'have'} no recognisable {CALLED[part]}: looked for "
-                f"{'just one of ' if part == 'mlp' else ''}{', '.join(LOOKED_FOR[part])}; plain sft works without"
+                f"{'just one of ' if part == 'mlp' else ''}{', '.join(LOOKED_FOR[part])}"
             )
     return blocks
 

@@ -171,7 +171,7 @@ class ResponseTrainer(Trainer):
             blocks = find_blocks(self.model, *[part for part in parts if part in CALLED])
         except UsageError as error:
             if parts:
-                raise UsageError(f"{error}, and {type(self).__name__} needs it") from error
+                raise UsageError(f"{error}; {type(self).__name__} needs it, and plain sft does not") from error
             if self.args.checkpoint_blocks == "all":
                 raise UsageError(f"{error}; leave out --checkpoint-blocks all, which recomputes them") from error
             blocks = []
