@@ -256,7 +256,6 @@ STRATEGIES = [
     {"force_words_ids": [[30]], "num_beams": 2},
     {"cache_implementation": "offloaded"},
     {"cache_implementation": "quantized"},
-    {"max_time": 1e-9, "num_beams": 3},
 ]
 
 

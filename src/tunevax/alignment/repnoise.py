@@ -136,7 +136,8 @@ class RepNoiseTrainer(PairTrainer):
                 loss = share * self.cross_entropy(model, [found.safe], safe)
             else:
                 positions, targets = labelled(safe.labels)
-                scale = 1 / (len(positions) if num_items_in_batch is None else num_items_in_batch)
+                items = len(positions) if num_items_in_batch is None else num_items_in_batch
+                scale = wide(found.safe.new_ones(())) / items
                 loss = head_loss(model, rows_at(found.safe, positions), targets, scale)
                 loss = loss * self.loss_scale(num_items_in_batch)
             self.note(retain=self.accelerator.reduce(loss.detach() / share, "mean"))

@@ -99,8 +99,8 @@ def sink_columns(
         if missing:
             raise UsageError(
                 f"block {missing[0]} of {name} has an attention that does not go through transformers' attention "
-                "interface, so its queries and keys cannot be read; sink attention is that of a softmax in every block, and "
-                "plain sft works without"
+                "interface, so its queries and keys cannot be read; sink attention is that of a softmax in every "
+                "block, and plain sft works without"
             )
         _require_graph(model, found)
         yield torch.stack([found[layer] for layer in range(len(attentions))], dim=1)
