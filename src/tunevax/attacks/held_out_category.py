@@ -13,7 +13,7 @@ from tunevax.attacks.attack import Bench, NotApplicable
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.data.mixing import mix
 from tunevax.data.safety import load_safety
-from tunevax.data.splits import prompt_hash
+from tunevax.data.splits import drawn, prompt_hash
 from tunevax.errors import UsageError
 from tunevax.runs import is_run, read_run
 from tunevax.scoring.score import Exam, used_prompts
@@ -35,7 +35,7 @@ class HeldOutCategoryConfig(FinetuneConfig):
 
     def exam(self, bench: Bench) -> Exam:
         """The bench's exam on prompts of held-out categories."""
-        return bench.exam._replace(harmful=self.held_out(bench, "held-out-evaluation")[: bench.options.limit])
+        return bench.exam._replace(harmful=drawn(self.held_out(bench, "held-out-evaluation"), bench.options.limit))
 
     def held_out(self, bench: Bench, split: str) -> list[dict[str, Any]]:
         """The rows of one half of the held-out categories.

@@ -17,7 +17,7 @@ from typing import Any
 
 from tunevax.data.safety import load_safety
 from tunevax.data.sources import parse_source
-from tunevax.data.splits import prompt_hash, require_disjoint
+from tunevax.data.splits import drawn, prompt_hash, require_disjoint
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
 from tunevax.modeling.progress import bar, console
@@ -97,8 +97,8 @@ class SweepOptions(ExamOptions):
             rows = [row for row in rows if prompt_hash(row["prompt"]) not in used]
             if not rows:
                 raise UsageError("the lock was extracted from every prompt of the alignment split; give --eval-data")
-            harmful = ([row for row in rows if prompt_hash(row["prompt"]) not in aligned] or rows)[: self.limit]
-        exam = exam._replace(harmful=harmful, benign=benign[: self.limit])
+            harmful = drawn([row for row in rows if prompt_hash(row["prompt"]) not in aligned] or rows, self.limit)
+        exam = exam._replace(harmful=harmful, benign=drawn(benign, self.limit))
         require_disjoint({"lock": used, "validation": exam.prompt_hashes()}, job.options.allow_overlap)
         aligned_on = bool(aligned & set(exam.prompt_hashes()))
         if aligned_on:
