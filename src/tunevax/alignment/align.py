@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tunevax.alignment.sft import SFTConfig
+from tunevax.data.contamination import chosen_with, count, hashes, record_prompts
 from tunevax.data.safety import load_safety
-from tunevax.data.sources import parse_source
-from tunevax.data.splits import prompt_hash
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
 from tunevax.modeling.loading import load, require_quantization
@@ -67,6 +65,7 @@ def align(trainer_class: type, method: str, options: AlignOptions, config: SFTCo
         "command": command,
         "seed": config.seed,
         "data": data,
+        "overlap": count(options.model, alignment=safety, **({"benign": task} if task else {})),
         "parent": str(Path(options.model).absolute()) if is_run(options.model) else None,
         "config": resolved(options, config),
     }
@@ -89,8 +88,8 @@ def align(trainer_class: type, method: str, options: AlignOptions, config: SFTCo
         if trainer.is_world_process_zero():
             save_weights(trainer, run.path, record["parent"] or loaded.info["base"])
             run.write_lines("log.jsonl", [line for line in trainer.state.log_history if "loss" in line])
-            seen = {prompt_hash(r["prompt"]) for r in safety} | curated_with(options.safety_data)
-            (run.path / "prompts.json").write_text(json.dumps({"alignment": sorted(seen)}))
+            seen = hashes(safety) | chosen_with(options.safety_data)
+            record_prompts(run.path, alignment=seen, **({"benign": hashes(task)} if task else {}))
         record.update(
             model={**loaded.info, "trainable": trainable},
             adapter="model" if config.full_weights else "adapter", template_hash=digest(loaded.tokenizer.chat_template),
@@ -110,9 +109,3 @@ def read_data(trainer_class: type, method: str, options: AlignOptions) -> tuple[
         return safety, None, data
     task = load_task("organism:set=benign" if options.task_data == "organism" else options.task_data, "train").rows
     return safety, task, [*data, data_entry("benign", options.task_data, task)]
-
-
-def curated_with(source: str) -> set[str]:
-    """Hashes of the trusted prompts that chose the rows of a curation run; none for any other source."""
-    file = Path(parse_source(source).name) / "prompts.json"
-    return set(json.loads(file.read_text()).get("validation", [])) if file.is_file() else set()

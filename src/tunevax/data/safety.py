@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from tunevax.data.sources import parse_source, read_rows, require_columns, require_known, text_field
-from tunevax.data.splits import HELD_OUT, prompt_hash, take_split
+from tunevax.data.splits import HELD_OUT, no_rows, own_split, prompt_hash, split_word, take_split
 from tunevax.errors import UsageError, unknown
 
 FIELDS = ("prompt", "chosen", "rejected", "category")
@@ -42,6 +42,7 @@ def load_safety(
     name, options = parse_source(re.sub(r"(?<=[:,])held-out=", "held_out=", source))
     require_known(name, options)
     split = options.get("split", split or "all")
+    split = split_word(split) or split
     if name == "organism":
         from tunevax.organism.world import SPLITS, World
 
@@ -55,13 +56,14 @@ def load_safety(
         rows = _hold_out(rows, options["held_out"].split("+"))
     if not rows:
         raise UsageError(f"{name} has no rows")
-    rows = [r for r in rows if r["split"] == split] if split == "validation" else take_split(rows, split)
+    everything = rows
+    rows = [r for r in rows if own_split(r) == split] if split == "validation" else take_split(rows, split)
     if not rows and split.startswith(HELD_OUT):
         raise UsageError(
             f"{name} has no row in the {split} split; hold categories out with {name}:held_out=CATEGORY+CATEGORY"
         )
     if not rows:
-        raise UsageError(f"{name} has no row in the {split} split; use {name}:split=all to take every row")
+        raise no_rows(name, split, everything)
     return rows
 
 
