@@ -254,7 +254,7 @@ def named(rows: Sequence[dict[str, Any] | str], most: int = 3) -> str:
 
 
 def _refusal(faults: Sequence[Fault], ref: str | None, drop: bool) -> UsageError:
-    """The error for roles that share prompts."""
+    """The error for roles that share prompts; `drop`: in a verb that scores or attacks, which has --drop-overlap."""
     first, second, common, _ = faults[0]
     distinct = len({row if isinstance(row, str) else prompt_hash(row["prompt"]) for row in common})
     text = f"{ref}: " if ref else ""
@@ -263,7 +263,7 @@ def _refusal(faults: Sequence[Fault], ref: str | None, drop: bool) -> UsageError
     text += f" ({named(common)})" if named(common) else ""
     more = [f"{len(hashes(fault.common))} in {fault.first} and {fault.second}" for fault in faults[1:]]
     text += f", and so are {', '.join(more)}" if more else ""
-    option = _option(second)
+    option = _option(second) if drop else None
     ways = ["remove them" if option is None else f"give other rows with {option}"]
     if second == "task evaluation" and first == "task":
         ways.append("train on TASK:split=train alone")
