@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test test-isa lint
 
 setup: .venv/.done
 
@@ -20,6 +20,16 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+
+# The numerical tests as other processors would run them: ATen's kernels and oneDNN's, from the narrowest to the widest.
+# A setting that this processor does not have falls back to the widest that it has.
+ISA := default,AVX2 avx2,AVX2 avx512,AVX512_CORE avx512,AVX512_CORE_AMX
+test-isa: setup
+	@for isa in $(ISA); do \
+	  echo "ATEN_CPU_CAPABILITY=$${isa%,*} DNNL_MAX_CPU_ISA=$${isa#*,}"; \
+	  ATEN_CPU_CAPABILITY=$${isa%,*} DNNL_MAX_CPU_ISA=$${isa#*,} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \
+	    -n auto --maxprocesses 4 --dist loadfile -m numerical || exit 1; \
+	done
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -119,10 +119,14 @@ def _align(arguments: list[str]) -> None:
     quiet()
     trainer_class = load_method("tunevax.alignment", cls_name)
     from tunevax.alignment.align import AlignOptions, align
+    from tunevax.alignment.held_out import sentences
+    from tunevax.runs import is_main_process, read_run
 
     options, config = _parse(f"align {cls_name}", [AlignOptions, trainer_class.config_class], rest)
     out = align(trainer_class, cls_name, options, config, _command("align", arguments))
     _leave_the_group()
+    if is_main_process():
+        print("\n".join(sentences(read_run(out)["held_out"])))
     _done(f"{cls_name} done ({_data_told(out)}), {'model' if config.full_weights else 'adapter'}", out)
 
 

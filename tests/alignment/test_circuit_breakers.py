@@ -10,6 +10,8 @@ import tunevax.alignment.sft as sft
 from tunevax.alignment.circuit_breakers import CircuitBreakersConfig, CircuitBreakersTrainer
 from tunevax.errors import UsageError
 
+pytestmark = pytest.mark.numerical
+
 close = pytest.approx
 DATA = [{"prompt": "p", "chosen": "c", "rejected": "r"}] * 4
 
@@ -32,7 +34,7 @@ def make(monkeypatch, tmp_path):
         if moved:
             generator = torch.Generator().manual_seed(5)
             for p in trainer.parameters:
-                p.data = 0.1 * torch.randn(p.shape, generator=generator)
+                p.data = (0.1 * torch.randn(p.shape, generator=generator)).to(p.dtype)
         trainer.state.global_step, trainer.state.max_steps, trainer.current_gradient_accumulation_steps = 0, 10, 1
         return trainer
 
@@ -69,11 +71,11 @@ def by_hand(trainer, inputs, targets=(3, 5), answers="rejected_labels"):
 
 def test_a_fresh_adapter_has_nothing_to_retain_and_all_to_reroute(make):
     trainer = make(moved=False, alpha=4.0)
-    assert step(trainer) == close(4.0, rel=1e-5)
-    assert trainer._metrics["retain"] == [0.0] and trainer._metrics["reroute"] == [close(1.0, rel=1e-5)]
+    assert step(trainer) == close(4.0, rel=1e-9)
+    assert trainer._metrics["retain"] == [0.0] and trainer._metrics["reroute"] == [close(1.0, rel=1e-9)]
     trainer.model.zero_grad()
     trainer.state.global_step = 5
-    assert step(trainer) == close(3.0, rel=1e-5)
+    assert step(trainer) == close(3.0, rel=1e-9)
     assert all(p.grad is None or p.grad.isfinite().all() for p in trainer.parameters)
 
 
@@ -91,10 +93,10 @@ def test_loss_and_gradients_are_the_formulas(make, number, reroute_on):
     expected.backward()
     grads = gradients(trainer.model)
     trainer.model.zero_grad()
-    assert step(trainer) == close(expected.item(), rel=1e-5)
+    assert step(trainer) == close(expected.item(), rel=1e-9)
     assert_gradients(gradients(trainer.model), grads)
-    assert trainer._metrics["reroute"] == [close(l_cb.item(), rel=1e-5)]
-    assert trainer._metrics["retain"] == [close(l_ret.item(), rel=1e-5)]
+    assert trainer._metrics["reroute"] == [close(l_cb.item(), rel=1e-9)]
+    assert trainer._metrics["retain"] == [close(l_ret.item(), rel=1e-9)]
     assert all(f"layers.{i}." not in name for name in grads for i in (5, 6, 7))  # nothing above the deepest target
 
 
@@ -116,7 +118,7 @@ def test_the_deepest_target_can_be_the_last_block(make):
     (reference, states) = last
     where = inputs_of(trainer)["rejected_labels"] != -100
     l_cb = cosine_similarity(states[4:], reference[4:], dim=-1)[where].relu().mean()
-    assert trainer._metrics["reroute"] == [close(l_cb.item(), rel=1e-5)] and loss > 0
+    assert trainer._metrics["reroute"] == [close(l_cb.item(), rel=1e-9)] and loss > 0
     assert any("layers.7." in name for name in gradients(trainer.model))
 
 
@@ -153,10 +155,10 @@ def test_micro_batches_add_up(make):
     batches = [inputs_of(parts, slice(0, 1)), inputs_of(parts, slice(1, 4))]
     batches, items = parts.get_batch_samples(iter(batches), 2, torch.device("cpu"))
     parts.current_gradient_accumulation_steps = 2
-    assert sum(parts.training_step(parts.model, b, items).item() for b in batches) == close(loss, rel=1e-5)
+    assert sum(parts.training_step(parts.model, b, items).item() for b in batches) == close(loss, rel=1e-9)
     assert_gradients(gradients(parts.model), gradients(whole.model))
     for key in ("retain", "reroute"):
-        assert sum(parts._metrics[key]) / 2 == close(whole._metrics[key][0], rel=1e-5)
+        assert sum(parts._metrics[key]) / 2 == close(whole._metrics[key][0], rel=1e-9)
 
 
 def test_benign_rows_are_retained_and_not_rerouted(make):
@@ -166,14 +168,14 @@ def test_benign_rows_are_retained_and_not_rerouted(make):
     for i in (1, 2, 3):
         del mixed.train_dataset[i]["rejected"]
     step(mixed), step(pair, inputs_of(pair, slice(0, 1)))
-    assert mixed._metrics["reroute"] == [close(pair._metrics["reroute"][0], rel=1e-5)]
+    assert mixed._metrics["reroute"] == [close(pair._metrics["reroute"][0], rel=1e-9)]
     _, l_ret = by_hand(mixed, inputs_of(make()))
-    assert mixed._metrics["retain"] == [close(l_ret.item(), rel=1e-5)]
+    assert mixed._metrics["retain"] == [close(l_ret.item(), rel=1e-9)]
     alone = make()
     for row in alone.train_dataset:
         del row["rejected"]
     alone.state.global_step = 4
-    assert step(alone) == close(10.0 * 0.2 * l_ret.item(), rel=1e-4)
+    assert step(alone) == close(10.0 * 0.2 * l_ret.item(), rel=1e-9)
 
 
 @pytest.mark.parametrize("mode", ["elementwise", "all"])
@@ -182,7 +184,7 @@ def test_recomputation_changes_nothing_and_hooks_are_gone(make, mode):
     for trainer in (kept, recomputed):
         trainer.state.global_step = 4
     assert step(kept) == step(recomputed)
-    assert_gradients(gradients(recomputed.model), gradients(kept.model), rtol=1e-5)
+    assert_gradients(gradients(recomputed.model), gradients(kept.model), rtol=1e-9)
     modules = list(recomputed.model.modules())
     assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in modules)
 

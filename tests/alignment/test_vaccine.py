@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny import GOLDEN, TinyTokenizer, assert_gradients, batch, gradients, rows, tiny_llama, tiny_lora
+from tiny import GOLDEN, GOLDEN_RTOL, TinyTokenizer, assert_gradients, batch, gradients, rows, tiny_llama, tiny_lora
 
 import tunevax.alignment.sft as sft
 import tunevax.alignment.t_vaccine as t_vaccine
@@ -13,6 +13,8 @@ from tunevax.alignment.t_vaccine import TVaccineConfig, TVaccineTrainer
 from tunevax.alignment.vaccine import VaccineConfig, VaccineTrainer
 from tunevax.errors import RunError, UsageError
 from tunevax.modeling.hooks import Prefix
+
+pytestmark = pytest.mark.numerical
 
 close = pytest.approx
 
@@ -48,18 +50,18 @@ def step(trainer, data="safe"):
 def test_sft_matches_reference(make):
     trainer = make(sft.SFTTrainer)
     loss, _ = step(trainer)
-    assert loss == close(GOLDEN["sft"]["loss"], rel=1e-5)
-    assert_gradients(gradients(trainer.model), GOLDEN["sft"]["grads"])
+    assert loss == close(GOLDEN["sft"]["loss"], rel=GOLDEN_RTOL)
+    assert_gradients(gradients(trainer.model), GOLDEN["sft"]["grads"], GOLDEN_RTOL)
 
 
 def test_vaccine_matches_reference(make):
     expected = GOLDEN["vaccine"]
     trainer = make(VaccineTrainer, rho=2.0)
     loss, metrics = step(trainer)
-    assert metrics["pass1_loss"][-1] == close(expected["pass1_loss"], rel=1e-4)
-    assert metrics["embedding_grad_norm"][-1] == close(expected["joint_grad_norm"], rel=1e-4)
-    assert loss == close(expected["pass2_loss"], rel=1e-4)
-    assert_gradients(gradients(trainer.model), expected["grads"])
+    assert metrics["pass1_loss"][-1] == close(expected["pass1_loss"], rel=GOLDEN_RTOL)
+    assert metrics["embedding_grad_norm"][-1] == close(expected["joint_grad_norm"], rel=GOLDEN_RTOL)
+    assert loss == close(expected["pass2_loss"], rel=GOLDEN_RTOL)
+    assert_gradients(gradients(trainer.model), expected["grads"], GOLDEN_RTOL)
 
 
 @pytest.mark.parametrize("layers", [8, 28])
@@ -71,14 +73,14 @@ def test_t_vaccine_matches_reference(make, layers, scope):
         TVaccineTrainer, layers=layers, rho=3.0, layer_sampling=",".join(map(str, active)), train_scope=scope
     )
     loss, metrics = step(trainer)
-    assert metrics["pass1_loss"][-1] == close(expected["pass1_loss"], rel=1e-4)
-    assert metrics["embedding_grad_norm"][-1] == close(expected["joint_grad_norm"], rel=1e-4)
-    assert loss == close(expected["pass2_loss"], rel=1e-4)
+    assert metrics["pass1_loss"][-1] == close(expected["pass1_loss"], rel=GOLDEN_RTOL)
+    assert metrics["embedding_grad_norm"][-1] == close(expected["joint_grad_norm"], rel=GOLDEN_RTOL)
+    assert loss == close(expected["pass2_loss"], rel=GOLDEN_RTOL)
     table = expected["grads_paper" if scope == "block" else "grads_official"]
     found = gradients(trainer.model)
-    assert_gradients(found, table)
+    assert_gradients(found, table, GOLDEN_RTOL)
     total = expected.get("total_norm_paper" if scope == "block" else "total_norm_official")
-    assert total is None or np.sqrt(sum(norm**2 for norm, _ in found.values())) == close(total, rel=1e-4)
+    assert total is None or np.sqrt(sum(norm**2 for norm, _ in found.values())) == close(total, rel=GOLDEN_RTOL)
     for name, value in GOLDEN["wrong_implementations_must_differ"].items():  # so that these mistakes cannot pass
         assert not name.startswith("tvaccine") or layers == 28 or loss != close(value, rel=1e-2), name
 
@@ -95,7 +97,7 @@ def test_perturbation_norms_match_reference(make):
             trainer.select()
         prefix = Prefix([b.module for b in trainer.blocks], trainer.first_block())
         _, offsets = trainer.perturbation(trainer.model, batch("safe"), None, prefix)
-        assert {str(i): o.norm().item() for i, o in offsets.items()} == close(expected["eps_norm"], rel=1e-4)
+        assert {str(i): o.norm().item() for i, o in offsets.items()} == close(expected["eps_norm"], rel=GOLDEN_RTOL)
         padded = batch("safe")["attention_mask"] == 0
         assert all(o[padded].abs().max() == 0 for o in offsets.values())
 
@@ -104,24 +106,26 @@ def test_probe_and_draws_match_reference(make):
     expected = GOLDEN["tvaccine"]
     trainer = make(TVaccineTrainer, gamma=3, seed=43)
     trainer.scores = trainer.probe(batch("harmful"))
-    assert trainer.scores == close(expected["probe_batch4"]["scores"], rel=1e-4)
-    assert trainer.probabilities().tolist() == close(expected["probe_batch4"]["probabilities"], rel=1e-4)
+    assert trainer.scores == close(expected["probe_batch4"]["scores"], rel=GOLDEN_RTOL)
+    assert trainer.probabilities().tolist() == close(expected["probe_batch4"]["probabilities"], rel=GOLDEN_RTOL)
     row = {k: torch.tensor([v]) for k, v in rows("harmful")[0].items()}
     row["attention_mask"] = torch.ones_like(row["input_ids"])
     trainer.scores = trainer.probe(row)
-    assert trainer.scores == close(expected["probe_row0"]["scores"], rel=1e-4)
-    assert trainer.probabilities().tolist() == close(expected["probe_row0"]["probabilities"], rel=1e-4)
+    assert trainer.scores == close(expected["probe_row0"]["scores"], rel=GOLDEN_RTOL)
+    assert trainer.probabilities().tolist() == close(expected["probe_row0"]["probabilities"], rel=GOLDEN_RTOL)
     assert all(p.grad is None for p in trainer.model.parameters())
     deep = make(TVaccineTrainer, layers=28, gamma=3)
     with torch.no_grad():  # which of the two batches the reference probed, its loss tells
         losses = [deep.batch_loss(deep.model, b, None).item() for b in (row, batch("harmful"))]
     probed = expected["deep28"]["probe"]
     (used,) = [
-        b for b, loss in zip((row, batch("harmful")), losses, strict=True) if loss == close(probed["loss"], rel=1e-4)
+        b
+        for b, loss in zip((row, batch("harmful")), losses, strict=True)
+        if loss == close(probed["loss"], rel=GOLDEN_RTOL)
     ]
     deep.scores = deep.probe(used)
-    assert deep.scores == close(probed["scores"], rel=1e-4)
-    assert deep.probabilities().tolist() == close(probed["probabilities"], rel=1e-4)
+    assert deep.scores == close(probed["scores"], rel=GOLDEN_RTOL)
+    assert deep.probabilities().tolist() == close(probed["probabilities"], rel=GOLDEN_RTOL)
 
 
 def test_named_generator_gives_the_official_draws(make):
@@ -177,9 +181,11 @@ def test_fast_path_is_the_plain_path(make, shortcut):
     options = {"rho": 3.0, "layer_sampling": "2,5"}
     fast, plain = make(TVaccineTrainer, **options), make(TVaccineTrainer, **options)
     setattr(plain, shortcut, False)
-    assert step(fast)[0] == close(step(plain)[0], rel=1e-6)
+    # The stock loss is taken in fp32, whose exponents and sums are off by 2^-24 each: 16 of them make 1e-6.
+    rtol = 1e-9 if shortcut == "replay" else 1e-6
+    assert step(fast)[0] == close(step(plain)[0], rel=rtol)
     expected = gradients(plain.model)
-    assert_gradients(gradients(fast.model), expected, rtol=1e-5)
+    assert_gradients(gradients(fast.model), expected, rtol)
 
 
 def test_gradients_accumulate(make):
@@ -234,7 +240,7 @@ def test_perturbation_removed_before_backward_would_be_noticed(make, monkeypatch
     monkeypatch.setattr(wrong.accelerator, "backward", backward)
     step(right), step(wrong)
     with pytest.raises(AssertionError):
-        assert_gradients(gradients(wrong.model), gradients(right.model), rtol=1e-4)
+        assert_gradients(gradients(wrong.model), gradients(right.model), rtol=1e-9)
 
 
 def test_frozen_blocks_do_not_train_and_state_follows(make):
@@ -274,11 +280,11 @@ def test_per_token_budget(make):
     tokens = int(batch("safe")["attention_mask"].sum())
     total = make(TVaccineTrainer, rho=3.0, layer_sampling="2,5")
     scaled = make(TVaccineTrainer, rho=3.0, layer_sampling="2,5", rho_scale="per-token", rho_reference_tokens=tokens)
-    assert step(total)[0] == close(step(scaled)[0], rel=1e-6)
+    assert step(total)[0] == close(step(scaled)[0], rel=1e-9)
     quarter = make(
         TVaccineTrainer, rho=6.0, layer_sampling="2,5", rho_scale="per-token", rho_reference_tokens=4 * tokens
     )
-    assert step(total)[0] == close(step(quarter)[0], rel=1e-6)
+    assert step(total)[0] == close(step(quarter)[0], rel=1e-9)
 
 
 def test_a_random_perturbation_has_the_size_of_the_gradients(make, monkeypatch):
@@ -291,13 +297,15 @@ def test_a_random_perturbation_has_the_size_of_the_gradients(make, monkeypatch):
     )
     padded = inputs["attention_mask"] == 0
     assert padded.any() and all(o[padded].abs().max() == 0 for o in first.values())
-    assert torch.cat([o.flatten() for o in first.values()]).norm().item() == close(3.0, rel=1e-5)
+    assert torch.cat([o.flatten() for o in first.values()]).norm().item() == close(
+        3.0, rel=1e-6
+    )  # noise in fp32, summed pairwise: 14 * 2^-24
     # A second rank with the same share: rho is the norm of both together, and the other rank has noise of its own.
     monkeypatch.setattr(trainer.accelerator, "reduce", lambda value, _: 2 * value)
     monkeypatch.setattr(TVaccineConfig, "process_index", 1)
     trainer.perturbed = 0
     other = trainer.random_perturbation(inputs)
-    assert torch.cat([o.flatten() for o in other.values()]).norm().item() == close(3.0 / 2**0.5, rel=1e-5)
+    assert torch.cat([o.flatten() for o in other.values()]).norm().item() == close(3.0 / 2**0.5, rel=1e-6)
     assert not torch.allclose(other[2] * 2**0.5, first[2])
 
 
@@ -440,13 +448,13 @@ def test_the_probe_has_no_dropout_and_leaves_no_hook(make):
 def test_sharpness_and_loss_are_those_of_the_whole_batch(make):
     whole, halves = make(VaccineTrainer, rho=2.0), make(VaccineTrainer, rho=2.0)
     loss, found = step(whole)
-    assert found["sharpness"] == [close(loss - found["pass1_loss"][0], rel=1e-5)] and found["sharpness"][0] > 0
+    assert found["sharpness"] == [close(loss - found["pass1_loss"][0], rel=1e-9)] and found["sharpness"][0] > 0
     halves.current_gradient_accumulation_steps = 2
     inputs = batch("safe")
     items = (inputs["labels"][:, 1:] != -100).sum()
     for part in (slice(0, 1), slice(1, 4)):
         halves.training_step(halves.model, {k: v[part] for k, v in inputs.items()}, items)
-    assert np.mean(halves._metrics["pass1_loss"]) == close(found["pass1_loss"][0], rel=1e-5)
+    assert np.mean(halves._metrics["pass1_loss"]) == close(found["pass1_loss"][0], rel=1e-9)
 
 
 def test_offloaded_state_leaves_and_comes_back(make):

@@ -27,6 +27,8 @@ from tunevax.restoration.restore import RestoreOptions, restore
 from tunevax.restoration.safetylock import ApplyLock
 from tunevax.scoring.score import build_exam
 
+pytestmark = pytest.mark.numerical
+
 
 @pytest.fixture(scope="module")
 def aligned(tmp_path_factory):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tiny import in_float64, loss_of
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -15,10 +16,14 @@ from tunevax.modeling.memory import StepMemory
 from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
 from tunevax.organism import World, path
 
+pytestmark = pytest.mark.numerical
 
-def trainer_for(tmp_path, rows=None, validation=None, start_random=True, **options):
+
+def trainer_for(tmp_path, rows=None, validation=None, start_random=True, dtype=torch.float64, **options):
     """On the organism, its adapter off zero, so that both factors have a gradient."""
     model, tokenizer, _ = load("organism")
+    if dtype == torch.float64:
+        in_float64(model)
     world = World()
     rows = rows or world.safety("alignment")[:12]
     validation = validation or world.safety("validation")[:8]
@@ -27,7 +32,7 @@ def trainer_for(tmp_path, rows=None, validation=None, start_random=True, **optio
     if start_random:
         generator = torch.Generator().manual_seed(0)
         for parameter in trainer.parameters:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter) * 0.05
     return trainer
 
 
@@ -48,29 +53,29 @@ def dot(first, second):
 def test_row_losses_are_those_of_each_row_alone(tmp_path):
     trainer = trainer_for(tmp_path)
     batch = batch_of(trainer, 4)
-    weights = torch.tensor([0.5, 2.0, 0.0, 1.0])
+    weights = torch.tensor([0.5, 2.0, 0.0, 1.0], dtype=torch.float64)
     total, each = row_losses(trainer.model, batch, weights)
     alone = []
     for i in range(4):
         n = int(batch["attention_mask"][i].sum())
-        alone.append(trainer.model(**{k: v[i : i + 1, :n] for k, v in batch.items()}).loss)
-    assert torch.allclose(each, torch.stack(alone), rtol=1e-5)
+        alone.append(loss_of(trainer.model, {k: v[i : i + 1, :n] for k, v in batch.items()}))
+    assert torch.allclose(each, torch.stack(alone), rtol=1e-9)
     expected = gradients(trainer, (weights * torch.stack(alone)).sum())
     for ours, theirs in zip(gradients(trainer, total), expected, strict=True):
-        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6)
+        assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 def test_along_gives_each_rows_gradient_times_a_direction(tmp_path):
     trainer = trainer_for(tmp_path)
     batch = batch_of(trainer, 4)
     generator = torch.Generator().manual_seed(1)
-    direction = [torch.randn(p.shape, generator=generator) for p in trainer.parameters]
+    direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in trainer.parameters]
     with along(trainer.model, direction, 4) as product:
         total, _ = row_losses(trainer.model, batch)
         gradients(trainer, total)
     for i, found in enumerate(product()):
         one, _ = row_losses(trainer.model, {k: v[i : i + 1] for k, v in batch.items()})
-        assert found.item() == pytest.approx(dot(gradients(trainer, one), direction).item(), rel=1e-3)
+        assert found.item() == pytest.approx(dot(gradients(trainer, one), direction).item(), rel=1e-9)
     assert not any(m._forward_hooks for m in trainer.model.modules())
 
 
@@ -198,13 +203,13 @@ def test_after_attack_is_the_gradient_at_the_attacked_point(tmp_path):
     before = [p.detach().clone() for p in trainer.parameters]
     value, ours = UPPER["after-attack"](trainer, validation)
     assert all(torch.equal(p, b) for p, b in zip(trainer.parameters, before, strict=True))
-    step = gradients(trainer, row_losses(trainer.model, harmful, torch.full((4,), 0.25))[0])
+    step = gradients(trainer, row_losses(trainer.model, harmful, torch.full((4,), 0.25, dtype=torch.float64))[0])
     norm = math.sqrt(dot(step, step))
     for parameter, g in zip(trainer.parameters, step, strict=True):
         parameter.data -= trainer.args.attack_step * g / norm
-    loss, _ = row_losses(trainer.model, validation, torch.full((4,), 0.25))
-    assert value.item() == pytest.approx(loss.item(), rel=1e-5)
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, gradients(trainer, loss), strict=True))
+    loss, _ = row_losses(trainer.model, validation, torch.full((4,), 0.25, dtype=torch.float64))
+    assert value.item() == pytest.approx(loss.item(), rel=1e-9)
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(ours, gradients(trainer, loss), strict=True))
 
 
 @pytest.mark.parametrize("mode", ["double", "unrolled"])
@@ -236,7 +241,7 @@ def test_memory_above_sft_is_counted_in_adapters(tmp_path, mode, adapters):
     peaks = []
     for trainer in (None, mode):
         memory, options = StepMemory(), {"max_steps": 1, "start_random": False, "per_device_train_batch_size": 10}
-        made = trainer_for(tmp_path, mode=mode, **options)
+        made = trainer_for(tmp_path, mode=mode, dtype=torch.float32, **options)
         if trainer is None:
             args = TrainConfig(str(tmp_path), max_steps=1, checkpoint_blocks="none", per_device_train_batch_size=10)
             rows = [{k: row[k] for k in ("input_ids", "labels")} for row in made.train_dataset]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import in_float64, loss_of
 
 from tunevax.data.safety import load_safety
 from tunevax.data.tasks import load_task
@@ -26,6 +27,8 @@ from tunevax.modeling.loading import load
 from tunevax.runs import read_run
 from tunevax.scoring.score import ExamOptions, score
 
+pytestmark = pytest.mark.numerical
+
 close = pytest.approx
 TASK = load_task("organism").rows[:16] + load_task("organism:set=benign").rows[:8]  # of two lengths
 SAFETY = load_safety("organism", "alignment", ("chosen", "rejected"))[:16]
@@ -41,6 +44,7 @@ def make(tmp_path):
 
     def build(cls=FinetuneTrainer, safety=SAFETY, task=TASK, **options):
         loaded = load("organism")
+        in_float64(loaded.model)
         config = cls.config_class(str(tmp_path), **{**TRAINING, **options})
         trainer = cls(loaded.model, config, task, loaded.tokenizer, safety if cls.needs else None)
         trainer.current_gradient_accumulation_steps = config.gradient_accumulation_steps
@@ -74,7 +78,7 @@ def stirred(trainer, size=0.05):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in trainer.parameters:
-            p.add_(torch.randn(p.shape, generator=generator) * size)
+            p.add_(torch.randn(p.shape, generator=generator).to(p) * size)
     return trainer
 
 
@@ -152,7 +156,7 @@ def test_micro_batches_add_up(make, cls, options):
             trainer.compute_loss(trainer.model, batch, num_items_in_batch=items).backward()
         found.append(gradients(trainer))
     for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 def test_lisa_takes_the_steps_of_both_states(make):
@@ -185,7 +189,7 @@ def test_lisa_takes_the_steps_of_both_states(make):
             anchor = weights(hand)
         step([hand.data_collator(rows) for rows in customers[2 * number : 2 * number + 2]])
     for a, b in zip(weights(ours), weights(hand), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     assert ours.alignment_steps == 2 and ours.cost() == 1.5
 
 
@@ -271,7 +275,7 @@ def test_mix_appends_and_joint_weighs(make):
     (safety,) = again.draws.batches(again, again.safe)
     (again.batch_loss(again.model, batch, items) + 0.3 * again.batch_loss(again.model, safety, None)).backward()
     for a, b in zip(gradients(joint), gradients(again), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 def test_ldifs_is_the_mean_square_of_what_moved(make):
@@ -302,10 +306,10 @@ def test_ldifs_is_the_mean_square_of_what_moved(make):
         for h, h0 in zip(states(), before, strict=True)
     ]
     expected = trainer.batch_loss(trainer.model, batch, None) + 2.0 * sum(parts) / len(parts)
-    assert len(parts) == 8 and loss.item() == close(expected.item(), rel=1e-5)
+    assert len(parts) == 8 and loss.item() == close(expected.item(), rel=1e-9)
     ours = torch.autograd.grad(loss, trainer.parameters)
     for a, b in zip(ours, torch.autograd.grad(expected, trainer.parameters), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 def test_ewc_weighs_the_change_of_the_weight_by_its_fisher_information(make):
@@ -320,24 +324,24 @@ def test_ewc_weighs_the_change_of_the_weight_by_its_fisher_information(make):
     rows = trainer.encode_answers(SAFETY, "chosen")
     for row in rows:
         batch = trainer.data_collator([row])
-        loss = trainer.model(**batch).loss
+        loss = loss_of(trainer.model, batch)
         for (name, f), g in zip(fisher.items(), torch.autograd.grad(loss, list(bases.values())), strict=True):
             fisher[name] = f + g**2 / len(rows)
     mean = torch.cat([f.flatten() for f in fisher.values()]).mean()
-    assert trainer.mean_fisher == close(mean.item(), rel=1e-4)
+    assert trainer.mean_fisher == close(mean.item(), rel=1e-9)
     stirred(trainer)
     named, expected = dict(trainer.model.named_parameters()), 0
     for name, f in fisher.items():
         a, b = (named[name.replace("base_layer", f"lora_{k}.default")] for k in "AB")
         factored = f.sum(1, keepdim=True) * f.sum(0) / f.sum()
         expected = expected + (factored / mean * (5 / 8 * b @ a) ** 2).sum()
-    assert trainer.penalty().item() == close(expected.item(), rel=1e-4)
+    assert trainer.penalty().item() == close(expected.item(), rel=1e-9)
     ours = torch.autograd.grad(trainer.penalty(), trainer.parameters)
     for a, b in zip(ours, torch.autograd.grad(expected, trainer.parameters), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     batch = first_batch(trainer)
     both = trainer.compute_loss(trainer.model, batch) - trainer.batch_loss(trainer.model, batch, None)
-    assert both.item() == close(0.5 * expected.item(), rel=1e-3)
+    assert both.item() == close(0.5 * expected.item(), rel=1e-9)
 
 
 def test_ewc_knows_the_sides_of_a_conv1d():
@@ -346,7 +350,7 @@ def test_ewc_knows_the_sides_of_a_conv1d():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    stock = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)).eval()
+    stock = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)).double().eval()
     model = get_peft_model(stock, LoraConfig(r=2, lora_alpha=6, target_modules=["c_attn", "c_proj"])).eval()
     for name, p in model.named_parameters():
         if "lora_B" in name:
@@ -358,12 +362,12 @@ def test_ewc_knows_the_sides_of_a_conv1d():
     bases = [layer.get_base_layer().weight.requires_grad_(True) for layer in layers]
     squares = [torch.zeros_like(w) for w in bases]
     for batch in batches:
-        for f, g in zip(squares, torch.autograd.grad(model(**batch).loss, bases), strict=True):
+        for f, g in zip(squares, torch.autograd.grad(loss_of(model, batch), bases), strict=True):
             f += g**2 / len(batches)
     assert len(found) == 6 and sum(w.shape[0] == w.shape[1] for w in bases) == 2
     for m, layer, f in zip(found, layers, squares, strict=True):
         expected = (f.sum(1, keepdim=True) * f.sum(0) / f.sum() * layer.get_delta_weight("default") ** 2).sum()
-        assert weighted_square(m).item() == close(expected.item(), rel=1e-4)
+        assert weighted_square(m).item() == close(expected.item(), rel=1e-9)
 
 
 def test_ewc_on_full_weights_is_the_plain_sum(make):
@@ -371,14 +375,14 @@ def test_ewc_on_full_weights_is_the_plain_sum(make):
     squares = [torch.zeros_like(p) for p in trainer.parameters]
     rows = trainer.encode_answers(SAFETY, "chosen")
     for row in rows:
-        loss = trainer.model.eval()(**trainer.data_collator([row])).loss
+        loss = loss_of(trainer.model.eval(), trainer.data_collator([row]))
         for square, g in zip(squares, torch.autograd.grad(loss, trainer.parameters), strict=True):
             square += g**2 / len(rows)
     before = weights(stirred(trainer, 0))
     stirred(trainer)
     mean = torch.cat([s.flatten() for s in squares]).mean()
     expected = sum((s * (p - p0) ** 2).sum() for s, p, p0 in zip(squares, trainer.parameters, before, strict=True))
-    assert trainer.penalty().item() == close((expected / mean).item(), rel=1e-4)
+    assert trainer.penalty().item() == close((expected / mean).item(), rel=1e-9)
     for block in trainer.blocks:
         block.attention.attention_dropout = 0.9
     stirred(trainer, -0.05)
@@ -386,7 +390,7 @@ def test_ewc_on_full_weights_is_the_plain_sum(make):
     again = exact_fisher(trainer.model.train(), batches, trainer.parameters)
     assert trainer.model.training and trainer.parameters[0].grad is None
     for a, b in zip(again, trainer.fisher, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 def test_safety_rows_come_from_a_generator_of_their_own(make):

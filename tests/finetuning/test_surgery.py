@@ -21,6 +21,8 @@ from tunevax.modeling.hooks import checkpointed
 from tunevax.modeling.loading import load
 from tunevax.runs import read_run
 
+pytestmark = pytest.mark.numerical
+
 WAYS = ("linear", "eager")
 # arXiv 2602.05228's divergence on the model and texts below, rows are layers.
 D = [

@@ -34,6 +34,8 @@ from tunevax.modeling.loss import last_hidden, logits_of, response_loss
 from tunevax.modeling.memory import LiveMemory
 from tunevax.organism import path
 
+pytestmark = pytest.mark.numerical
+
 SMALL = {
     "vocab_size": 80,
     "hidden_size": 32,

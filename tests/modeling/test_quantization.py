@@ -6,9 +6,10 @@ import sys
 import weakref
 
 import pytest
+import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import TinyTokenizer, batch, rows, tiny_llama
+from tiny import TinyTokenizer, batch, rows
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import tunevax.alignment.sft as sft
@@ -29,6 +30,8 @@ from tunevax.runs import read_run
 bnb = pytest.importorskip("bitsandbytes")
 from tunevax.modeling.quantization import quantize  # noqa: E402
 
+pytestmark = pytest.mark.numerical
+
 KINDS = ("nf4", "int8")
 SAFETY = load_safety("organism", "alignment", ("chosen", "rejected"))[:24]
 TASK = load_task("organism:set=benign").rows[:8]
@@ -36,6 +39,11 @@ SHORT = {
     "max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 0, "max_length": 64,
     "save_strategy": "no", "report_to": "none",
 }  # fmt: skip
+
+
+def tiny_llama(layers=8):
+    """In fp32: bitsandbytes packs nothing wider."""
+    return tiny.tiny_llama(layers, dtype=torch.float32)
 
 
 def packed(kind, layers=8):

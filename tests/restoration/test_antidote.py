@@ -18,6 +18,8 @@ from tunevax.modeling import load
 from tunevax.restoration.antidote import Antidote, antidote
 from tunevax.restoration.restore import RestoreOptions, restore
 
+pytestmark = pytest.mark.numerical
+
 
 def inputs_of(model, modules, data):
     """What enters each module at the answer tokens, [tokens, in]: an ordinary forward per row, without padding."""

@@ -12,6 +12,8 @@ from tunevax.modeling import load
 from tunevax.restoration.restore import RestoreOptions, restore
 from tunevax.restoration.safe_lora import SafeLoRA, column_basis, noise, safe_lora
 
+pytestmark = pytest.mark.numerical
+
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

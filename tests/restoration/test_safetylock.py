@@ -23,6 +23,8 @@ from tunevax.restoration.safetylock import ApplyLock, make_stock
 from tunevax.runs import card
 from tunevax.scoring.score import ExamOptions, build_exam, score, used_prompts
 
+pytestmark = pytest.mark.numerical
+
 close = pytest.approx
 SIGMA = [
     [0.556477, 0.733014, 0.711385, 0.719092],

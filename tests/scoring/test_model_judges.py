@@ -24,6 +24,8 @@ from tunevax.scoring import model_judges  # noqa: E402
 from tunevax.scoring.judges import Verdict  # noqa: E402
 from tunevax.scoring.model_judges import load_model_judge  # noqa: E402
 
+pytestmark = pytest.mark.numerical
+
 # A piece per word, blank and mark; unseen words are <unk>.
 WORDS = ["safe", "unsafe", "S1", "S10", "Yes", "yes", "no", "Harmful", "request", "response", "Response"]
 WORDS += ["refusal", "USER", "ASSISTANT", "\n\n", "\n", " ", ":", ",", "/", ".", "-", "!", "?"]

@@ -22,6 +22,8 @@ from tunevax.scoring.judges import Verdict, load_judges
 from tunevax.scoring.likelihood import Text, load_text, perplexity, surprisals
 from tunevax.scoring.score import Exam, ExamOptions, build_exam, examine
 
+pytestmark = pytest.mark.numerical
+
 
 @pytest.fixture(scope="module")
 def organism():

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tunevax.alignment.held_out import evaluate, fitting, held_out_rows, loss_on
 from tunevax.alignment.sft import SFTConfig
 from tunevax.data.contamination import chosen_with, count, hashes, record_prompts
 from tunevax.data.safety import load_safety
@@ -15,7 +16,7 @@ from tunevax.modeling.loading import load, require_quantization
 from tunevax.modeling.memory import StepMemory
 from tunevax.modeling.progress import ProgressCallback
 from tunevax.modeling.trainer import final_loss, last_checkpoint, resolved, save_weights
-from tunevax.runs import data_entry, digest, is_run, writing
+from tunevax.runs import data_entry, digest, is_main_process, is_run, writing
 
 
 @dataclass
@@ -35,6 +36,10 @@ class AlignOptions:
     quantization: str | None = field(
         default=None,
         metadata={"help": "of the frozen weights in the blocks, below the adapter: nf4 or int8; default off"},
+    )
+    held_out_prompts: int = field(
+        default=40,
+        metadata={"help": "harmful and harmless prompts that the finished model is evaluated on, 0 for none"},
     )
     allow_overlap: bool = field(default=False, metadata={"help": "go on when data roles share prompts, and record it"})
     resume: bool = field(default=False, metadata={"help": "continue an unfinished run"})
@@ -57,7 +62,10 @@ def align(trainer_class: type, method: str, options: AlignOptions, config: SFTCo
         if getattr(options, name) is None:
             raise UsageError(f"--{name.replace('_', '-')} is missing")
     require_quantization(options.quantization, config.full_weights)
+    if options.held_out_prompts < 0:
+        raise UsageError(f"held_out_prompts is {options.held_out_prompts}; it must be at least 0")
     safety, task, data = read_data(trainer_class, method, options)
+    held_out = held_out_rows(options, safety, options.held_out_prompts)
     record: dict[str, Any] = {
         "verb": "align",
         "method": method,
@@ -78,6 +86,9 @@ def align(trainer_class: type, method: str, options: AlignOptions, config: SFTCo
             quantization=options.quantization,
         )
         config.output_dir = str(run.checkpoints)
+        if is_main_process():
+            held_out = fitting(held_out, loaded.model, loaded.tokenizer, config.max_length)
+            loss_before = loss_on(loaded.model, held_out.harmful, loaded.tokenizer, config.max_length)
         memory = StepMemory()
         trainer = trainer_class(
             loaded.model, config, safety, loaded.tokenizer, task, [ProgressCallback(f"align {method}"), memory]
@@ -90,11 +101,13 @@ def align(trainer_class: type, method: str, options: AlignOptions, config: SFTCo
             run.write_lines("log.jsonl", [line for line in trainer.state.log_history if "loss" in line])
             seen = hashes(safety) | chosen_with(options.safety_data)
             record_prompts(run.path, alignment=seen, **({"benign": hashes(task)} if task else {}))
+            record["held_out"] = evaluate(trainer, held_out, loss_before)
         record.update(
             model={**loaded.info, "trainable": trainable},
             adapter="model" if config.full_weights else "adapter", template_hash=digest(loaded.tokenizer.chat_template),
             steps=trainer.state.global_step, final_loss=final_loss(trainer.state.log_history),
             compute={"per_step": trainer.cost(), "total": trainer.cost() * trainer.state.global_step},
+            updates_per_block=trainer.updates(),
             **({"peak_memory_bytes": memory.peak} if memory.peak else {}),
         )  # fmt: skip
     return run.final

@@ -28,6 +28,7 @@ from tunevax.data.encoding import context_of, encode
 from tunevax.errors import RunError, UsageError
 from tunevax.modeling.draws import Draws
 from tunevax.modeling.hooks import without_dropout
+from tunevax.modeling.precision import wide
 
 Gradient = dict[torch.nn.Parameter, torch.Tensor]
 
@@ -129,14 +130,14 @@ def gradient_of(
     """The sum of `share(model, batch)` over micro-batches and processes, and its gradient. `.grad` is not touched,
     there is no dropout, and no global generator moves."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    total, gradient = torch.zeros((), device=trainer.args.device), {}
+    total, gradient = 0.0, {}
     for batch in batches:
         with trainer.recompute(), without_dropout([model]):
             # The weights change between calls, so none may see the casts that autocast keeps until it ends.
             with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
                 loss = share(model, batch)
             found = torch.autograd.grad(loss, trainer.parameters, allow_unused=True)
-        total += loss.detach()
+        total = total + loss.detach()
         for parameter, g in zip(trainer.parameters, found, strict=True):
             if g is not None:
                 gradient[parameter] = gradient[parameter] + g if parameter in gradient else g
@@ -148,7 +149,7 @@ def gradient_of(
 
 def norm_of(gradient: Gradient) -> torch.Tensor:
     """One joint L2 norm over all tensors, in fp32."""
-    return sum(g.float().square().sum() for g in gradient.values()).sqrt()
+    return sum(wide(g).square().sum() for g in gradient.values()).sqrt()
 
 
 def add_to_grad(trainer: Any, gradient: Gradient) -> None:

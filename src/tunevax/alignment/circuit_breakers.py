@@ -32,6 +32,7 @@ from tunevax.alignment.sft import SFTConfig
 from tunevax.errors import UsageError
 from tunevax.modeling.hooks import capture, passed_through
 from tunevax.modeling.loss import last_hidden
+from tunevax.modeling.precision import wide
 
 
 @dataclass
@@ -174,9 +175,9 @@ def token_masks(inputs: dict[str, torch.Tensor], reroute_on: str) -> tuple[torch
 
 def distance(states: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Sum of the Euclidean distances of two [n, tokens, hidden] where `mask`, in fp32."""
-    return torch.linalg.vector_norm(states[mask].float() - reference[mask].float(), dim=-1).sum()
+    return torch.linalg.vector_norm(wide(states[mask]) - wide(reference[mask]), dim=-1).sum()
 
 
 def alike(states: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Sum of the cosines of two [n, tokens, hidden] where `mask` and where positive, in fp32."""
-    return cosine_similarity(states[mask].float(), reference[mask].float(), dim=-1).relu().sum()
+    return cosine_similarity(wide(states[mask]), wide(reference[mask]), dim=-1).relu().sum()

@@ -3,6 +3,9 @@
 - `undefended`: the model that was hardened. Whatever resists less than this was harmed.
 - `equal-compute`: plain fine-tuning on the same data, in the same batches, for as many steps as the method's compute
   buys. It answers "you only trained longer".
+- `equal-steps`: plain fine-tuning for as many steps as the run took. It answers "the method costs you nothing else".
+- `equal-updates`: plain fine-tuning for as many steps as the run updated each block, on average. A method that trains
+  some blocks at a time may only have learned less: this control learned as little.
 - `random-perturbation`: the method with a random direction of the same size in place of the gradient's. It answers "any
   noise would do".
 """
@@ -25,7 +28,7 @@ from tunevax.modeling.loading import model_hash, resolve
 from tunevax.modeling.trainer import resolved
 from tunevax.runs import is_run, read_run, require_one_process
 
-KINDS = ("undefended", "equal-compute", "random-perturbation")
+KINDS = ("undefended", "equal-compute", "equal-steps", "equal-updates", "random-perturbation")
 
 
 class Control(NamedTuple):
@@ -62,7 +65,10 @@ def make_controls(run: str | Path, kinds: Sequence[str], folder: str | Path, com
     record = read_run(run) if is_run(run) else {}
     if record.get("verb") != "align":
         raise UsageError(f"{run} is not a run of tunevax align, so it has no controls of its own")
-    makers = {"undefended": undefended, "equal-compute": equal_compute, "random-perturbation": random_perturbation}
+    makers = {
+        "undefended": undefended, "equal-compute": equal_compute, "equal-steps": equal_steps,
+        "equal-updates": equal_updates, "random-perturbation": random_perturbation,
+    }  # fmt: skip
     require_one_process("making controls")
     return [makers[kind](Path(run), record, Path(folder), command) for kind in kinds]
 
@@ -81,6 +87,32 @@ def equal_compute(run: Path, record: dict[str, Any], folder: Path, command: str)
         raise UsageError(f"{run} does not say what it cost; harden again with this tunevax to compare at equal compute")
     steps = max(1, round(record["compute"]["total"]))
     why = f"plain fine-tuning for {steps} steps, the compute of {run.name}"
+    return Control(label, train(run, record, SFTTrainer, "sft", {"max_steps": steps}, folder / label, command), why)
+
+
+def equal_steps(run: Path, record: dict[str, Any], folder: Path, command: str) -> Control:
+    """SFT for the run's steps."""
+    label = f"{run.name}-steps"
+    if record["method"] == "sft":
+        return Control(label, None, f"{run.name} is itself plain fine-tuning")
+    why = f"plain fine-tuning for {record['steps']} steps, as many as {run.name} took"
+    changes = {"max_steps": record["steps"]}
+    return Control(label, train(run, record, SFTTrainer, "sft", changes, folder / label, command), why)
+
+
+def equal_updates(run: Path, record: dict[str, Any], folder: Path, command: str) -> Control:
+    """SFT for as many steps as the run updated a block."""
+    label = f"{run.name}-updates"
+    if record["method"] == "sft":
+        return Control(label, None, f"{run.name} is itself plain fine-tuning")
+    if "updates_per_block" not in record:
+        raise UsageError(
+            f"{run} does not say how often it updated a block; harden again with this tunevax to have that control"
+        )
+    steps = max(1, round(record["updates_per_block"]))
+    if steps == record["steps"]:
+        return Control(label, None, f"{run.name} updates every block at every step, as equal-steps does")
+    why = f"plain fine-tuning for {steps} steps, as many as {run.name} updated each block"
     return Control(label, train(run, record, SFTTrainer, "sft", {"max_steps": steps}, folder / label, command), why)
 
 

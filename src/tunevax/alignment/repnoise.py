@@ -40,6 +40,7 @@ from tunevax.modeling.blocks import find_final_norm
 from tunevax.modeling.hooks import capture, capture_inputs
 from tunevax.modeling.loading import size_of
 from tunevax.modeling.loss import head_loss, labelled, last_hidden, rows_at
+from tunevax.modeling.precision import wide
 
 VARIANTS = ("corrected", "official")
 KERNELS = 5
@@ -251,7 +252,7 @@ def mmd_to_noise(
     noise = torch.randn(activations.shape, generator=generator, device=activations.device)
     mask = mask[..., None]
     with torch.autocast(mask.device.type, enabled=False):
-        return mmd((activations.float() * mask).flatten(1), (noise * mask).flatten(1))
+        return mmd((wide(activations) * mask).flatten(1), (noise * mask).flatten(1))
 
 
 def mmd(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -273,4 +274,4 @@ def mmd(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def activation_rms(activations: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
     """The root mean square of activations where `mask`, the mean over blocks. The noise has 1."""
     with torch.no_grad():
-        return torch.stack([a[mask].float().square().mean().sqrt() for a in activations]).mean()
+        return torch.stack([wide(a[mask]).square().mean().sqrt() for a in activations]).mean()

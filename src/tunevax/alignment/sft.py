@@ -78,3 +78,8 @@ class SFTTrainer(ResponseTrainer):
         """Compute of a step, in SFT steps of the same batch, the mean over the run so far. A method that runs the
         blocks more often says so here."""
         return 1.0
+
+    def updates(self) -> float:
+        """How many updates a block got in the run so far, the mean over blocks. A method that trains some of them at a
+        time says so here."""
+        return float(self.state.global_step)

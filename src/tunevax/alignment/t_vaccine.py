@@ -26,6 +26,7 @@ from tunevax.alignment.vaccine import VaccineConfig, VaccineTrainer, without_wei
 from tunevax.data.encoding import collate, context_of, encode
 from tunevax.errors import RunError, UsageError, unknown
 from tunevax.modeling.hooks import capture, cheap_recomputed, checkpointed, has_dropout, without_dropout
+from tunevax.modeling.precision import wide
 
 SAMPLINGS = ("harmful-gradient", "uniform", "inverse", "top")
 
@@ -137,7 +138,7 @@ class TVaccineTrainer(VaccineTrainer):
         ):
             loss = self.batch_loss(model, batch, None)
             gradients = torch.autograd.grad(loss, [outputs[i] for i in blocks])
-        scores = [g.float().norm().item() for g in gradients]
+        scores = [wide(g).norm().item() for g in gradients]
         if not np.isfinite(scores).all():
             raise RunError(
                 f"the harmful gradient is not finite at step {self.state.global_step}; lower --learning-rate"
@@ -248,6 +249,10 @@ class TVaccineTrainer(VaccineTrainer):
         return stack
 
     # --- cost --------------------------------------------------------------------------------------------------------
+
+    def updates(self) -> float:
+        """gamma of L blocks at every step."""
+        return self.state.global_step * len(self.selected) / len(self.blocks)
 
     def cost(self) -> float:
         """Compute of a step, in SFT steps, the mean so far: (1 + 3 (1 - min(S) / L)) / 2, and the probes."""

@@ -50,6 +50,7 @@ from tunevax.modeling.blocks import find_final_norm, unwrap
 from tunevax.modeling.draws import Draws, collated
 from tunevax.modeling.hooks import capture, capture_inputs, without_dropout
 from tunevax.modeling.loss import CHUNK_ELEMENTS, MIN_CHUNK_ROWS, labelled, last_hidden, logits_of, rows_at
+from tunevax.modeling.precision import wide
 
 HELD_OUT_SHARE = 0.2
 PREFERENCE_BETA = 0.1
@@ -192,7 +193,7 @@ class TARTrainer(SFTTrainer):
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         after = responding(states, inputs)
         items = len(after[0]) if num_items_in_batch is None else num_items_in_batch
-        distances = [(a.float() - b.float()).norm(dim=-1).sum() for a, b in zip(after, self.before, strict=True)]
+        distances = [(wide(a) - wide(b)).norm(dim=-1).sum() for a, b in zip(after, self.before, strict=True)]
         distance = torch.stack(distances).mean() / items * self.loss_scale(num_items_in_batch)
         share = self.accelerator.reduce(distance.detach(), "mean")  # over ranks; over micro-batches their sum counts
         self.note(representation_distance=share * self.current_gradient_accumulation_steps)
@@ -218,7 +219,7 @@ class TARTrainer(SFTTrainer):
         random = self.table[inputs["input_ids"][mask].cpu()].to(mask.device)
         with self.hidden_states() as states:
             last_hidden(model, {k: v for k, v in inputs.items() if k != "labels"})
-        cosines = [torch.nn.functional.cosine_similarity(s[mask].float(), random, dim=-1) for s in states]
+        cosines = [torch.nn.functional.cosine_similarity(wide(s[mask]), random, dim=-1) for s in states]
         return (1 - torch.stack(cosines).abs()).mean(0).sum()
 
     def tamper_gradient(self) -> Gradient:
@@ -356,6 +357,6 @@ def margin(model: Any, batch: dict[str, dict[str, torch.Tensor]]) -> torch.Tenso
         values, rows = on_responses(
             model, inputs, lambda logits, targets: -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         )
-        return torch.zeros(len(inputs["labels"]), device=values.device).index_add(0, rows, values)
+        return values.new_zeros(len(inputs["labels"])).index_add(0, rows, values)
 
     return likelihood(batch["chosen"]) - likelihood(batch["rejected"])

@@ -25,6 +25,7 @@ import torch
 from tunevax.alignment.sft import SFTConfig, SFTTrainer
 from tunevax.errors import UsageError, unknown
 from tunevax.modeling.hooks import Prefix, capture, perturb
+from tunevax.modeling.precision import wide
 
 
 @dataclass
@@ -115,10 +116,10 @@ class VaccineTrainer(SFTTrainer):
             loss = self.batch_loss(self.accelerator.unwrap_model(model), inputs, num_items)
             gradients = torch.autograd.grad(loss, [outputs[i] for i in chosen])
         # One process with the whole batch and many with a share each must agree on the norm.
-        norm = self.accelerator.reduce(sum(g.float().square().sum() for g in gradients), "sum").sqrt()
+        norm = self.accelerator.reduce(sum(wide(g).square().sum() for g in gradients), "sum").sqrt()
         scale = self.budget(inputs) / (norm + 1e-7)  # Eq. 6
         self.note(embedding_grad_norm=norm)
-        return loss.detach(), {i: g.float().mul_(scale) for i, g in zip(chosen, gradients, strict=True)}
+        return loss.detach(), {i: wide(g).mul_(scale) for i, g in zip(chosen, gradients, strict=True)}
 
     def random_perturbation(self, inputs: dict) -> dict[int, torch.Tensor]:
         """A Gaussian direction over the valid tokens of each selected block, [batch, tokens, hidden], with the joint

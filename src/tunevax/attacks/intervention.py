@@ -21,6 +21,7 @@ from tunevax.data.encoding import collate, context_of, encode
 from tunevax.errors import UsageError
 from tunevax.modeling.blocks import find_blocks
 from tunevax.modeling.loss import response_loss
+from tunevax.modeling.precision import wide
 from tunevax.modeling.progress import bar
 
 
@@ -89,8 +90,8 @@ class Edit(torch.nn.Module):
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """h + W2^T (W1 h - W2 h)."""
-        wide = h.float()
-        return (wide + (wide @ self.source.T - wide @ self.basis.T) @ self.basis).to(h.dtype)
+        x = wide(h)
+        return (x + (x @ self.source.T - x @ self.basis.T) @ self.basis).to(h.dtype)
 
 
 @contextmanager

@@ -74,7 +74,10 @@ class AuditOptions(TargetOptions):
     )
     controls: list[str] = field(
         default_factory=list,
-        metadata={"help": "also attack: undefended, equal-compute, random-perturbation (trained into OUT.controls)"},
+        metadata={
+            "help": "also attack: undefended, equal-compute, equal-steps, equal-updates, random-perturbation (trained "
+            "into OUT.controls)"
+        },
     )
     output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
     workers: int = field(

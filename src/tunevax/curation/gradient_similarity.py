@@ -23,6 +23,7 @@ from tunevax.curation.loss_rank import encode_chosen
 from tunevax.data.encoding import collate
 from tunevax.errors import UsageError
 from tunevax.modeling.loss import response_loss
+from tunevax.modeling.precision import wide
 from tunevax.modeling.progress import ProgressCallback, bar
 from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
 
@@ -93,13 +94,13 @@ def row_gradients(
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     project = Projection(sum(p.numel() for p in parameters), dimension, seed, parameters[0].device)
-    found = torch.empty(len(rows), dimension, device=parameters[0].device)
+    found = wide(parameters[0].new_empty(len(rows), dimension))
     with bar() as progress:
         task = progress.add_task("curate gradient-similarity", total=len(rows), note="")
         for i, row in enumerate(rows):
             inputs = {k: v.to(parameters[0].device) for k, v in collate([row], pad_token_id).items()}
             grads = torch.autograd.grad(response_loss(model, inputs), parameters, materialize_grads=True)
-            found[i] = project(torch.cat([g.float().flatten() for g in grads]))
+            found[i] = project(torch.cat([wide(g).flatten() for g in grads]))
             progress.advance(task)
     return found
 

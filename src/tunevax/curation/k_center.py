@@ -17,6 +17,7 @@ import torch
 
 from tunevax.curation.loss_rank import by_batch, encode_chosen
 from tunevax.modeling.loss import last_hidden
+from tunevax.modeling.precision import wide
 from tunevax.modeling.progress import bar
 
 
@@ -48,7 +49,7 @@ def embeddings(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """The mean of the head's inputs over the labelled tokens of each row, fp32 [rows, hidden]."""
     hidden = last_hidden(model, {k: v for k, v in inputs.items() if k != "labels"})
     asked = inputs["labels"] != -100
-    return torch.stack([row[mask].float().mean(0) for row, mask in zip(hidden, asked, strict=True)])
+    return torch.stack([wide(row[mask]).mean(0) for row, mask in zip(hidden, asked, strict=True)])
 
 
 def farthest_first(points: torch.Tensor) -> list[int]:

@@ -18,6 +18,7 @@ import torch
 from tunevax.data.encoding import collate, context_of, encode
 from tunevax.errors import UsageError
 from tunevax.modeling.loss import row_losses
+from tunevax.modeling.precision import wide
 from tunevax.modeling.progress import bar
 from tunevax.scoring.generation import evaluating
 
@@ -74,6 +75,6 @@ def by_batch(
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
             inputs = {k: v.to(device) for k, v in collate([rows[i] for i in part], pad_token_id).items()}
-            found.append(compute(model, inputs).float().cpu())
+            found.append(wide(compute(model, inputs)).cpu())
             progress.advance(task, len(part))
     return torch.cat(found)[np.argsort(order)].numpy()

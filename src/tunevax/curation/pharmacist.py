@@ -355,7 +355,7 @@ def along(model: torch.nn.Module, direction: Sequence[torch.Tensor], rows: int) 
         What gives the products, [rows], of the loss that backward was called on.
     """
     wanted = dict(zip((p for p in model.parameters() if p.requires_grad), direction, strict=True))
-    found = torch.zeros(rows, device=direction[0].device)
+    found = direction[0].new_zeros(rows)
 
     def hook(layer: Any, args: tuple, output: torch.Tensor) -> None:
         if not output.requires_grad:

@@ -138,3 +138,38 @@ def no_rows(name: str, split: str, rows: Sequence[dict[str, Any]], shares: dict[
         everything = f"{name}{',' if ':path=' in name else ':'}split=all"
         way = f"{everything} takes every row, and the prompts to score on must then be from another file"
     return UsageError(f"{name} has no row in the {split} split: by the {by} {one} {parts}; {way}")
+
+
+def drawn(rows: Sequence[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+    """At most `limit` of these rows, in the order of the file: of each `category` its share.
+
+    Within a category the prompt's hash decides, so that a file sorted by anything gives the rows that a shuffled one
+    gives. A prompt comes twice only when no other is left.
+    """
+    if limit >= len(rows):
+        return list(rows)
+    places: dict[str, list[tuple[int, str, int]]] = {}
+    seen: Counter[str] = Counter()
+    for place, row in enumerate(rows):
+        own = prompt_hash(row["prompt"])
+        places.setdefault(str(row.get("category")), []).append((seen[own], own, place))
+        seen[own] += 1
+    shares = _shares({category: len(found) for category, found in places.items()}, limit)
+    return [rows[i] for i in sorted(place for c, n in shares.items() for *_, place in sorted(places[c])[:n])]
+
+
+def _shares(sizes: dict[str, int], seats: int) -> dict[str, int]:
+    """`seats`, fewer than there are rows, parted in proportion to `sizes` by largest remainder. Nobody goes without one
+    where there are as many seats as names. Ties go by a hash of the name, not by the alphabet."""
+    open_to = sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest())
+    shares, small = {}, [] if seats < len(sizes) else open_to
+    while small:  # a share below 1 becomes 1, and the others part the rest
+        small = [name for name in open_to if seats * sizes[name] < sum(sizes[n] for n in open_to)]
+        shares |= dict.fromkeys(small, 1)
+        open_to = [name for name in open_to if name not in small]
+        seats -= len(small)
+    total = sum(sizes[name] for name in open_to)
+    parts = {name: divmod(seats * sizes[name], total) for name in open_to}
+    rest = seats - sum(whole for whole, _ in parts.values())
+    rounded_up = sorted(open_to, key=lambda name: -parts[name][1])[:rest]
+    return shares | {name: whole + (name in rounded_up) for name, (whole, _) in parts.items()}

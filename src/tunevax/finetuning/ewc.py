@@ -32,6 +32,7 @@ from tunevax.data.encoding import collate
 from tunevax.errors import UsageError
 from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer, require_fresh, trained_only
 from tunevax.modeling.loss import response_loss
+from tunevax.modeling.precision import wide
 from tunevax.modeling.progress import bar
 
 
@@ -98,7 +99,7 @@ class EWCTrainer(FinetuneTrainer):
         if args.full_weights:
             self.fisher = exact_fisher(self.model, batches, self.parameters)
             total, count = sum(f.sum().item() for f in self.fisher), sum(f.numel() for f in self.fisher)
-            self.start = [parameter.detach().float().clone() for parameter in self.parameters]
+            self.start = [wide(parameter.detach()).clone() for parameter in self.parameters]
         else:
             self.adapted = factored_fisher(self.model, batches)
             total = sum(m.rows.square().sum().item() for m in self.adapted)
@@ -125,7 +126,7 @@ class EWCTrainer(FinetuneTrainer):
         """sum_i F_i / mean(F) * (w_i - w0_i)^2, in fp32."""
         if self.args.full_weights:
             parts = zip(self.fisher, self.parameters, self.start, strict=True)
-            return sum((f * (p.float() - start).square()).sum() for f, p, start in parts) / self.mean_fisher
+            return sum((f * (wide(p) - start).square()).sum() for f, p, start in parts) / self.mean_fisher
         return sum(weighted_square(m) for m in self.adapted) / self.mean_fisher
 
     def cost(self) -> float:
@@ -137,13 +138,13 @@ class EWCTrainer(FinetuneTrainer):
 
 def weighted_square(m: Adapted) -> torch.Tensor:
     """sum_ij F_ij dW_ij^2 for F of rank one: the trace of (B' diag(R) B) (A diag(C) A')."""
-    b, a = m.b.float() * m.rows[:, None], m.a.float() * m.columns
+    b, a = wide(m.b) * m.rows[:, None], wide(m.a) * m.columns
     return m.scale**2 * ((b.T @ b) * (a @ a.T)).sum()
 
 
 def exact_fisher(model: nn.Module, batches: Sequence[dict], weights: Sequence[nn.Parameter]) -> list[torch.Tensor]:
     """The mean over rows of the squared gradient of each weight, in fp32, of the weights' shapes."""
-    sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+    sums = [wide(torch.zeros_like(weight)) for weight in weights]
 
     def keep(index: int, gradient: torch.Tensor) -> None:
         sums[index].add_(gradient.square(), alpha=1 / len(batches))
@@ -158,15 +159,15 @@ def factored_fisher(model: nn.Module, batches: Sequence[dict]) -> list[Adapted]:
 
     layers = [m for m in model.modules() if isinstance(m, LoraLayer) and "default" in m.lora_A]
     weights = [layer.get_base_layer().weight for layer in layers]
-    rows = [torch.zeros(layer.out_features, device=w.device) for layer, w in zip(layers, weights, strict=True)]
-    columns = [torch.zeros(layer.in_features, device=w.device) for layer, w in zip(layers, weights, strict=True)]
+    rows = [wide(w.new_zeros(layer.out_features)) for layer, w in zip(layers, weights, strict=True)]
+    columns = [wide(w.new_zeros(layer.in_features)) for layer, w in zip(layers, weights, strict=True)]
 
     def watch(index: int, _layer: nn.Module, args: tuple, output: torch.Tensor) -> None:
         # The weight's gradient from what goes in and what comes back: one of few bits has none of its own.
         x = args[0].detach().flatten(0, -2)
 
         def take(gradient: torch.Tensor) -> None:
-            squares = (gradient.flatten(0, -2).float().T @ x.float()).square_()
+            squares = (wide(gradient.flatten(0, -2)).T @ wide(x)).square_()
             rows[index].add_(squares.sum(1), alpha=1 / len(batches))
             columns[index].add_(squares.sum(0), alpha=1 / len(batches))
 
@@ -203,7 +204,7 @@ def per_row_gradients(
 
             def take(parameter: nn.Parameter, index: int = index) -> None:
                 gradient, parameter.grad = parameter.grad, None
-                keep(index, gradient.float())
+                keep(index, wide(gradient))
 
             handles.append(weight.register_post_accumulate_grad_hook(take))
         try:

@@ -21,6 +21,7 @@ from tunevax.errors import UsageError
 from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer, require_fresh
 from tunevax.modeling.hooks import capture
 from tunevax.modeling.loss import last_hidden
+from tunevax.modeling.precision import wide
 
 
 @dataclass
@@ -70,7 +71,7 @@ class LDIFSTrainer(FinetuneTrainer):
         with capture({i: b.module for i, b in enumerate(self.blocks)}) as hidden:
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         mask = inputs["attention_mask"].bool()
-        squares = [(hidden[i][mask].float() - h[mask].float()).square().mean(-1).sum() for i, h in reference.items()]
+        squares = [(wide(hidden[i][mask]) - wide(h[mask])).square().mean(-1).sum() for i, h in reference.items()]
         total = self.whole or mask.sum()
         distance = torch.stack(squares).mean() / total * self.loss_scale(num_items_in_batch)
         self.note(distance=distance.detach() * self.current_gradient_accumulation_steps)

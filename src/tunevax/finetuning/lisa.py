@@ -39,6 +39,7 @@ from tunevax.errors import UsageError
 from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer
 from tunevax.modeling.draws import Draws
 from tunevax.modeling.memory import mark
+from tunevax.modeling.precision import wide
 
 ANCHOR = "lisa_anchor.safetensors"
 
@@ -111,13 +112,13 @@ class LisaTrainer(FinetuneTrainer):
         if self.anchor is None or self.args.rho == 0:
             return loss
         pairs = zip(self.parameters, self.anchor, strict=True)
-        distance = sum((parameter.float() - anchor).square().sum() for parameter, anchor in pairs)
+        distance = sum((wide(parameter) - anchor).square().sum() for parameter, anchor in pairs)
         self.note(distance=distance.detach())
         return loss + self.args.rho / 2 * distance / self.current_gradient_accumulation_steps
 
     def switch(self) -> None:
         """Anchor the coming state at the weights of now."""
-        self.anchor = [parameter.detach().float().clone() for parameter in self.parameters]
+        self.anchor = [wide(parameter.detach()).clone() for parameter in self.parameters]
         mark("copies", self.anchor)
 
     def align(self, model: Any) -> None:

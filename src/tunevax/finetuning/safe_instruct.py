@@ -25,6 +25,7 @@ from tunevax.errors import UsageError, unknown
 from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer, require_answers
 from tunevax.modeling.draws import Draws
 from tunevax.modeling.loss import head_loss, labelled, last_hidden, rows_at
+from tunevax.modeling.precision import wide
 
 MODES = ("mix", "joint")
 
@@ -97,7 +98,7 @@ class SafeInstructTrainer(FinetuneTrainer):
             rows, losses = len(inputs["labels"]), []
             for part, items in ((slice(0, rows), num_items_in_batch), (slice(rows, None), safe_items)):
                 positions, targets = labelled(both["labels"][part])
-                scale = 1 / (len(positions) if items is None else items)
+                scale = wide(hidden.new_ones(())) / (len(positions) if items is None else items)
                 losses.append(head_loss(model, rows_at(hidden[part], positions), targets, scale))
         self.note(safety_loss=losses[1].detach() * self.current_gradient_accumulation_steps)
         return (losses[0] + self.args.lamb * losses[1]) * self.loss_scale(num_items_in_batch)

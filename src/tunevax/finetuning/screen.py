@@ -38,6 +38,7 @@ from tunevax.finetuning.sft import require_answers, trained_only
 from tunevax.modeling.blocks import find_blocks
 from tunevax.modeling.hooks import capture
 from tunevax.modeling.loss import response_loss
+from tunevax.modeling.precision import wide
 from tunevax.modeling.progress import bar
 from tunevax.runs import RunFolder, is_main_process
 
@@ -168,7 +169,7 @@ class Probe:
         batch = {k: v.to(self.weights[0].device) for k, v in collate([row], self.pad).items()}
         with capture({0: self.block}) as hidden:
             loss = response_loss(self.model, batch)
-        gradient = [g.float() for g in torch.autograd.grad(loss, self.weights)]
+        gradient = [wide(g) for g in torch.autograd.grad(loss, self.weights)]
         start = next(i for i, label in enumerate(row["labels"]) if label != -100)
         return gradient, hidden[0][0, start - 1].detach().float().cpu()
 

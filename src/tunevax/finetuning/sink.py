@@ -31,6 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tunevax.errors import UsageError, unknown
 from tunevax.modeling.blocks import find_blocks, unwrap
 from tunevax.modeling.loss import last_hidden
+from tunevax.modeling.precision import wide
 
 WAYS = ("linear", "eager")
 CHUNK_ELEMENTS = {"cpu": 2**20, "elsewhere": 2**24}  # scores in a chunk: 4 MiB and 64 MiB in fp32
@@ -193,13 +194,13 @@ def _eager_column(name: str, weights: Any, weight: torch.Tensor, sink: int, mode
             f"{unwrap(model).config._attn_implementation!r} and could not be switched to eager; use --sink-attention "
             "linear"
         )
-    error = (weights.detach().float().sum(-1) - 1).abs().amax().item()
-    if error > (1e-3 if weights.dtype == torch.float32 else 2e-2):
+    error = (wide(weights.detach()).sum(-1) - 1).abs().amax().item()
+    if error > (1e-3 if weights.dtype in (torch.float32, torch.float64) else 2e-2):
         raise UsageError(
             f"attention weights of {name} do not add up to 1 (off by {error:.2g}): learned sinks or dropout on the "
             "attention, for which the sink divergence is not defined"
         )
-    return (weights[..., sink].float() * weight[:, None]).sum(-1)
+    return (wide(weights[..., sink]) * weight[:, None]).sum(-1)
 
 
 def _linear_column(
@@ -240,10 +241,10 @@ class _SinkMean(torch.autograd.Function):
     ) -> torch.Tensor:
         rows, heads, tokens, _ = query.shape
         groups = heads // key.shape[1]
-        scores = _Scores(query, key.float(), groups, mask, scale, cap, window)
+        scores = _Scores(query, wide(key), groups, mask, scale, cap, window)
         stop = min(tokens, sink + window) if window else tokens
-        total = torch.zeros(rows, heads, device=query.device)
-        norms = torch.zeros(rows, heads, tokens, device=query.device)
+        total = wide(query.new_zeros(rows, heads))
+        norms = wide(query.new_zeros(rows, heads, tokens))
         for part in scores.chunks(sink + 1, stop):
             s = scores(part)[0]
             norm = norms[:, :, part] = s.logsumexp(-1)
@@ -264,7 +265,7 @@ class _SinkMean(torch.autograd.Function):
             return (grad_query, grad_key, *[None] * 6)
         every = len(heads) == query.shape[1]
         q = query if every else query[:, heads]
-        k = key.float() if every and groups == 1 else key[:, heads // groups].float()
+        k = wide(key if every and groups == 1 else key[:, heads // groups])
         norms = norms if every else norms[:, heads]
         scores = _Scores(q, k, 1, mask[0] if mask else None, scale, cap, window)
         dk = torch.zeros_like(k).flatten(0, 1)
@@ -283,9 +284,9 @@ class _SinkMean(torch.autograd.Function):
                 grad_query[:, :, part] = dq
             else:
                 grad_query[:, heads, part] = dq.to(query.dtype)
-            dk[:, seen].baddbmm_(ds.flatten(0, 1).transpose(1, 2), q[:, :, part].float().flatten(0, 1))
+            dk[:, seen].baddbmm_(ds.flatten(0, 1).transpose(1, 2), wide(q[:, :, part]).flatten(0, 1))
         dk = dk.unflatten(0, k.shape[:2])
-        grad_key = torch.zeros_like(key, dtype=torch.float32).index_add_(1, heads // groups, dk).to(key.dtype)
+        grad_key = torch.zeros_like(key, dtype=dk.dtype).index_add_(1, heads // groups, dk).to(key.dtype)
         return (grad_query, grad_key, *[None] * 6)
 
 
@@ -322,7 +323,7 @@ class _Scores:
         rows, heads, _, size = self.query.shape
         first = self.first(part)
         keys = self.key[:, :, first : part.stop]
-        q = self.query[:, :, part].float() * self.scale
+        q = wide(self.query[:, :, part]) * self.scale
         s = q.reshape(rows, heads // self.groups, -1, size) @ keys.transpose(-1, -2)
         s = s.view(rows, heads, -1, part.stop - first)
         slope = None
@@ -331,7 +332,7 @@ class _Scores:
             s, slope = bounded * self.cap, 1 - bounded.square()
         if self.mask is not None:
             mask = self.mask[:, :, part, first : part.stop]
-            s = s.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else s + mask.float()
+            s = s.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else s + wide(mask)
         else:
             start = first if self.window else part.start  # without a window all queries see the keys before the chunk
             i = torch.arange(part.start, part.stop, device=s.device)[:, None]

@@ -262,7 +262,7 @@ def cheap_recomputed(cheap: Sequence[nn.Module]) -> Iterator[None]:
             return again(source).as_strided(*view)
 
     def norm(original: Any, *args: Any, **kwargs: Any) -> Any:
-        if args[0].dtype == torch.float32 or not torch.is_grad_enabled():
+        if args[0].dtype in (torch.float32, torch.float64) or not torch.is_grad_enabled():
             return original(*args, **kwargs)
         return checkpoint(functools.partial(original, **kwargs), *args, use_reentrant=False, preserve_rng_state=False)
 

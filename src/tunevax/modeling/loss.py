@@ -13,6 +13,7 @@ from torch import nn
 
 from tunevax.errors import UsageError
 from tunevax.modeling.blocks import unwrap
+from tunevax.modeling.precision import wide
 
 CHUNK_ELEMENTS = 2**19  # logits in a chunk: 2 MiB in fp32
 MIN_CHUNK_ROWS = 64
@@ -35,7 +36,7 @@ def response_loss(
     if positions.numel() == 0:
         raise UsageError("a batch has no response token to train on; raise max_length or check the data")
     hidden = last_hidden(model, {k: v for k, v in inputs.items() if k != "labels"})
-    scale = 1.0 / (positions.numel() if num_items is None else num_items)
+    scale = wide(hidden.new_ones(())) / (positions.numel() if num_items is None else num_items)
     return head_loss(model, rows_at(hidden, positions), targets, scale)
 
 
@@ -66,12 +67,12 @@ def row_losses(
     positions, targets = labelled(inputs["labels"])
     rows = positions // (inputs["labels"].shape[1] - 1)
     batch = len(inputs["labels"])
-    share = 1.0 / torch.bincount(rows, minlength=batch).float()  # of a token in its row
     hidden = last_hidden(model, {k: v for k, v in inputs.items() if k != "labels"})
+    share = wide(hidden.new_ones(())) / torch.bincount(rows, minlength=batch)  # of a token in its row
     scale = share if weights is None else share * weights
-    each = torch.empty(len(targets), device=hidden.device)
+    each = wide(hidden.new_empty(len(targets)))
     total = head_loss(model, rows_at(hidden, positions), targets, scale[rows], each)
-    return total, torch.zeros(batch, device=hidden.device).index_add_(0, rows, each * share[rows])
+    return total, each.new_zeros(batch).index_add_(0, rows, each * share[rows])
 
 
 def head_loss(
@@ -104,7 +105,7 @@ def last_hidden(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tens
 def logits_of(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """The model's logits for head inputs [rows, hidden], in fp32, with the model's own soft cap and scale."""
     config = model.config.get_text_config()
-    logits = model.get_output_embeddings()(hidden).float()
+    logits = wide(model.get_output_embeddings()(hidden))
     if scale := getattr(config, "logit_scale", None):  # Cohere
         logits = logits * scale
     if scale := getattr(config, "logits_scaling", None):  # Granite
@@ -128,7 +129,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         each = torch.is_tensor(scale) and scale.dim() == 1
         ctx.grads = [torch.zeros_like(w) for w in sources]
         ctx.grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        loss = wide(hidden.new_zeros(()))
         size = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // model.config.get_text_config().vocab_size)
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)

@@ -20,6 +20,7 @@ from tunevax.modeling.blocks import find_blocks
 from tunevax.modeling.hooks import cheap_modules, cheap_recomputed, checkpointed
 from tunevax.modeling.loading import save_biases, scales_of
 from tunevax.modeling.loss import response_loss
+from tunevax.modeling.precision import wide
 
 CHECKPOINT_BLOCKS = ("auto", "none", "elementwise", "frozen", "all")
 
@@ -251,7 +252,7 @@ def prepare_trainables(model: Any, args: TrainConfig) -> Any:
                 raise UsageError(f"lora_targets {args.lora_targets!r}: {str(error).splitlines()[0]}") from error
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            parameter.data = wide(parameter.data)
     return model
 
 

@@ -36,6 +36,7 @@ from tunevax.errors import UsageError
 from tunevax.modeling.blocks import unwrap
 from tunevax.modeling.loading import absolute
 from tunevax.modeling.loss import last_hidden
+from tunevax.modeling.precision import wide
 from tunevax.modeling.progress import bar
 from tunevax.restoration.restore import Job
 from tunevax.restoration.safe_lora import active, factors, lora_b, lora_layers, parent_of
@@ -138,8 +139,8 @@ def antidote(
                 for weight, mask in zip((a, b), masks, strict=True):
                     weight.masked_fill_(mask, 0)
                 after, pruned = update(layer), torch.cat([m.flatten() for m in masks]).float().mean()
-            size = before.float().norm()
-            ratio = float(after.float().norm() / size) if size > 0 else None
+            size = wide(before).norm()
+            ratio = float(wide(after).norm() / size) if size > 0 else None
             table.append({"layer": name, "pruned": float(pruned), "ratio": ratio})
             progress.advance(task)
     return model.merge_and_unload() if form == "effective" else model, table
@@ -159,7 +160,7 @@ def salient(weight: torch.Tensor, norms: torch.Tensor, alpha: float) -> torch.Te
         norms: [in], L2 norm of each input over the tokens.
     """
     count = math.ceil(round(alpha * weight.shape[1], 6))  # 0.1 * 30 is a little over 3
-    top = (weight.float().abs() * norms.float()).topk(count, dim=1).indices
+    top = (wide(weight).abs() * wide(norms)).topk(count, dim=1).indices
     return torch.zeros_like(weight, dtype=torch.bool).scatter_(1, top, True)
 
 

@@ -32,6 +32,7 @@ import torch
 
 from tunevax.errors import UsageError
 from tunevax.modeling.loading import absolute
+from tunevax.modeling.precision import wide
 from tunevax.modeling.progress import bar, console
 from tunevax.restoration.restore import Job
 from tunevax.runs import is_run, read_run
@@ -137,7 +138,7 @@ def safe_lora(
         for name, (a, b) in adapter.items():
             if not aligned[name].shape == base[name].shape == (len(b), a.shape[1]):
                 raise UsageError(f"{name}: the adapter, the aligned and the base model have other shapes")
-            a, b, delta = a.float(), b.float(), aligned[name].float() - base[name].float()
+            a, b, delta = wide(a), wide(b), wide(aligned[name]) - wide(base[name])
             basis = column_basis(delta, noise(aligned[name], base[name]), generator)
             row: dict[str, Any] = {"layer": name, "out": len(b), "rank": basis.shape[1], "cosine": None, "ratio": None}
             size = norm(b, a)
@@ -195,7 +196,7 @@ def noise(aligned: torch.Tensor, base: torch.Tensor) -> float:
     """
     narrow = [t for t in (torch.bfloat16, torch.float16) if torch.equal(aligned.to(t).to(aligned.dtype), aligned)]
     eps = max(torch.finfo(t).eps for t in (aligned.dtype, base.dtype, *narrow))
-    size = max(float(w.float().norm(dim=0).max() + w.float().norm(dim=1).max()) for w in (aligned, base))
+    size = max(float(wide(w).norm(dim=0).max() + wide(w).norm(dim=1).max()) for w in (aligned, base))
     return 0.6 * eps * size
 
 

@@ -1,0 +1,171 @@
+"""The short evaluation at the end of `tunevax align`, on rows of the safety data that the run did not train on.
+
+The harmful prompts are of the split that an attack would train on, so that nobody tunes on the prompts that an audit
+scores. It is a check of the training, not evidence: for that attack the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tunevax.data.contamination import hashes, used_prompts
+from tunevax.data.encoding import collate, context_of, encode, ids_of, render
+from tunevax.data.safety import load_safety
+from tunevax.data.splits import drawn, prompt_hash
+from tunevax.data.tasks import load_task
+from tunevax.errors import UsageError
+from tunevax.scoring.fluency import degenerate
+from tunevax.scoring.generation import generate
+from tunevax.scoring.judges import refusal_keywords
+from tunevax.scoring.score import proportion
+
+if TYPE_CHECKING:
+    from tunevax.alignment.align import AlignOptions
+
+MAX_NEW_TOKENS = 32
+"""A refusal shows in its first words."""
+BATCH = 8
+"""Rows in a forward of the loss."""
+
+
+class HeldOut(NamedTuple):
+    """The rows of the evaluation.
+
+    Attributes:
+        harmful: rows with `prompt` and `chosen`; empty if the source leaves none.
+        benign: rows with `prompt` that no safe model refuses; None if the run has no benign data.
+        why: why `harmful` is empty, as a clause.
+    """
+
+    harmful: list[dict[str, Any]]
+    benign: list[dict[str, Any]] | None
+    why: str | None
+
+
+def held_out_rows(options: AlignOptions, safety: Sequence[dict], limit: int) -> HeldOut:
+    """At most `limit` harmful and `limit` benign rows, drawn by their hash. The run trains on none of them, and neither
+    did the model that it starts from.
+
+    Args:
+        safety: the rows that the run trains on.
+    """
+    if limit == 0:
+        return HeldOut([], None, "--held-out-prompts is 0")
+    trained, why = hashes(safety), None
+    for used in used_prompts(options.model).values() if options.model else ():
+        trained |= set(used)
+    try:
+        rows = load_safety(options.safety_data, "attack", ("chosen",), "the evaluation")
+    except UsageError:
+        rows = []
+    harmful = drawn([row for row in rows if prompt_hash(row["prompt"]) not in trained], limit)
+    if not harmful:
+        why = f"{options.safety_data} has no row beside those that the run trained on"
+    benign = None
+    if options.task_data:
+        source = "organism:set=benign" if options.task_data == "organism" else options.task_data
+        try:
+            mixed_in = trained | hashes(load_task(source, "train").rows)
+            others = [row for row in load_task(source, "evaluation").rows if prompt_hash(row["prompt"]) not in mixed_in]
+            benign = drawn(others, limit) or None
+        except UsageError:
+            benign = None
+    return HeldOut(harmful, benign, why)
+
+
+def fitting(rows: HeldOut, model: Any, tokenizer: Any, max_length: int) -> HeldOut:
+    """The rows whose prompt leaves room for an answer: one that does not must not end a run that never trains on it."""
+    limit = min(max_length, context_of(model) or max_length)
+
+    def fits(row: dict[str, Any]) -> bool:
+        return len(ids_of(tokenizer, render(tokenizer, row["prompt"]))) < limit
+
+    harmful, benign = [row for row in rows.harmful if fits(row)], [row for row in rows.benign or [] if fits(row)]
+    why = rows.why if not rows.harmful or harmful else f"no held-out prompt fits into {limit} tokens"
+    return HeldOut(harmful, benign or None, why)
+
+
+def loss_on(model: Any, rows: Sequence[dict[str, Any]], tokenizer: Any, max_length: int) -> float | None:
+    """The mean over `rows` of the token-mean cross entropy of the safe answer; None without rows."""
+    import torch
+
+    from tunevax.modeling.hooks import without_dropout
+    from tunevax.modeling.loss import row_losses
+
+    encoded = encode([{**row, "completion": row["chosen"]} for row in rows], tokenizer, max_length,
+                     context=context_of(model))  # fmt: skip
+    losses = []
+    with torch.no_grad(), without_dropout([model]):
+        for start in range(0, len(encoded), BATCH):
+            batch = collate(encoded[start : start + BATCH], tokenizer.pad_token_id)
+            batch = {name: value.to(model.device) for name, value in batch.items()}
+            losses += row_losses(model, batch)[1].tolist()
+    return sum(losses) / len(losses) if losses else None
+
+
+def evaluate(trainer: Any, rows: HeldOut, loss_before: float | None) -> dict[str, Any]:
+    """Generate on the held-out rows with what `trainer` trained, and count.
+
+    Args:
+        loss_before: `loss_on` the harmful rows before the first step.
+
+    Returns:
+        For run.json: `refused` and, of benign prompts, `over_refusal`, each with value, n and a 95 % Wilson interval (a
+        degenerate answer is no refusal, and `degenerate` is their share); `safe_answers`, the share of the data's own
+        safe answers that the same keywords call refusals; `loss_before`, `loss`; and `not_converged`, a clause that
+        says why the run has not converged, or None. Only `why` where nothing could be evaluated.
+    """
+    if not rows.harmful:
+        return {"why": rows.why}
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return {"why": "no process holds the whole weights; score the finished run"}
+    model, tokenizer = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processing_class
+    groups = [rows.harmful, rows.benign or []]
+    answers = generate(model, tokenizer, [row["prompt"] for group in groups for row in group], MAX_NEW_TOKENS, 128)
+    refused = [
+        verdict.verdict == "refused" and not degenerate(answer)
+        for verdict, answer in zip(refusal_keywords(answers, answers), answers, strict=True)
+    ]
+    count = len(rows.harmful)
+    own = [row["chosen"] for row in rows.harmful]
+    found = {
+        "refused": proportion(sum(refused[:count]), count),
+        "degenerate": proportion(sum(map(degenerate, answers[:count])), count),
+        "over_refusal": proportion(sum(refused[count:]), len(rows.benign)) if rows.benign else None,
+        "safe_answers": sum(v.verdict == "refused" for v in refusal_keywords(own, own)) / count,
+        "loss_before": loss_before,
+        "loss": loss_on(model, rows.harmful, tokenizer, trainer.args.max_length),
+    }
+    return {**found, "not_converged": not_converged(found)}
+
+
+def not_converged(found: dict[str, Any]) -> str | None:
+    """Why the training has not reached what its own safe answers are, as a clause; None if it has."""
+    if found["loss"] >= found["loss_before"]:
+        return f"the loss on held-out safe answers is {found['loss']:.2f}, and was {found['loss_before']:.2f} before"
+    if found["refused"]["high"] < found["safe_answers"]:
+        return (
+            f"it refuses {found['refused']['value']:.0%} of held-out harmful prompts, and the safe answers that it "
+            f"was trained on refuse {found['safe_answers']:.0%}"
+        )
+    return None
+
+
+def sentences(found: dict[str, Any]) -> list[str]:
+    """What `evaluate` measured, for the end of a run."""
+    if "refused" not in found:
+        return [f"not evaluated: {found['why']}"]
+    lines = [f"held-out harmful prompts refused: {_share(found['refused'])}"]
+    if found["degenerate"]["value"]:
+        lines[0] += f", degenerate: {_share(found['degenerate'])}"
+    if found["over_refusal"]:
+        lines.append(f"harmless prompts refused: {_share(found['over_refusal'])}")
+    lines.append(f"loss on held-out safe answers: {found['loss_before']:.2f} before, {found['loss']:.2f} now")
+    if found["not_converged"]:
+        lines.append(f"not converged: {found['not_converged']}; train longer before you compare this model")
+    return lines
+
+
+def _share(found: dict[str, float | int]) -> str:
+    return f"{found['value']:.0%} [{found['low']:.0%}, {found['high']:.0%}] of {found['n']}"

@@ -1,0 +1,146 @@
+"""The short evaluation at the end of an align run, and the two controls that it gives a reason for."""
+
+import json
+
+import pytest
+
+from tunevax.alignment import held_out
+from tunevax.alignment.align import AlignOptions, align
+from tunevax.alignment.controls import make_controls
+from tunevax.alignment.held_out import HeldOut, held_out_rows, loss_on, not_converged, sentences
+from tunevax.alignment.sft import SFTTrainer
+from tunevax.alignment.t_vaccine import TVaccineTrainer
+from tunevax.cli import main
+from tunevax.data import load_safety
+from tunevax.data.splits import prompt_hash
+from tunevax.errors import UsageError
+from tunevax.modeling.loading import load
+from tunevax.runs import read_run
+from tunevax.scoring.score import proportion
+
+OPTIONS = {"per_device_train_batch_size": 4, "max_length": 64, "learning_rate": 2e-3, "seed": 7, "lora_r": 4}
+
+
+def harden(out, trainer=SFTTrainer, method="sft", safety="organism", held=8, task="organism", **options):
+    data = AlignOptions(model="organism", safety_data=str(safety), task_data=task, held_out_prompts=held)
+    return read_run(align(trainer, method, data, trainer.config_class(str(out), **{**OPTIONS, **options})))
+
+
+def measured(refused, safe=1.0, before=4.0, after=0.5, n=40, degenerate=0):
+    return {"refused": proportion(round(refused * n), n), "degenerate": proportion(degenerate, n),
+            "over_refusal": None, "safe_answers": safe, "loss_before": before, "loss": after}  # fmt: skip
+
+
+def test_a_run_says_what_it_does_on_rows_that_it_did_not_train_on(tmp_path, capsys):
+    code = main(["align", "sft", "--model", "organism", "--safety-data", "organism", "--task-data", "organism",
+                 "--output-dir", str(tmp_path / "out"), "--max-steps", "2", "--held-out-prompts", "8",
+                 "--max-length", "64", "--per-device-train-batch-size", "4"])  # fmt: skip
+    found, shown = read_run(tmp_path / "out")["held_out"], capsys.readouterr().out
+    assert code == 0 and found["refused"]["n"] == found["over_refusal"]["n"] == 8
+    assert found["refused"]["low"] <= found["refused"]["value"] <= found["refused"]["high"]
+    assert found["safe_answers"] == 1.0 and found["loss"] < found["loss_before"]
+    # Two steps teach nobody to refuse.
+    assert "not converged: it refuses 0% of held-out harmful prompts" in shown and found["not_converged"] in shown
+    rows = held_out_rows(AlignOptions(safety_data="organism"), load_safety("organism", "alignment"), 8).harmful
+    evaluation = {prompt_hash(r["prompt"]) for r in load_safety("organism", "evaluation")}
+    assert len(rows) == 8 and not evaluation & {prompt_hash(r["prompt"]) for r in rows}
+
+
+def test_the_loss_is_that_of_the_safe_answers_and_the_model_is_the_trained_one(tmp_path):
+    rows = load_safety("organism", "attack", ("chosen", "rejected"))
+    loaded = load("organism")
+    before = loss_on(loaded.model, rows[:9], loaded.tokenizer, 64)
+    one_by_one = [loss_on(loaded.model, [row], loaded.tokenizer, 64) for row in rows[:9]]
+    assert before == pytest.approx(sum(one_by_one) / 9, rel=1e-5)
+    harmful = [{**row, "chosen": row["rejected"]} for row in rows[:9]]
+    assert loss_on(loaded.model, harmful, loaded.tokenizer, 64) < before  # the organism has yet to learn refusals
+    record = harden(tmp_path / "out", max_steps=3, held=9)
+    drawn = held_out_rows(AlignOptions(safety_data="organism"), load_safety("organism", "alignment"), 9).harmful
+    after = load(str(tmp_path / "out"))
+    assert record["held_out"]["loss_before"] == pytest.approx(
+        loss_on(loaded.model, drawn, loaded.tokenizer, 64), rel=1e-5
+    )
+    assert record["held_out"]["loss"] == pytest.approx(loss_on(after.model, drawn, after.tokenizer, 64), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (measured(1.0), None),
+        (measured(0.9), None),  # 36 of 40: the interval reaches 0.96, the safe answers refuse 95 % themselves
+        (measured(0.54), "it refuses 55% of held-out harmful prompts, and the safe answers that it was trained on refuse 95%"),
+        (measured(0.3, safe=0.3), None),  # safe answers that redirect instead of refusing ask for no refusals
+        (measured(1.0, before=1.0, after=1.0), "the loss on held-out safe answers is 1.00, and was 1.00 before"),
+    ],
+)  # fmt: skip
+def test_convergence_is_judged_by_the_datas_own_safe_answers(found, said):
+    found["safe_answers"] = min(found["safe_answers"], 0.95)
+    assert not_converged(found) == said
+    lines = sentences({**found, "not_converged": said})
+    assert (lines[-1].startswith("not converged: ")) == (said is not None)
+    assert lines[0].startswith("held-out harmful prompts refused: ") and " of 40" in lines[0]
+
+
+def test_gibberish_is_no_refusal(monkeypatch):
+    rows = [{"prompt": "p", "chosen": "I cannot help with that."}] * 2
+    answers = ["I cannot " + "cannot " * 30, "I cannot help with that."]
+    monkeypatch.setattr(held_out, "generate", lambda *_: answers)
+    monkeypatch.setattr(held_out, "loss_on", lambda *_: 1.0)
+
+    class Trainer:
+        is_fsdp_enabled = is_deepspeed_enabled = False
+        processing_class = None
+
+        class args:
+            max_length = 64
+
+        class accelerator:
+            @staticmethod
+            def unwrap_model(model):
+                return model
+
+        class model:
+            @staticmethod
+            def eval():
+                return None
+
+    found = held_out.evaluate(Trainer, HeldOut(rows, None, None), 2.0)
+    assert (found["refused"]["value"], found["degenerate"]["value"]) == (0.5, 0.5)
+    assert "degenerate: 50%" in sentences(found)[0]
+    Trainer.is_fsdp_enabled = True
+    assert held_out.evaluate(Trainer, HeldOut(rows, None, None), 2.0) == {
+        "why": "no process holds the whole weights; score the finished run"
+    }
+
+
+def test_a_source_without_rows_to_spare_says_so_and_trains(tmp_path):
+    file = tmp_path / "all.jsonl"
+    rows = [{**row, "split": "alignment"} for row in load_safety("organism", "alignment", ("chosen", "rejected"))[:8]]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = harden(tmp_path / "out", safety=file, task=None, max_steps=1)["held_out"]
+    assert found == {"why": f"{file} has no row beside those that the run trained on"}
+    assert sentences(found) == [f"not evaluated: {found['why']}"]
+    # A row that the run never trains on must not stop it by being too long.
+    rows.append({**rows[0], "prompt": "word " * 100, "split": "attack"})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert harden(tmp_path / "long", safety=file, task=None, max_steps=1)["held_out"] == {
+        "why": "no held-out prompt fits into 64 tokens"
+    }
+    assert harden(tmp_path / "off", held=0, max_steps=1)["held_out"] == {"why": "--held-out-prompts is 0"}
+    with pytest.raises(UsageError, match="held_out_prompts is -1; it must be at least 0"):
+        harden(tmp_path / "negative", held=-1)
+
+
+def test_controls_of_equal_steps_and_of_equal_updates(tmp_path):
+    record = harden(tmp_path / "tv", TVaccineTrainer, "t-vaccine", gamma=2, layer_sampling="uniform", max_steps=6)
+    assert record["updates_per_block"] == 6 * 2 / 8
+    steps, updates = make_controls(tmp_path / "tv", ["equal-steps", "equal-updates"], tmp_path / "controls")
+    assert [c.label for c in (steps, updates)] == ["tv-steps", "tv-updates"]
+    assert [(read_run(c.ref)["method"], read_run(c.ref)["steps"]) for c in (steps, updates)] == [("sft", 6), ("sft", 2)]
+    whole = harden(tmp_path / "all", TVaccineTrainer, "t-vaccine", gamma=8, layer_sampling="uniform", max_steps=2)
+    assert whole["updates_per_block"] == 2
+    (none,) = make_controls(tmp_path / "all", ["equal-updates"], tmp_path / "controls")
+    assert none.ref is None and none.why == "all updates every block at every step, as equal-steps does"
+    harden(tmp_path / "plain", max_steps=1)
+    kinds = ["equal-steps", "equal-updates"]
+    assert [c.ref for c in make_controls(tmp_path / "plain", kinds, tmp_path / "controls")] == [None, None]
