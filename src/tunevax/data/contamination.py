@@ -261,8 +261,8 @@ def _refusal(faults: Sequence[Fault], ref: str | None, drop: bool) -> UsageError
     text += f"{distinct} prompts are" if distinct > 1 else "1 prompt is"
     text += f" in both the {first} and the {second} data"
     text += f" ({named(common)})" if named(common) else ""
-    more = [f"{len(hashes(fault.common))} in {fault.first} and {fault.second}" for fault in faults[1:]]
-    text += f", and so are {', '.join(more)}" if more else ""
+    for fault in faults[1:]:
+        text += f", and {len(hashes(fault.common))} in both the {fault.first} and the {fault.second} data"
     option = _option(second) if drop else None
     ways = ["remove them" if option is None else f"give other rows with {option}"]
     if second == "task evaluation" and first == "task":
