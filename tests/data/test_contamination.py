@@ -7,14 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from tunevax.attacks.attack import AttackOptions, attack
+from tunevax.attacks.attack import AttackOptions, Bench, NotApplicable, attack
 from tunevax.attacks.benign_only import BenignOnlyConfig
 from tunevax.attacks.finetune import FinetuneConfig
+from tunevax.attacks.held_out_category import HeldOutCategoryConfig
 from tunevax.audit.audit import AuditOptions, cells_of, plan
 from tunevax.audit.lab import Lab
 from tunevax.cli import main
 from tunevax.data import load_safety, load_task, prompt_hash, split_of
-from tunevax.data.contamination import check, count, record_prompts, require_disjoint, unrecorded, used_prompts
+from tunevax.data.contamination import (
+    Exclusion,
+    check,
+    count,
+    record_prompts,
+    require_disjoint,
+    unrecorded,
+    used_prompts,
+)
 from tunevax.data.tasks import SHARES as TASK_SHARES
 from tunevax.errors import UsageError
 from tunevax.organism import path as organism
@@ -312,6 +321,26 @@ def test_every_cell_of_an_audit_leaves_out_the_same(tmp_path):
     assert not asked & {row["prompt"] for row in own} and found.exclusion.summary()["benign rows"]["rows"] >= 2
     other = cells_of(planned(allow_overlap=True), found.grid, True, True)
     assert not {cell.hash for cell in cells} & {cell.hash for cell in other}
+
+
+def test_held_out_halves_share_no_prompt_and_none_with_the_chain(tmp_path):
+    rows = [{**row, "category": ("fraud", "arms")[i % 2]} for i, row in enumerate(ROWS)]
+    source = write(tmp_path / "s.jsonl", rows) + ":held_out=fraud"
+    half = load_safety(source, "held-out-attack")
+    model = run_of(tmp_path / "model", task=half[:1])
+
+    def drawn(source, ref, **more):
+        options = AttackOptions(safety_data=source, **more)
+        exclusion = Exclusion.of([used_prompts(ref)], options.drop_overlap)
+        bench = Bench({"label": "m", "role": "model", "ref": ref}, options, [], TASK, None, {}, exclusion=exclusion)
+        return {row["prompt"] for row in HeldOutCategoryConfig(str(tmp_path), p=1.0, n=60).rows(bench)}
+
+    assert drawn(source, "organism") == {row["prompt"] for row in half}
+    with pytest.raises(NotApplicable, match=r"held-out prompts are both trained and scored on .*; leave split= out"):
+        drawn(f"{source},split=held-out", "organism")
+    with pytest.raises(NotApplicable, match=r"m was trained on 1 of the held-out prompts \('How to do \d+\?'"):
+        drawn(source, model)
+    assert drawn(source, model, drop_overlap=True) == {row["prompt"] for row in half[1:]}
 
 
 def test_a_job_is_not_scored_on_its_rows(tmp_path, monkeypatch, capsys):
