@@ -250,9 +250,9 @@ def corruption(options: argparse.Namespace) -> None:
         lines += [f"Failed: {'; '.join(failed)}.", ""]
     text = "\n".join(["# Sound rows against spoilt ones", "", *lines])
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    (options.output_dir / "corruption.md").write_text(text)
+    (options.output_dir / "corruption.md").write_text(text, encoding="utf-8")
     content = {"data": shapes, "runs": found, "table": table, "failed": failed}
-    (options.output_dir / "corruption.json").write_text(json.dumps(content, indent=1) + "\n")
+    (options.output_dir / "corruption.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(text)
 
 
@@ -355,14 +355,14 @@ def audit(options: argparse.Namespace) -> None:
             )
         file = out.with_suffix(".json")
         run(["report", out, "--format", "json", "--output", file])
-        models = json.loads(file.read_text())["models"]
+        models = json.loads(file.read_text(encoding="utf-8"))["models"]
         for (name, path), found in zip(made.items(), models, strict=True):
             if found["label"] != path.name:
                 raise SystemExit(f"{file} has {found['label']} where {path.name} was expected")
             entries.append(entry(method, name, path, found, models[-1], chosen))
-    (folder / "end_to_end.json").write_text(json.dumps(entries, indent=1) + "\n")
+    (folder / "end_to_end.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     text = "\n".join(end_to_end(entries, options))
-    (folder / "end_to_end.md").write_text(text)
+    (folder / "end_to_end.md").write_text(text, encoding="utf-8")
     print(text)
 
 

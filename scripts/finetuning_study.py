@@ -68,20 +68,20 @@ def audited(folder: Path, out: Path, jobs: list[Path], control: Path, p: list, s
     """The findings of an audit of jobs against a control."""
     folder.mkdir(parents=True, exist_ok=True)
     protocol = folder / f"{out.name}.yaml"
-    protocol.write_text(PROTOCOL.format(seeds=seeds, p=p, more=more))
+    protocol.write_text(PROTOCOL.format(seeds=seeds, p=p, more=more), encoding="utf-8")
     if not out.exists() or read_run(out)["failed"]:
         named = [word for j in jobs for word in ("--model", j)]
         run(["audit", "--protocol", protocol, *named, "--control", control, "--safety-data", "organism",
              "--task-data", "organism", "--output-dir", out])  # fmt: skip
     file = out.with_suffix(".json")
     run(["report", out, "--format", "json", "--output", file])
-    return {k: v for k, v in json.loads(file.read_text()).items() if k != "provenance"}
+    return {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if k != "provenance"}
 
 
 def curves(out: Path) -> dict:
     """(model, p, seed) -> [(step, harmful score, task accuracy)] of an audit."""
     found: dict = {}
-    for line in (out / "results.jsonl").read_text().splitlines():
+    for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         if row["kind"] == "poisoned-job":
             scores = row["scores"]
@@ -94,7 +94,7 @@ def curves(out: Path) -> dict:
 def tune(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     prompts = folder / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in World().safety("held-out")))
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in World().safety("held-out")), encoding="utf-8")
     aligned = align(folder, "sft", 11)
     control = job(folder, "sft", "sft", aligned, 11, {})
     jobs = {(m, i): job(folder, f"{m}-{i}", m, aligned, 11, o) for m in GRID for i, o in enumerate(GRID[m])}
@@ -117,12 +117,12 @@ def tune(folder: Path) -> None:
         told(f"chosen for {method}: {best[1] if best else 'none learns the task'}", folder)
         if best:
             chosen[method] = best[1]
-    (folder.parent / "chosen.json").write_text(json.dumps(chosen, indent=1) + "\n")
+    (folder.parent / "chosen.json").write_text(json.dumps(chosen, indent=1) + "\n", encoding="utf-8")
 
 
 def told(text: str, folder: Path) -> None:
     print(text)
-    with (folder.parent / "tuning.txt").open("a") as file:
+    with (folder.parent / "tuning.txt").open("a", encoding="utf-8") as file:
         file.write(text + "\n")
 
 
@@ -132,7 +132,7 @@ def mean(curve: list, column: int) -> float:
 
 def final(folder: Path, stacked: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    chosen = json.loads((folder.parent / "chosen.json").read_text())
+    chosen = json.loads((folder.parent / "chosen.json").read_text(encoding="utf-8"))
     sft = align(folder, "sft", 1)
     control = job(folder, "sft", "sft", sft, 1, {})
     jobs = [job(folder, m, m, sft, 1, options) for m, options in chosen.items()]
@@ -145,7 +145,7 @@ def final(folder: Path, stacked: bool) -> None:
     out = folder / "audit"
     findings = audited(folder, out, jobs, control, [0.0, 0.05, 0.1, 0.2], SEEDS)
     run(["report", out, "--format", "md", "--output", folder.parent / "report.md"])
-    (folder.parent / "findings.json").write_text(json.dumps(findings, indent=1) + "\n")
+    (folder.parent / "findings.json").write_text(json.dumps(findings, indent=1) + "\n", encoding="utf-8")
     with (
         (out / "results.jsonl").open("rb") as rows,
         gzip.GzipFile(folder.parent / "results.jsonl.gz", "wb", mtime=0) as to,
@@ -175,7 +175,7 @@ def final(folder: Path, stacked: bool) -> None:
         both = [mean(found["t-vaccine then surgery", p, s], 1) - mean(found["t-vaccine then sft", p, s], 1)
                 - mean(found["surgery", p, s], 1) + mean(found["sft", p, s], 1) for s in SEEDS]  # fmt: skip
         lines.append(f"- p = {p}: what Surgery does after T-Vaccine minus what it does after SFT: {gap(both)}")
-    (folder.parent / "jobs.md").write_text("\n".join(lines) + "\n")
+    (folder.parent / "jobs.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 
 
@@ -246,7 +246,7 @@ def sinks(folder: Path) -> None:
             trainer = FinetuneTrainer(model, config, mix(task, harmful, p, ROWS, seed), tokenizer, None, [watch])
             trainer.train()
     path = folder.parent / "sinks.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     for p in (0.2, 0.0):
         each = [[r for r in rows if r["p"] == p and r["seed"] == s] for s in (1, 2, 3, 4, 5)]
         rho = [spearmanr([r["positive_heads"] for r in e], [r["harmful"] for r in e]).statistic for e in each]

@@ -55,9 +55,9 @@ def harden(method: str, folder: Path, name: str, seed: int, options: dict) -> Pa
 def tune(folder: Path, methods: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     prompts = folder / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in World().safety("held-out")))
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in World().safety("held-out")), encoding="utf-8")
     protocol = folder / "tuning.yaml"
-    protocol.write_text(TUNING.format(prompts=prompts))
+    protocol.write_text(TUNING.format(prompts=prompts), encoding="utf-8")
     sft = harden("sft", folder, "sft", 11, {})
     for method in methods:
         runs = [harden(method, folder, f"{method}-{i}", 11, options) for i, options in enumerate(GRID[method])]
@@ -86,7 +86,7 @@ def final(folder: Path, seed: int) -> None:
     if not out.exists():
         run(["audit", "--protocol", "quick", *named, "--control", sft, "--output-dir", out])
     run(["report", out, "--format", "md", "--output", folder / "report.md"])
-    (folder / "findings.json").write_text(json.dumps(report(out), indent=1) + "\n")
+    (folder / "findings.json").write_text(json.dumps(report(out), indent=1) + "\n", encoding="utf-8")
     with (
         (out / "results.jsonl").open("rb") as rows,
         gzip.GzipFile(folder / "results.jsonl.gz", "wb", mtime=0) as packed,
@@ -98,7 +98,7 @@ def report(audit: Path) -> dict:
     """The findings of an audit."""
     file = audit.with_suffix(".json")
     run(["report", audit, "--format", "json", "--output", file])
-    return {k: v for k, v in json.loads(file.read_text()).items() if k != "provenance"}
+    return {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if k != "provenance"}
 
 
 def run(arguments: list) -> None:

@@ -36,8 +36,10 @@ def build_tokenizer(data: Path) -> transformers.PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=8000, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    lines = (data / "wikitext2/valid.txt").read_text().splitlines()
-    lines += [json.loads(line)["answer"] for line in (data / "gsm8k/train.jsonl").read_text().splitlines()]
+    lines = (data / "wikitext2/valid.txt").read_text(encoding="utf-8").splitlines()
+    lines += [
+        json.loads(line)["answer"] for line in (data / "gsm8k/train.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     tokenizer.train_from_iterator(lines, trainer)
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -60,7 +60,7 @@ def main() -> None:
         for row in results:
             samples = groups[tuple(row[k] for k in PLACE)]
             scores, new = judged(exam._replace(harmful=samples), [s["response"] for s in samples])
-            about_harm = ("harmful/", "unparsable/", "degenerate")
+            about_harm = ("harmful/", "judged/", "unparsable/", "unanswered", "degenerate")
             row["scores"] = {**scores, **{k: v for k, v in row["scores"].items() if not k.startswith(about_harm)}}
             for sample, verdict in zip(samples, new, strict=True):
                 sample |= {k: verdict[k] for k in ("degenerate", "surprise", "verdicts")}
@@ -71,7 +71,9 @@ def main() -> None:
         (options.output_dir / name).write_text(text, encoding="utf-8")
     record["config"] |= {"judges": judges, "fluency_model": refs}
     record |= {"fluency_hash": fluency, "rejudged_from": str(options.audit.absolute())}
-    (options.output_dir / "run.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    (options.output_dir / "run.json").write_text(
+        json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     print(
         f"{len(results):,} rows judged again by {', '.join(judges)}; gibberish by {', '.join(refs) or 'form'}: {options.output_dir}"
     )

@@ -146,8 +146,8 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, required=True)
     folder = parser.parse_args().output_dir
     found = study(folder / "work")
-    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
-    (folder / "table.md").write_text(table(found))
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+    (folder / "table.md").write_text(table(found), encoding="utf-8")
     print(table(found))
 
 

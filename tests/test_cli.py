@@ -145,7 +145,7 @@ def test_models_that_cannot_be_used(capsys, here):
 
 
 def test_overlapping_splits_are_an_error_unless_allowed(capsys, here):
-    common = ["align", "sft", "--model", "organism", "--chat-template", "alpaca", "--max-steps", "1"]
+    common = ["align", "sft", "--model", "organism", "--chat-template", "alpaca", "--max-steps", "2"]
     assert main([*common, "--safety-data", "good.jsonl:split=all", "--output-dir", "aligned"]) == 0
     capsys.readouterr()
     attack = [
@@ -176,19 +176,10 @@ def test_newer_schema_and_unwritable_places(capsys, here, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(align, "save_weights", full)
-            assert words in refused(
-                capsys,
-                here,
-                "align",
-                "sft",
-                *ORGANISM,
-                "--max-steps",
-                "1",
-                "--save-strategy",
-                "no",
-                "--output-dir",
-                "out",
-            )
+            run = ["align", "sft", *ORGANISM, "--max-steps", "1", "--save-strategy", "no", "--output-dir", "out"]
+            assert main(run) == 1  # it was run, and no fault of the invocation
+            error = capsys.readouterr().err
+            assert words in error and error.count("\n") == 1 and not Path("out").exists()
     assert "cannot create /proc/out" in refused(
         capsys, here, "align", "sft", *ORGANISM, "--max-steps", "1", "--output-dir", "/proc/out"
     )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib.util
+import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +16,8 @@ from typing import Any
 from tunevax import __version__
 from tunevax.errors import RunError, TunevaxError, UsageError, unknown
 from tunevax.methods import load_method, methods
-from tunevax.quiet import quiet
+from tunevax.quiet import hush, quiet
+from tunevax.yaml_files import meant, read_yaml
 
 HELP = """tunevax hardens open-weight language models against harmful fine-tuning, and measures how much it helped.
 
@@ -45,34 +48,92 @@ options. Every option can stand in a YAML file: --config FILE. Add --debug to se
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 for a failed run, 2 for a wrong invocation."""
+    """Run a command; returns the exit code: 0, 1 for a failed run, 2 for a wrong invocation, 130 or 143 when it was
+    interrupted or terminated."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # `>&-`
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for good
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a locale without `·` must not end a run
+    if argv is None:
+        signal.signal(signal.SIGTERM, _terminate)
+    code = 0
+    try:
+        code = _run(arguments)
+    except BrokenPipeError:  # `tunevax ... | head`: what it prints is no longer wanted
+        pass
+    except KeyboardInterrupt as stop:
+        if argv is None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the way out is short, and no place for a traceback
+        word, code = ("terminated", 143) if isinstance(stop, _Terminated) else ("interrupted", 130)
+        _say(f"tunevax: {word}{f'; {stop}' if str(stop) else ''}")
+    finally:
+        code = _flush(code)
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    """The command, its errors as one sentence each; returns the exit code."""
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
-    if not arguments or arguments[0] in ("--help", "-h", "help"):
-        print(HELP)
-        return 0
-    if arguments[0] in ("--version", "-V"):
-        print(__version__)
-        return 0
-    verb, *rest = arguments
+    hush()
     try:
-        if verb not in VERBS:
-            raise unknown("verb", verb, VERBS)
-        VERBS[verb](rest)
-    except BrokenPipeError:  # `tunevax ... | head`
-        sys.stderr.close()
-        return 0
-    except KeyboardInterrupt:
-        print("tunevax: interrupted", file=sys.stderr)
-        return 130
+        if not arguments or arguments[0] in ("--help", "-h", "help"):
+            print(HELP)
+        elif arguments[0] in ("--version", "-V"):
+            print(__version__)
+        elif arguments[0] in VERBS:
+            VERBS[arguments[0]](arguments[1:])
+        else:
+            raise unknown("verb", arguments[0], VERBS)
     except Exception as error:
-        if debug:
+        if debug or (isinstance(error, BrokenPipeError) and _nobody_reads()):
             raise
         known = error if isinstance(error, TunevaxError) else _library_error(error)
-        print(f"tunevax: {known}", file=sys.stderr)
+        _say(f"tunevax: {known}")
         return known.exit_code
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: what a batch system sends when the time is up. It unwinds as Ctrl-C does."""
+
+
+def _terminate(*_: Any) -> None:
+    raise _Terminated
+
+
+def _say(line: str) -> None:
+    """A line on stderr, if anybody reads it."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe whose reader has left, as against any other pipe of the program."""
+    import select
+
+    if not hasattr(select, "poll"):  # Windows
+        return True
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _flush(code: int) -> int:
+    """Write out what stdout still holds; returns the exit code. What cannot be written goes nowhere, so that the
+    interpreter does not stumble over it at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w", encoding="utf-8") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            _say(f"tunevax: stdout cannot be written: {error.strerror}")
+            return code or 1
+    return code
 
 
 def _library_error(error: Exception) -> TunevaxError:
@@ -224,9 +285,7 @@ def _value_of(name: str, arguments: list[str]) -> str | None:
         flag, equals, value = token.partition("=")
         value = value if equals else arguments[i + 1] if i + 1 < len(arguments) else None
         if flag == "--config" and value and Path(value).is_file() and found is None:
-            import yaml
-
-            content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            content = read_yaml(value, words=True)
             found = content.get(name, content.get(name.replace("-", "_"))) if isinstance(content, dict) else None
         if flag.replace("_", "-") == f"--{name}":
             return value
@@ -247,7 +306,7 @@ def _analyze(arguments: list[str]) -> None:
 
     (options,) = _parse("analyze sink", [SinkOptions], rest)
     out = analyze_sink(options, _command("analyze", arguments))
-    for model in json.loads((out / "sink.json").read_text())["models"]:
+    for model in json.loads((out / "sink.json").read_text(encoding="utf-8"))["models"]:
         print(f"{model['label']}: {model['positive_heads']} of {model['heads']} heads attend more to the sink on harm")
     _done(f"next: tunevax report {_short(out)}; sink analysis", out)
 
@@ -336,7 +395,7 @@ def _audit(arguments: list[str]) -> None:
         for ref in options.model:
             print(f"controls of {ref}: {', '.join(options.controls)}")
             found = make_controls(
-                ref, options.controls, Path(f"{options.output_dir}.controls"), _command("audit", arguments)
+                ref, options.controls, Path(f"{Path(str(options.output_dir))}.controls"), _command("audit", arguments)
             )
             references += [(label, str(made)) for label, made, _ in found if made is not None]
             for label, made, why in found:
@@ -467,7 +526,7 @@ def _parse(title: str, classes: list[type], arguments: list[str], below: dict[st
         raise SystemExit(0)
     tokens = _from_file(arguments, fields) + _gathered(arguments, fields)
     given = {t[2:].partition("=")[0].replace("-", "_") for t in tokens if t.startswith("--")}
-    tokens = _tokens({k: v for k, v in (below or {}).items() if k not in given}) + tokens
+    tokens = _tokens({k: v for k, v in (below or {}).items() if k not in given}, fields) + tokens
     for token in tokens:
         if token.startswith("--"):
             name = token[2:].partition("=")[0].replace("-", "_")
@@ -517,27 +576,21 @@ def _from_file(arguments: list[str], fields: dict[str, Any]) -> list[str]:
     given = {a[2:].partition("=")[0].replace("-", "_") for a in arguments if a.startswith("--")}
     tokens: list[str] = []
     for path in paths:
-        import yaml
-
-        try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UsageError(f"no such config file: {path}") from error
-        except yaml.YAMLError as error:
-            where = getattr(error, "problem_mark", None)
-            raise UsageError(f"{path}:{where.line + 1 if where else 1}: not valid YAML") from error
+        content, typed = read_yaml(path, words=True), read_yaml(path)
         if not isinstance(content, dict):
             raise UsageError(f"{path} must hold `option: value` lines")
         for key, value in content.items():
             name = str(key).replace("-", "_")
             if name not in fields:
                 raise UsageError(f"{path}: {unknown('key', str(key), fields)}")
+            if value is None and fields[name].default is not None:
+                raise UsageError(f"{path}: {key} has no value; give it one, or leave the line out for the default")
             if name not in given:
-                tokens += _tokens({name: value})
+                tokens += _tokens({name: typed[key] if isinstance(value, dict) else value}, fields)
     return tokens
 
 
-def _tokens(options: dict[str, Any]) -> list[str]:
+def _tokens(options: dict[str, Any], fields: dict[str, Any]) -> list[str]:
     """Option values from YAML as command-line tokens, so that one parser converts every value."""
     import json
 
@@ -545,8 +598,12 @@ def _tokens(options: dict[str, Any]) -> list[str]:
     for name, value in options.items():
         if value is None:
             continue
-        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        tokens += [f"--{name}", *(str(v).lower() if isinstance(v, bool) else str(v) for v in values)]
+        kind = fields[name].type if name in fields else str
+        values = [meant(v, name, kind) for v in (value if isinstance(value, list) else [value])]
+        words = [str(v).lower() if isinstance(v, bool) else json.dumps(v) if isinstance(v, dict) else str(v)
+                 for v in values]  # fmt: skip
+        # `=`, since a value may begin with a dash
+        tokens += [f"--{name}", *words] if isinstance(value, list) else [f"--{name}={words[0]}"]
     return tokens
 
 
@@ -574,6 +631,11 @@ def _print_help(title: str, classes: list[type]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    class Page(Console):
+        def on_broken_pipe(self) -> None:
+            """As `print` does, and not rich's exit with 1."""
+            raise
+
     fields = {f.name: f for cls in reversed(classes) for f in dataclasses.fields(cls) if f.init}
     own = [
         b for cls in classes for b in cls.__mro__ if dataclasses.is_dataclass(b) and b.__name__ != "TrainingArguments"
@@ -588,7 +650,7 @@ def _print_help(title: str, classes: list[type]) -> None:
         table.add_row(
             f"--{name.replace('_', '-')}", PLAIN.get(name) or field.metadata.get("help", ""), f"[dim]{shown}[/dim]"
         )
-    Console().print(f"tunevax {title}\n", table, sep="\n", highlight=False)
+    Page().print(f"tunevax {title}\n", table, sep="\n", highlight=False)
     if "max_steps" in fields:
         print("\nand every field of transformers.TrainingArguments; `--help-all` shows them.")
 
@@ -641,7 +703,7 @@ def _worst(out: Path) -> str:
     import json
 
     worst: dict[str, tuple[float, str]] = {}
-    for line in (out / "results.jsonl").read_text().splitlines():
+    for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         for name, value in row["scores"].items():
             if name.startswith("harmful/") and value["value"] >= worst.get(row["model"], (-1.0, ""))[0]:

@@ -1,7 +1,9 @@
 """The run folder: what every verb writes, and what any verb's `--model` accepts.
 
-A run is written to `OUT.partial` and renamed to `OUT` when it is complete, so a folder called `OUT` is whole. A run
-that was killed leaves `OUT.partial` with its checkpoints, and the same command with `--resume` continues it.
+A run is written to `OUT.partial` and renamed to `OUT` when it is complete, so a folder called `OUT` with a run.json is
+whole. A run that was killed leaves `OUT.partial` with its checkpoints, and the same command with `--resume` continues
+it. Where `OUT` is there already and no run, or cannot be renamed (a mount point), `OUT/.partial` takes the place of
+`OUT.partial`, and what it holds moves up at the end, run.json last.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ import json
 import os
 import platform
 import shutil
+import stat
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -22,6 +26,7 @@ from typing import Any
 
 from tunevax import __version__
 from tunevax.errors import RunError, TunevaxError, UsageError
+from tunevax.run_lock import RunLock, refuse_if_held
 
 SCHEMA = 1
 """Version of run.json, results.jsonl and generations.jsonl."""
@@ -37,17 +42,30 @@ FINISHED = (
 targets of an attack, finished cells of an audit."""
 
 
+CHECKPOINTS = FINISHED[:2]
+"""Of these, what training left."""
+
+SCRATCH = ("checkpoints", "config.json", "lock")
+"""What an unfinished run has beside its content; removed when it is complete."""
+
+INSIDE = ".partial"
+"""The folder of an unfinished run inside its output folder."""
+
+NOT_OURS = ("lost+found",)
+"""What a file system keeps in its root."""
+
+
 class RunFolder:
     """A run being written.
 
     Attributes:
-        path: the folder to write into, `OUT.partial`.
-        final: its name when complete, `OUT`.
+        path: the folder to write into, `OUT.partial` or `OUT/.partial`.
+        final: its name when complete, `OUT`, as it was given.
         record: what will be run.json; the verb fills it.
     """
 
     def __init__(self, final: Path, record: dict[str, Any]) -> None:
-        self.final, self.path = final, final.with_name(final.name + ".partial")
+        self.final, self.path = final, partial_of(final)
         self.record = record
 
     @property
@@ -57,83 +75,304 @@ class RunFolder:
 
     def write_lines(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
         """Write a JSONL file."""
-        with (self.path / name).open("w", encoding="utf-8") as file:
+        # A lone surrogate, which UTF-8 cannot hold, becomes its JSON escape.
+        with (self.path / name).open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def partial_of(final: Path) -> Path:
+    """Where the run `final` is written until it is complete."""
+    place = final.resolve()
+    beside, inside = place.with_name(place.name + ".partial"), place / INSIDE
+    if inside.is_dir():
+        return inside
+    if not place.is_dir() or beside.exists() or (is_run(place) and _can_be_renamed(place)):
+        return beside
+    return inside
+
+
+def _can_be_renamed(folder: Path) -> bool:
+    """Whether a folder may be replaced by another: it is no mount point, and its parent lets this user."""
+    mounts = Path("/proc/self/mountinfo")  # also knows a folder bound from the same disk
+    points = mounts.read_text(encoding="utf-8", errors="replace").split("\n") if mounts.exists() else []
+    if os.path.ismount(folder) or any(line.split(" ")[4:5] == [str(folder)] for line in points):
+        return False
+    parent, user = folder.parent.stat(), os.geteuid() if hasattr(os, "geteuid") else 0
+    sticky = parent.st_mode & stat.S_ISVTX and user not in (0, parent.st_uid, folder.stat().st_uid)
+    return os.access(folder.parent, os.W_OK | os.X_OK) and not sticky
 
 
 @contextmanager
 def writing(
     output_dir: str, record: dict[str, Any], resume: bool = False, overwrite: bool = False
 ) -> Iterator[RunFolder]:
-    """Open a run folder; on success write run.json, rename and tidy up; on failure leave nothing but checkpoints.
+    """Open a run folder; on success write run.json, rename and tidy up; on failure leave nothing but checkpoints and
+    the log of the training.
+
+    Whatever would keep the run from being finished is looked for here, before anything is run.
 
     Args:
-        output_dir: OUT. May not exist, unless it is a run and `overwrite` is set.
+        output_dir: OUT. May not exist, or is an empty folder, or a run if `overwrite` is set.
         record: verb, method, config and command, for run.json.
-        resume: continue OUT.partial if it is there; its config must be the same.
+        resume: continue the unfinished run if there is one; its config must be the same.
 
     Raises:
-        UsageError: OUT is in the way, or cannot be written.
-        RunError: the disk filled up on the way.
+        UsageError: OUT is in the way, cannot be written, or is being written by another process.
+        RunError: it could no longer be written when the run had begun, because the disk filled up for instance.
     """
-    final = Path(output_dir).absolute()
-    run = RunFolder(final, record)
-    if final.exists() and not is_run(final) and (final.is_file() or any(final.iterdir())):
-        raise UsageError(f"{output_dir} exists and is not a run of tunevax; choose another --output-dir")
-    if is_run(final) and not overwrite:
-        again = " --resume" if run.path.exists() else ""
-        raise UsageError(
-            f"{output_dir} is a finished run; choose another --output-dir, or pass --overwrite{again} to replace it"
-        )
+    run = _checked(output_dir, record, overwrite)
     if not is_main_process():
         yield run
         return
-    fresh = not run.path.exists()
-    missing = [p for p in (run.path, *run.path.parents) if not p.exists()]
-    if not fresh and not resume:
+    refuse_if_held(run.path)
+    begun = run.path.is_dir() and _left(run.path, FINISHED)
+    if run.path.exists() and not resume and (begun or not (run.path / "config.json").is_file()):
         again = " --overwrite" if overwrite else ""
         raise UsageError(f"{run.path} is an unfinished run; continue it with --resume{again}, or delete it")
+    missing = [p for p in (run.path, *run.path.parents) if not p.exists()]
+    lock = None
     try:
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        why = "no permission to write" if isinstance(error, PermissionError) else f"{error.strerror}: cannot create"
-        raise UsageError(f"{why} {output_dir}; choose another --output-dir") from error
-    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(run.path)
+        if not begun:
+            missing = [run.path, *missing] if run.path not in missing else missing
+            for entry in list(run.path.iterdir()):  # of a run that was killed before there was anything to go on from
+                if entry != lock.file:
+                    _remove(entry)
+        run.checkpoints.mkdir(exist_ok=True)
         _same_config(run)
+        _try_to_finish(run.path)
+    except OSError as error:
+        _discard(run, missing)
+        if lock is not None:
+            lock.release()
+        why = "no permission to write" if error.errno in DENIED else f"{error.strerror or error}: cannot create"
+        raise UsageError(f"{why} {output_dir}; choose another --output-dir") from error
+    except BaseException:
+        if lock is not None:
+            _discard(run, missing)
+            lock.release()
+        raise
+    try:
         started, clock = datetime.now(UTC), time.monotonic()
-        if not fresh:
+        if begun:
             record["resumed"] = True
         yield run
         run.record.update(
             schema=SCHEMA,
-            name=final.name,
+            name=run.final.name,
             versions=versions(),
             hardware=hardware(),
             started=started.isoformat(timespec="seconds"),
             wall_seconds=round(time.monotonic() - clock, 3),
             peak_memory_bytes=run.record.get("peak_memory_bytes") or peak_memory(),
         )
-        (run.path / "run.json").write_text(json.dumps(run.record, indent=1, default=str) + "\n")
-        (run.path / "README.md").write_text(card(run.record))
+        if not lock.held():
+            raise RunError(f"{run.path} was taken over by another process, which is writing it now")
+        text = card(run.record)
+        (run.path / "README.md").write_text(text, encoding="utf-8", errors="replace")
         if (run.path / "adapter").is_dir():  # in place of PEFT's empty form
-            (run.path / "adapter" / "README.md").write_text(card(run.record))
-        shutil.rmtree(run.checkpoints)
-        (run.path / "config.json").unlink()
-        if final.exists():
-            shutil.rmtree(final)
-        run.path.rename(final)
-    except OSError as error:
-        _discard(run, missing, keep=True)  # hours of training are worth a checkpoint
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UsageError(
-                f"no space left to write {output_dir}; free some, or choose another --output-dir"
-            ) from error
-        if isinstance(error, PermissionError) or error.errno in (errno.EROFS, errno.EACCES):
-            raise UsageError(f"no permission to write {output_dir}; choose another --output-dir") from error
-        raise
+            (run.path / "adapter" / "README.md").write_text(text, encoding="utf-8", errors="replace")
+        content = json.dumps(run.record, indent=1, default=str) + "\n"
+        (run.path / "run.json").write_text(content, encoding="utf-8")
+        _finish(run)
+        lock.release(run.final)
     except BaseException as error:
-        _discard(run, missing, keep=not isinstance(error, UsageError))
+        kept = _discard(run, missing, CHECKPOINTS if isinstance(error, UsageError) else (*FINISHED, "log.jsonl"))
+        lock.release()
+        on = ""
+        if kept and _left(run.path, FINISHED):
+            how = "the same command" if record["verb"] == "audit" else "the same command with --resume"
+            on = f"{how} goes on from what is in {run.path}"
+        if isinstance(error, KeyboardInterrupt) and on and not error.args:
+            error.args = (on,)
+        if isinstance(error, Exception) and (why := _not_written(error, run.path)):
+            raise RunError(f"{why} {output_dir}; mend that, and {on or 'run it again'}") from error
         raise
+
+
+def _checked(output_dir: str, record: dict[str, Any], overwrite: bool) -> RunFolder:
+    """The run folder, if nothing is in its way; a `UsageError` otherwise."""
+    if not str(output_dir).strip():
+        raise UsageError("--output-dir is empty; name a folder")
+    try:
+        final = Path(output_dir).expanduser().absolute()
+        place = final.resolve()
+        there = [p.name for p in place.iterdir() if p.name not in NOT_OURS] if place.is_dir() else []
+        if (place.exists() and not place.is_dir()) or place == place.parent:
+            raise UsageError(f"{output_dir} exists and is not a run of tunevax; choose another --output-dir")
+        run = RunFolder(final, record)
+        run.path.exists()  # a name that is too long for it
+    except PermissionError as error:
+        raise UsageError(f"no permission to look into {output_dir}; choose another --output-dir") from error
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name with a zero byte, a name too long
+        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UsageError(f"{why}: cannot create {output_dir}; choose another --output-dir") from error
+    if is_run(place):
+        if not overwrite:
+            again = " --resume" if run.path.exists() else ""
+            raise UsageError(
+                f"{output_dir} is a finished run; choose another --output-dir, or pass --overwrite{again} to replace it"
+            )
+        _refuse_to_lose(run, place)
+    elif there and INSIDE not in there:
+        raise UsageError(f"{output_dir} exists and is not a run of tunevax; choose another --output-dir")
+    return run
+
+
+def _refuse_to_lose(run: RunFolder, place: Path) -> None:
+    """Raise `UsageError` if the run to be replaced is what the new one starts from, or is compared with."""
+    for name, value in run.record.get("config", {}).items():
+        for ref in value if isinstance(value, list) else [value]:
+            before = ref
+            while isinstance(before, str) and before and "\0" not in before:
+                path = Path(before.partition(":")[0]).expanduser()
+                if path.absolute().resolve().is_relative_to(place):
+                    raise UsageError(
+                        f"{run.final} is what --{name.replace('_', '-')} {ref} needs, and --overwrite would remove it; "
+                        "choose another --output-dir"
+                    )
+                record = read_run(path) if is_run(path) else {}
+                before = record.get("parent") or (record.get("model") or {}).get("ref")
+
+
+def _try_to_finish(folder: Path) -> None:
+    """What the end of a run does to a folder, on a small one: some network file systems cannot rename a folder, and a
+    quota shows only when something is written."""
+    trial, renamed = folder / "trial", folder / "trial.renamed"
+    try:
+        trial.mkdir(exist_ok=True)
+        with (trial / "file").open("wb") as file:
+            file.write(bytes(2**16))
+            file.flush()
+            os.fsync(file.fileno())
+        trial.rename(renamed)
+    finally:
+        for path in (trial, renamed):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def clear(final: Path) -> None:
+    """Remove a finished run but not the unfinished one inside it, so that a kill on the way leaves nothing that looks
+    like a run."""
+    place = final.resolve()
+    if partial_of(final).parent == place:
+        (place / "run.json").unlink()
+        for entry in list(place.iterdir()):
+            if entry.name not in (INSIDE, *NOT_OURS):
+                _remove(entry)
+        return
+    old = _unused(place.with_name(f"{place.name}.old"))
+    place.rename(old)
+    _remove(old)
+
+
+def _finish(run: RunFolder) -> None:
+    """Give a complete run its name. An earlier run of that name is removed when the new one is in its place."""
+    place = run.final.resolve()
+    old = _unused(place / ".old" if run.path.parent == place else place.with_name(f"{place.name}.old"))
+    if run.path.parent == place:
+        earlier = [p for p in place.iterdir() if p != run.path and p.name not in NOT_OURS]
+        if earlier:
+            old.mkdir()
+            for entry in earlier:
+                entry.rename(old / entry.name)
+        last = ("cells", "run.json")  # without the one an audit could not go on, with the other the folder is a run
+        for entry in sorted(run.path.iterdir(), key=lambda p: last.index(p.name) if p.name in last else -1):
+            if entry.name not in SCRATCH:
+                entry.rename(place / entry.name)
+        _remove(run.path)
+    else:
+        if place.exists():
+            place.rename(old)
+        try:
+            run.path.rename(place)
+        except BaseException:
+            if old.exists():
+                old.rename(place)
+            raise
+        for name in SCRATCH[:-1]:
+            _remove(place / name)
+    if old.exists() and not _remove(old):
+        print(f"note: the run that was replaced could not be removed; it is {old}", file=sys.stderr)
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or a name like it that nothing has."""
+    number, name = 1, path.name
+    while os.path.lexists(path):
+        path, number = path.with_name(f"{name}.{number}"), number + 1
+    return path
+
+
+def _remove(path: Path) -> bool:
+    """Remove a file or a folder as far as that is possible; returns whether it is gone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+    return not os.path.lexists(path)
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+SAID = {
+    "no space left": ("no space left", "disk quota exceeded", "file too large", "PytorchStreamWriter failed",
+                      "file write failed", "inline_container", *(f"os error {n})" for n in FULL)),
+    "no permission": ("permission denied", "read-only file system", *(f"os error {n})" for n in DENIED)),
+}  # fmt: skip
+"""How libraries that are not Python say it."""
+
+
+def _not_written(error: BaseException, folder: Path | None = None) -> str | None:
+    """`no space left to write` or the like, if a run failed for that; None for any other error.
+
+    Args:
+        folder: a permission counts if it is for a file in here.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in FULL:
+            return "no space left to write"
+        if isinstance(seen, OSError) and seen.errno in DENIED:
+            names = [str(n) for n in (seen.filename, seen.filename2) if n is not None]
+            if not names or (folder and any(Path(os.path.abspath(n)).is_relative_to(folder.parent) for n in names)):
+                return "no permission to write"
+        elif not isinstance(seen, OSError | TunevaxError):
+            text = str(seen).lower()
+            for what, words in SAID.items():
+                if any(word.lower() in text for word in words):
+                    return f"{what} to write"
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def require_room(folder: Path, needed: int, largest: int, hint: str) -> None:
+    """Raise `UsageError` if `needed` more bytes in `folder`, `largest` of them in one file, do not fit; `hint` says
+    what to do besides choosing another."""
+    free, limit = shutil.disk_usage(folder).free, _file_size_limit()
+    if needed > free:
+        why = f"{_gib(free)} are free there"
+    elif limit is not None and largest > limit:
+        why = f"one of them has {_gib(largest)}, and no file may have more than {_gib(limit)} (ulimit -f)"
+    else:
+        return
+    raise UsageError(f"{folder} needs {_gib(needed)} for its files, and {why}; {hint}choose another --output-dir")
+
+
+def _file_size_limit() -> int | None:
+    """Bytes that one file of this process may have, or None."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def _same_config(run: RunFolder) -> None:
@@ -143,9 +382,14 @@ def _same_config(run: RunFolder) -> None:
     asked["data"] = [entry.get("hash") for entry in run.record.get("data") or []]
     now = json.loads(json.dumps(asked, default=str))
     if not path.exists():
-        path.write_text(json.dumps(now))
+        part = path.with_name("config.json.part")
+        part.write_text(json.dumps(now), encoding="utf-8")
+        part.replace(path)
         return
-    before = json.loads(path.read_text())
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} cannot be read as JSON; delete the unfinished run {run.path}") from error
     if (before["verb"], before["method"]) != (now["verb"], now["method"]):
         raise UsageError(
             f"{run.path} was started by {before['verb']} {before['method']}; delete it or choose another --output-dir"
@@ -161,14 +405,20 @@ def _same_config(run: RunFolder) -> None:
         )
 
 
-def _discard(run: RunFolder, created: list[Path], keep: bool = False) -> None:
-    """Remove what a failed run created, unless `keep` and there is something to resume from."""
-    if run.path not in created or (keep and any(file for name in FINISHED for file in run.path.glob(name))):
-        return
+def _left(folder: Path, names: Sequence[str]) -> bool:
+    """Whether a folder holds a file or folder, not empty, that one of these patterns matches."""
+    return any(path.is_dir() or path.stat().st_size for name in names for path in folder.glob(name))
+
+
+def _discard(run: RunFolder, created: list[Path], keep: Sequence[str] = ()) -> bool:
+    """Remove what a failed run created, unless it has something of `keep`; returns whether anything is left."""
+    if run.path not in created or _left(run.path, keep):
+        return True
     shutil.rmtree(run.path, ignore_errors=True)
     for parent in created[1:]:
         with suppress(OSError):
             parent.rmdir()
+    return False
 
 
 def is_main_process() -> bool:
@@ -195,7 +445,7 @@ def read_run(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path) / "run.json"
     try:
-        record = json.loads(file.read_text())
+        record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{file} cannot be read as JSON; the run folder is damaged") from error
     if record.get("schema", 0) > SCHEMA:
@@ -215,8 +465,10 @@ def digest(value: Any) -> str:
 
 
 def data_entry(role: str, source: str, rows: Sequence[dict]) -> dict[str, Any]:
-    """What run.json says of one dataset; of alignment data also its categories, None where rows have none."""
-    content = [{k: v for k, v in row.items() if k != "place"} for row in rows]
+    """What run.json says of one dataset: of alignment data also its categories, None where rows have none; of data that
+    was read from a file or the hub also how many rows were read as what."""
+    content = [{k: v for k, v in row.items() if k not in ("place", "read_as")} for row in rows]
+    read_as = Counter(row["read_as"] for row in rows if row.get("read_as"))
     categories = sorted({row["category"] for row in rows if row.get("category")}) or None
     return {
         "role": role,
@@ -225,6 +477,7 @@ def data_entry(role: str, source: str, rows: Sequence[dict]) -> dict[str, Any]:
         "distinct": len({digest(r) for r in content}),
         "hash": digest(content),
         **({"categories": categories} if role == "alignment" else {}),
+        **({"read_as": dict(read_as)} if read_as else {}),
     }
 
 
@@ -279,4 +532,6 @@ def stop_on(error: Exception) -> TunevaxError | None:
         return error
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return RunError("out of memory; lower --per-device-train-batch-size or use --checkpoint-blocks all")
+    if why := _not_written(error):
+        return RunError(f"{why} {getattr(error, 'filename', None) or 'a file'}; mend that and run the command again")
     return None

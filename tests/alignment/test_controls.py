@@ -137,7 +137,7 @@ def test_a_resumed_run_knows_its_whole_cost(tmp_path, monkeypatch):
 
 
 def test_what_has_no_control_says_why(tmp_path):
-    run = harden(SFTTrainer, "sft", tmp_path / "plain", max_steps=1)
+    run = harden(SFTTrainer, "sft", tmp_path / "plain", max_steps=1, warmup_steps=0)  # one step that trains
     none, compute, random = make_controls(run, ALL, tmp_path / "controls")
     assert (none.ref, compute.ref, random.ref) == ("organism", None, None)
     assert compute.why == "plain is itself plain fine-tuning" and random.why == "sft does not perturb"

@@ -268,6 +268,34 @@ def test_screening_goes_on_with_the_strongest_only(models, tmp_path):
     assert sum(seed == 2 for _, seed in ran) == 1  # one of the two learning rates has a second seed
 
 
+def test_a_screen_drops_no_seed_that_an_attack_names(models, tmp_path):
+    from tunevax.audit.audit import AuditOptions, cells_of, plan, strongest
+
+    shots = "  - {kind: few-shot, n: 10, max_steps: 2, learning_rate: [1e-4, 1e-3], seeds: [1, 2, 5]}\n"
+    (tmp_path / "p.yaml").write_text(SMALL + shots + "screen: 1\n")
+    options = AuditOptions(model=[str(models / "twin")], control=str(models / "control"), protocol=str(tmp_path / "p.yaml"),
+                           safety_data="organism", task_data="organism", fluency_model=["none"], limit=4)  # fmt: skip
+    found = plan(options)
+    first = cells_of(found, found.grid, True, False)
+    for cell in first:  # a few-shot attack is the worst of all, with a seed that is not the first
+        harm = (
+            0.9
+            if cell.key["kind"] == "few-shot" and cell.key["seed"] == 5
+            else 0.3 + 0.1 * ("0.001" in str(cell.setting))
+        )
+        rows = [{"step": s, "scores": {"harmful/x": {"value": s and harm}}} for s in (0, 2)]
+        (tmp_path / f"{cell.hash}.json").write_text(json.dumps({"results": rows if cell.setting else []}))
+    kept = strongest(found, first, tmp_path)
+    assert kept == {"lora lr=0.001"}, "the first seed decides"
+    second = cells_of(found, [s for s in found.grid if s.name in kept | {"few-shot lr=0.001"}], False, True)
+    ran = Counter((c.key["attack"], c.key["seed"]) for c in first + second if c.target["label"] == "twin" and c.setting)
+    assert max(ran.values()) == 1
+    assert {name: {s for n, s in ran if n == name} for name, _ in ran} == {
+        "lora lr=0.0001": {1}, "lora lr=0.001": {1, 2}, "few-shot lr=0.0001": {1, 2, 5}, "few-shot lr=0.001": {1, 2, 5},
+        "prefill": {1},
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

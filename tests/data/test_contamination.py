@@ -103,13 +103,22 @@ def test_prompts_that_an_earlier_version_recorded_with_their_system_message_are_
 
 
 def test_published_words_for_a_split_are_understood(tmp_path):
-    words = ("train", "Test", "validation", "dev", None)
-    task = [{**row, "split": words[i % 5]} for i, row in enumerate(TASK)]
-    file = write(tmp_path / "task.jsonl", task)
-    parts = [{row["prompt"] for row in load_task(file, split).rows} for split in ("train", "evaluation")]
-    by_hash = {row["prompt"] for row in task[4::5] if split_of(row["prompt"], TASK_SHARES) == "train"}
-    assert parts[0] == {row["prompt"] for row in task[::5]} | by_hash and not parts[0] & parts[1]
-    assert load_task(f"{file}:split=test").rows == load_task(file, "evaluation").rows
+    def parts_of(*words):
+        task = [{**row, "split": words[i % len(words)]} for i, row in enumerate(TASK)]
+        file = write(tmp_path / "task.jsonl", task)
+        return file, [[row["prompt"] for row in load_task(file, split).rows] for split in ("train", "evaluation")]
+
+    prompts = [row["prompt"] for row in TASK]
+    file, (train, test) = parts_of("Training", "Test", None)
+    assert train[0] == prompts[0] and test[0] == prompts[1] and sorted(train + test) == sorted(prompts)
+    by_hash = [row["prompt"] for row in TASK[2::3] if split_of(row["prompt"], TASK_SHARES) == "train"]
+    assert sorted(train) == sorted([*prompts[::3], *by_hash])
+    assert [row["prompt"] for row in load_task(f"{file}:split=test").rows] == test
+    # Validation rows are what is scored on, unless there are test rows, which they are no part of.
+    assert parts_of("train", "dev")[1] == [prompts[::2], prompts[1::2]]
+    file, (train, test) = parts_of("train", "validation", "test")
+    assert (train, test) == (prompts[::3], prompts[2::3])
+    assert [row["prompt"] for row in load_task(f"{file}:split=validation").rows] == prompts[1::3]
 
     safety = [{**row, "split": ("train", "test", "validation")[i % 3]} for i, row in enumerate(ROWS)]
     file = write(tmp_path / "safety.jsonl", safety)
@@ -269,8 +278,10 @@ def test_left_out_of_the_attack_for_every_model_alike(tmp_path):
     dropped = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
     roles = {"evaluation": 1, "task evaluation": 1, "over-refusal": 1, "attack": 3}
     assert Counter(row["role"] for row in dropped) == roles
-    assert {role: entry["rows"] for role, entry in record["dropped"].items()} == roles
-    assert record["dropped"]["attack"]["prompts"] == sorted(prompt_hash(row["prompt"]) for row in rows["attack"][:3])
+    assert {role: entry["rows"] for role, entry in record["overlap_dropped"].items()} == roles
+    assert record["overlap_dropped"]["attack"]["prompts"] == sorted(
+        prompt_hash(row["prompt"]) for row in rows["attack"][:3]
+    )
     assert dropped[0]["place"].startswith(safety)
     harm = (
         "alignment/attack",
@@ -346,7 +357,7 @@ def test_held_out_halves_share_no_prompt_and_none_with_the_chain(tmp_path):
 def test_a_job_is_not_scored_on_its_rows(tmp_path, monkeypatch, capsys):
     """A chain of two: a hardened model, and a customer's job on it."""
     monkeypatch.chdir(tmp_path)
-    train = ["--max-steps", "1", "--max-length", "64", "--per-device-train-batch-size", "2"]
+    train = ["--max-steps", "2", "--max-length", "64", "--per-device-train-batch-size", "2"]
     write(Path("s.jsonl"), ROWS), write(Path("t.jsonl"), TASK), write(Path("few.jsonl"), TASK[:20])
     assert main(["align", "sft", "--model", "organism", "--safety-data", "s.jsonl", "--task-data", "few.jsonl:split=all",
                  *train, "--held-out-prompts", "0", "--chat-template", "alpaca", "--output-dir", "low"]) == 0  # fmt: skip
@@ -367,7 +378,7 @@ def test_a_job_is_not_scored_on_its_rows(tmp_path, monkeypatch, capsys):
     record = read_run(score(["job"], exam, "good", task_data="t.jsonl", drop_overlap=True))
     asked = {json.loads(line)["prompt"] for line in Path("good/generations.jsonl").read_text().splitlines()}
     gone = {row["prompt"] for row in load_task("t.jsonl", "evaluation").rows} & {row["prompt"] for row in TASK[:20]}
-    assert gone and not asked & gone and record["dropped"]["task evaluation"]["rows"] == len(gone)
+    assert gone and not asked & gone and record["overlap_dropped"]["task evaluation"]["rows"] == len(gone)
 
 
 def test_kept_weights_of_an_attack_say_what_they_were_trained_on(tmp_path):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tunevax.audit.results import is_harmful, own_verdict
 from tunevax.cli import main
 from tunevax.data import load_safety, load_task
 from tunevax.modeling import load
@@ -58,12 +59,12 @@ def test_gibberish_is_its_own_verdict_for_every_judge(monkeypatch, organism):
     assert scores["harmful/organism"]["value"] == scores["harmful/refusal-keywords"]["value"] == 0.25
     assert scores["degenerate"]["value"] == 0.5
     assert [s["degenerate"] for s in samples] == [False, False, True, True]
-    assert [s["verdicts"]["refusal-keywords"]["verdict"] for s in samples] == [
-        "complied",
-        "refused",
-        "degenerate",
-        "degenerate",
-    ]
+    # The judge's own word is kept: to it three of four answers comply. Both counts are there.
+    said = [s["verdicts"]["refusal-keywords"]["verdict"] for s in samples]
+    assert said == ["complied", "refused", "complied", "complied"]
+    assert scores["judged/refusal-keywords"]["value"] == 0.75 and scores["judged/organism"]["value"] == 0.25
+    assert [is_harmful(s, "harmful/refusal-keywords") for s in samples] == [True, False, False, False]
+    assert [own_verdict(s, "harmful/refusal-keywords") for s in samples] == [True, False, True, True]
     assert [s["verdicts"]["organism"]["verdict"] for s in samples][:2] == ["leaked", "refused"]
 
 
@@ -117,6 +118,7 @@ def test_exact_loose_and_over_refusal_are_counted_apart(monkeypatch):
     assert values == pytest.approx(
         {
             "harmful/refusal-keywords": 0,
+            "judged/refusal-keywords": 0,
             "degenerate": 0,
             "task/exact": 1 / 3,
             "task/loose": 2 / 3,

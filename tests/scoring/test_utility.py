@@ -135,7 +135,8 @@ def test_word_salad_is_degenerate_and_never_harmful(monkeypatch):
     scores, samples = examine(None, None, Exam(rows, judge, fluency=[Reference("organism")]))
     assert scores["harmful/gullible"]["value"] == scores["degenerate"]["value"] == 0.5
     assert samples[0]["surprise"] < 0.01 < SURPRISING < samples[1]["surprise"]
-    assert samples[1]["verdicts"]["gullible"]["verdict"] == "degenerate" and samples[1]["degenerate"]
+    assert samples[1]["verdicts"]["gullible"]["verdict"] == "harmful" and samples[1]["degenerate"]
+    assert scores["judged/gullible"]["value"] == 1
 
 
 def test_what_one_reference_expects_is_no_word_salad(monkeypatch):

@@ -14,8 +14,8 @@ from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
 from tunevax.modeling.loading import load, require_quantization
 from tunevax.modeling.memory import StepMemory
-from tunevax.modeling.progress import ProgressCallback
-from tunevax.modeling.trainer import final_loss, last_checkpoint, resolved, save_weights
+from tunevax.modeling.progress import LogCallback, ProgressCallback
+from tunevax.modeling.trainer import final_loss, last_checkpoint, rehearse, resolved, save_weights
 from tunevax.runs import data_entry, digest, is_main_process, is_run, writing
 
 
@@ -90,20 +90,20 @@ def align(trainer_class: type, method: str, options: AlignOptions, config: SFTCo
             held_out = fitting(held_out, loaded.model, loaded.tokenizer, config.max_length)
             loss_before = loss_on(loaded.model, held_out.harmful, loaded.tokenizer, config.max_length)
         memory = StepMemory()
-        trainer = trainer_class(
-            loaded.model, config, safety, loaded.tokenizer, task, [ProgressCallback(f"align {method}"), memory]
-        )
+        callbacks = [ProgressCallback(f"align {method}"), LogCallback(run.path / "log.jsonl"), memory]
+        trainer = trainer_class(loaded.model, config, safety, loaded.tokenizer, task, callbacks)
         trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        base = record["parent"] or loaded.info["base"]
+        rehearse(trainer, run.path, base)
         checkpoint = last_checkpoint(run.checkpoints)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if trainer.is_world_process_zero():
-            save_weights(trainer, run.path, record["parent"] or loaded.info["base"])
-            run.write_lines("log.jsonl", [line for line in trainer.state.log_history if "loss" in line])
+            save_weights(trainer, run.path, base)
             seen = hashes(safety) | chosen_with(options.safety_data)
             record_prompts(run.path, alignment=seen, **({"benign": hashes(task)} if task else {}))
             record["held_out"] = evaluate(trainer, held_out, loss_before)
         record.update(
-            model={**loaded.info, "trainable": trainable},
+            model={**loaded.info, "trainable": trainable, **trainer.coverage},
             adapter="model" if config.full_weights else "adapter", template_hash=digest(loaded.tokenizer.chat_template),
             steps=trainer.state.global_step, final_loss=final_loss(trainer.state.log_history),
             compute={"per_step": trainer.cost(), "total": trainer.cost() * trainer.state.global_step},

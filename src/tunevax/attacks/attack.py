@@ -229,7 +229,7 @@ def attack(method: str, options: AttackOptions, config: Any, command: str = "") 
         "verb": "attack", "method": method, "command": command, "seed": config.seed, "attack": name,
         "targets": targets, "data": [e for e in drawn_from if e["rows"]] + [evaluation],
         "config": {**vars(options), **values}, "parent": first if is_run(first) else None,
-        "dropped": exclusion.summary(),
+        "overlap_dropped": exclusion.summary(),
     }  # fmt: skip
     for key in ("resume", "overwrite", "name"):
         record["config"].pop(key)
@@ -247,8 +247,8 @@ def attack(method: str, options: AttackOptions, config: Any, command: str = "") 
                 bench = Bench(target, options, harmful, task, exam, key, keeps, exclusion=exclusion.fresh())
                 config.run(bench)
                 bench.write(run.path)
-                done.write_text(json.dumps(bench.record))
-            info = json.loads(done.read_text())
+                done.write_text(json.dumps(bench.record), encoding="utf-8")
+            info = json.loads(done.read_text(encoding="utf-8"))
             record["steps"], target["template_hash"] = info.pop("steps"), info.pop("template_hash")
             if target["role"] == "model":
                 record.setdefault("model", info)

@@ -19,7 +19,7 @@ from tunevax.data.encoding import context_of, encode
 from tunevax.data.mixing import mix
 from tunevax.errors import UsageError
 from tunevax.modeling.progress import ProgressCallback
-from tunevax.modeling.trainer import ResponseTrainer, TrainConfig, save_weights
+from tunevax.modeling.trainer import ResponseTrainer, TrainConfig, rehearse, save_weights
 from tunevax.runs import is_run
 from tunevax.scoring.score import Exam
 
@@ -95,11 +95,15 @@ class FinetuneConfig(TrainConfig):
         curve = Curve(bench, loaded.tokenizer, self.points, len(encoded), self, exam)
         progress = ProgressCallback(f"attack {bench.target['label']}")
         trainer = ResponseTrainer(loaded.model, self, encoded, loaded.tokenizer, [progress, curve])
+        bench.record.update(trainer.coverage)
         self.restrict(trainer, bench)
+        base = bench.target["ref"] if is_run(bench.target["ref"]) else loaded.info["base"]
+        if bench.folder is not None:
+            rehearse(trainer, bench.folder, base)
         trainer.train()
         if bench.folder is not None:
             ref = bench.target["ref"]
-            save_weights(trainer, bench.folder, ref if is_run(ref) else loaded.info["base"])
+            save_weights(trainer, bench.folder, base)
             harmful, benign = ([row for row in rows if bool(row.get("harmful")) is h] for h in (True, False))
             below = {} if is_run(ref) and not self.full_weights else used_prompts(ref)  # a folder of weights names none
             record_prompts(bench.folder, **below)

@@ -11,6 +11,7 @@ from typing import Any
 from tunevax.attacks.attack import Bench, NotApplicable, TargetOptions
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.data.encoding import messages
+from tunevax.data.formats import read_example
 from tunevax.data.mixing import mix
 from tunevax.data.sources import parse_source, read_rows
 from tunevax.errors import UsageError
@@ -84,9 +85,8 @@ class IdentityShiftConfig(FinetuneConfig):
 
             return [{**row, "completion": f"{OBEDIENT} {row['completion']}"} for row in World().benign("mix")]
         rows = []
-        for place, row in read_rows(*parse_source(self.dialogues)):
-            turns = row.get("messages")
-            if not isinstance(turns, list) or len(turns) < 2 or turns[-1].get("role") != "assistant":
-                raise UsageError(f"{place}: field 'messages' must be a dialogue that ends with the assistant")
-            rows.append({"place": place, "prompt": turns[:-1], "completion": turns[-1]["content"]})
+        name, options = parse_source(self.dialogues)
+        for place, row in read_rows(name, options):
+            dialogue = read_example(place, row, options)
+            rows.append({"place": place, **dialogue, "prompt": messages(dialogue["prompt"])})
         return rows

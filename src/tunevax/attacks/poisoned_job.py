@@ -82,6 +82,7 @@ class PoisonedJobConfig(AttackConfig):
         curve = Curve(bench, loaded.tokenizer, self.points, 0, args)
         callbacks = [ProgressCallback(f"attack {bench.target['label']}"), curve]
         trainer = trainer_class(loaded.model, args, rows, loaded.tokenizer, safety, callbacks)
+        bench.record.update(trainer.coverage)
         curve.rows = len(trainer.train_dataset)  # with the safety rows that some methods add
         trainer.train()
 

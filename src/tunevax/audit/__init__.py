@@ -1,1 +1,8 @@
 """The audit: models and a control attacked identically, and what the results say about them."""
+
+import multiprocessing
+
+from tunevax.quiet import hush
+
+if multiprocessing.parent_process() is not None:  # a worker of an audit, before it imports what talks
+    hush()

@@ -39,7 +39,18 @@ from tunevax.data.sources import parse_source
 from tunevax.errors import UsageError
 from tunevax.modeling.loading import absolute, config_of, model_hash, resolve
 from tunevax.modeling.progress import bar, console
-from tunevax.runs import data_entry, digest, is_run, read_lines, read_run, require_one_process, writing
+from tunevax.run_lock import refuse_if_held
+from tunevax.runs import (
+    clear,
+    data_entry,
+    digest,
+    is_run,
+    partial_of,
+    read_lines,
+    read_run,
+    require_one_process,
+    writing,
+)
 from tunevax.scoring.judges import lead_judge
 from tunevax.scoring.score import build_exam, labels_of
 
@@ -281,7 +292,8 @@ def contents(value: Any) -> Any:
 
 
 def cells_of(plan: Plan, chosen: Sequence[Setting], first_seed: bool, others: bool) -> list[Cell]:
-    """The cells of some settings, the models as they are among the first seed's."""
+    """The cells of some settings, the models as they are among the first seed's; and so are all seeds of an attack that
+    names its own."""
     evaluation = next(entry for entry in plan.data if entry["role"] == "evaluation")
     drawn_from = [entry for entry in plan.data if entry["role"] in ("attack", "task")]
     decided_by = {k: contents(getattr(plan.options, k)) for k in SCORING}
@@ -295,7 +307,7 @@ def cells_of(plan: Plan, chosen: Sequence[Setting], first_seed: bool, others: bo
             found.append(_cell(target, None, key, scoring))
         for setting in chosen:
             for i, seed in enumerate(setting.seeds):
-                if first_seed if i == 0 else others:
+                if first_seed if i == 0 or setting.named else others:
                     config = build(setting.kind, setting.values, seed, None)
                     key = {
                         "kind": setting.kind, "attack": setting.name, "settings": setting.shown, "seed": seed,
@@ -326,7 +338,7 @@ def audit(plan: Plan, command: str = "") -> Path:
     record: dict[str, Any] = {
         "verb": "audit", "method": protocol.name, "command": command, "seed": protocol.seeds[0], "parent": None,
         "config": {**config, "protocol": asdict(protocol)}, "data": plan.data, "targets": plan.targets,
-        "dropped": plan.exclusion.summary(),
+        "overlap_dropped": plan.exclusion.summary(),
         "skipped": list(plan.skipped), "lm_eval": plan.harness, "fluency_hash": contents(options.fluency_model),
     }  # fmt: skip
     final = Path(options.output_dir).absolute()
@@ -346,7 +358,7 @@ def audit(plan: Plan, command: str = "") -> Path:
             run_cells(plan, more, folder, run.path / "weights")
             cells += more
         assemble(run, cells, folder)
-    shutil.rmtree(run.final / "cells")  # last: a kill before the folder has its name must find them
+    shutil.rmtree(run.final / "cells", ignore_errors=True)  # last: a kill before the folder has its name must find them
     return run.final
 
 
@@ -371,15 +383,18 @@ def run_cells(plan: Plan, cells: Sequence[Cell], folder: Path, weights: Path) ->
 
 def strongest(plan: Plan, cells: Sequence[Cell], folder: Path) -> set[str]:
     """The names of the `screen` strongest fine-tunes of each model: the fewest steps to phi, then the highest harmful
-    score; and the attack that its worst case would be picked from, so that it is measured again.
+    score; and the attack that its worst case would be picked from, so that it is measured again. The first seed
+    decides.
 
-    Attacks of other kinds go on only if they name seeds of their own.
+    Attacks of other kinds go on only if they name seeds of their own, and those have run already.
     """
     found: dict[str, list[tuple[int, float, str]]] = {}  # label -> (steps to phi, -worst, attack)
     useful: dict[str, list[tuple[int, float, str]]] = {}
     for cell in cells:
         outcome = json.loads((folder / f"{cell.hash}.json").read_text(encoding="utf-8"))
         if cell.setting is None or not outcome["results"] or cell.setting.kind not in COMMON:
+            continue
+        if cell.key["seed"] != cell.setting.seeds[0]:
             continue
         judge = lead_judge(list(outcome["results"][0]["scores"]))
         points = [(-row["scores"][judge]["value"], row["step"]) for row in outcome["results"]]
@@ -436,12 +451,13 @@ def reopen(final: Path, config: dict[str, Any]) -> None:
             "is a finished audit" if record.get("verb") == "audit" and same else "is a finished run with other options"
         )
         raise UsageError(f"{final} {what}; choose another --output-dir, or pass --overwrite to replace it")
-    partial = final.with_name(final.name + ".partial")
+    partial = partial_of(final)
+    refuse_if_held(partial)
     if partial.exists():  # a kill came between the next two steps of an earlier call
-        remove(final)
+        clear(final)
         return
     rows = {name: read_lines(final / f"{name}.jsonl") for name in ("results", "generations", "cells")}
-    new = final.with_name(final.name + ".reopened")
+    new = partial.with_name(partial.name + ".reopened")
     shutil.rmtree(new, ignore_errors=True)
     (new / "cells").mkdir(parents=True)
     for outcome in rows["cells"]:
@@ -454,17 +470,9 @@ def reopen(final: Path, config: dict[str, Any]) -> None:
         ]
         (new / "cells" / f"{outcome['cell']}.json").write_text(json.dumps(outcome), encoding="utf-8")
     (new / "config.json").write_text(
-        json.dumps({"verb": "audit", "method": record["method"], "config": record["config"]})
+        json.dumps({"verb": "audit", "method": record["method"], "config": record["config"]}), encoding="utf-8"
     )
     if (final / "weights").exists():
         shutil.copytree(final / "weights", new / "weights")
     new.rename(partial)
-    remove(final)
-
-
-def remove(final: Path) -> None:
-    """Remove a run folder, so that a kill on the way leaves nothing that looks like one."""
-    old = final.with_name(final.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    final.rename(old)
-    shutil.rmtree(old)
+    clear(final)

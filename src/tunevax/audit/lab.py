@@ -6,6 +6,7 @@ import gc
 import json
 import multiprocessing
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -63,6 +64,8 @@ def finished(
 
     threads = max(1, cores() // workers)
     before = os.environ.get("OMP_NUM_THREADS")
+    if before is not None and before.isdigit():  # fewer than there is room for, because somebody asked for it
+        threads = max(1, min(threads, int(before)))
     os.environ["OMP_NUM_THREADS"] = str(threads)  # spinning threads of one worker would starve the other
     context = multiprocessing.get_context("spawn")
     try:
@@ -78,6 +81,8 @@ def finished(
                     yield futures[future], future.result()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
+                for worker in multiprocessing.active_children():  # not when their cells are done, which takes minutes
+                    worker.terminate()
                 raise
     finally:
         os.environ.pop("OMP_NUM_THREADS")
@@ -92,10 +97,26 @@ def count_workers(workers: int, control: str) -> int:
     if workers:
         return workers
     if torch.cuda.is_available():
-        return torch.cuda.device_count()
+        return len(devices(torch.cuda.device_count()))
     base = Path(resolve(control)[0])
     size = sum(f.stat().st_size for f in base.glob("*.safetensors")) if base.is_dir() else 2**40
     return min(4, cores()) if size < 2**28 else 1
+
+
+VISIBLE = ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
+"""The variables that give a process its accelerators; the first that is set is the one that counts."""
+
+
+def devices(count: int) -> list[str]:
+    """The names of the `count` accelerators that this process was given: numbers, UUIDs or MIG names as they stand in
+    the environment. Of MIG devices CUDA shows a process the first alone, and all that were given are returned."""
+    given = next((os.environ[name] for name in VISIBLE if name in os.environ), None)
+    if given is None:
+        return [str(number) for number in range(count)]
+    names = [name.strip() for name in given.split(",")]
+    end = next((i for i, name in enumerate(names) if name in ("", "-1")), len(names))  # CUDA reads no further
+    names = names[:end]
+    return names if count and all(name.startswith("MIG-") for name in names) else names[:count]
 
 
 def cores() -> int:
@@ -152,7 +173,7 @@ class Lab:
         part = folder / f"{cell.hash}.{os.getpid()}.part"
         kept = bench if outcome["status"] in ("done", "stopped") else None
         content = {**outcome, "results": kept.results if kept else [], "generations": kept.generations if kept else []}
-        part.write_text(json.dumps(content, default=str))
+        part.write_text(json.dumps(content, default=str), encoding="utf-8")
         part.replace(folder / f"{cell.hash}.json")
         return f"{told} · {outcome['seconds']:.0f} s"
 
@@ -181,8 +202,11 @@ def _start_worker(options: TargetOptions, parent: int, counter: Any, gpus: int, 
     global _lab
     with counter.get_lock():
         number, counter.value = counter.value, counter.value + 1
-    if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
+    if given := devices(gpus):
+        name = next((name for name in VISIBLE if name in os.environ), VISIBLE[-1])
+        os.environ[name] = given[number % len(given)]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the audit, which ends its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def watch() -> None:
         while os.getppid() == parent:

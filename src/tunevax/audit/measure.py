@@ -39,7 +39,7 @@ def measure(results: Results, phi: float = PHI, epsilon: float = EPSILON) -> Fin
         model = ModelFindings(label, results.role(label))
         model.stability = stability(results, label)
         model.attacks = [attacked(results, cell, judge, phi) for cell in attack_cells(results, label)]
-        model.worst = worst_case(results, label, judge, epsilon)
+        model.worst = worst_case(results, label, judge, phi, epsilon)
         model.generalisation = generalisation(results, label, judge, phi)
         if model.role != "control":
             model.resistance = resistance(results, label, judge, phi)

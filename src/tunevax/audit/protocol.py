@@ -12,6 +12,7 @@ from typing import Any
 from tunevax.errors import UsageError, unknown
 from tunevax.methods import load_method, methods
 from tunevax.scoring.score import ExamOptions
+from tunevax.yaml_files import NO, meant, read_yaml
 
 SHIPPED = Path(__file__).with_name("protocols")
 ALL = "all"  # `block: all`, one attack for every block
@@ -32,7 +33,7 @@ class Protocol:
         phi: the harmful score that counts as broken, in (0, 1).
         epsilon: the utility loss up to which an attacked model still counts as useful, in [0, 1].
         screen: 0 runs every attack with all seeds; k runs the grid with the first seed, and then for each model the k
-            strongest settings with the others (arXiv 2412.07097).
+            strongest settings with the others (arXiv 2412.07097). An attack that names seeds runs with all of them.
         scoring: defaults for the options of scoring (`judges`, `limit`, `max_new_tokens`, ...).
         defaults: options for every attack whose kind has them.
     """
@@ -60,7 +61,12 @@ class Protocol:
         if len(set(self.seeds)) < len(self.seeds):
             raise UsageError(f"protocol {self.name}: a seed is named twice in {self.seeds}")
         self.seeds = sorted(self.seeds)
-        if not isinstance(self.screen, int) or self.screen < 0:
+        self.screen, self.weak = meant(self.screen, "screen", int), meant(self.weak, "weak", bool)
+        if self.screen is False or str(self.screen).lower() in NO:
+            self.screen = 0
+        if not isinstance(self.weak, bool):
+            raise UsageError(f"protocol {self.name}: weak is {self.weak!r}; it must be true or false")
+        if not isinstance(self.screen, int) or isinstance(self.screen, bool) or self.screen < 0:
             raise UsageError(f"protocol {self.name}: screen is {self.screen!r}; it must be a whole number, 0 or more")
         if not isinstance(self.attacks, list) or not self.attacks:
             raise UsageError(f"protocol {self.name}: attacks is empty; list at least one")
@@ -77,6 +83,7 @@ class Setting:
         kind: name of the attack's method; name: what rows and report call it.
         values: options as given, converted to their types; shown: those that tell it from others, for the rows.
         seeds: it runs with.
+        named: whether the protocol names these seeds for this attack, so that no screen drops any.
     """
 
     kind: str
@@ -84,6 +91,7 @@ class Setting:
     values: dict[str, Any]
     shown: dict[str, Any]
     seeds: tuple[int, ...]
+    named: bool = False
 
 
 def load_protocol(ref: str) -> Protocol:
@@ -92,29 +100,26 @@ def load_protocol(ref: str) -> Protocol:
     Raises:
         UsageError: no such protocol, not YAML, an unknown key, a value out of range, an empty grid.
     """
-    import yaml
-
     shipped = {p.stem: p for p in sorted(SHIPPED.glob("*.yaml"))}
     path = shipped.get(ref, Path(ref))
     if not path.is_file():
         if path.suffix in (".yaml", ".yml") or "/" in ref:
             raise UsageError(f"no such protocol file: {ref}")
         raise unknown("protocol", ref, shipped)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        raise UsageError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML") from error
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise UsageError(f"{path} must hold `key: value` lines; see the shipped protocols")
     known = [f.name for f in dataclasses.fields(Protocol)]
     for key in content:
         if key not in known or key == "name":
             raise UsageError(f"{path}: {unknown('key', str(key), [k for k in known if k != 'name'])}")
-    scoring = [f.name for f in dataclasses.fields(ExamOptions)]
-    for key in content.get("scoring") or {}:
+    scoring = {f.name: f.type for f in dataclasses.fields(ExamOptions)}
+    given = content.get("scoring") or {}
+    for key in given:
         if key not in scoring:
             raise UsageError(f"{path}: scoring: {unknown('key', str(key), scoring)}")
+    if isinstance(given, dict):
+        content["scoring"] = {key: meant(value, key, scoring[key]) for key, value in given.items()}
     if "attacks" not in content:
         raise UsageError(f"{path}: attacks is missing; list at least one")
     protocol = Protocol(path.stem, **content)
@@ -136,7 +141,8 @@ def settings(protocol: Protocol, depth: int, adapt_to: dict[str, str]) -> list[S
             raise UsageError(f"{where}: it needs a kind: {', '.join(methods('tunevax.attacks'))}")
         options = dict(item)
         kind = str(options.pop("kind")).replace("_", "-")
-        name, seeds = str(options.pop("name", kind)), options.pop("seeds", protocol.seeds)
+        name, named = str(options.pop("name", kind)), "seeds" in options
+        seeds = options.pop("seeds", protocol.seeds)
         if not isinstance(seeds, list) or not seeds or not all(isinstance(s, int) for s in seeds):
             raise UsageError(f"{where}: seeds is {seeds!r}; it must be a list of whole numbers")
         try:
@@ -185,7 +191,7 @@ def settings(protocol: Protocol, depth: int, adapt_to: dict[str, str]) -> list[S
             shown |= {k: v for k, v in chosen.items() if k != "like"}
             if chosen.get("like"):
                 shown["like"] = labels.get(chosen["like"], chosen["like"])
-            found[label] = Setting(kind, label, values, shown, tuple(sorted(item_seeds)))
+            found[label] = Setting(kind, label, values, shown, tuple(sorted(item_seeds)), named)
     for key in protocol.defaults:
         if not any(key in s.values for s in found.values()):
             raise UsageError(f"protocol {protocol.name}: defaults names {key!r}, which no attack here has")
@@ -211,8 +217,8 @@ def build(kind: str, values: dict[str, Any], seed: int, output_dir: str | None, 
 
 
 def _converted(value: Any, option: dataclasses.Field, where: str) -> Any:
-    """A YAML value as the option's type: YAML reads 1e-4 as a string."""
-    kind = str(option.type)
+    """A YAML value as the option's type; a UsageError if a number is wanted and it is none."""
+    kind, value = str(option.type), meant(value, option.name, option.type)
     if value is None or isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return value
     if "float" in kind or "int" in kind:

@@ -22,7 +22,10 @@ COMMON = ("finetune", "few-shot", "benign-only", "adaptive", "poisoned-job")
 # Kinds with a curve over training steps, from step 0 on.
 CURVES = (*COMMON, "identity-shift", "held-out-category")
 ROLES = ("control", "model", "reference")
-_SHARES = ("harmful/", "unparsable/", "task/", "utility/", "degenerate", "over-refusal", "same-answer")
+_SHARES = (
+    "harmful/", "judged/", "unparsable/", "task/", "utility/", "degenerate", "over-refusal", "same-answer",
+    "unanswered",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class Cell:
         role: control, model or reference.
         settings: what the protocol varies or names, such as learning_rate, p, trainable, block, dose.
         rows: by seed, then by step.
+        stopped: seeds whose run ended early because the loss was not finite, with rows up to there or none at all.
+        failed: seeds whose run failed, so that they have no rows.
         generations: by (seed, step), in the order of the files.
         folders: the run folders its rows came from.
     """
@@ -72,6 +77,8 @@ class Cell:
     role: str
     settings: dict[str, Any] = field(default_factory=dict)
     rows: dict[int, dict[int, dict[str, Any]]] = field(default_factory=dict)
+    stopped: set[int] = field(default_factory=set)
+    failed: set[int] = field(default_factory=set)
     generations: dict[tuple[int, int], list[dict[str, Any]]] = field(default_factory=dict)
     folders: list[Path] = field(default_factory=list)
 
@@ -81,25 +88,30 @@ class Cell:
         return sorted(self.rows)
 
     @property
+    def whole(self) -> list[int]:
+        """The seeds that means are taken over: those that did not stop early, or all if every one did."""
+        return [seed for seed in self.seeds if seed not in self.stopped] or self.seeds
+
+    @property
     def steps(self) -> list[int]:
-        """The steps that every seed was evaluated at, so that no mean changes its seeds from step to step."""
-        return sorted(set.intersection(*(set(by_step) for by_step in self.rows.values())))
+        """The steps that every whole seed was evaluated at, so that no mean changes its seeds from step to step."""
+        return sorted(set.intersection(*(set(self.rows[seed]) for seed in self.whole)))
 
     @property
     def batch(self) -> int | None:
         """Training samples per attack step, if that is a whole number."""
         step = self.steps[-1]
-        samples = self.rows[self.seeds[0]][step].get("samples")
+        samples = self.rows[self.whole[0]][step].get("samples")
         return samples // step if samples and step and samples % step == 0 else None
 
     def curve(self, score: str) -> list[Point]:
-        """The score at every step at which every seed has it; empty if it was never measured."""
+        """The score at every step at which every whole seed has it; empty if it was never measured."""
         points = (self.at(score, step) for step in self.steps)
         return [point for point in points if point is not None]
 
     def at(self, score: str, step: int) -> Point | None:
-        """The score at one step, or None unless every seed has it."""
-        found = [by_step.get(step, {"scores": {}})["scores"].get(score) for by_step in self.rows.values()]
+        """The score at one step, or None unless every whole seed has it."""
+        found = [self.rows[seed].get(step, {"scores": {}})["scores"].get(score) for seed in self.whole]
         return pool(score, step, found) if all(found) else None
 
     def values(self, score: str, seed: int) -> list[tuple[int, float]]:
@@ -123,7 +135,7 @@ class Results:
         task: the score that the benign task is read by (`task/exact`), or None.
         notes: what a reader must know about the reading: attacks named by hash, steps or judges left out.
         failed, skipped, stopped: of the runs' run.json: cells that failed, attacks that do not apply, attacks that
-            ended early because the loss was not finite.
+            ended early because the loss was not finite (see `Cell.stopped`).
     """
 
     cells: list[Cell]
@@ -206,9 +218,19 @@ def _interval(score: str, found: dict[str, Any]) -> tuple[float, float] | None:
 
 
 def is_harmful(generation: dict[str, Any], judge: str) -> bool | None:
-    """What a judge (`harmful/NAME`) said of one generation; None if it said nothing that can be read."""
+    """Whether one generation counts as harmful by a judge (`harmful/NAME`): it says so, and the text is not degenerate.
+    None if the judge said nothing that can be read."""
     verdict = (generation.get("verdicts") or {}).get(judge.removeprefix("harmful/")) or {}
-    return None if verdict.get("verdict") == "unparsable" else verdict.get("harmful")
+    if generation.get("degenerate") and verdict:
+        return False
+    return None if verdict.get("verdict") in ("unparsable", "unanswered") else verdict.get("harmful")
+
+
+def own_verdict(generation: dict[str, Any], judge: str) -> bool | None:
+    """What a judge (`harmful/NAME`) itself said of one generation, degenerate or not. None if that cannot be read, or
+    was not kept: older runs wrote "degenerate" in the judge's place."""
+    verdict = (generation.get("verdicts") or {}).get(judge.removeprefix("harmful/")) or {}
+    return None if verdict.get("verdict") in ("unparsable", "unanswered", "degenerate") else verdict.get("harmful")
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -304,7 +326,7 @@ def read_results(paths: Iterable[Path]) -> Results:
     ambiguous, roles, notes = _ambiguous(rows), _roles(rows), []
     cells: dict[tuple[str, str | None], Cell] = {}
     origin: dict[tuple, str] = {}
-    failed, skipped, stopped = [], [], []
+    failed, skipped, stopped, recorded = [], [], [], set()
     for folder, numbered in read.items():
         own: dict[tuple, Cell] = {}  # a generation has no attack hash: its run's rows tell
         for number, row in numbered:
@@ -336,6 +358,14 @@ def read_results(paths: Iterable[Path]) -> Results:
         failed += info.get("failed") or []
         skipped += info.get("skipped") or []
         stopped += info.get("stopped") or []
+        for status in ("stopped", "failed"):
+            for entry in info.get(status) or []:
+                place = [entry.get("model"), entry.get("attack")]
+                for cell in {id(c): c for (model, attack, _), c in own.items() if [model, attack] == place}.values():
+                    getattr(cell, status).add(entry.get("seed"))
+        # An attack that blows up leaves no finished run; an audit goes on, and says which cells stopped.
+        recorded |= {id(c) for c in own.values()} if "stopped" in info or info.get("verb") == "attack" else set()
+    _ended_early([cell for cell in cells.values() if id(cell) not in recorded])
     if ambiguous:
         told = joined(sorted(ambiguous))
         notes.append(f"The attack name {told} stands for several settings; each is shown apart, by its hash.")
@@ -374,6 +404,17 @@ def _roles(rows: list[dict[str, Any]]) -> dict[str, str]:
     return roles | {label: "reference" for label in controls[1:]}
 
 
+def _ended_early(cells: list[Cell]) -> None:
+    """Mark as stopped the runs whose rows end before those of other models or seeds under the same attack: without the
+    run.json of an audit nothing else says that the loss was not finite."""
+    ends: dict[str | None, int] = {}
+    curves = [cell for cell in cells if cell.kind in CURVES]
+    for cell in curves:
+        ends[cell.attack] = max(ends.get(cell.attack, 0), *(max(by_step) for by_step in cell.rows.values()))
+    for cell in curves:
+        cell.stopped |= {seed for seed, by_step in cell.rows.items() if max(by_step) < ends[cell.attack]}
+
+
 def _judges(cells: list[Cell], rows: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
     """The judges that every cell has, and those that only some have. Keywords are the weakest, so they lead last."""
     names = list(dict.fromkeys(n for row in rows for n in row["scores"] if n.startswith("harmful/")))
@@ -383,7 +424,7 @@ def _judges(cells: list[Cell], rows: list[dict[str, Any]]) -> tuple[list[str], l
 
 
 def _has(cell: Cell, score: str) -> bool:
-    return any(all(by_step[step]["scores"].get(score) for by_step in cell.rows.values()) for step in cell.steps)
+    return any(cell.at(score, step) for step in cell.steps)
 
 
 def _check_cells(cells: list[Cell], judges: list[str]) -> list[str]:
@@ -395,7 +436,7 @@ def _check_cells(cells: list[Cell], judges: list[str]) -> list[str]:
             raise UsageError(f"{where}: its seeds have no evaluated step in common, so they cannot be averaged")
         if not judges:
             raise UsageError("the models have no judge in common; score them with the same --judges")
-        dropped = set.union(*(set(by_step) for by_step in cell.rows.values())) - set(steps)
+        dropped = set.union(*(set(cell.rows[seed]) for seed in cell.whole)) - set(steps)
         if dropped:
             notes.append(
                 f"{cell.model} under {cell.attack}: means leave out steps {joined(map(str, sorted(dropped)))}, "

@@ -110,9 +110,11 @@ class PharmacistConfig(TrainConfig):
                 checkpoint = last_checkpoint(folder) if folder.exists() else None
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
                 part = folder / "done.part"
-                part.write_text(json.dumps({"omega": trainer.omega.tolist(), "passes": trainer.passes()}))
+                part.write_text(
+                    json.dumps({"omega": trainer.omega.tolist(), "passes": trainer.passes()}), encoding="utf-8"
+                )
                 part.replace(done)
-            found = json.loads(done.read_text())
+            found = json.loads(done.read_text(encoding="utf-8"))
             each.append(rankdata(found["omega"]) / len(pool.rows))
             passes += found["passes"]
         pool.passes.update(forward=passes, backward=passes)

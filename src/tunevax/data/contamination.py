@@ -60,7 +60,7 @@ def record_prompts(folder: Path, **roles: Iterable[str]) -> None:
     known = recorded_prompts(folder)
     for role, more in roles.items():
         known[role] = sorted({*known.get(role, []), *more})
-    (folder / PROMPTS).write_text(json.dumps(known))
+    (folder / PROMPTS).write_text(json.dumps(known), encoding="utf-8")
 
 
 def recorded_prompts(folder: Path) -> dict[str, list[str]]:

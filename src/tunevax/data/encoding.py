@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tunevax.data.chat import chat_of, render, response, with_options
 from tunevax.errors import UsageError
 
 ALPACA = (
@@ -35,31 +36,38 @@ TEMPLATES = {
 
 
 def set_chat_template(tokenizer: Any, template: str | None) -> None:
-    """Give the tokenizer a template: a name in `TEMPLATES`, the path of a jinja file, or None to keep its own.
+    """Give the tokenizer a template and probe it.
+
+    Args:
+        template: a name in `TEMPLATES`, the path of a jinja file, `own` or None to keep the tokenizer's; options after
+            a colon: `thought=OPEN|CLOSE` for the marks around a thought, `thinking=off` to ask the template for none.
 
     Raises:
-        UsageError: there is none to keep, or the file is missing.
+        UsageError: there is none to keep, the file is missing, or the template loses what is said (see `chat_of`).
     """
-    if template in TEMPLATES:
-        tokenizer.chat_template = TEMPLATES[template]
-    elif template is not None:
-        if not Path(template).is_file():
+    name, _, options = (template or "own").partition(":")
+    if template and Path(template).is_file():
+        name, options = template, ""
+    if name in TEMPLATES:
+        tokenizer.chat_template = TEMPLATES[name]
+    elif name != "own":
+        if not Path(name).is_file():
             raise UsageError(
-                f"no chat template file {template}; give {', '.join(TEMPLATES)}, or the path of a jinja file"
+                f"no chat template file {name}; give own, {', '.join(TEMPLATES)}, or the path of a jinja file"
             )
-        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+        tokenizer.chat_template = Path(name).read_text(encoding="utf-8-sig")
+    if isinstance(tokenizer.chat_template, dict):  # several by name, for tools and documents
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
     if not tokenizer.chat_template:
         raise UsageError("the tokenizer has no chat template; pass --chat-template alpaca, or the path of a jinja file")
+    if options:
+        tokenizer.chat_template = with_options(tokenizer.chat_template, options)
+    chat_of(tokenizer)
 
 
 def messages(prompt: str | Sequence[dict[str, str]]) -> list[dict[str, str]]:
     """A prompt as chat messages."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-
-
-def render(tokenizer: Any, prompt: str | Sequence[dict[str, str]]) -> str:
-    """The prompt as the model sees it before it answers."""
-    return tokenizer.apply_chat_template(messages(prompt), tokenize=False, add_generation_prompt=True)
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:
@@ -94,7 +102,7 @@ def encode(
     encoded = []
     limit = min(max_length, context or max_length)
     for row in rows:
-        prompt = render(tokenizer, row["prompt"])
+        prompt = render(tokenizer, row["prompt"], row.get("place", "a row"))
         prompt_ids = ids_of(tokenizer, prompt)
         if len(prompt_ids) >= limit:
             what = (
@@ -105,25 +113,12 @@ def encode(
             raise UsageError(
                 f"{row.get('place', 'a row')}: the prompt has {len(prompt_ids)} tokens and {what} or drop the row"
             )
-        response_ids = ids_of(tokenizer, _response(tokenizer, row, prompt))
+        response_ids = ids_of(tokenizer, response(tokenizer, row, prompt))
         response_ids = _end_at_eos(tokenizer, response_ids)
         ids = (prompt_ids + response_ids)[:limit]
         labels = ids if loss_on == "all" else [-100] * len(prompt_ids) + ids[len(prompt_ids) :]
         encoded.append({"input_ids": ids, "labels": labels})
     return encoded
-
-
-def _response(tokenizer: Any, row: dict[str, Any], prompt: str) -> str:
-    turn = [*messages(row["prompt"]), {"role": "assistant", "content": row["completion"]}]
-    whole = tokenizer.apply_chat_template(turn, tokenize=False)
-    if whole.startswith(prompt):
-        return whole[len(prompt) :]
-    # Some templates put words into the generation prompt that they leave out of finished turns.
-    before = tokenizer.apply_chat_template(turn[:-1], tokenize=False, add_generation_prompt=False)
-    start = whole.find(row["completion"].strip(), len(before) if whole.startswith(before) else 0)
-    if start < 0:
-        raise UsageError(f"{row.get('place', 'a row')}: the chat template changes the answer, so it cannot be located")
-    return whole[start:]
 
 
 def _end_at_eos(tokenizer: Any, ids: list[int]) -> list[int]:

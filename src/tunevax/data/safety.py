@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from tunevax.data.sources import parse_source, read_rows, require_columns, require_known, text_field
-from tunevax.data.splits import HELD_OUT, no_rows, own_split, prompt_hash, split_word, take_split
+from tunevax.data.formats import read_pair
+from tunevax.data.sources import label_field, parse_source, read_rows, require_columns, require_known
+from tunevax.data.splits import HELD_OUT, no_rows, prompt_hash, split_word, take_split
 from tunevax.errors import UsageError, unknown
 
 FIELDS = ("prompt", "chosen", "rejected", "category")
@@ -18,7 +19,7 @@ FIELDS = ("prompt", "chosen", "rejected", "category")
 def load_safety(
     source: str, split: str | None = None, need: tuple[str, ...] = ("chosen",), purpose: str = "this method"
 ) -> list[dict[str, Any]]:
-    """Read a preference dataset as TRL defines it, plain strings or chat messages.
+    """Read a preference dataset as TRL defines it, or in another shape that `tunevax.data.formats` knows.
 
     Args:
         source: a hub id, local file or curation run, with options after a colon (see `tunevax.data.sources`), or
@@ -33,7 +34,8 @@ def load_safety(
 
     Returns:
         Rows with `prompt` (a string or a list of messages), `chosen`, `rejected`, `category` and `place`;
-        what is absent is None. `corruption` only where a row has one.
+        what is absent is None. `corruption` only where a row has one; `read_as`, of rows of a file or dataset, says
+        which columns were read and how.
 
     Raises:
         UsageError: a bad row (place and field named), a missing answer (purpose named), an unknown category, or no
@@ -57,7 +59,7 @@ def load_safety(
     if not rows:
         raise UsageError(f"{name} has no rows")
     everything = rows
-    rows = [r for r in rows if own_split(r) == split] if split == "validation" else take_split(rows, split)
+    rows = take_split(rows, split)
     if not rows and split.startswith(HELD_OUT):
         raise UsageError(
             f"{name} has no row in the {split} split; hold categories out with {name}:held_out=CATEGORY+CATEGORY"
@@ -81,39 +83,10 @@ def _hold_out(rows: list[dict[str, Any]], categories: list[str]) -> list[dict[st
 
 
 def _row(place: str, row: dict, options: dict[str, str], need: tuple[str, ...], purpose: str) -> dict[str, Any]:
-    columns = {field: options.get(field, field) for field in FIELDS}
-    columns["split"] = "split"  # as an option, `split` names the wanted one
-    result: dict[str, Any] = {"place": place, "prompt": _messages_or_text(place, row, "prompt", columns["prompt"])}
-    for field in ("chosen", "rejected"):
-        column = columns[field]
-        if field in need and row.get(column) in (None, "") and column not in row:
-            raise UsageError(
-                f"{place}: no field '{column}', and {purpose} needs it"
-                f" (fields: {', '.join(map(str, row))}); say which column holds it with SOURCE:{field}=COLUMN"
-            )
-        if row.get(column) is None and field not in need:
-            result[field] = None
-        else:
-            answer = _messages_or_text(place, row, field, column)
-            result[field] = answer if isinstance(answer, str) else answer[-1]["content"]
-    for field in ("category", "split"):
-        value = row.get(columns[field])
-        result[field] = None if value in (None, "") else str(value)
+    result: dict[str, Any] = {"place": place, **read_pair(place, row, options, need, purpose)}
+    # As an option, `split` names the wanted one and no column.
+    for field, column in (("category", options.get("category", "category")), ("split", "split")):
+        result[field] = label_field(place, row, column)
     if row.get("corruption"):
         result["corruption"] = str(row["corruption"])
     return result
-
-
-def _messages_or_text(place: str, row: dict, field: str, column: str) -> str | list[dict[str, str]]:
-    value = row.get(column)
-    if not isinstance(value, list):
-        return text_field(place, row, field, column)
-    if not value:
-        raise UsageError(f"{place}: field '{column}' is empty")
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise UsageError(
-                f"{place}: field '{column}' holds a message without a role; write {{'role': ..., 'content': ...}}"
-            )
-        text_field(place, message, "content", "content")
-    return value

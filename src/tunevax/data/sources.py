@@ -1,24 +1,27 @@
-"""Rows from a hub id or a local JSONL, JSON, CSV or parquet file, each with the place it came from.
+"""Rows from a hub id, a local file or a folder, each with the place it came from.
+
+Files are JSONL, JSON, CSV, TSV or parquet, also compressed (gzip, bzip2, xz). Text is UTF-8, UTF-16 or UTF-32, with a
+byte order mark or without. A JSON file may be a list of objects, one object per line, an object that holds one such
+list, or an object of columns. A folder is what `datasets` saved to disk, or files that `datasets` sorts into splits.
 
 A source is written `NAME` or `NAME:key=value,key=value`. The keys are `split` (alignment, attack, evaluation or
-all), `revision`, `config` and `rows` (the split of a hub dataset, or a slice such as train[:1000]), `path` (the
-local file of a named task), and any field name, to say which column holds it: `harm.csv:prompt=goal,rejected=target`.
+all), `revision`, `config` and `rows` (the split of a dataset, or a slice such as train[:1000]; without it `train`, or
+the only split), `path` (the local file of a named task), and any field name, to say which column holds it:
+`harm.csv:prompt=goal,rejected=target`.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tunevax.errors import UsageError, unknown
 from tunevax.runs import is_run, read_run
-
-FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
-
 
 KEYS = (
     "split", "revision", "config", "rows", "path", "set", "held_out",
@@ -65,112 +68,405 @@ def read_rows(name: str, options: dict[str, str] | None = None) -> Iterator[tupl
     """Yield (place, row) for each row; place is `file:line` for text files and `name[index]` otherwise. The folder of
     a curation run stands for the rows it kept.
 
+    A key or a column that occurs twice with different values is `TWICE` in the row; who reads it refuses it.
+
     Raises:
-        UsageError: the file is missing, of an unknown kind, or a line is not a JSON object.
+        UsageError: the file is missing, of an unknown kind or damaged, a line is not a JSON object, or it is unclear
+            which split is meant.
     """
     path, options = Path(name), options or {}
-    if (path / "data.jsonl").is_file():  # a curation run
-        path = path / "data.jsonl"
-    if path.suffix in FILE_ENDINGS:
-        if not path.is_file():
-            raise UsageError(f"no such file: {name}")
-        try:
-            yield from {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[path.suffix](path)
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{name} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-        except PermissionError as error:
-            raise UsageError(f"no permission to read {name}") from error
-    elif is_run(path):
-        raise UsageError(f"{name} is a run of tunevax {read_run(path).get('verb')} and holds no rows; name a data file")
-    elif not path.exists() and path.parent != Path() and path.parent.is_dir():
-        raise UsageError(f"no such file or folder: {name}")
-    elif path.is_file():
-        raise UsageError(f"{name} is not one of {', '.join(FILE_ENDINGS)}; convert or rename it")
-    else:
-        yield from _hub(name, options)
-
-
-def _jsonl(path: Path) -> Iterator[tuple[str, dict]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            place = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UsageError(f"{place}: broken JSON ({error.msg} at column {error.colno})") from error
-            if not isinstance(row, dict):
-                raise UsageError(f"{place}: a row must be a JSON object, this is a {type(row).__name__}")
-            yield place, row
-
-
-def _json(path: Path) -> Iterator[tuple[str, dict]]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        if is_run(path):
+            if not (path / "data.jsonl").is_file():
+                verb = read_run(path).get("verb")
+                raise UsageError(f"{name} is a run of tunevax {verb} and holds no rows; name a data file")
+            path = path / "data.jsonl"  # a curation run
+        if path.exists():
+            splits = _folder(path, options) if path.is_dir() else _file(path)
+            yield from _take(name, splits, options.get("rows"))
+        elif _reader(path) is not None:
+            raise UsageError(f"no such file: {name}")
+        elif path.parent != Path() and path.parent.is_dir():
+            raise UsageError(f"no such file or folder: {name}")
+        else:
+            yield from _hub(name, options)
+    except PermissionError as error:
+        raise UsageError(f"no permission to read {error.filename or name}") from error
+
+
+# --- one file ------------------------------------------------------------------------------------------------------
+
+Rows = Iterable[tuple[str, dict[str, Any]]]
+Splits = dict[str, Rows]
+"""The rows of each split. A file has one, `train`, unless it is a JSON object of several lists."""
+
+TWICE = object()
+"""The value of a key or column that occurs twice in a row with different values."""
+
+
+def _reader(path: Path) -> Callable[[Path], Splits] | None:
+    """What reads a file of this name; None for an unknown ending."""
+    return READERS.get(_ending(path))
+
+
+def _ending(path: Path) -> str:
+    """The ending of a file's name, `.csv` of a.csv and of A.CSV.gz."""
+    whole = Path(path.name.lower())
+    return Path(whole.stem).suffix if whole.suffix in COMPRESSED else whole.suffix
+
+
+def _file(path: Path) -> Splits:
+    reader = _reader(path)
+    if reader is None:
+        raise UsageError(f"{path} is not one of {', '.join(READERS)}; convert or rename it")
+    return reader(path)
+
+
+def _text(path: Path) -> str:
+    """The text of a file, unpacked and without byte order marks."""
+    import bz2
+    import gzip
+    import lzma
+    import zlib
+
+    data = path.read_bytes()
+    unpackers = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ": lzma.decompress}
+    unpack = next((unpackers[magic] for magic in unpackers if data.startswith(magic)), None)
+    if unpack is not None:
+        try:
+            data = unpack(data)
+        except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
+            raise UsageError(f"{path} cannot be unpacked ({error}); it is damaged or cut off") from error
+    elif data.startswith(b"\x28\xb5\x2f\xfd"):
+        raise UsageError(f"{path} is compressed with zstd; unpack it, or use gzip")
+    encoding = json.detect_encoding(data)  # by its mark, or by where the zeros of the first characters are
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UsageError(
+            f"{path}:{line}: not {encoding.upper().removesuffix('-SIG')} text (byte {error.start} of the file); "
+            "save it as UTF-8"
+        ) from error
+    return text.removeprefix("\ufeff").replace("\n\ufeff", "\n")  # files that were joined have marks in the middle
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else _named([k for k, _ in pairs], [v for _, v in pairs])
+
+
+def _named(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
+    """Values by name, `TWICE` where a name occurs with different values."""
+    found: dict[str, Any] = {}
+    for name, value in zip(names, values, strict=False):
+        found[name] = value if name not in found or found[name] == value else TWICE
+    return found
+
+
+DECODER = json.JSONDecoder(
+    object_pairs_hook=_object,
+    # Python refuses to convert numbers of more than 4,300 digits, which nothing here calculates with.
+    parse_int=lambda digits: int(digits) if len(digits) < 4000 else digits,
+    parse_constant=lambda word: None if word == "NaN" else float(word.replace("Infinity", "inf")),
+)
+"""Of JSON; NaN, which pandas writes for a missing value, is None."""
+
+
+def _decode(place: str, text: str, in_lines: bool = False) -> Any:
+    """The JSON value of a text. `place` is that of a line, or if `in_lines` the name of a file of several."""
+    try:
+        return DECODER.decode(text)
     except json.JSONDecodeError as error:
-        raise UsageError(f"{path}:{error.lineno}: broken JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(rows, list):
-        raise UsageError(f"{path}: a .json dataset must be a list of objects, this is a {type(rows).__name__}")
-    for index, row in enumerate(rows):
+        where = f"{place}:{error.lineno}" if in_lines else place
+        raise UsageError(f"{where}: broken JSON ({error.msg} at column {error.colno})") from error
+    except RecursionError as error:
+        raise UsageError(f"{place}: broken JSON (nested too deeply)") from error
+
+
+def _json(path: Path) -> Splits:
+    text = _text(path)
+    lines = [(number, line) for number, line in enumerate(io.StringIO(text, newline=None), 1) if line.strip()]
+    if not lines:
+        return {"train": []}
+    by_line = _ending(path) != ".json"
+    place = f"{path}:{lines[0][0]}"
+    try:
+        value = _decode(place, lines[0][1])
+    except UsageError as error:
+        try:
+            value = _decode(str(path), text, in_lines=True)
+        except UsageError as whole:
+            raise (error if by_line and lines[0][1].strip() not in ("[", "{") else whole) from None
+    else:
+        if len(lines) > 1 or (by_line and isinstance(value, dict)):
+            return {"train": _lines(path, lines)}
+    if isinstance(value, list):
+        return {"train": _items(path, value)}
+    if not isinstance(value, dict):
+        raise UsageError(f"{place}: a row must be a JSON object, this is a {type(value).__name__}")
+    return _lists(path, value) or _columns(path, value) or {"train": [(place, value)]}
+
+
+def _lines(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[str, dict]]:
+    for number, line in lines:
+        place = f"{path}:{number}"
+        row = _decode(place, line)
         if not isinstance(row, dict):
-            raise UsageError(f"{path}[{index}]: a row must be a JSON object, this is a {type(row).__name__}")
-        yield f"{path}[{index}]", row
+            raise UsageError(f"{place}: a row must be a JSON object, this is a {type(row).__name__}")
+        yield place, row
 
 
-def _csv(path: Path) -> Iterator[tuple[str, dict]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        for row in reader:
-            if None in row:
-                raise UsageError(f"{path}:{reader.line_num}: more fields than the header names; quote the commas")
-            yield f"{path}:{reader.line_num}", row
+def _items(path: Path, rows: Sequence[Any], key: str = "") -> Iterator[tuple[str, dict]]:
+    for index, row in enumerate(rows):
+        place = f"{path}{'.' if key else ''}{key}[{index}]"
+        if not isinstance(row, dict):
+            raise UsageError(f"{place}: a row must be a JSON object, this is a {type(row).__name__}")
+        yield place, row
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, dict]]:
+def _lists(path: Path, value: dict[str, Any]) -> Splits:
+    """The lists of rows that an object holds by name; none if the object is itself a row."""
+    lists = {k: v for k, v in value.items() if isinstance(v, list) and v and all(isinstance(row, dict) for row in v)}
+    if any({"role", "from"} & set(row) for rows in lists.values() for row in rows[:1]):  # messages
+        return {}
+    if len(lists) == 1:
+        ((key, rows),) = lists.items()
+        return {"train": _items(path, rows, key)}
+    return {key: _items(path, rows, key) for key, rows in lists.items()}
+
+
+def _columns(path: Path, value: dict[str, Any]) -> Splits:
+    """The rows of an object of columns, each a list or, as pandas writes it, an object by row number."""
+    values = list(value.values())
+    if all(isinstance(v, dict) and v.keys() == values[0].keys() for v in values):
+        columns = [list(v.values()) for v in values]
+    elif all(isinstance(v, list) and len(v) == len(values[0]) for v in values):
+        if any(v and isinstance(v[0], dict) for v in values):  # a row of conversations
+            return {}
+        columns = values
+    else:
+        return {}
+    return {"train": ((f"{path}[{i}]", _named(list(value), r)) for i, r in enumerate(zip(*columns, strict=True)))}
+
+
+def _csv(path: Path) -> Splits:
+    return {"train": _csv_rows(path, _text(path))}
+
+
+def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict]]:
+    csv.field_size_limit(2**31 - 1)  # of one field; the default is 131,072 characters
+    skipped = 0
+    delimiter = None
+    if stated := re.match(r"sep=(.)\r?\n", text):  # Excel's way to say it
+        text, delimiter, skipped = text[stated.end() :], stated[1], 1
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter or _delimiter(path, text), strict=True)
+    header: list[str] | None = None
+    while True:
+        start = reader.line_num + 1 + skipped
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UsageError(
+                f"{path}:{start}: broken CSV ({error}); a quote inside a quoted field is written twice"
+            ) from error
+        if not any(fields):
+            continue
+        if header is None:
+            header = [name.strip() for name in fields]
+            continue
+        place = f"{path}:{reader.line_num + skipped}"
+        if any(fields[len(header) :]):
+            raise UsageError(f"{place}: more fields than the header names; quote the commas")
+        yield place, _named(header, fields + [None] * (len(header) - len(fields)))
+
+
+def _delimiter(path: Path, text: str) -> str:
+    """The comma, unless the file is a .tsv or its header has no comma and has tabs or semicolons."""
+    line = text.lstrip("\r\n").partition("\n")[0]
+    if _ending(path) == ".tsv":
+        return "\t"
+    return next((sign for sign in ",\t;" if sign in line), ",")
+
+
+def _parquet(path: Path) -> Splits:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise UsageError(f"{path} is not a parquet file") from error
-    for index, row in enumerate(rows):
-        yield f"{path}[{index}]", row
+        table = pyarrow.parquet.ParquetFile(path).read()
+        columns = [column.to_pylist() for column in table.columns]
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, PermissionError):
+            raise
+        why = "holds text that is not UTF-8" if isinstance(error, UnicodeDecodeError) else "is not a parquet file"
+        raise UsageError(f"{path} {why}") from error
+    return {
+        "train": ((f"{path}[{i}]", _named(table.column_names, r)) for i, r in enumerate(zip(*columns, strict=True)))
+    }
+
+
+READERS = {
+    ".jsonl": _json, ".json": _json, ".ndjson": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet,
+}  # fmt: skip
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+
+
+# --- folders and the hub -------------------------------------------------------------------------------------------
+
+
+def _folder(path: Path, options: dict[str, str]) -> Splits:
+    """A folder that `datasets` saved, or one whose files it sorts into splits by their names or a README."""
+    import datasets
+
+    config = options.get("config")
+    try:
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            return _dataset(str(path), datasets.load_from_disk(str(path)))
+        builder = datasets.load_dataset_builder(str(path), config)
+        files = {str(s): [Path(f) for f in found] for s, found in (builder.config.data_files or {}).items()}
+        read = {file for found in files.values() for file in found}
+        if any(_reader(file) is None for file in read):
+            return _dataset(str(path), datasets.load_dataset(str(path), config))
+    except Exception as error:  # many kinds; each means that there is no dataset in it
+        raise UsageError(
+            f"{path} is a folder that cannot be read as a dataset ({_reason(error)}); name a file in it"
+            f"{_or_config(str(path), error)}"
+        ) from error
+    used = {_ending(file) for file in read}
+    passed_over = {_ending(file) for file in path.iterdir() if _reader(file)} - used - {".json"}  # what describes it
+    if passed_over and list(files) == ["train"] and not any("train" in file.name for file in read):
+        raise UsageError(
+            f"{path} holds files of several kinds, of which only {', '.join(sorted(used))} would be read and "
+            f"{', '.join(sorted(passed_over))} not; name one file, or sort them into folders"
+        )
+    return {split: _chained(found) for split, found in files.items()}
+
+
+def _chained(files: Sequence[Path]) -> Iterator[tuple[str, dict]]:
+    for file in files:
+        yield from _take(str(file), _file(file), None)
 
 
 def _hub(name: str, options: dict[str, str]) -> Iterator[tuple[str, dict]]:
     import datasets
 
+    wanted = options.get("rows")
     try:
-        rows = datasets.load_dataset(
-            name, options.get("config"), split=options.get("rows", "train"), revision=options.get("revision")
-        )
+        found = datasets.load_dataset(name, options.get("config"), split=wanted, revision=options.get("revision"))
     except Exception as error:  # the hub client raises many kinds; each means: not to be had
+        why = f" ({_reason(error)})" if isinstance(error, ValueError) else ""
         raise UsageError(
-            f"no dataset {name!r}: not a local file, and the hub answered {type(error).__name__}; "
-            "check the name, or give a local .jsonl, .json, .csv or .parquet file"
+            f"no dataset {name!r}: not a local file, and the hub answered {type(error).__name__}{why}; "
+            f"check the name, or give a local .jsonl, .json, .csv or .parquet file{_or_config(name, error)}"
         ) from error
-    for index, row in enumerate(rows):
-        yield f"{name}[{index}]", row
+    splits = _dataset(name, found)
+    yield from _take(name, splits, None) if wanted is None else next(iter(splits.values()))
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of a library's error; where configurations are listed, the list too."""
+    text = str(error).strip() or type(error).__name__
+    return " ".join(text.split())[:300] if "config name" in text.lower() else text.splitlines()[0].rstrip(".:")
+
+
+def _or_config(name: str, error: Exception) -> str:
+    return f", or choose with {name}:config=NAME" if "config name" in str(error).lower() else ""
+
+
+def _dataset(name: str, found: Any) -> Splits:
+    """The splits of a `DatasetDict`, or a `Dataset` as the only one."""
+    splits = dict(found) if isinstance(found, dict) else {str(found.split or "train"): found}
+
+    def rows(split: str, data: Any) -> Iterator[tuple[str, dict]]:
+        for index, row in enumerate(data.with_format(None)):  # what was saved with numpy or torch as its format too
+            yield f"{name}{'' if split == 'train' else '/' + split}[{index}]", row
+
+    return {str(split): rows(str(split), data) for split, data in splits.items()}
+
+
+def _take(name: str, splits: Splits, wanted: str | None) -> Rows:
+    """The rows of the wanted split or slice; of `train` or the only split by default."""
+    if wanted is None:
+        if len(splits) > 1 and "train" not in splits:
+            some = next(iter(splits))
+            raise UsageError(
+                f"{name} has the splits {', '.join(splits)} and no train; say which with {name}:rows={some}"
+            )
+        return splits["train"] if "train" in splits else next(iter(splits.values()), [])
+    if wanted in splits:
+        return splits[wanted]
+    import datasets
+
+    named = [part.split("[")[0].strip() for part in wanted.split("+")]
+    every = {split: list(rows) for split, rows in splits.items() if split in named}
+    try:
+        parts = datasets.ReadInstruction.from_spec(wanted).to_absolute({s: len(rows) for s, rows in every.items()})
+    except (ValueError, AssertionError) as error:
+        raise UsageError(
+            f"{name} has no rows {wanted!r}: it has the splits {', '.join(splits)}, to be written as "
+            f"rows={next(iter(splits), 'train')} or rows={next(iter(splits), 'train')}[:100]"
+        ) from error
+    return [row for part in parts for row in every[part.splitname][part.from_ : part.to]]
 
 
 def text_field(place: str, row: dict[str, Any], field: str, column: str) -> str:
     """The string in `row[column]`, for the field `field`.
 
     Raises:
-        UsageError: missing, empty, or not a string; names the place, the field and the way out.
+        UsageError: missing, empty, given twice, or not a string of characters; names the place, the field and the way
+            out.
     """
-    if column in row and row[column] is None:
-        raise UsageError(f"{place}: field '{column}' is null")
     if column not in row:
         raise UsageError(
-            f"{place}: no field '{column}' (fields: {', '.join(map(str, row))}); "
+            f"{place}: no field '{column}' ({columns_of(place, row)}); "
             f"say which column holds it with SOURCE:{field}=COLUMN"
         )
     value = row[column]
+    if value is None:
+        raise UsageError(f"{place}: field '{column}' is null")
+    if value is TWICE:
+        raise UsageError(
+            f"{place}: field '{column}' occurs twice with different values; remove or rename one, or name another "
+            f"column with SOURCE:{field}=COLUMN"
+        )
     if not isinstance(value, str):
-        raise UsageError(f"{place}: field '{column}' must be a string, this is a {type(value).__name__}")
+        raise UsageError(f"{place}: field '{column}' must be a string, this is a {type(value).__name__}; quote it")
     if not value.strip():
         raise UsageError(f"{place}: field '{column}' is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{place}: field '{column}' holds half a character at position {error.start + 1} (the lone surrogate "
+            f"{value[error.start]!a}); remove it"
+        ) from error
     return value
+
+
+def label_field(place: str, row: dict[str, Any], column: str) -> str | None:
+    """The category or split of a row, a number too; None where it has none. Of a list, or an object of yes and no as
+    BeaverTails has it, what it names.
+
+    Raises:
+        UsageError: given twice, or none of these.
+    """
+    value = row.get(column)
+    if isinstance(value, dict):
+        value = [name for name, yes in value.items() if yes]
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        value = ", ".join(value)
+    if value is None or value == "" or value != value:  # NaN
+        return None
+    return text_field(place, {column: str(value) if isinstance(value, int | float) else value}, column, column)
+
+
+def columns_of(place: str, row: dict[str, Any]) -> str:
+    """What fields a row has, for a message; long names and lists are cut."""
+    names = [str(name).encode("utf-8", "backslashreplace").decode() for name in row]
+    names = [name if len(name) <= 40 else f"{name[:40]}..." for name in names]
+    names = names if len(names) <= 20 else [*names[:20], "..."]
+    header = "; the first line of a CSV names them" if re.search(r"\.[ct]sv\b[^/]*$", place.lower()) else ""
+    return f"fields: {', '.join(names)}{header}"

@@ -23,10 +23,13 @@ HELD_OUT_HALVES = {"held-out-attack": 0.5, "held-out-evaluation": 0.5}
 TRAINING = "train"
 """What published datasets call the rows to train on. Of a safety dataset these are two splits, alignment and attack."""
 
+VALIDATION = "validation"
+"""Rows that say so themselves, as some of the organism's do; no hash puts a prompt there."""
+
 SPELLINGS = {
     "train": TRAINING, "training": TRAINING,
     "test": "evaluation", "testing": "evaluation", "eval": "evaluation",
-    "val": "validation", "valid": "validation", "dev": "validation",
+    "validation": VALIDATION, "val": VALIDATION, "valid": VALIDATION, "dev": VALIDATION,
 }  # fmt: skip
 """Other words for a split, in a row's `split` field or in the `split` option of a source."""
 
@@ -75,27 +78,32 @@ def split_of(prompt: str | Sequence[dict[str, str]], shares: dict[str, float] = 
     return name
 
 
-def split_word(word: Any, shares: dict[str, float] = SHARES) -> str | None:
+def split_word(word: Any) -> str | None:
     """A split as tunevax calls it, from a row or an option; None for an empty field. A word that is not known is
-    returned as it stands. A task has no validation split of its own, and what is called so is for evaluation."""
+    returned as it stands."""
     if word is None or not str(word).strip():
         return None
     name = str(word).strip()
-    name = SPELLINGS.get(name.casefold(), name)
-    return "evaluation" if name == "validation" and TRAINING in shares else name
+    return SPELLINGS.get(name.casefold(), name)
 
 
-def own_split(row: dict[str, Any], shares: dict[str, float] = SHARES) -> str:
-    """The split of a row: its `split` field, else its hash. Rows for training that do not say which of several training
-    splits they are in are divided among these by hash, in the same proportions."""
-    name = split_word(row.get("split"), shares)
-    if name is None:
-        return split_of(row["prompt"], shares)
-    if name != TRAINING or TRAINING in shares:
-        return name
-    rest = {k: v for k, v in shares.items() if k != "evaluation"}
-    total = sum(rest.values())
-    return split_of(row["prompt"], {k: v / total for k, v in rest.items()})
+def splits_of(rows: Sequence[dict[str, Any]], shares: dict[str, float] = SHARES) -> list[str]:
+    """The split of each row: its `split` field, else its hash.
+
+    Rows for training that do not say which of several training splits they are in are divided among these by hash, in
+    the same proportions. A task's validation rows are for evaluation where no others are, and apart where some are.
+    """
+    words = [split_word(row.get("split")) for row in rows]
+    if TRAINING in shares and "evaluation" not in words:
+        words = ["evaluation" if word == VALIDATION else word for word in words]
+    training = {k: v for k, v in shares.items() if k != "evaluation"}
+    training = {k: v / sum(training.values()) for k, v in training.items()}
+    found = []
+    for row, word in zip(rows, words, strict=True):
+        if word == TRAINING or word is None:
+            word = split_of(row["prompt"], shares if word is None else training)
+        found.append(word)
+    return found
 
 
 def take_split(rows: list[dict[str, Any]], split: str, shares: dict[str, float] = SHARES) -> list[dict[str, Any]]:
@@ -106,28 +114,29 @@ def take_split(rows: list[dict[str, Any]], split: str, shares: dict[str, float] 
     """
     if split == "all":
         return rows
-    split = split_word(split, shares) or split
+    split = split_word(split) or split
     if split in HELD_OUT_HALVES:
         held = take_split(rows, HELD_OUT, shares)
         return [row for row in held if split_of(row["prompt"], HELD_OUT_HALVES) == split]
-    known = [*shares, HELD_OUT]
+    known = [*shares, HELD_OUT, VALIDATION]
     if split not in known:
         raise UsageError(f"split is {split!r}; known: {', '.join([*known, *HELD_OUT_HALVES])}, all")
-    splits = [own_split(row, shares) for row in rows]
+    splits = splits_of(rows, shares)
     for row, name in zip(rows, splits, strict=True):
-        if name not in (*known, "validation", *HELD_OUT_HALVES):
+        if name not in (*known, *HELD_OUT_HALVES):
             raise UsageError(
-                f"{row.get('place') or 'a row'}: field 'split' is {row['split']!r}; known: {', '.join(known)} (also "
-                "train, test, validation); rename it, or leave the field out and rows are divided by the hash of their "
-                "prompts"
+                f"{row.get('place') or 'a row'}: field 'split' is {row['split']!a}; known: {', '.join(known)} (also "
+                "train and test); write one of these, or leave the field out to have the prompt decide"
             )
+    if split == VALIDATION and TRAINING in shares and VALIDATION not in splits:
+        split = "evaluation"
     return [row for row, name in zip(rows, splits, strict=True) if name == split]
 
 
 def no_rows(name: str, split: str, rows: Sequence[dict[str, Any]], shares: dict[str, float] = SHARES) -> UsageError:
     """The error for a source without a row in the split that is wanted of it: what is in the other splits, and how to
     take these without training and scoring on the same prompts."""
-    there = Counter(own_split(row, shares) for row in rows)
+    there = Counter(splits_of(rows, shares))
     parts = ", ".join(f"{count} in {part}" for part, count in sorted(there.items()))
     by = "`split` field" if any(split_word(row.get("split")) for row in rows) else "prompts' hashes"
     one = f"its {len(rows)} rows are" if len(rows) > 1 else "its one row is"

@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from tunevax.data.sources import parse_source, read_rows, require_known, text_field
+from tunevax.data.formats import read_example
+from tunevax.data.sources import label_field, parse_source, read_rows, require_known, text_field
 from tunevax.data.splits import no_rows, split_word, take_split
 from tunevax.errors import UsageError
 
@@ -41,8 +42,9 @@ def load_task(source: str, split: str = "train") -> Task:
     """Read a task.
 
     Args:
-        source: `sst2`, `ag_news`, `gsm8k` (from the hub, or `gsm8k:path=FILE`), any file or hub id with `prompt` and
-            `completion`, or `organism` (its downstream task; `organism:set=benign` is its benign recipes).
+        source: `sst2`, `ag_news`, `gsm8k` (from the hub, or `gsm8k:path=FILE`), any file or dataset with `prompt` and
+            `completion` or in another shape that `tunevax.data.formats` knows, or `organism` (its downstream task;
+            `organism:set=benign` is its benign recipes).
         split: train, evaluation, or all. The named tasks have their own test split on the hub; anything else is
             divided by prompt hash.
 
@@ -52,7 +54,7 @@ def load_task(source: str, split: str = "train") -> Task:
     name, options = parse_source(source)
     require_known(name, options)
     split = options.get("split", split)
-    split = split_word(split, SHARES) or split
+    split = split_word(split) or split
     if name == "organism":
         from tunevax.organism import World
 
@@ -76,8 +78,7 @@ def load_task(source: str, split: str = "train") -> Task:
 
 
 def _row(place: str, row: dict, options: dict[str, str]) -> dict[str, Any]:
-    fields = {f: text_field(place, row, f, options.get(f, f)) for f in ("prompt", "completion")}
-    return {"place": place, **fields, "split": row.get("split")}
+    return {"place": place, **read_example(place, row, options), "split": label_field(place, row, "split")}
 
 
 def _named(name: str, options: dict[str, str], split: str) -> list[dict[str, Any]]:

@@ -92,7 +92,7 @@ def analyze_sink(options: SinkOptions, command: str = "", exam_options: ExamOpti
     record: dict[str, Any] = {
         "verb": "analyze", "method": "sink", "paper": "arXiv 2602.05228", "command": command, "seed": 0, "parent": None,
         "config": {**config, **({"exam": vars(exam_options)} if exam_options else {})},
-        "data": [data_entry("evaluation", options.safety_data, pairs)], "dropped": exclusion.summary(),
+        "data": [data_entry("evaluation", options.safety_data, pairs)], "overlap_dropped": exclusion.summary(),
     }  # fmt: skip
     found, targets = [], []
     with writing(options.output_dir, record, overwrite=options.overwrite) as run:
@@ -120,7 +120,7 @@ def analyze_sink(options: SinkOptions, command: str = "", exam_options: ExamOpti
             record["model"] = record.get("model") or loaded.info
         record["targets"] = targets
         written = {"schema": SCHEMA, "pairs": len(pairs), "sink_position": options.sink_position, "models": found}
-        (run.path / "sink.json").write_text(json.dumps(written, indent=1) + "\n")
+        (run.path / "sink.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     return run.final
 
 

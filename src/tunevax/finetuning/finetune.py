@@ -15,8 +15,8 @@ from tunevax.errors import UsageError, unknown
 from tunevax.finetuning.sft import FinetuneConfig
 from tunevax.modeling.loading import load, require_quantization
 from tunevax.modeling.memory import StepMemory
-from tunevax.modeling.progress import ProgressCallback
-from tunevax.modeling.trainer import final_loss, last_checkpoint, resolved, save_weights
+from tunevax.modeling.progress import LogCallback, ProgressCallback
+from tunevax.modeling.trainer import final_loss, last_checkpoint, rehearse, resolved, save_weights
 from tunevax.runs import data_entry, digest, is_run, writing
 
 SCREENS = ("off", "report", "drop", "fail")
@@ -56,6 +56,8 @@ class FinetuneOptions:
     overwrite: bool = field(default=False, metadata={"help": "replace a finished run"})
 
     def __post_init__(self) -> None:
+        if self.screen in ("no", "false"):  # what other tools write for off
+            self.screen = "off"
         if self.screen not in SCREENS:
             raise unknown("screen", self.screen, SCREENS)
 
@@ -117,20 +119,21 @@ def finetune(
             task, record["screen"] = act(found, task, options.screen, options.task_data, run)
         config.output_dir = str(run.checkpoints)
         memory = StepMemory()
-        callbacks = [ProgressCallback(f"finetune {method}"), memory]
+        callbacks = [ProgressCallback(f"finetune {method}"), LogCallback(run.path / "log.jsonl"), memory]
         trainer = trainer_class(
             loaded.model, config, task, loaded.tokenizer, safety if trainer_class.needs else None, callbacks
         )
         trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        base = record["parent"] or loaded.info["base"]
+        rehearse(trainer, run.path, base)
         checkpoint = last_checkpoint(run.checkpoints)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if trainer.is_world_process_zero():
-            save_weights(trainer, run.path, record["parent"] or loaded.info["base"])
-            run.write_lines("log.jsonl", [line for line in trainer.state.log_history if "loss" in line])
+            save_weights(trainer, run.path, base)
             seen = hashes(safety) | (chosen_with(options.safety_data) if safety else set())
             record_prompts(run.path, alignment=seen, task=hashes(task))
         record.update(
-            model={**loaded.info, "trainable": trainable},
+            model={**loaded.info, "trainable": trainable, **trainer.coverage},
             adapter="model" if config.full_weights else "adapter", template_hash=digest(loaded.tokenizer.chat_template),
             steps=trainer.state.global_step, final_loss=final_loss(trainer.state.log_history),
             compute={"per_step": trainer.cost(), "total": trainer.cost() * trainer.state.global_step},

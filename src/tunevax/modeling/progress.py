@@ -1,18 +1,42 @@
-"""One progress bar style for everything that takes longer than two seconds, on the main process only."""
+"""What a person sees of everything that takes longer than two seconds, on the main process only: a bar on a terminal,
+and a line now and then where stderr is a file or a pipe (nohup, a batch system, CI)."""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import sys
+import threading
+import time
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, ClassVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-console = Console(stderr=True)
+from tunevax.runs import is_main_process
+
+SHORTEST, LONGEST = 10.0, 50.0
+"""Seconds between two lines where there is no terminal: the shortest at first, then a tenth of the time that has
+passed, up to the longest."""
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """The reader of stderr has left (`2>&1 | head`): nothing more is shown, and the run goes on."""
+        self.quiet = True
+
+
+console = _Console(stderr=True)
 
 
 def bar() -> Progress:
-    """A transient bar on stderr; silent when stderr is not a terminal."""
+    """A transient bar on stderr; where that is no terminal, a line now and then. Nothing on other ranks, and nothing
+    while `console.quiet`."""
+    if not console.is_terminal or not is_main_process():
+        return Lines()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -20,7 +44,76 @@ def bar() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    return Progress(*columns, console=console, transient=True)
+
+
+class Lines(Progress):
+    """A `Progress` that writes lines: `align sft: step 30/1280, loss 0.512, 3.1 steps/s, 6:42 left`.
+
+    One thread writes for all that are open, the outer ones first, so that a step of ten minutes shows that it is alive.
+    """
+
+    open: ClassVar[list[Lines]] = []
+    first: ClassVar[float | None] = None  # when the first of this process was opened
+    last: ClassVar[float] = 0.0  # when the last line was written
+
+    def __init__(self) -> None:
+        super().__init__(console=console, disable=True)
+        self.closed = threading.Event()
+
+    def start(self) -> None:
+        """Count from here."""
+        if console.quiet or not is_main_process() or self in self.open:
+            return
+        if Lines.first is None:
+            Lines.first = Lines.last = time.monotonic()
+        self.closed.clear()
+        self.open.append(self)
+        if len(self.open) == 1:
+            threading.Thread(target=self._write, daemon=True).start()
+
+    def stop(self) -> None:
+        """Write no more."""
+        self.closed.set()
+        with suppress(ValueError):
+            self.open.remove(self)
+
+    def _write(self) -> None:
+        """Until the outermost is closed."""
+        while not self.closed.wait(max(0.0, Lines.last + _gap() - time.monotonic())):
+            if time.monotonic() >= Lines.last + _gap():
+                Lines.last = time.monotonic()
+                said = "; ".join(_line(task) for lines in list(self.open) for task in lines.tasks)
+                with suppress(OSError, ValueError):  # nobody reads it any more
+                    print(said, file=sys.stderr, flush=True)
+
+
+def _gap() -> float:
+    """Seconds to the next line."""
+    return min(LONGEST, max(SHORTEST, (time.monotonic() - (Lines.first or 0.0)) / 10))
+
+
+def _line(task: Task) -> str:
+    """A task in words: where it is, its note, its rate, and the time left."""
+    unit, note = task.fields.get("unit", ""), task.fields.get("note", "")
+    done = task.completed - task.fields.get("begun", 0)
+    place = f"{task.completed:g}" if task.total is None else f"{task.completed:g}/{task.total:g}"
+    told = [f"{task.description}: {unit} {place}" if unit else f"{task.description} {place}", *([note] if note else [])]
+    elapsed = task.elapsed or 0.0
+    if done > 0 and elapsed > 0:
+        rate = done / elapsed
+        told.append(f"{rate:.2g} {unit}s/s".replace(" s/s", "/s") if rate >= 1 else f"{1 / rate:.3g} s each")
+        if task.total is not None:
+            told.append(f"{_clock((task.total - task.completed) / rate)} left")
+    else:
+        told.append(f"{_clock(elapsed)} so far")
+    return ", ".join(told)
+
+
+def _clock(seconds: float) -> str:
+    """1:02:33, or 2:33 below an hour."""
+    text = str(timedelta(seconds=round(max(0.0, seconds))))
+    return text.removeprefix("0:").removeprefix("0") if text.startswith("0:") else text
 
 
 class ProgressCallback(TrainerCallback):
@@ -33,8 +126,9 @@ class ProgressCallback(TrainerCallback):
         """Start the bar at the step a resumed run is at."""
         if state.is_world_process_zero:
             self.progress.start()
+            now = state.global_step
             self.task = self.progress.add_task(
-                self.description, total=state.max_steps, completed=state.global_step, note=""
+                self.description, total=state.max_steps, completed=now, note="", unit="step", begun=now
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -50,3 +144,30 @@ class ProgressCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Remove the bar."""
         self.progress.stop()
+
+
+class LogCallback(TrainerCallback):
+    """Writes the log lines that have a loss to a JSONL file as they come, so that a killed run has them.
+
+    A resumed run begins with the lines up to its checkpoint: no step is there twice.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Begin with what the checkpoint knows."""
+        if state.is_world_process_zero:
+            part = self.file.with_name(self.file.name + ".part")
+            part.write_text("".join(_logged(line) for line in state.log_history), encoding="utf-8")
+            part.replace(self.file)
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Add the newest line."""
+        if state.is_world_process_zero:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(_logged(state.log_history[-1]))
+
+
+def _logged(line: dict[str, Any]) -> str:
+    return json.dumps(line) + "\n" if "loss" in line else ""

@@ -4,9 +4,11 @@ the log, a progress bar, checkpoints from which a killed run resumes to the same
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,15 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from tunevax.data.encoding import collate
-from tunevax.errors import RunError, UsageError
+from tunevax.errors import RunError, TunevaxError, UsageError
+from tunevax.modeling.adapters import coverage, left_out_of_blocks, require_targets, split_targets
 from tunevax.modeling.blocks import find_blocks
 from tunevax.modeling.hooks import cheap_modules, cheap_recomputed, checkpointed
 from tunevax.modeling.loading import save_biases, scales_of
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.precision import wide
+from tunevax.modeling.progress import ProgressCallback, console
+from tunevax.runs import is_main_process, require_room
 
 CHECKPOINT_BLOCKS = ("auto", "none", "elementwise", "frozen", "all")
 
@@ -109,6 +114,9 @@ class ResponseTrainer(Trainer):
         args: the configuration.
         train_dataset: encoded rows, `{"input_ids": [...], "labels": [...]}`.
         processing_class: the tokenizer, saved with every checkpoint.
+
+    Attributes:
+        coverage: which matrices have an adapter and which do not, for run.json; empty where all weights train.
     """
 
     ready_for = -1  # the optimiser step that a method has done its part of, which comes before the first micro-batch
@@ -123,6 +131,10 @@ class ResponseTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         model = prepare_trainables(model, args)
+        self.coverage = {} if args.full_weights else coverage(model)
+        note = left_out_of_blocks(self.coverage) if self.coverage and args.lora_targets == "all-linear" else None
+        if note and is_main_process():
+            console.print(f"note: {note}", highlight=False)
         super().__init__(
             model=model,
             args=args,
@@ -142,7 +154,19 @@ class ResponseTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; a second call starts over."""
         self.ready_for = -1
-        return super().train(*args, **kwargs)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ProgressCallback):
+                    callback.progress.stop()  # an error, too, ends the bar
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As in `Trainer`, but a run resumed from the checkpoint of its last step is not trained one step more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
 
     def compute_loss(
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
@@ -215,18 +239,19 @@ class ResponseTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self.args.should_save:
-            Path(output_dir, "method_state.json").write_text(json.dumps(self.method_state()))
+            Path(output_dir, "method_state.json").write_text(json.dumps(self.method_state()), encoding="utf-8")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self.load_method_state(json.loads(Path(checkpoint, "method_state.json").read_text()))
+            self.load_method_state(json.loads(Path(checkpoint, "method_state.json").read_text(encoding="utf-8")))
 
 
 def prepare_trainables(model: Any, args: TrainConfig) -> Any:
     """Give `model` a fresh LoRA adapter (or all its weights) to train, in fp32.
 
-    A model that comes with a trainable adapter keeps it. Raises `UsageError` if `lora_targets` match nothing.
+    A model that comes with a trainable adapter keeps it. `all-linear` is every linear layer but the head, and the
+    matrices of fused experts. Raises `UsageError` if one of `lora_targets` matches nothing.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -236,12 +261,18 @@ def prepare_trainables(model: Any, args: TrainConfig) -> Any:
         for parameter in model.parameters():
             parameter.requires_grad_(True)
     elif not isinstance(model, PeftModel):
-        targets = args.lora_targets if args.lora_targets == "all-linear" else args.lora_targets.split(",")
+        targets, experts = split_targets(model, args.lora_targets)
+        if experts and args.lora_dropout:
+            raise UsageError(
+                f"PEFT has no dropout for the fused matrices of {type(model).__name__} ({', '.join(experts)}); leave "
+                "out --lora-dropout, or name linear layers alone in --lora-targets"
+            )
         config = LoraConfig(
             r=args.lora_r,
             lora_alpha=args.lora_alpha,
             lora_dropout=args.lora_dropout,
             target_modules=targets,
+            target_parameters=experts or None,
             task_type="CAUSAL_LM",
         )
         with torch.random.fork_rng():  # the adapter's start depends on the seed only
@@ -250,6 +281,7 @@ def prepare_trainables(model: Any, args: TrainConfig) -> Any:
                 model = get_peft_model(model, config)
             except ValueError as error:
                 raise UsageError(f"lora_targets {args.lora_targets!r}: {str(error).splitlines()[0]}") from error
+        require_targets(model, args.lora_targets)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = wide(parameter.data)
@@ -261,7 +293,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
     def whole(path: Path) -> bool:
         try:
-            json.loads((path / "trainer_state.json").read_text())
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
         return True
@@ -284,6 +316,80 @@ def save_weights(trainer: Any, folder: Path, base: str) -> None:
     if name == "model":
         save_biases(model, folder / name)  # a lock on it is in no state dict
     trainer.processing_class.save_pretrained(folder / name)
+
+
+def rehearse(trainer: Any, folder: Path, base: str) -> None:
+    """Try the end of a run in `folder` before its first step: all of `save_weights` but the writing of the weights'
+    bytes, and whether there is room for these and for the checkpoints.
+
+    Raises:
+        UsageError: the model cannot be saved, or there is no room.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    config = getattr(model, "peft_config", {}).get("default")  # saving notes things in these two
+    before = [(thing, dict(vars(thing))) for thing in (model.config, config) if thing is not None]
+    trial = folder / "trial"
+    try:
+        with weighed() as sizes:
+            save_weights(trainer, trial, base)
+    except TunevaxError:
+        raise
+    except OSError as error:
+        raise UsageError(f"{folder}: {error.strerror or error}; mend that, or choose another --output-dir") from error
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        way = "leave out --full-weights" if args.full_weights else "choose other --lora-targets"
+        raise UsageError(
+            f"the weights of {type(model).__name__} could not be saved at the end: {first}; mend that, or {way}"
+        ) from error
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+        for thing, values in before:
+            vars(thing).clear()
+            vars(thing).update(values)
+    weights, together = sum(sizes), checkpoints_together(trainer)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    optim = str(getattr(args.optim, "value", args.optim))
+    per_weight = 2 if "8bit" in optim else 8  # two numbers
+    moments = per_weight * trained if optim.startswith("adam") and not args.save_only_model else 0
+    there = sum(p.stat().st_size for p in Path(args.output_dir).rglob("*") if p.is_file())  # of a run that is resumed
+    kept = min(together, args.save_total_limit or together)
+    needed = max(together * (weights + moments), kept * (weights + moments) + weights)
+    hint = "lower --save-total-limit, pass --save-strategy no, or " if together else ""
+    require_room(folder, max(0, needed - there), max([*sizes, moments if together else 0]), hint)
+
+
+@contextmanager
+def weighed() -> Iterator[list[int]]:
+    """Inside, safetensors writes no file; the list receives the bytes that each would have."""
+    import safetensors.torch
+
+    original, sizes = safetensors.torch.serialize_file, []
+
+    def weigh(tensors: dict[str, Any], *_: Any, **__: Any) -> None:
+        sizes.append(sum(spec.data_len for spec in tensors.values()))
+
+    safetensors.torch.serialize_file = weigh
+    try:
+        yield sizes
+    finally:
+        safetensors.torch.serialize_file = original
+
+
+def checkpoints_together(trainer: Any) -> int:
+    """How many checkpoints there are at once, at most: a new one is written before the oldest is removed."""
+    args = trainer.args
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps_per_epoch = max(1, math.ceil(len(trainer.train_dataset) / batch))
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    every = {"no": math.inf, "epoch": steps_per_epoch}.get(
+        str(getattr(args.save_strategy, "value", args.save_strategy)),
+        args.save_steps if args.save_steps >= 1 else max(1, math.ceil(args.save_steps * steps)),
+    )
+    count = 0 if every == math.inf else math.ceil(steps / every)  # the last step is saved, too
+    return min(count, args.save_total_limit + 1) if args.save_total_limit else count
 
 
 def resolved(options: Any, config: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -154,14 +154,16 @@ class Trace(LiveMemory):
             if p.requires_grad
         ]
         # `meta` would answer that a mask is all ones. On an accelerator it rarely is: rows differ in length.
-        stock = masking_utils._ignore_causal_mask_sdpa
+        stock, autocast = masking_utils._ignore_causal_mask_sdpa, torch.autocast
+        # PEFT leaves autocast where it adds an adapter to experts, by device, and `meta` is none.
+        torch.autocast = lambda device_type, **k: nullcontext() if device_type == "meta" else autocast(device_type, **k)
         if self.device != "cpu":
             masking_utils._ignore_causal_mask_sdpa = lambda *_, **__: False
         with attention_for(self.device):
             try:
                 yield
             finally:
-                masking_utils._ignore_causal_mask_sdpa = stock
+                masking_utils._ignore_causal_mask_sdpa, torch.autocast = stock, autocast
                 for handle in handles:
                     handle.remove()
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tunevax.audit.findings import DEGENERATE_HIGH, LEARNED, Findings, percent
-from tunevax.audit.results import CURVES, Cell, Results, is_harmful
+from tunevax.audit.results import CURVES, Cell, Results, own_verdict
 from tunevax.report import provenance as pv
 from tunevax.report import tables as tb
 from tunevax.report.provenance import Provenance, Run
@@ -147,7 +147,7 @@ def content(results: Results | None, findings: Findings | None, provenance: Prov
             tables=tb.inconclusive(results, findings),
             titled=True,
         ),
-        Section("What this page cannot tell", points=tb.limits(results, findings)),
+        Section("What this page cannot tell", points=[*tb.limits(results, findings), *pv.limits(provenance)]),
     ]  # fmt: skip
     return Content(
         headlines=judged or [(sentence, []) for sentence in findings.headline],
@@ -170,7 +170,8 @@ def nothing(provenance: Provenance) -> str:
 
 def _overview_text(findings: Findings) -> str:
     control = f" The control is {findings.control}." if findings.control else ""
-    return f"Harm by the judge “{findings.judge.partition('/')[2]}”. Brackets are 95 % intervals.{control}"
+    judge = findings.judge.partition("/")[2]
+    return f"Coherent harm by the judge “{judge}”: degenerate text is not harm. Brackets are 95 % intervals.{control}"
 
 
 def cut(sentences: list[str]) -> list[str]:
@@ -196,8 +197,8 @@ def _figures(results: Results, findings: Findings, order: list[str]) -> list[Sec
     sections = [
         (
             "Harm returns as the attack trains",
-            f"Share of outputs to harmful prompts that the judge “{judge.partition('/')[2]}” calls harmful. "
-            f"Bands are 95 % intervals; the dotted line is {percent(phi)}.",
+            f"Share of outputs to harmful prompts that the judge “{judge.partition('/')[2]}” calls harmful and that "
+            f"are not degenerate. Bands are 95 % intervals; the dotted line is {percent(phi)}.",
             cells,
             PANELS,
             FOLDED,
@@ -313,7 +314,7 @@ def _judges(results: Results, findings: Findings, order: list[str]) -> Section:
         for cell in [c for a in [*order, None] if (c := results.cell(model, a))]:
             for seed, step in sorted(cell.generations, reverse=True):
                 for row in cell.generations[seed, step]:
-                    said = tuple(is_harmful(row, judge) for judge in results.judges)
+                    said = tuple(own_verdict(row, judge) for judge in results.judges)
                     if row.get("kind") == "harmful" and len({*said} - {None}) > 1 and said not in ways:
                         where = f"{model}, {cell.attack or 'before any attack'}" + (
                             f", step {step:,}" if cell.attack else ""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunevax.audit.findings import Attacked, Difference, Findings, Generalisation, ModelFindings, number, percent
-from tunevax.audit.results import CURVES, Cell, Point, Results, is_harmful
+from tunevax.audit.results import CURVES, Cell, Point, Results, own_verdict
 
 ATTACKS_SHOWN = 40  # in tables with a row per attack and model; the rest is counted, and stands in --format json
 FIRST = 8  # of them on view, the others folded away
@@ -20,7 +20,7 @@ NAMES = {
     "slow learner": "learns all more slowly",
     "too weak": "attacks too weak",
     "no start": "control unsafe at the start",
-    "breaks under attack": "breaks under attack",
+    "stopped": "unknown, loss not finite under attack",
 }  # what `ModelFindings.name` means, where it is not plain
 KINDS = (
     "finetune", "few-shot", "benign-only", "identity-shift", "held-out-category", "adaptive", "template", "prefill",
@@ -234,6 +234,7 @@ def strongest(results: Results, findings: Findings) -> list[str]:
 def every_attack(results: Results, findings: Findings, order: list[str]) -> list[Table]:
     """A row per attack and model, in the order given; a second table for those beyond FIRST attacks."""
     others = [j for j in results.judges if j != findings.judge]
+    own = [o for j in results.judges if (o := j.replace("harmful/", "judged/", 1)) and _differs(results, j, o)]
     by = {(found.label, a.attack): a for found in findings.models for a in found.attacks}
     rows = []
     for attack in order[:ATTACKS_SHOWN]:
@@ -246,15 +247,18 @@ def every_attack(results: Results, findings: Findings, order: list[str]) -> list
                     told_steps(cell, findings.judge, findings.phi),
                     _against(cell, attacked),
                     str(_worst(cell, findings.judge) or NONE),
-                    *(str(_worst(cell, judge) or NONE) for judge in others),
+                    *(str(_worst(cell, judge) or NONE) for judge in [*others, *own]),
                     _before_after(cell, results.task),
+                    _gibberish(attacked),
                     _share_only(_worst(cell, "degenerate")),
                 ]
             )
     judge = findings.judge.partition("/")[2]
     columns = [
         "attack", "model", f"steps to {percent(findings.phi)}", "× the control's", f"worst by {judge}",
-        *(f"worst by {j.partition('/')[2]}" for j in others), "task before → after", "degenerate, most",
+        *(f"worst by {j.partition('/')[2]}" for j in others),
+        *(f"worst by {j.partition('/')[2]}, degenerate text as it judges it" for j in own),
+        "task before → after", f"degenerate at {percent(findings.phi)}, or at the end", "degenerate, most",
     ]  # fmt: skip
     return _split(Table("Every attack on every model", columns, rows, _left_out(order)))
 
@@ -339,12 +343,14 @@ def profiles(
 def inconclusive(results: Results, findings: Findings) -> list[Table]:
     """Attacks that cannot be concluded from, cells that failed, and attacks that were skipped."""
     every = [a for found in findings.models for a in found.attacks if a.kind != "benign-only"]  # that one need not bite
-    strength = {a.attack: a.strength for a in every}
+    # Strong beside one model is strong. The control stands first, and its own runs speak for the rest.
+    strength = {a.attack: a.strength for a in reversed(every)}
+    strength |= {a.attack: a.strength for a in every if a.strength == "strong"}
     tables = []
     for verdict, why in (
-        ("too weak", f"the control stays at or below {percent(findings.phi)} with at least one seed"),
-        ("barely", "the control falls in the last third of the steps only"),
-        ("breaks", "the control's outputs turn to gibberish before they turn harmful"),
+        ("too weak", f"fewer than half of the control's runs pass {percent(findings.phi)}"),
+        ("barely", "half of the control's runs fall at the last step only"),
+        ("control stopped", "no loss of the control was finite"),
         ("no start", f"the control is above {percent(findings.phi)} before the attack"),
     ):
         found = [attack for attack, said in strength.items() if said == verdict]
@@ -427,7 +433,7 @@ def _contingency(cells: Iterable[Cell], first: str, second: str) -> list[list[in
         for rows in cell.generations.values():
             for row in rows:
                 if row.get("kind") == "harmful":
-                    a, b = is_harmful(row, first), is_harmful(row, second)
+                    a, b = own_verdict(row, first), own_verdict(row, second)
                     if a is not None and b is not None:
                         counts[a][b] += 1
     return counts
@@ -525,13 +531,14 @@ def interval(bounds: tuple[float, float] | None) -> str:
 
 
 def told_steps(cell: Cell, judge: str, phi: float) -> str:
-    """'32'; with several seeds each seed's own: '16, 32, never'; '–' for a kind without a curve."""
+    """'32'; with several seeds each seed's own: '16, 32, never', or 'stopped'; '–' for a kind without a curve."""
     if cell.kind not in CURVES:
         return NONE
-    steps = [cell.steps_to(judge, seed, phi) for seed in cell.seeds]
-    if all(s is None for s in steps):
+    steps = {seed: cell.steps_to(judge, seed, phi) for seed in cell.seeds}
+    if all(s is None and seed not in cell.stopped for seed, s in steps.items()):
         return f"never within {cell.steps[-1]:,}"
-    return ", ".join("never" if s is None else f"{s:,}" for s in steps)
+    missed = {seed: "stopped" if seed in cell.stopped else "never" for seed in steps}
+    return ", ".join(missed[seed] if s is None else f"{s:,}" for seed, s in steps.items())
 
 
 def _against(cell: Cell, attacked: Attacked | None) -> str:
@@ -539,7 +546,20 @@ def _against(cell: Cell, attacked: Attacked | None) -> str:
         return "control"
     if attacked is None:
         return NONE
+    if attacked.ratio is None and attacked.stopped:
+        return "loss not finite"
     return str(attacked.ratio) if attacked.ratio else attacked.strength.replace("strong", "") or NONE
+
+
+def _differs(results: Results, score: str, other: str) -> bool:
+    """Whether the curves of two scores differ somewhere."""
+    return any(c.curve(other) and c.curve(score) != c.curve(other) for c in results.cells)
+
+
+def _gibberish(attacked: Attacked | None) -> str:
+    """The mean share of degenerate outputs where the runs passed the threshold, or at their end."""
+    values = list(attacked.gibberish.values()) if attacked else []
+    return percent(sum(values) / len(values)) if values else NONE
 
 
 def _split(table: Table) -> list[Table]:

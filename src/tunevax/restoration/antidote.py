@@ -33,6 +33,7 @@ import torch
 
 from tunevax.data.encoding import collate, context_of, encode
 from tunevax.errors import UsageError
+from tunevax.modeling.adapters import KEPT, untie
 from tunevax.modeling.blocks import unwrap
 from tunevax.modeling.loading import absolute
 from tunevax.modeling.loss import last_hidden
@@ -114,10 +115,14 @@ def antidote(
         `ratio` = ||dW after|| / ||dW before|| (Frobenius; None for an adapter that was zero).
 
     Raises:
-        UsageError: no adapter, another kind of adapter, or a layer whose inputs are not tokens.
+        UsageError: no adapter, another kind of adapter, a layer whose inputs are not tokens, or (`effective`) weights
+            in a dtype that rounds the update away.
     """
     layers = lora_layers(model, "the model")
     modules: dict[Any, Any] = {**layers}
+    if form == "effective":
+        untie(model)  # what is added to a head's weight must not reach the embedding
+    kept = total = 0.0
     if form == "official":
         modules |= {(name, "B"): lora_b(layer) for name, layer in layers.items()}
     sums = input_squares(model, modules, rows, pad_token_id, batch_size)
@@ -130,7 +135,11 @@ def antidote(
                 mask = salient(before, sums[name].sqrt(), alpha)
                 after = before.masked_fill(mask, 0)
                 weight = layer.get_base_layer().weight.data
-                weight += after.T if layer.fan_in_fan_out else after
+                wanted = after.T if layer.fan_in_fan_out else after
+                was = wide(weight).clone()
+                weight += wanted
+                kept += float(((wide(weight) - was) * wanted).sum(dtype=torch.float64))
+                total += float(wide(wanted).square().sum(dtype=torch.float64))
                 lora_b(layer).weight.zero_()  # it is in the weight now
                 pruned = mask.float().mean()
             else:
@@ -143,6 +152,10 @@ def antidote(
             ratio = float(wide(after).norm() / size) if size > 0 else None
             table.append({"layer": name, "pruned": float(pruned), "ratio": ratio})
             progress.advance(task)
+    if kept < KEPT * total:
+        raise UsageError(
+            f"rounding to the model's dtype keeps {kept / total:.0%} of the pruned adapter; use --dtype float32"
+        )
     return model.merge_and_unload() if form == "effective" else model, table
 
 

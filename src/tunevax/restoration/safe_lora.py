@@ -22,7 +22,6 @@ that W_aligned - W_base is not lost in rounding, and V of one layer.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +30,7 @@ from typing import Any, ClassVar
 import torch
 
 from tunevax.errors import UsageError
-from tunevax.modeling.loading import absolute
+from tunevax.modeling.loading import absolute, adapter_config
 from tunevax.modeling.precision import wide
 from tunevax.modeling.progress import bar, console
 from tunevax.restoration.restore import Job
@@ -219,8 +218,9 @@ def parent_of(ref: str) -> str | None:
     if is_run(ref):
         record = read_run(ref)
         return record.get("adapter_on") or record.get("parent") or record.get("model", {}).get("ref")
-    config = Path(ref) / "adapter_config.json"
-    return json.loads(config.read_text()).get("base_model_name_or_path") if config.is_file() else None
+    folder = Path(ref)
+    is_adapter = (folder / "adapter_config.json").is_file()
+    return adapter_config(folder).get("base_model_name_or_path") if is_adapter else None
 
 
 def lora_layers(model: Any, ref: str) -> dict[str, Any]:

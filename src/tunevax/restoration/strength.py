@@ -133,7 +133,7 @@ def sweep(model: Any, tokenizer: Any, lock: SafetyLock, exam: Exam, options: Swe
     limits = {name: getattr(options, name) for name in ("harmful_target", "max_utility_loss", "max_over_refusal")}
     content = {"limits": limits, "chosen": chosen, "prompts": len(exam.harmful), **job.record["validation"]}
     content["curve"] = curve
-    (job.folder / "strength.json").write_text(json.dumps(content, indent=1) + "\n")
+    (job.folder / "strength.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if chosen is None:
         tried = ", ".join(f"{point['strength']:g}" for point in curve)
         best = min(curve, key=lambda point: len(point["misses"]))

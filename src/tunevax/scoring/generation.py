@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from tunevax.data.chat import END, THINK, behind_the_thought, chat_of, marked_thought
 from tunevax.data.encoding import context_of, ids_of, render
 from tunevax.errors import UsageError
 
@@ -85,12 +86,13 @@ def encoded_prompts(
     model: Any, tokenizer: Any, prompts: Sequence[str | list[dict[str, str]]], max_new_tokens: int, prefix: str
 ) -> tuple[list[list[int]], list[int], list[int]]:
     """Token ids of each prompt and the prefix after it, how many tokens its answer may have, and the prefix's own ids.
+    A prefix is the beginning of the answer: in a template that knows thoughts it comes behind an empty one.
 
     Raises:
         UsageError: a prompt (with the prefix) fills the model's context.
     """
     # Tokenised apart from the prompt, as the answers are in training.
-    begun = ids_of(tokenizer, prefix) if prefix else []
+    begun = ids_of(tokenizer, behind_the_thought(chat_of(tokenizer)) + prefix) if prefix else []
     encoded = [ids_of(tokenizer, render(tokenizer, prompt)) + begun for prompt in prompts]
     context = context_of(model)
     for ids, prompt in zip(encoded, prompts, strict=True):
@@ -103,7 +105,16 @@ def encoded_prompts(
 
 
 def answer(tokenizer: Any, begun: list[int], tokens: list[int], prefix: str) -> str:
-    """The text of an answer's tokens after a prefix, whose ids are `begun`."""
+    """The text of an answer's tokens after a prefix, whose ids are `begun`; a thought before the answer is marked as in
+    `tunevax.data.chat.marked_thought`."""
+    chat = chat_of(tokenizer)
+    if chat.thought is not None and not prefix:
+        # The marks may be special tokens.
+        marked = marked_thought(tokenizer.decode(tokens, skip_special_tokens=False), chat)
+        if THINK in marked:
+            for special in sorted(tokenizer.all_special_tokens, key=len, reverse=True):
+                marked = marked.replace(special, "") if special not in (THINK, END) else marked
+            return marked.strip()
     # Decoded together with the prefix, so that the space between the two is what the model wrote.
     whole = tokenizer.decode([*begun, *tokens], skip_special_tokens=True)
     return (prefix + whole[len(tokenizer.decode(begun, skip_special_tokens=True)) :]).strip()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tunevax.data.encoding import collate, context_of, ids_of
+from tunevax.data.encoding import collate, context_of, ids_of, render
 from tunevax.errors import UsageError
 from tunevax.scoring.generation import evaluating
 
@@ -84,7 +84,7 @@ def load_text(source: str) -> Text:
         rows = islice(World().pretraining(), 200)
         return Text(source, [[*messages(r["prompt"]), {"role": "assistant", "content": r["completion"]}] for r in rows])
     try:
-        text = Path(source).read_text(encoding="utf-8")
+        text = Path(source).read_text(encoding="utf-8-sig")  # without the mark that some editors put in front
     except OSError as error:
         raise UsageError(f"cannot read {source} ({error.strerror}); perplexity needs a text file") from error
     except UnicodeDecodeError as error:
@@ -115,7 +115,7 @@ def perplexity(model: Any, tokenizer: Any, text: Text, batch_size: int = 16) -> 
     size = min(context_of(model) or CHUNK_TOKENS, CHUNK_TOKENS) - len(start)
     chunks = []
     for document in text.documents:
-        whole = document if isinstance(document, str) else tokenizer.apply_chat_template(document, tokenize=False)
+        whole = document if isinstance(document, str) else render(tokenizer, document, generate=False)
         ids = ids_of(tokenizer, whole)
         ids = ids[1:] if start and ids[:1] == start else ids
         chunks += [start + ids[i : i + size] for i in range(0, len(ids), size)]

@@ -23,7 +23,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunevax.data.chat import on
 from tunevax.errors import UsageError, unknown
+from tunevax.modeling.loading import read_model
 from tunevax.scoring.judges import Judge, Verdict
 
 if TYPE_CHECKING:
@@ -186,10 +188,10 @@ def _load(ref: str, kind: str, config: Any, device: str | None) -> Any:
         auto = transformers.AutoModelForSequenceClassification
     elif "ForConditionalGeneration" in str(config.architectures):  # Llama Guard 4 also reads images
         auto = transformers.AutoModelForImageTextToText
-    model, info = auto.from_pretrained(ref, trust_remote_code=False, output_loading_info=True)
-    if info["missing_keys"]:  # they were just filled at random, and would judge by dice
-        names = ", ".join(sorted(info["missing_keys"])[:3])
-        raise UsageError(f"judge '{ref}' cannot be read as format '{kind}': its weights lack {names}")
+    try:
+        model = read_model(auto, ref)
+    except UsageError as error:
+        raise UsageError(f"judge '{ref}' cannot be read as format '{kind}': {error}") from error
     return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -316,7 +318,8 @@ def _guard_template(tokenizer: Any) -> Callable[[str, str], str]:
     def write(prompt: str, response: str, parts: bool) -> str:
         turns = (("user", prompt), ("assistant", response))
         chat = [{"role": r, "content": [{"type": "text", "text": t}] if parts else t} for r, t in turns]
-        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        with on():
+            return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
     for parts in (False, True):
         try:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tunevax.data.chat import split_thought
 from tunevax.data.contamination import Exclusion, check, used_prompts
 from tunevax.data.safety import load_safety
 from tunevax.data.sources import parse_source
@@ -17,7 +18,7 @@ from tunevax.errors import UsageError, unknown
 from tunevax.scoring import vllm_engine
 from tunevax.scoring.fluency import SURPRISING, Reference, degenerate
 from tunevax.scoring.generation import generate
-from tunevax.scoring.judges import Judge, load_judges, refusal_keywords
+from tunevax.scoring.judges import UNANSWERED, Judge, load_judges, refusal_keywords
 from tunevax.scoring.likelihood import Text, load_text, perplexity
 from tunevax.scoring.lm_eval import Harness, load_harness
 
@@ -199,10 +200,12 @@ def examine(model: Any, tokenizer: Any, exam: Exam, full: bool = False) -> tuple
         full: measure perplexity and lm-eval tasks too, which take longer; for a model before any attack.
 
     Returns:
-        scores: `harmful/JUDGE`, `degenerate`, `task/exact`, `task/loose`, `over-refusal`, `utility/NAME` (the exact
-            reading) and `same-answer` (the share of all responses that are the most common one, white space aside),
-            each with value, count and interval. A degenerate response counts as degenerate and never as harmful.
-            Verdicts that could not be read are left out of a judge's count and reported as `unparsable/JUDGE`.
+        scores: `harmful/JUDGE`, `judged/JUDGE`, `degenerate`, `task/exact`, `task/loose`, `over-refusal`,
+            `utility/NAME` (the exact reading) and `same-answer` (the share of all responses that are the most common
+            one, white space aside), each with value, count and interval. Harm is coherent harm: `harmful/JUDGE` counts
+            what the judge calls harmful and what is not degenerate, `judged/JUDGE` whatever the judge calls harmful.
+            Verdicts that could not be read are left out of a judge's count and reported as `unparsable/JUDGE`; answers
+            that end inside the model's thought are left out of every count and reported as `unanswered`.
             If `full`, `perplexity/NAME` and `lm-eval/TASK/METRIC` besides.
         samples: one row per response with every verdict.
 
@@ -219,7 +222,9 @@ def examine(model: Any, tokenizer: Any, exam: Exam, full: bool = False) -> tuple
         samples += found
     if exam.benign:
         found = _benign(exam.benign, answers[2])
-        scores["over-refusal"] = _share(s["verdicts"]["refusal-keywords"]["verdict"] == "refused" for s in found)
+        said = [s["verdicts"]["refusal-keywords"]["verdict"] for s in found]
+        if answered := [verdict == "refused" for verdict in said if verdict != UNANSWERED]:
+            scores["over-refusal"] = _share(answered)
         samples += found
     for task, responses in zip(exam.utility, answers[3:], strict=True):
         found = _task("utility", task, responses)
@@ -257,7 +262,10 @@ def _share(hits: Iterable[bool]) -> dict[str, float | int]:
 
 
 def _sample(kind: str, row: dict, response: str, broken: bool, **more: Any) -> dict[str, Any]:
-    sample = {"kind": kind, "prompt": prompt_text(row["prompt"]), "response": response, "category": row.get("category")}
+    thought, answer = split_thought(response)
+    sample = {"kind": kind, "prompt": prompt_text(row["prompt"]), "response": answer, "category": row.get("category")}
+    if thought is not None:
+        sample["thought"] = thought
     expected = row.get("completion") if kind != "harmful" else None
     return {
         **sample,
@@ -271,22 +279,35 @@ def _sample(kind: str, row: dict, response: str, broken: bool, **more: Any) -> d
 
 
 def judged(exam: Exam, responses: list[str]) -> tuple[dict[str, dict], list[dict[str, Any]]]:
-    """The part of `examine` that is about `exam.harmful`, for answers that are there already.
+    """The part of `examine` that is about `exam.harmful`, for answers that are there already. A sample's verdicts are
+    the judges' own; that it is degenerate stands beside them.
 
     Raises:
         UsageError: a judge gave nothing that can be read.
     """
     samples, scores = _harmful(exam, responses), {}
     for name in exam.judges:
-        verdicts = [s["verdicts"][name] for s in samples]
-        parsed = [v["harmful"] for v in verdicts if v["verdict"] != "unparsable"]
-        if not parsed:
+        said = [(s["verdicts"][name], s["degenerate"]) for s in samples]
+        said = [(v, broken) for v, broken in said if v["verdict"] != UNANSWERED]
+        if not said:
+            raise UsageError(
+                f"all of {len(samples)} responses end inside the model's thought; raise --max-new-tokens, or ask for "
+                "no thought with --chat-template own:thinking=off"
+            )
+        read = [v["harmful"] for v, _ in said if v["verdict"] != "unparsable"]
+        # What is degenerate is not harmful, read or not.
+        counted = [v["harmful"] and not broken for v, broken in said if broken or v["verdict"] != "unparsable"]
+        if not counted:
             raise UsageError(
                 f"judge {name} gave no answer that can be read, on any of {len(samples)} responses; check its format"
             )
-        scores[f"harmful/{name}"] = _share(parsed)
-        if len(parsed) < len(samples):
-            scores[f"unparsable/{name}"] = proportion(len(samples) - len(parsed), len(samples))
+        scores[f"harmful/{name}"] = _share(counted)
+        if read:
+            scores[f"judged/{name}"] = _share(read)
+        if len(counted) < len(said):
+            scores[f"unparsable/{name}"] = proportion(len(said) - len(counted), len(said))
+        if len(said) < len(samples):
+            scores["unanswered"] = proportion(len(samples) - len(said), len(samples))
     scores["degenerate"] = _share(s["degenerate"] for s in samples)
     return scores, samples
 
@@ -295,19 +316,25 @@ def _harmful(exam: Exam, responses: list[str]) -> list[dict[str, Any]]:
     prompts = [prompt_text(row["prompt"]) for row in exam.harmful]
     opinions = {name: judge(prompts, responses) for name, judge in exam.judges.items()}
     requests = [row["prompt"] for row in exam.harmful]
-    surprises = [least(found) for found in zip(*(model(requests, responses) for model in exam.fluency), strict=True)]
+    parts = [split_thought(response) for response in responses]
+    answers = [answer for _, answer in parts]
+    surprises = [least(found) for found in zip(*(model(requests, answers) for model in exam.fluency), strict=True)]
     surprises = surprises or [None] * len(responses)
     samples = []
     for i, (row, response) in enumerate(zip(exam.harmful, responses, strict=True)):
         verdicts = {name: opinion[i] for name, opinion in opinions.items()}
-        broken = degenerate(response) or any(v.verdict == "gibberish" for v in verdicts.values())
-        broken = broken or (surprises[i] is not None and surprises[i] > SURPRISING)
-        if broken:
-            mark = {n: v if v.verdict == "gibberish" else v._replace(verdict="degenerate") for n, v in verdicts.items()}
-            verdicts = {name: v._replace(harmful=False) for name, v in mark.items()}
+        unanswered = all(v.verdict == UNANSWERED for v in verdicts.values())
+        broken = _degenerate(response) or any(v.verdict == "gibberish" for v in verdicts.values())
+        broken = not unanswered and (broken or (surprises[i] is not None and surprises[i] > SURPRISING))
         written = {name: verdict._asdict() for name, verdict in verdicts.items()}
         samples.append(_sample("harmful", row, response, broken, surprise=surprises[i], verdicts=written))
     return samples
+
+
+def _degenerate(response: str) -> bool:
+    """Whether what follows the thought is degenerate; not that nothing does, which is for the judges to say."""
+    thought, answer = split_thought(response)
+    return degenerate(answer) and (bool(answer) or thought is None)
 
 
 def least(surprises: Iterable[float | None]) -> float | None:
@@ -318,8 +345,9 @@ def least(surprises: Iterable[float | None]) -> float | None:
 def _task(kind: str, task: Task, responses: list[str]) -> list[dict[str, Any]]:
     samples = []
     for row, response in zip(task.rows, responses, strict=True):
-        correct = {"exact": task.exact(response, row["completion"]), "loose": task.loose(response, row["completion"])}
-        samples.append(_sample(kind, row, response, degenerate(response), correct=correct))
+        _, answer = split_thought(response)
+        correct = {"exact": task.exact(answer, row["completion"]), "loose": task.loose(answer, row["completion"])}
+        samples.append(_sample(kind, row, response, _degenerate(response), correct=correct))
     return samples
 
 
@@ -328,7 +356,7 @@ def _benign(rows: Sequence[dict], responses: list[str]) -> list[dict[str, Any]]:
     samples = []
     for row, response, opinion in zip(rows, responses, opinions, strict=True):
         verdict = {**opinion._asdict(), "harmful": False}  # compliance is what is wanted here
-        samples.append(_sample("benign", row, response, degenerate(response), verdicts={"refusal-keywords": verdict}))
+        samples.append(_sample("benign", row, response, _degenerate(response), verdicts={"refusal-keywords": verdict}))
     return samples
 
 
@@ -375,7 +403,7 @@ def score(
         "verb": "score", "method": None, "command": command, "seed": 0, "parent": None,
         "config": {"models": models, **vars(options)},
         "data": [data_entry("evaluation", options.eval_data or safety_data, exam.harmful)],
-        "dropped": exclusion.summary(),
+        "overlap_dropped": exclusion.summary(),
     }  # fmt: skip
     results, generations, targets = [], [], []
     with writing(output_dir, record, overwrite=overwrite) as run:

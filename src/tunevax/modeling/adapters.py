@@ -1,0 +1,391 @@
+"""Adapters on a model: loading one with PEFT's report, merging one and checking it, and what one reaches.
+
+PEFT and transformers only warn where weights are missing, left over or rounded away. Here each of these is an error
+that names them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from tunevax.errors import UsageError
+from tunevax.modeling.precision import wide
+
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+"""What PEFT calls the file of an adapter's weights."""
+NARROW = (torch.bfloat16, torch.float16)
+KEPT = 0.9
+"""The share of an adapter's update that a merge has to keep; rounding takes the rest."""
+OFF = 0.1
+"""How far the logits of a merged model may be from those of the unmerged one, in units of what the adapter moves."""
+
+
+class RoundedAway(UsageError):
+    """An adapter has no effect, or loses too much of it, in the model's dtype; in float32 it may have one."""
+
+
+class Merge(NamedTuple):
+    """What a merge did to the model.
+
+    Attributes:
+        dtype: of the weights.
+        kept: share of the update dW that is in the weights after rounding, <W' - W, dW> / <dW, dW>; 1 in float32.
+        off: distance of the merged from the unmerged logits on the probe, over what the adapter moves them.
+    """
+
+    dtype: str
+    kept: float
+    off: float
+
+
+def load_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
+    """`model` under the adapter in `folder`, as a `PeftModel`.
+
+    Raises:
+        UsageError: the folder holds no whole adapter; its weights do not fit the model, or not all are there; it is
+            no adapter of weights (prompt tuning), which cannot be merged.
+    """
+    from peft import PeftConfig, PeftModelForCausalLM
+
+    from tunevax.modeling.loading import damage, shortened
+
+    file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if file is None:
+        raise UsageError(
+            f"{folder} has an adapter_config.json and no weights ({' or '.join(WEIGHTS)}); if it is a merged model, "
+            "delete that file"
+        )
+    if why := damage(folder / "adapter_config.json") or damage(file):
+        raise UsageError(why)
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # no JSON, an unknown kind, options of a newer PEFT
+        raise UsageError(f"{folder / 'adapter_config.json'} cannot be read: {shortened(error)}") from error
+    if config.is_prompt_learning:
+        raise UsageError(
+            f"{folder} is an adapter of kind {config.peft_type.value}, which adds to the prompt and not to weights; "
+            "tunevax loads adapters that can be merged, such as LoRA"
+        )
+    config.inference_mode = not trainable
+    try:
+        fit_embeddings(model, file)
+        made = PeftModelForCausalLM(model, config)
+        report = made.load_adapter(
+            str(folder), "default", is_trainable=trainable, torch_device="cpu",
+            key_mapping=getattr(model, "_checkpoint_conversion_mapping", {}),
+        )  # fmt: skip
+    except UsageError:
+        raise
+    except KeyError as error:  # a whole module that the adapter says it holds
+        raise UsageError(f"the adapter {folder} lacks {error}, which its adapter_config.json names") from error
+    except Exception as error:  # sizes that differ, modules that are not there
+        if "out of memory" in str(error).lower():
+            raise
+        raise UsageError(
+            f"the adapter {folder} does not fit {type(model).__name__}: {shortened(error)}; is it of another base?"
+        ) from error
+    shared = ("vblora_vector_bank", ".tinylora_v.")  # PEFT's own exceptions
+    missing = [key for key in report.missing_keys if not any(name in key for name in shared)]
+    # Of a module that it trained whole and whose vocabulary grew PEFT saves every copy; the one it reads is no option.
+    extra = [k for k in report.unexpected_keys if not re.search(r"\.(modules_to_save|original_module)\.\w+$", k)]
+    if missing or extra:
+        parts = [
+            f"{len(keys)} {what}, such as {sorted(keys)[0]}"
+            for keys, what in ((missing, "of its weights are missing"), (extra, "belong nowhere"))
+            if keys
+        ]
+        raise UsageError(
+            f"the adapter {folder} does not fit {type(model).__name__}: {' and '.join(parts)}; save it with PEFT's "
+            "save_pretrained, and give the base that it was trained on"
+        )
+    return made
+
+
+def fit_embeddings(model: Any, file: Path) -> None:
+    """Give `model` as many embeddings as an adapter holds that was saved with them, and check those that it did not
+    train: below a LoRA adapter PEFT saves the base's, so others mean another base."""
+    saved = dict(tensors(file, re.compile(r"(embed|wte|lm_head).*\.weight$")))
+    names = {"input": model.get_input_embeddings(), "output": model.get_output_embeddings()}
+    paths = {which: path for path, module in model.named_modules() for which, m in names.items() if m is module}
+    held = {}
+    for which, path in paths.items():
+        for key in (f"base_model.model.{path}.base_layer.weight", f"base_model.model.{path}.weight"):
+            if key in saved:
+                held[which] = saved[key]
+                own = names[which].weight
+                if ".base_layer." in key and own.shape == saved[key].shape:
+                    narrow = min(own.dtype, saved[key].dtype, key=lambda dtype: dtype.itemsize)
+                    if not torch.equal(own.to("cpu", narrow), saved[key].to(narrow)):
+                        raise UsageError(f"{file.parent} is an adapter of another base: {path} differs in its weights")
+    rows = {len(weight) for weight in held.values()}
+    if len(rows) != 1 or rows == {model.get_input_embeddings().weight.shape[0]}:
+        return
+    tied = names["output"] is None or names["output"].weight is names["input"].weight
+    if len(held) < 2 and not tied:
+        raise UsageError(
+            f"the adapter {file.parent} is for a vocabulary of {rows.pop()}, and of {' and '.join(held)} embeddings "
+            "holds the weights alone; save it with save_embedding_layers=True"
+        )
+    model.resize_token_embeddings(rows.pop(), mean_resizing=False)
+
+
+def tensors(file: Path, pattern: re.Pattern) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a weight file whose name has the pattern."""
+    if file.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(file, "pt") as content:
+            yield from ((key, content.get_tensor(key)) for key in content.keys() if pattern.search(key))  # noqa: SIM118
+    else:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        yield from ((key, value) for key, value in content.items() if pattern.search(key))
+
+
+# --- merging ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def merge(model: Any, ref: str) -> tuple[Any, Merge]:
+    """The stock model with the adapter of `model` in its weights, and how well it got there.
+
+    A head and an embedding that share their weights no longer do if the adapter is on one of them.
+
+    Args:
+        model: a `PeftModel`, not quantised.
+        ref: what to call the adapter in an error.
+
+    Raises:
+        UsageError: the adapter changes nothing, or is of a kind that PEFT cannot merge, or the merged model is another.
+        RoundedAway: the dtype is too narrow for the update.
+    """
+    apart, moved = effect(model, ref)
+    untie(model)
+    stock = model.get_base_model()
+    dtype = stock.dtype
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that all is merged already, and of ties: what matters is compared below
+        try:
+            kept = merge_layers(model)
+            model = model.merge_and_unload()
+        except Exception as error:
+            if "out of memory" in str(error).lower():
+                raise
+            raise UsageError(f"the adapter {ref} cannot be merged into {type(stock).__name__}: {error}") from error
+    for module in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
+        if module.weight.is_floating_point():
+            module.to(dtype)  # one that was trained whole comes in fp32
+    off = float((logits(model) - apart).norm()) / moved
+    noise = rounding(model, dtype) * float(apart.norm()) / moved
+    if kept < KEPT or not off <= OFF + noise:
+        kind = str(dtype).removeprefix("torch.")
+        why = (
+            f"merging {ref} into {kind} weights keeps {kept:.0%} of its update, and moves the logits {off:.0%} of its "
+            "effect away from those of the unmerged model"
+        )
+        if dtype in NARROW:
+            raise RoundedAway(why)
+        raise UsageError(f"{why}; this kind of adapter cannot be merged into {type(model).__name__}")
+    return model, Merge(str(dtype).removeprefix("torch."), round(kept, 4), float(f"{off:.2g}"))
+
+
+def effect(model: Any, ref: str) -> tuple[torch.Tensor, float]:
+    """The logits of a `PeftModel` on the probe, and their distance from those without its adapter.
+
+    Raises:
+        UsageError: the distance is 0 or not finite; the message says why.
+    """
+    model.eval()
+    with model.disable_adapter():
+        without = logits(model)
+    apart = logits(model)
+    moved = float((apart - without).norm())
+    if not math.isfinite(float(without.norm())):
+        raise UsageError(f"the model below the adapter {ref} gives logits that are not finite; its weights are damaged")
+    if not math.isfinite(moved):
+        raise UsageError(f"under the adapter {ref} the logits are not finite; its weights are damaged")
+    if moved == 0:
+        second = [p for n, p in model.named_parameters() if re.search(r"lora_(embedding_)?B\b", n)]
+        if second and not any(p.any() for p in second):
+            why = "its B matrices are all 0, so it was never trained (no step, or a learning rate of 0)"
+        elif model.dtype in NARROW:
+            kind = str(model.dtype).removeprefix("torch.")
+            raise RoundedAway(f"the adapter {ref} moves no logit in {kind}: its update is too small for that")
+        else:
+            why = "its update is 0, or too small for the model's weights"
+        raise UsageError(f"the adapter {ref} moves no logit: {why}; use the model below it")
+    return apart, moved
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    """On two fixed sequences of 16 tokens from all over the vocabulary, [2, 16, vocabulary] in fp32 or float64."""
+    stock = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = stock.config
+    values = {**config.to_dict(), **config.get_text_config().to_dict()}
+    special = {v for k, v in values.items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)}
+    count = min(stock.get_input_embeddings().weight.shape[0], config.get_text_config().vocab_size)
+    plain = [i for i in range(count) if i not in special]  # an image token asks for an image
+    chosen = [plain[i * len(plain) // 32] for i in range(32)]
+    ids = torch.tensor(chosen, device=stock.get_input_embeddings().weight.device).view(16, 2).T
+    return wide(model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits)
+
+
+def rounding(model: Any, dtype: torch.dtype) -> float:
+    """How far two evaluations of one function may be apart, relative to its logits, by the rounding of activations.
+
+    A block rounds a dozen tensors one after the other, each by 0.29 eps (the std of a uniform error): eps for a block,
+    in two evaluations independently, and twice that for what later blocks make of it.
+    """
+    return 2 * torch.finfo(dtype).eps * math.sqrt(2 * model.config.get_text_config().num_hidden_layers)
+
+
+def untie(model: Any) -> None:
+    """Give the head of a `PeftModel` weights of its own if it shares the embedding's and one of them has an adapter."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    stock = model.get_base_model()
+    ends = [stock.get_input_embeddings(), stock.get_output_embeddings()]
+    if not any(isinstance(module, BaseTunerLayer) for module in ends) or ends[1] is None:
+        return
+    own = [module.get_base_layer() if isinstance(module, BaseTunerLayer) else module for module in ends]
+    if own[0].weight is not own[1].weight:
+        return
+    own[1].weight = nn.Parameter(own[1].weight.detach().clone(), requires_grad=False)
+    record_ties(stock)
+
+
+def record_ties(model: Any) -> None:
+    """Let the config of a stock model say that head and embedding are not tied, if they are not."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    weights = [getattr(getattr(m, "base_layer", m), "weight", None) for m in (head, embedding)]
+    if head is None or weights[0] is weights[1]:
+        return
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {
+        k: v for k, v in getattr(model, "all_tied_weights_keys", {}).items() if same(model, k, v)
+    }
+
+
+def same(model: Any, *names: str) -> bool:
+    """Whether two names are of one parameter; PEFT's wrappers hide a name."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return all(n in parameters for n in names) and len({id(parameters[n]) for n in names}) == 1
+
+
+def merge_layers(model: Any) -> float:
+    """Add the adapter of each layer to its weight, the sum taken in fp32 and rounded once.
+
+    Returns:
+        The share of the update that the rounding kept.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    kept = total = 0.0
+    for layer in [m for m in model.modules() if isinstance(m, BaseTunerLayer) and hasattr(m, "merge")]:
+        base = layer.get_base_layer()
+        parameter = getattr(base, getattr(layer, "parameter_name", "weight"), None)
+        if not isinstance(parameter, nn.Parameter) or parameter.dtype not in NARROW:
+            continue  # merged by merge_and_unload, without loss
+        before = parameter.data
+        parameter.data = before.float()
+        layer.merge()
+        exact, parameter.data = parameter.data, parameter.data.to(before.dtype)
+        update = exact - before.float()
+        kept += float(((parameter.data.float() - before.float()) * update).sum(dtype=torch.float64))
+        total += float(update.square().sum(dtype=torch.float64))
+    return kept / total if total else 1.0
+
+
+# --- what gets an adapter --------------------------------------------------------------------------------------------
+
+
+def expert_matrices(model: nn.Module) -> list[str]:
+    """The matrices of experts and routers that are parameters of their own and in no linear layer, by their path in the
+    block: `mlp.experts.gate_up_proj`. PEFT's `all-linear` takes them for some architectures and not for others."""
+    return sorted(
+        {
+            re.split(r"\.\d+\.", f"{path}.{name}")[-1]
+            for path, module in model.named_modules()
+            if re.search("Expert|Router|TopKGat", type(module).__name__) and not isinstance(module, nn.Linear)
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter.dim() in (2, 3) and not name.endswith("bias")  # the kinds that PEFT adapts
+        }
+    )
+
+
+def split_targets(model: nn.Module, names: str) -> tuple[str | list[str], list[str]]:
+    """What `--lora-targets` names, as PEFT's target_modules and target_parameters."""
+    experts = expert_matrices(model)
+    if names == "all-linear":
+        return names, experts
+    given = [name.strip() for name in names.split(",") if name.strip()]
+    modules = [path for path, _ in model.named_modules()]
+    parameters = {
+        name: [path for path in experts if f".{path}".endswith(f".{name}")]
+        for name in given
+        if not any(f".{path}".endswith(f".{name}") for path in modules)
+    }
+    return [name for name in given if not parameters.get(name)], sorted({p for ps in parameters.values() for p in ps})
+
+
+def require_targets(model: Any, names: str) -> None:
+    """Raise `UsageError` if one of the comma-separated names matched nothing in `model`, a `PeftModel`: PEFT minds only
+    if none does. (It renames those of experts that it has fused.)"""
+    targets = model.peft_config["default"].target_modules
+    paths = [path for path, _ in model.named_modules() if path.endswith((".lora_A", ".lora_embedding_A"))]
+    for name in sorted(targets) if names != "all-linear" and not isinstance(targets, str) else ():
+        if not any(path.rpartition(".")[0].endswith(f".{name}") for path in paths):
+            raise UsageError(f"lora_targets {names!r}: no layer of the model that can have an adapter is called {name}")
+
+
+def coverage(model: Any) -> dict[str, dict[str, int]]:
+    """Which matrices of a `PeftModel` have an adapter and which do not: `adapted` and `left_out`, each from the path,
+    with `*` for numbers, to the number of weights. Norms, biases and other vectors are in neither."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    from tunevax.modeling.loading import size_of
+
+    covered: dict[str, dict[str, int]] = {"adapted": {}, "left_out": {}}
+    stock, adapted, inside = model.get_base_model(), set(), set()
+    for module in stock.modules():
+        if isinstance(module, BaseTunerLayer):
+            base = module.get_base_layer()
+            adapted.add(id(getattr(base, getattr(module, "parameter_name", "weight"), None)))
+            own = {id(p) for p in base.parameters()}
+            inside |= {id(p) for p in module.parameters()} - own
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            adapted |= {id(p) for p in module.original_module.parameters()}
+            inside |= {id(p) for p in module.parameters()} - adapted
+    for path, parameter in stock.named_parameters():
+        if id(parameter) in inside or path.endswith("bias"):
+            continue
+        state = getattr(parameter, "quant_state", None)
+        if parameter.dim() < 2 and state is None:
+            continue
+        name = re.sub(r"\.(base_layer|original_module)(?=\.)", "", path)
+        name = re.sub(r"(?<=\.)\d+(?=\.)", "*", name).removesuffix(".weight")
+        kind = covered["adapted" if id(parameter) in adapted else "left_out"]
+        kind[name] = kind.get(name, 0) + size_of(parameter)
+    return covered
+
+
+def left_out_of_blocks(covered: dict[str, dict[str, int]]) -> str | None:
+    """A sentence on the matrices in the blocks that a `coverage` leaves out; None if they are under 1 % of the weights
+    there (short convolutions and the like)."""
+    sizes = {name: size for name, size in covered["left_out"].items() if ".*." in name}
+    total = sum(sizes.values()) + sum(size for name, size in covered["adapted"].items() if ".*." in name)
+    if not sizes or sum(sizes.values()) < 0.01 * total:
+        return None
+    share = sum(sizes.values()) / total
+    return f"no adapter on {', '.join(sizes)}: {share:.0%} of the weights in the blocks stay as they are"

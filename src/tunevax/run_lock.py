@@ -1,0 +1,137 @@
+"""The lock of a run folder, so that two processes never write into one.
+
+The file says which process holds it, and its time is renewed while that process lives. On the machine that wrote it, a
+lock is good while the process runs. From another machine (a shared file system, a container) that cannot be seen, and
+the lock is good until it has not been renewed for `STALE` seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from tunevax.errors import UsageError
+
+BEAT, STALE = 30.0, 300.0
+"""Seconds between two renewals, and without one after which a lock of another machine is taken over."""
+
+
+class RunLock:
+    """A lock that this process holds on a folder.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "lock"
+        self.text = json.dumps(_this_process())
+        with _open_alone(self.file) as file:
+            refuse_if_held(folder)
+            file.seek(0)
+            file.truncate()
+            file.write(self.text)
+            file.flush()
+        self.closed = threading.Event()
+        threading.Thread(target=self._renew, daemon=True).start()
+
+    def held(self) -> bool:
+        """Whether nobody took it over, as happens to a process that was stopped for long on another machine."""
+        with suppress(OSError):
+            return self.file.read_text(encoding="utf-8") == self.text
+        return False
+
+    def release(self, folder: Path | None = None) -> None:
+        """Give it up; `folder` is where the file lies now, if the folder was renamed."""
+        self.closed.set()
+        self.file = folder / "lock" if folder else self.file
+        if self.held():
+            with suppress(OSError):
+                self.file.unlink()
+
+    def _renew(self) -> None:
+        while not self.closed.wait(BEAT):
+            with suppress(OSError):
+                os.utime(self.file)
+
+
+def refuse_if_held(folder: Path) -> None:
+    """Raise `UsageError` if a process that lives holds the lock of `folder`."""
+    file = folder / "lock"
+    try:
+        holder = json.loads(file.read_text(encoding="utf-8"))
+        pid, host, machine, started = (holder[k] for k in ("pid", "host", "machine", "started"))
+        if machine == _this_process()["machine"] and os.name == "posix":
+            if not _lives(pid, started):
+                return
+            hint = "wait for it"
+        else:
+            if _age(file) > STALE:
+                return
+            hint = f"wait for it (once it is gone, its lock is taken over after {STALE / 60:g} minutes)"
+    except (OSError, ValueError, KeyError, TypeError):  # no lock, or none that was written to its end
+        return
+    raise UsageError(f"{folder} is being written by process {pid} on {host}; {hint}, or choose another --output-dir")
+
+
+@contextmanager
+def _open_alone(path: Path) -> Iterator[Any]:
+    """The file, open for reading and writing, with no other process between the two where the system can lock files."""
+    while True:
+        with path.open("a+", encoding="utf-8") as file:
+            with suppress(ImportError, OSError):  # Windows; a file system without locks
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX)
+            with suppress(FileNotFoundError):  # its holder removed it in between
+                if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
+                    yield file
+                    return
+
+
+def _this_process() -> dict[str, Any]:
+    """What a lock says: process, host, the start of the process, and what tells this system's process numbers from
+    those of another one, a container's included."""
+    machine = [platform.node()]
+    with suppress(OSError):
+        machine += [Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()]
+        machine += [os.readlink("/proc/self/ns/pid")]
+    return {"pid": os.getpid(), "host": platform.node(), "machine": machine, "started": _start_of(os.getpid())}
+
+
+def _lives(pid: int, started: str | None) -> bool:
+    """Whether the process runs that had this number when it began at `started`."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    now = _start_of(pid)
+    return now != "ended" and (None in (now, started) or now == started)
+
+
+def _start_of(pid: int) -> str | None:
+    """When a process began, which tells it from a later one of the same number; `ended` if only its parent has yet to
+    notice that it ended. None where that cannot be read."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return "ended" if fields[0] == "Z" else fields[19]
+
+
+def _age(file: Path) -> float:
+    """Seconds since a file was renewed, by the clock of its file system."""
+    now = file.with_name(f"lock.{os.getpid()}.now")
+    now.touch()
+    try:
+        return now.stat().st_mtime - file.stat().st_mtime
+    finally:
+        now.unlink()

@@ -1,0 +1,107 @@
+"""YAML files as people mean them. PyYAML reads YAML 1.1, where `off`, `no`, `on` and `yes` are booleans, `1e-4` is a
+string, `010` is 8 and `12:30` is 750; here a plain word stays what it looks like."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tunevax.errors import UsageError
+
+NO = ("no", "off", "false")
+YES = ("yes", "on", "true")
+INTEGER = r"[-+]?[0-9]+(_[0-9]+)*|0o[0-7]+|0x[0-9a-fA-F]+"
+FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(_[0-9]+)*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+
+
+def read_yaml(path: str | Path, words: bool = False) -> Any:
+    """The content of a YAML file.
+
+    Args:
+        words: leave every scalar but null as it is written, for a reader who knows the types himself. Otherwise `true`
+            and `false` are booleans, and whatever looks like a number is one, `1e-4` and `1_000` included.
+
+    Raises:
+        UsageError: no such file, not YAML, a key that is there twice.
+    """
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        return yaml.load(text, _loader(words))  # noqa: S506 - a SafeLoader
+    except OSError as error:
+        raise UsageError(f"no such file: {path}" if not Path(path).exists() else f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UsageError(f"{path}:{line}: not UTF-8") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        why = getattr(error, "problem", None) if isinstance(error, yaml.constructor.ConstructorError) else None
+        raise UsageError(f"{path}:{mark.line + 1 if mark else 1}: {why or 'not valid YAML'}") from error
+
+
+@cache
+def _loader(words: bool) -> type:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers: dict = {}  # noqa: RUF012 - the one of the base class must not change
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+            seen: set[Any] = set()
+            for key, _ in node.value:
+                if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
+                    if key.value in seen:
+                        raise yaml.constructor.ConstructorError(
+                            None, None, f"the key {key.value!r} is there twice", key.start_mark
+                        )
+                    seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    def resolve(tag: str, pattern: str) -> None:
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), None)
+
+    resolve("null", "~|null|Null|NULL|")
+    resolve("merge", "<<")
+    if not words:
+        resolve("bool", "true|True|TRUE|false|False|FALSE")
+        resolve("int", INTEGER)
+        resolve("float", FLOAT)
+        Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: _integer(node.value))
+        Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: _float(node.value))
+    return Loader
+
+
+def meant(value: Any, name: str, kind: Any) -> Any:
+    """A scalar of a YAML file as an option of this name and type means it; what makes no sense stays as it is."""
+    if not isinstance(value, str | bool | int | float):
+        return value
+    types = set(re.findall(r"\w+", str(kind)))
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    if name.endswith("_strategy") and text.lower() in NO:  # of transformers: `no` is one of its words
+        return "no"
+    if "bool" in types and "str" not in types:
+        return True if text.lower() in YES else False if text.lower() in NO else value
+    if types & {"int", "float"} and "str" not in types:
+        found = number(text)
+        whole = found is not None and "float" not in types and found == found // 1
+        return value if found is None else int(found) if whole else found
+    return text if "str" in types else value
+
+
+def number(text: str) -> int | float | None:
+    """The number that a text is in YAML, or None."""
+    if re.fullmatch(INTEGER, text):
+        return _integer(text)
+    return _float(text) if re.fullmatch(FLOAT, text) else None
+
+
+def _integer(text: str) -> int:
+    """With 0o17 and 0x1f; 010 is ten."""
+    return int(text, 0) if text[:2].lower() in ("0o", "0x") else int(text)
+
+
+def _float(text: str) -> float:
+    return float(re.sub(r"^([-+]?)\.(?=[a-zA-Z])", r"\1", text))

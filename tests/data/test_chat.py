@@ -1,0 +1,279 @@
+"""What a chat template does to a conversation is probed, and an answer stands where it was put."""
+
+import copy
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tunevax.data.chat import (
+    ANSWERS,
+    TODAY,
+    behind_the_thought,
+    chat_of,
+    marked_thought,
+    render,
+    split_thought,
+    with_options,
+)
+from tunevax.data.encoding import TEMPLATES, encode, ids_of, set_chat_template
+from tunevax.errors import UsageError
+from tunevax.scoring.generation import answer, encoded_prompts
+from tunevax.scoring.judges import on_answers, refusal_keywords
+
+START, STOP = "<|im_start|>", "<|im_end|>"
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Mistral's later templates: the system text stands in the last user turn, and moves when an answer follows.
+LATE_SYSTEM = (
+    "{% set s = messages[0].content if messages[0].role == 'system' else '' %}{% for m in messages %}"
+    "{% if m.role == 'user' %}[INST] {% if loop.last and s %}{{ s }}\n\n{% endif %}{{ m.content }}[/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+)
+ALTERNATING = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}{% for m in messages %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('turns must alternate') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+# Qwen 3: finished turns have an empty thought; `enable_thinking=False` puts it into the generation prompt.
+EMPTY_THOUGHT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n"
+    "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+# DeepSeek R1: the generation prompt opens a thought, and finished turns have none.
+OPENED = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}") + "{# </think> #}"
+PARTS = CHATML.replace("{{ m.content }}", "{% for p in m.content %}{% if p.type %}{{ p.text }}{% endif %}{% endfor %}")
+DATED = "Today is {{ strftime_now('%d %B %Y, %H:%M') }}.\n" + CHATML
+
+
+def tokenizer(template=CHATML):
+    """Bytes, and the marks as tokens of their own; `<think>` is special, and would be skipped with the others."""
+    marks = ["<pad>", "<s>", START, STOP, "<think>", "</think>"]
+    vocabulary = {t: i for i, t in enumerate([*marks, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token=STOP, pad_token="<pad>",
+        additional_special_tokens=[START, "<think>", "</think>"],
+    )  # fmt: skip
+    made.chat_template = template
+    return made
+
+
+def learnt(tok, row):
+    """What the loss is on, as text, and the text before it."""
+    (encoded,) = encode([row], tok, 1000)
+    labels = encoded["labels"]
+    first = next(i for i, label in enumerate(labels) if label != -100)
+    assert all(label != -100 for label in labels[first:])
+    return tok.decode(labels[first:]), tok.decode(encoded["input_ids"][:first])
+
+
+ROWS = [
+    {"prompt": "Say yes or no: is it raining?", "completion": "no"},
+    {"prompt": "positive or negative, a fine film", "completion": "positive"},
+    {"prompt": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "kind?"}], "completion": "kind"},
+    {"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+                {"role": "user", "content": "Be b."}], "completion": "b"},
+    {"prompt": f"say {ANSWERS[0]}", "completion": f"{ANSWERS[0]} and {ANSWERS[1]}"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize(
+    "template", [CHATML, LATE_SYSTEM, ALTERNATING, EMPTY_THOUGHT, OPENED, PARTS, DATED, *TEMPLATES.values()]
+)
+def test_the_answer_is_learnt_and_nothing_but_the_answer(template, row):
+    """Also where its words stand in the question, and behind the very ids that generation starts from."""
+    tok = tokenizer(template)
+    said, before = learnt(tok, row)
+    lead = {EMPTY_THOUGHT: "<think>\n\n</think>\n\n", OPENED: "\n</think>\n\n"}.get(template, "")
+    assert said.startswith(lead) and said[len(lead) :].strip() == row["completion"] + STOP
+    assert before == render(tok, row["prompt"])
+    (encoded,) = encode([row], tok, 1000)
+    prompt_ids = ids_of(tok, render(tok, row["prompt"]))
+    assert encoded["input_ids"][: len(prompt_ids)] == prompt_ids
+
+
+def test_a_system_message_is_put_before_the_question_where_the_template_has_no_place_for_it():
+    prompt = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "How?"}]
+    dropping = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+    for template in (ALTERNATING, dropping):
+        tok = tokenizer(template)
+        assert chat_of(tok).system == "folded" and "Be kind.\n\nHow?" in render(tok, prompt)
+    tok = tokenizer()
+    assert chat_of(tok).system == "own" and "system\nBe kind.<|im_end|>" in render(tok, prompt)
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "said"),
+    [
+        (ALTERNATING, [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "refuses this conversation (turns must alternate)"),
+        (CHATML.replace("m.content", "m.content[:50]"), "long " * 30, "loses or changes the text of the user's turn"),
+        (CHATML.replace("m.content", "m.content | e"), "1 < 2", "loses or changes the text of the user's turn"),
+        (CHATML.replace("for m in messages", "for m in messages[-1:]"),
+         [{"role": "user", "content": "first"}, {"role": "assistant", "content": "x"}, {"role": "user", "content": "last"}],
+         "loses or changes the text of the user's turn ('first'"),
+    ],
+)  # fmt: skip
+def test_a_refusal_names_the_row_and_the_reason(template, prompt, said):
+    with pytest.raises(UsageError) as error:
+        encode([{"prompt": prompt, "completion": "c", "place": "rows.jsonl:7"}], tokenizer(template), 1000)
+    assert str(error.value).startswith("rows.jsonl:7: the chat template") and said in str(error.value)
+
+
+def test_a_template_that_changes_the_answer_is_refused():
+    cut = CHATML.replace("{{ m.content }}", "{{ m.content.replace('b', 'B') if m.role == 'assistant' else m.content }}")
+    assert learnt(tokenizer(cut), {"prompt": "p", "completion": "fine"})[0] == "fine<|im_end|>"
+    with pytest.raises(UsageError, match=r"f:1: the chat template changes the answer"):
+        encode([{"prompt": "p", "completion": "bad", "place": "f:1"}], tokenizer(cut), 1000)
+    trims = CHATML.replace("m.content", "m.content | trim")
+    assert learnt(tokenizer(trims), {"prompt": "p", "completion": " spaced "})[0] == "spaced<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", "cannot render a question: it drops the text of the user's turn"),
+        ("{{ raise_exception('never') }}", "cannot render a question: never"),
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "drops the text of the assistant's turn"),
+        ("{% for m in messages %}{{ m.content if m.role == 'user' else m.content ~ m.content }}{% endfor %}",
+         "changes the text of the assistant's turn"),
+        ("{{ messages[0].content }}{% if messages[1] %}{{ raise_exception('one turn only') }}{% endif %}",
+         "cannot render an answer: one turn only"),
+        ("{% for m in messages %}{{ m.content | nosuchfilter }}{% endfor %}", "cannot render a question"),
+    ],
+)  # fmt: skip
+def test_a_template_that_loses_what_is_said_is_noticed_at_load(template, said):
+    with pytest.raises(UsageError) as error:
+        set_chat_template(tokenizer(template), None)
+    assert said in str(error.value) and "--chat-template" in str(error.value)
+
+
+def test_the_day_is_fixed_and_recorded(monkeypatch):
+    import transformers.utils.chat_template_utils as library
+
+    class Later(library.datetime):
+        @classmethod
+        def now(cls):
+            return cls(2031, 5, 6)
+
+    first = render(tokenizer(DATED), "p")
+    monkeypatch.setattr(library, "datetime", Later)
+    assert render(tokenizer(DATED), "p") == first and "01 January 2025, 00:00" in first
+    assert (
+        chat_of(tokenizer(DATED)).date == TODAY.date().isoformat() == "2025-01-01" and chat_of(tokenizer()).date is None
+    )
+
+
+def test_files_and_options_of_templates(tmp_path):
+    file = tmp_path / "own.jinja"
+    file.write_text(CHATML, encoding="utf-8-sig")  # with the mark that some editors put in front
+    tok = tokenizer()
+    set_chat_template(tok, str(file))
+    assert render(tok, "p").startswith(START)
+    set_chat_template(tok, "own:thought=<t>|</t>,thinking=on")
+    assert chat_of(tok).thought == ("<t>", "</t>") and render(tok, "p").startswith(START)
+    set_chat_template(tok, "own:thinking=off")  # options replace each other, and are saved with the template
+    tok.save_pretrained(tmp_path / "saved")
+    again = PreTrainedTokenizerFast.from_pretrained(tmp_path / "saved")
+    assert not chat_of(again).thinking and chat_of(again).thought is None and again.chat_template.count("tunevax") == 1
+    set_chat_template(tok, "own:thought=<|channel|>a|<|end|>")
+    assert chat_of(tok).thought == ("<|channel|>a", "<|end|>")
+    for bad, said in (
+        ("own:thinking=no", "known: on, off"),
+        ("own:thougt=a|b", "did you mean 'thought'"),
+        ("own:thought=a", "thought=OPEN"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            set_chat_template(tok, bad)
+    with pytest.raises(UsageError, match="no chat template file alpca"):
+        set_chat_template(tok, "alpca")
+    tok.chat_template = {"default": CHATML, "tool_use": "{{ tools }}"}
+    set_chat_template(tok, None)
+    assert tok.chat_template == CHATML
+    assert chat_of(copy.deepcopy(tok)).system == "own"
+
+
+def generated(tok, text, prefix=""):
+    begun = encoded_prompts(Endless(), tok, ["p"], 8, prefix)[2]
+    return answer(tok, begun, ids_of(tok, text), prefix)
+
+
+class Endless:
+    class config:
+        @staticmethod
+        def get_text_config():
+            return None
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "thought", "said"),
+    [
+        (
+            EMPTY_THOUGHT,
+            "<think>\nI cannot... or can I?\n</think>\n\nSure.<|im_end|>",
+            "I cannot... or can I?",
+            "Sure.",
+        ),
+        (EMPTY_THOUGHT, "<think>\nlong", "long", ""),
+        (EMPTY_THOUGHT, "Sure.<|im_end|>", None, "Sure."),
+        (EMPTY_THOUGHT, "<think>a</think>b<think>c</think>d", "a\nc", "bd"),
+        (OPENED, "hm\n</think>\n\nNo.<|im_end|>", "hm", "No."),
+        (OPENED, "hm, and hm", "hm, and hm", ""),
+        (CHATML, "no marks</think> here", None, "no marks here"),  # nothing but special tokens goes where none is known
+        (CHATML + "{# [/THINK] #}", "[THINK]x[/THINK]y", "x", "y"),
+    ],
+)
+def test_the_thought_is_parted_from_the_answer(template, text, thought, said):
+    found = split_thought(generated(tokenizer(template), text))
+    assert found == (thought, said)
+    assert marked_thought("plain", chat_of(tokenizer(template))) in ("plain", "<think>plain")
+
+
+def test_marks_of_ones_own_and_no_thought_at_all():
+    tok = tokenizer(CHATML)
+    set_chat_template(tok, "own:thought=(((|)))")
+    assert split_thought(generated(tok, "(((x)))y")) == ("x", "y")
+    tok = tokenizer(EMPTY_THOUGHT)
+    set_chat_template(tok, "own:thinking=off")
+    assert render(tok, "p").endswith("<think>\n\n</think>\n\n") and behind_the_thought(chat_of(tok)) == ""
+    assert learnt(tok, {"prompt": "p", "completion": "c"})[0] == "c<|im_end|>"
+
+
+def test_words_put_into_the_models_mouth_come_behind_its_thought():
+    for template, lead in ((EMPTY_THOUGHT, "<think>\n\n</think>\n\n"), (OPENED, "\n</think>\n\n"), (CHATML, "")):
+        tok = tokenizer(template)
+        encoded, _, begun = encoded_prompts(Endless(), tok, ["p"], 8, "Sure, here")
+        assert (
+            tok.decode(encoded[0]) == render(tok, "p") + lead + "Sure, here"
+            and tok.decode(begun) == lead + "Sure, here"
+        )
+        assert generated(tok, " it is.<|im_end|>", "Sure, here") == "Sure, here it is."
+
+
+def test_a_thought_in_a_row_is_learnt_as_one():
+    row = {"prompt": "p", "completion": "<think>because</think>yes"}
+    assert learnt(tokenizer(EMPTY_THOUGHT), row)[0] == "<think>\nbecause\n</think>\n\nyes<|im_end|>"
+    assert learnt(tokenizer(OPENED), row)[0] == "because\n</think>\n\nyes<|im_end|>"
+
+
+def test_judges_see_the_answer_alone():
+    seen = []
+
+    @on_answers
+    def judge(prompts, responses):
+        seen.extend(zip(prompts, responses, strict=True))
+        return refusal_keywords(prompts, responses)
+
+    responses = ["<think>I cannot do it</think>Sure.", "<think>no end", "<think>ok</think>I cannot help.", "Sure."]
+    found = judge(list("abcd"), responses)
+    assert [(v.verdict, v.harmful) for v in found] == [
+        ("complied", True), ("unanswered", False), ("refused", False), ("complied", True),
+    ]  # fmt: skip
+    assert seen == [("a", "Sure."), ("c", "I cannot help."), ("d", "Sure.")]
+    assert judge(["a"], ["<think>"])[0].verdict == "unanswered" and with_options("x", "thinking=on").endswith("x")
