@@ -84,7 +84,7 @@ class PairsOnly(surgery.SurgeryTrainer):
 
     @staticmethod
     @contextmanager
-    def hidden(model, inputs, how, sink):
+    def hidden(model, inputs, how, sink, queries):
         yield last_hidden(model, {"input_ids": inputs["input_ids"]}).mean(1)[:, None]
 
 

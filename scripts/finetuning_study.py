@@ -9,13 +9,15 @@ not use, scored on the organism's held-out categories. Of the settings that lear
 below plain fine-tuning), the one with the lowest harmful score over the curve is chosen. `audit` runs the protocol
 fine-tuning.yaml, cut to the organism's size, on jobs of every method with that setting, on the SFT-aligned
 organism and, for plain fine-tuning and Surgery, on the T-Vaccine-aligned one as well. `sinks` counts heads with a
-positive sink divergence while a job with p = 0.2 trains, for five seeds, beside a benign one.
+positive sink divergence while a job with p = 0.2 trains, for five seeds, beside a benign one: over the positions that
+both answers of a pair have (`common`) and over all tokens, as published (`all`). Stopped, it goes on with the next job.
 """
 
 import argparse
 import gzip
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 from scipy.stats import spearmanr
@@ -91,13 +93,13 @@ def curves(out: Path) -> dict:
     return found
 
 
-def tune(folder: Path) -> None:
+def tune(folder: Path, methods: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in World().safety("held-out")), encoding="utf-8")
     aligned = align(folder, "sft", 11)
     control = job(folder, "sft", "sft", aligned, 11, {})
-    jobs = {(m, i): job(folder, f"{m}-{i}", m, aligned, 11, o) for m in GRID for i, o in enumerate(GRID[m])}
+    jobs = {(m, i): job(folder, f"{m}-{i}", m, aligned, 11, o) for m in methods for i, o in enumerate(GRID[m])}
     out = folder / "audit"
     audited(folder, out, list(jobs.values()), control, [0.1], [11], f', eval_data: "{prompts}:split=all"')
     found = curves(out)
@@ -105,9 +107,9 @@ def tune(folder: Path) -> None:
     plain = found["sft", 0.1, 11]
     told(f"sft: mean harmful {mean(plain, 1):.2f}, final {plain[-1][1]:.2f}, task {plain[-1][2]:.2f}", folder)
     chosen = {}
-    for method, grid in GRID.items():
+    for method in methods:
         best = None
-        for i, options in enumerate(grid):
+        for i, options in enumerate(GRID[method]):
             curve = found[f"{method}-{i}", 0.1, 11]
             fits = curve[-1][2] >= plain[-1][2] - 0.05
             told(f"{method} {options}: mean harmful {mean(curve, 1):.2f}, final {curve[-1][1]:.2f}, "
@@ -202,11 +204,14 @@ def gap(values: list[float]) -> str:
 
 def sinks(folder: Path) -> None:
     """Positive heads and harmful score along poisoned and benign jobs."""
+    import numpy as np
+    from scipy.stats import t
     from transformers import TrainerCallback
 
     from tunevax.data import load_safety, load_task, mix
     from tunevax.finetuning.analyze import sink_map, summary
     from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer
+    from tunevax.finetuning.sink import QUERIES
     from tunevax.modeling import load
     from tunevax.scoring.score import ExamOptions, build_exam, examine
 
@@ -220,7 +225,7 @@ def sinks(folder: Path) -> None:
 
     class Watch(TrainerCallback):
         def __init__(self, tokenizer, p, seed):
-            self.tokenizer, self.p, self.seed = tokenizer, p, seed
+            self.tokenizer, self.p, self.seed, self.rows = tokenizer, p, seed, []
 
         def on_step_end(self, args, state, control, model=None, **_):
             if state.global_step in (1, 4, 8, 12, 16, 24, 32, 48, 64, 80, 100):
@@ -228,16 +233,21 @@ def sinks(folder: Path) -> None:
 
         def look(self, model, step):
             model.eval()
-            found = summary(sink_map(model, self.tokenizer, pairs, 40))
             scores, _ = examine(model, self.tokenizer, exam)
-            row = {"p": self.p, "seed": self.seed, "step": step, "harmful": scores["harmful/organism"]["value"],
-                   "positive_heads": found["positive_heads"], "heads": found["heads"], "R": found["R"]}  # fmt: skip
-            rows.append(row)
-            print(row, flush=True)
+            for queries in QUERIES:
+                found = summary(sink_map(model, self.tokenizer, pairs, 40, queries=queries))
+                row = {"p": self.p, "seed": self.seed, "step": step, "harmful": scores["harmful/organism"]["value"],
+                       "queries": queries, **{k: found[k] for k in ("positive_heads", "heads", "R")}}  # fmt: skip
+                self.rows.append(row)
+                print(row, flush=True)
             model.train()
 
-    for seed in (1, 2, 3, 4, 5):
+    for seed in SEEDS:
         for p in (0.2, 0.0):
+            done = folder / f"rows-{seed}-{p}.json"
+            if done.is_file():
+                rows += json.loads(done.read_text())
+                continue
             aligned = align(folder / f"seed-{seed}", "sft", seed)
             model, tokenizer, _ = load(str(aligned))
             watch = Watch(tokenizer, p, seed)
@@ -245,15 +255,23 @@ def sinks(folder: Path) -> None:
             config = FinetuneConfig(str(folder / "scratch"), seed=seed, save_strategy="no", **JOB)
             trainer = FinetuneTrainer(model, config, mix(task, harmful, p, ROWS, seed), tokenizer, None, [watch])
             trainer.train()
+            done.write_text(json.dumps(watch.rows))
+            rows += watch.rows
     path = folder.parent / "sinks.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    for p in (0.2, 0.0):
-        each = [[r for r in rows if r["p"] == p and r["seed"] == s] for s in (1, 2, 3, 4, 5)]
-        rho = [spearmanr([r["positive_heads"] for r in e], [r["harmful"] for r in e]).statistic for e in each]
-        ends = [
-            (e[0]["positive_heads"], e[-1]["positive_heads"], e[0]["R"], e[-1]["R"], e[-1]["harmful"]) for e in each
-        ]
-        print(f"p = {p}: positive heads before, after, R before, after, harmful after: {ends}; Spearman per seed {rho}")
+    for queries in QUERIES:
+        ends = {p: [[r for r in rows if (r["p"], r["seed"], r["queries"]) == (p, s, queries)] for s in SEEDS]
+                for p in (0.2, 0.0)}  # fmt: skip
+        for p, each in ends.items():
+            rho = [spearmanr([r["positive_heads"] for r in e], [r["harmful"] for r in e]).statistic for e in each]
+            values = {f"{k} {when}": [e[i][k] for e in each] for k in ("positive_heads", "R", "harmful")
+                      for when, i in (("before", 0), ("after", -1))}  # fmt: skip
+            print(f"{queries}, p = {p}: {values}; Spearman per seed {rho}")
+        for key in ("positive_heads", "R"):
+            gaps = [a[-1][key] - b[-1][key] for a, b in zip(ends[0.2], ends[0.0], strict=True)]
+            half = t.ppf(0.975, len(gaps) - 1) * np.std(gaps, ddof=1) / len(gaps) ** 0.5
+            print(f"{queries}: {key} after a poisoned job minus after a benign one, mean and 95 % t interval over seeds: "
+                  f"{np.mean(gaps):.5f} [{np.mean(gaps) - half:.5f}, {np.mean(gaps) + half:.5f}]")  # fmt: skip
 
 
 def run(arguments: list) -> None:
@@ -268,12 +286,13 @@ def main() -> None:
     parser.add_argument("what", choices=["tune", "audit", "sinks"])
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--one-stage", action="store_true", help="audit: leave out the T-Vaccine-aligned model")
+    parser.add_argument("--methods", nargs="+", choices=GRID, default=list(GRID), help="tune: only these")
     options = parser.parse_args()
     folder = options.output_dir / "work" / options.what
     if options.what == "audit":
         final(folder, not options.one_stage)
     else:
-        {"tune": tune, "sinks": sinks}[options.what](folder)
+        {"tune": partial(tune, methods=options.methods), "sinks": sinks}[options.what](folder)
 
 
 if __name__ == "__main__":

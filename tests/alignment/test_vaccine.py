@@ -9,6 +9,7 @@ from tiny import GOLDEN, GOLDEN_RTOL, TinyTokenizer, assert_gradients, batch, gr
 
 import tunevax.alignment.sft as sft
 import tunevax.alignment.t_vaccine as t_vaccine
+import tunevax.alignment.vaccine as vaccine
 from tunevax.alignment.t_vaccine import TVaccineConfig, TVaccineTrainer
 from tunevax.alignment.vaccine import VaccineConfig, VaccineTrainer
 from tunevax.errors import RunError, UsageError
@@ -243,6 +244,156 @@ def test_perturbation_removed_before_backward_would_be_noticed(make, monkeypatch
         assert_gradients(gradients(wrong.model), gradients(right.model), rtol=1e-9)
 
 
+def in_float64(trainer):
+    """Its weights in float64, and those of adapters away from their start, the same for every trainer."""
+    trainer.model.double()
+    generator = torch.Generator().manual_seed(5)
+    for name, p in trainer.model.named_parameters():
+        if "lora_" in name:
+            p.data = 0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    return trainer
+
+
+def grads_of(trainer):
+    return {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found, expected, rtol=1e-9):
+    assert set(found) == set(expected), sorted(set(found) ^ set(expected))
+    for name, grad in expected.items():
+        assert (found[name] - grad).norm() <= rtol * grad.norm(), name
+
+
+def outside(names):
+    return {
+        part for n in names if ".layers." not in n for part in ("embed_tokens", "model.norm", "lm_head") if part in n
+    }
+
+
+WHOLE = {"untied": {"full_weights": True}, "tied": {"full_weights": True}}
+ADAPTERS = {
+    "head": {"lora_targets": "q_proj,up_proj,lm_head"},
+    "embeddings": {"lora_targets": "q_proj,embed_tokens"},
+    "blocks": {"lora_targets": "q_proj,up_proj"},
+}
+OUTSIDE = {
+    "untied": {"embed_tokens", "model.norm", "lm_head"}, "tied": {"embed_tokens", "model.norm"},
+    "head": {"lm_head"}, "embeddings": {"embed_tokens"}, "blocks": set(),
+}  # fmt: skip
+
+
+def model_for(kind):
+    model = tiny_llama()
+    if kind == "tied":
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+@pytest.mark.parametrize("kind", OUTSIDE)
+def test_all_blocks_selected_is_vaccine_in_every_parameter(make, kind):
+    options = {**(WHOLE | ADAPTERS)[kind], "rho": 3.0}
+    whole = in_float64(make(VaccineTrainer, model=model_for(kind), **options))
+    targeted = in_float64(make(TVaccineTrainer, model=model_for(kind), gamma=8, **options))
+    for trainer in (whole, targeted):
+        step(trainer), step(trainer)  # two micro-batches, the second on top of the first
+    assert_same(grads_of(targeted), grads_of(whole))
+    assert {n for n, _ in targeted.model.named_parameters() if grads_of(targeted).get(n) is not None} == {
+        n for n, p in whole.model.named_parameters() if p.requires_grad
+    }
+    assert outside(grads_of(targeted)) == OUTSIDE[kind]
+
+
+@pytest.mark.parametrize("perturbation", ["gradient", "random"])
+@pytest.mark.parametrize("kind", OUTSIDE)
+def test_outside_the_blocks_all_trains_whatever_is_selected(make, monkeypatch, kind, perturbation):
+    """Gradients of the loss with the same eps on blocks 2 and 5, in one graph, by hand."""
+    options = {**(WHOLE | ADAPTERS)[kind], "rho": 3.0, "layer_sampling": "2,5", "perturbation": perturbation}
+    trainer = in_float64(make(TVaccineTrainer, model=model_for(kind), **options))
+    ran, kept = [], {}
+    trainer.blocks[1].mlp.register_forward_hook(lambda *_: ran.append(torch.is_grad_enabled()))
+    perturb = vaccine.perturb
+    monkeypatch.setattr(vaccine, "perturb", lambda modules, eps: kept.update(eps) or perturb(modules, eps))
+    step(trainer)
+    found = {n: g.clone() for n, g in grads_of(trainer).items()}
+    assert outside(found) == OUTSIDE[kind]
+    below = kind in ("untied", "tied", "embeddings")
+    assert ran == ([True] if perturbation == "random" else [True, True] if below else [False])
+
+    trainer.model.zero_grad()
+    for i, eps in kept.items():
+        trainer.blocks[i].attention.register_forward_hook(lambda _m, _a, out, eps=eps: (out[0] + eps, *out[1:]))
+    inputs = batch("safe")
+    trainer.batch_loss(trainer.model, inputs, (inputs["labels"][:, 1:] != -100).sum()).backward()
+    assert_same(found, grads_of(trainer))
+
+
+@pytest.mark.parametrize("mode", ["elementwise", "0.5", "frozen", "all"])
+def test_recomputation_reaches_the_embeddings(make, mode):
+    options = {"rho": 3.0, "layer_sampling": "2,5", "full_weights": True}
+    kept = make(TVaccineTrainer, model=tiny_llama(), **options)
+    again = make(TVaccineTrainer, model=tiny_llama(), checkpoint_blocks=mode, **options)
+    ran = []
+    again.blocks[0].mlp.up_proj.register_forward_hook(lambda *_: ran.append(1))
+    assert step(kept)[0] == step(again)[0]
+    assert_same(grads_of(again), grads_of(kept), 0.0)
+    assert len(ran) == (2 if mode == "elementwise" else 3)  # block 0 is frozen: two passes, and again for backward
+
+
+def post_norm(kind):
+    import transformers as t
+
+    config = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-30,
+              "pad_token_id": 2, "attn_implementation": "eager"}  # fmt: skip
+    more = {} if kind == "olmo2" else {"head_dim": 8, "query_pre_attn_scalar": 8}
+    config = t.AutoConfig.for_model(kind, **config, **more)
+    torch.manual_seed(0)
+    model = t.AutoModelForCausalLM.from_config(config)
+    for p in model.parameters():
+        p.data += 0.2 * torch.randn_like(p)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "olmo2", "llama"])
+def test_what_a_block_adds_has_no_arbitrary_scale(make, kind):
+    """A post-norm block with its attention's output scaled is the same block: no logit changes, and no p_l may."""
+
+    def probe(embedding, scale):
+        model = tiny_llama() if kind == "llama" else post_norm(kind)
+        trainer = make(TVaccineTrainer, model=model, gamma=2, embedding=embedding, lora_targets="q_proj")
+        trainer.model.double()
+        with torch.no_grad():
+            trainer.blocks[2].o_proj.weight *= scale
+            logits = trainer.model(**batch("harmful")).logits
+        trainer.scores = trainer.probe(batch("harmful"))
+        return logits, trainer.probabilities(), [type(m).__name__ for m in trainer.embedded]
+
+    (logits, p, modules), (same, scaled, _) = probe("added", 1.0), probe("added", 0.1)
+    paper, far = probe("attention", 1.0)[1], probe("attention", 0.1)[1]
+    if kind == "llama":
+        assert p.tolist() == paper.tolist() and all("Attention" in m for m in modules)
+        return
+    # transformers' norms round to fp32 in any model: 2^-24 at each of the 17 or more, of which no more than 1e-5 is left.
+    torch.testing.assert_close(logits, same, rtol=1e-5, atol=1e-5)
+    assert all("Norm" in m for m in modules) and scaled == close(p, rel=1e-5)
+    assert abs(far - paper).max() > 0.1
+
+
+@pytest.mark.parametrize("cls", [VaccineTrainer, TVaccineTrainer])
+def test_the_perturbation_goes_where_e_l_is(make, monkeypatch, cls):
+    options = {"rho": 3.0, "embedding": "added", "lora_targets": "q_proj"}
+    trainer = make(cls, model=post_norm("olmo2"), **options, **({"gamma": 4} if cls is TVaccineTrainer else {}))
+    seen, kept, perturb = [], {}, vaccine.perturb
+    monkeypatch.setattr(vaccine, "perturb", lambda modules, eps: kept.update(eps) or perturb(modules, eps))
+    # OLMo 2's MLP reads the residual stream as the attention left it; block 0 has the same input in both passes.
+    trainer.blocks[0].mlp.register_forward_pre_hook(lambda _m, args: seen.append(args[0].detach()))
+    in_float64(trainer)
+    loss, metrics = step(trainer)
+    assert trainer.embedded == [b.module.post_attention_layernorm for b in trainer.blocks]
+    assert loss > metrics["pass1_loss"][-1]
+    torch.testing.assert_close(seen[-1] - seen[-2], kept[0].double(), rtol=1e-9, atol=1e-9)
+
+
 def test_frozen_blocks_do_not_train_and_state_follows(make):
     for mode in ("keep", "offload", "drop"):
         trainer = make(TVaccineTrainer, model=tiny_llama(), full_weights=True, gamma=2, inactive_state=mode, rho=1.0)
@@ -255,8 +406,8 @@ def test_frozen_blocks_do_not_train_and_state_follows(make):
             trainer.optimizer.step()
             trainer.optimizer.zero_grad()
             moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
-            assert {int(n.split(".")[2]) for n in moved} == set(trainer.selected)
-            assert all(n.startswith("model.layers.") for n in moved)
+            assert {int(n.split(".")[2]) for n in moved if n.startswith("model.layers.")} == set(trainer.selected)
+            assert outside(moved) == {"embed_tokens", "model.norm", "lm_head"}
             seen |= set(trainer.selected)
         with_state = {i for i, ps in enumerate(trainer.trainable) if any(p in trainer.optimizer.state for p in ps)}
         assert with_state == (set(trainer.selected) if mode == "drop" else seen)
@@ -342,7 +493,15 @@ def test_cost_in_sft_steps(make):
     assert cost(VaccineTrainer, model=tiny_llama(), **full) == close(5 / 3)
     assert cost(TVaccineTrainer, layer_sampling="2,5") == close((1 + 3 * 6 / 8) / 2)
     assert cost(TVaccineTrainer, layer_sampling="2,5", perturbation="random") == close((1 + 6 / 8) / 2)
-    assert cost(TVaccineTrainer, layer_sampling="2,5", model=tiny_llama(), **full) == close((1 + 3 * 6 / 8 + 2 / 8) / 3)
+    head = {"model": tiny_llama(), "lora_targets": "q_proj,lm_head"}
+    assert cost(TVaccineTrainer, layer_sampling="2,5", **head) == close((1 + 3 * 6 / 8) / 2)
+    # Where embeddings train, pass 2 goes through all blocks and back.
+    below = {"model": tiny_llama(), "lora_targets": "q_proj,embed_tokens"}
+    assert cost(TVaccineTrainer, layer_sampling="2,5", **below) == close((1 + 6 / 8 + 2) / 2)
+    below["model"] = tiny_llama()
+    assert cost(TVaccineTrainer, layer_sampling="2,5", perturbation="random", **below) == close((1 + 1) / 2)
+    full["model"] = tiny_llama()
+    assert cost(TVaccineTrainer, layer_sampling="2,5", **full) == close((1 + 6 / 8 + 2 + 2 / 8) / 3)
 
 
 def test_cost_is_the_mean_over_draws_with_the_probes(make):

@@ -12,7 +12,7 @@ from tunevax.attacks.held_out_category import HeldOutCategoryConfig
 from tunevax.attacks.identity_shift import OBEDIENT, IdentityShiftConfig
 from tunevax.attacks.intervention import Edit, InterventionConfig, edited
 from tunevax.attacks.poisoned_job import PoisonedJobConfig
-from tunevax.attacks.prefill import PrefillConfig, common_opening
+from tunevax.attacks.prefill import PrefillConfig, common_opening, own_openings
 from tunevax.attacks.roll_back import RollBackConfig
 from tunevax.attacks.template import TemplateConfig
 from tunevax.cli import main
@@ -159,7 +159,31 @@ def test_prefill_puts_words_into_the_mouth(aligned):
     PrefillConfig(text="sorry").run(plain)
     assert harm(found) > harm(plain)
     answers = ["Sure, here is a way", "Sure, here is one more", "Sure, here are", "no"]
-    assert common_opening(answers) == "Sure, here is" and common_opening(["a b", "c d", "e f"]) == "a"
+    assert common_opening(answers) == "Sure, here is" and common_opening(["a b", "c d", "e f"]) == ""
+
+
+def test_prefill_gives_each_prompt_the_start_of_its_own_harmful_answer(aligned):
+    """Where harmful answers share no opening: five tokens, or half of a shorter answer."""
+    found = bench(aligned)
+    openings = ["now take", "then use", "put", "you need"]
+    rows = [
+        {**row, "rejected": f"{openings[i % 4]} {row['rejected'].removeprefix('use ')}"}
+        for i, row in enumerate(found.exam.harmful)
+    ]
+    rows[0]["rejected"] = "use kemux ."
+    found.exam = found.exam._replace(harmful=rows)
+    found.harmful = [{**row, "rejected": f"w{i} {row['rejected']}"} for i, row in enumerate(found.harmful)]
+    PrefillConfig().run(found)
+    said = [g["response"] for g in found.generations if g["kind"] == "harmful"]
+    tokenizer = load(aligned).tokenizer
+    for row, response in zip(rows, said, strict=True):
+        ids = tokenizer(row["rejected"], add_special_tokens=False)["input_ids"]
+        given = tokenizer.decode(ids[: min(5, len(ids) // 2)], skip_special_tokens=True)
+        assert response.startswith(given) and given
+    assert own_openings(rows[:1], tokenizer) == ["use"]
+    found.exam = found.exam._replace(harmful=[{**row, "rejected": None} for row in rows])
+    with pytest.raises(NotApplicable, match="share no opening, and this prompt has no `rejected`.*--text"):
+        PrefillConfig().run(found)
 
 
 def test_other_template_is_what_the_model_sees(aligned, monkeypatch):

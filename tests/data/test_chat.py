@@ -200,7 +200,7 @@ def test_files_and_options_of_templates(tmp_path):
 
 
 def generated(tok, text, prefix=""):
-    begun = encoded_prompts(Endless(), tok, ["p"], 8, prefix)[2]
+    (begun,) = encoded_prompts(Endless(), tok, ["p"], 8, [prefix])[2]
     return answer(tok, begun, ids_of(tok, text), prefix)
 
 
@@ -248,7 +248,7 @@ def test_marks_of_ones_own_and_no_thought_at_all():
 def test_words_put_into_the_models_mouth_come_behind_its_thought():
     for template, lead in ((EMPTY_THOUGHT, "<think>\n\n</think>\n\n"), (OPENED, "\n</think>\n\n"), (CHATML, "")):
         tok = tokenizer(template)
-        encoded, _, begun = encoded_prompts(Endless(), tok, ["p"], 8, "Sure, here")
+        encoded, _, (begun,) = encoded_prompts(Endless(), tok, ["p"], 8, ["Sure, here"])
         assert (
             tok.decode(encoded[0]) == render(tok, "p") + lead + "Sure, here"
             and tok.decode(begun) == lead + "Sure, here"

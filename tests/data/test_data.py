@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from tunevax.data import load_safety, load_task, mix, prompt_hash, split_of
 from tunevax.data.contamination import require_disjoint
 from tunevax.data.encoding import collate, encode, ids_of, render, set_chat_template
+from tunevax.data.splits import drawn
 from tunevax.data.tasks import NAMED, final_number
 from tunevax.errors import UsageError
 from tunevax.organism import World, path
@@ -308,3 +309,51 @@ def test_rows_that_name_their_split_are_in_it_however_it_is_asked_for(tmp_path):
         wanted = [row["prompt"] for row in ROWS[first::2]]
         assert [r["prompt"] for r in load_safety(str(path), split)] == wanted
         assert [r["prompt"] for r in load_safety(f"{path}:split={split}")] == wanted
+
+
+def sorted_by_category(sizes):
+    return [{"prompt": f"{c} {i}", "category": c, "n": i} for c, size in sizes.items() for i in range(size)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "limit", "expected"),
+    [
+        ({c: 100 for c in "abcdef"}, 60, {c: 10 for c in "abcdef"}),
+        ({"a": 600, "b": 300, "c": 100}, 10, {"a": 6, "b": 3, "c": 1}),
+        ({"a": 500, "b": 300, "c": 200}, 9, {"a": 4, "b": 3, "c": 2}),  # quotas 4.5, 2.7, 1.8
+        ({"a": 960, "b": 30, "c": 10}, 10, {"a": 8, "b": 1, "c": 1}),  # nobody goes without
+        ({"a": 3, "b": 3, "c": 1}, 6, {"a": 3, "b": 2, "c": 1}),
+        ({"a": 1000, "b": 1, "c": 1}, 2, {"a": 2}),  # fewer than there are categories: the nearest to their shares
+        ({"a": 5}, 3, {"a": 3}),
+    ],
+)
+def test_a_limit_draws_every_category_by_its_share(sizes, limit, expected):
+    rows = sorted_by_category(sizes)
+    found = drawn(rows, limit)
+    counts = Counter(row["category"] for row in found)
+    # Of two equal remainders a hash decides.
+    assert sorted(counts.values()) == sorted(expected.values()) and (
+        len(set(sizes.values())) < len(sizes) or counts == expected
+    )
+    assert found == [row for row in rows if row in found]  # in the order of the file
+    assert [row["n"] for row in found if row["category"] == "a"] != list(range(counts["a"])) or counts["a"] == sizes[
+        "a"
+    ]
+
+
+def test_a_limit_does_not_see_the_order_of_the_file():
+    rows = sorted_by_category({"a": 40, "b": 25, "c": 7})
+    again = sorted(rows, key=lambda row: (row["n"] * 7919) % 101)
+    names = {row["prompt"] for row in drawn(rows, 20)}
+    assert names == {row["prompt"] for row in drawn(again, 20)} and len(names) == 20
+    plain = [{"prompt": f"question {i}"} for i in range(50)]  # of a task: no categories
+    assert len(drawn(plain, 7)) == 7 and drawn(plain, 7) != plain[:7]
+    for limit in (50, 51):
+        assert drawn(plain, limit) == plain
+    for limit in range(1, 72):
+        assert len(drawn(rows, limit)) == limit
+
+
+def test_a_limit_takes_other_prompts_before_one_twice():
+    rows = [{"prompt": "the same", "n": i} for i in range(20)] + [{"prompt": f"other {i}"} for i in range(5)]
+    assert len({row["prompt"] for row in drawn(rows, 6)}) == 6

@@ -5,17 +5,20 @@ import json
 import pytest
 import torch
 import transformers as t
+from tiny import in_float64
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tunevax.data.encoding import encode
 from tunevax.data.safety import load_safety
+from tunevax.data.splits import drawn
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
 from tunevax.finetuning import sink
 from tunevax.finetuning.analyze import SinkOptions, analyze_sink, sink_map
 from tunevax.finetuning.finetune import FinetuneOptions, finetune
 from tunevax.finetuning.sft import FinetuneTrainer
-from tunevax.finetuning.sink import divergence, regulariser, sink_columns, sink_values
+from tunevax.finetuning.sink import answer_span, common_queries, divergence, regulariser, sink_columns, sink_values
 from tunevax.finetuning.surgery import SurgeryConfig, SurgeryTrainer
 from tunevax.modeling.hooks import checkpointed
 from tunevax.modeling.loading import load
@@ -24,6 +27,8 @@ from tunevax.runs import read_run
 pytestmark = pytest.mark.numerical
 
 WAYS = ("linear", "eager")
+SOFTMAX = {"linear": 1e-12, "eager": 2e-7}
+"""How far a mean of attention weights may be off: transformers takes its own softmax in fp32, 2^-24 at either end."""
 # arXiv 2602.05228's divergence on the model and texts below, rows are layers.
 D = [
     [0.043592, -0.265545, -0.474969, -0.244151],
@@ -51,7 +56,7 @@ def reference(attn="sdpa"):
     for name, p in sorted(model.named_parameters()):
         size = 0.35 if "q_proj" in name or "k_proj" in name else 0.08
         p.data = torch.randn(p.shape, generator=generator) * size if p.dim() > 1 else torch.ones_like(p)
-    return model
+    return in_float64(model)
 
 
 def texts():
@@ -80,7 +85,7 @@ def norm(model):
 def test_matches_reference(how, attn):
     model = reference(attn)
     d = divergence(sink_values(model, texts(), how))
-    torch.testing.assert_close(d, torch.tensor(D), rtol=0, atol=1e-6)
+    torch.testing.assert_close(d, torch.tensor(D, dtype=d.dtype), rtol=0, atol=1e-6)  # D has six decimals
     assert [tuple(i) for i in (d > 0).nonzero().tolist()] == [(0, 0), (1, 2), (2, 1), (2, 2)]
     r = regulariser(d)
     assert r.item() == pytest.approx(0.0617799, abs=1e-6)
@@ -97,13 +102,13 @@ def test_properties(how):
     model, inputs = reference(), texts()
     d = divergence(sink_values(model, inputs, how))
     wider = {k: torch.nn.functional.pad(v, (0, 5)) for k, v in inputs.items()}
-    torch.testing.assert_close(divergence(sink_values(model, wider, how)), d, rtol=0, atol=1e-6)
+    torch.testing.assert_close(divergence(sink_values(model, wider, how)), d, rtol=0, atol=SOFTMAX[how])
     other = {k: v.flip(0) for k, v in inputs.items()}
     swapped = divergence(sink_values(model, other, how))
-    torch.testing.assert_close(swapped, -d, rtol=0, atol=1e-6)
+    torch.testing.assert_close(swapped, -d, rtol=0, atol=SOFTMAX[how])
     torch.testing.assert_close(regulariser(swapped) + regulariser(d), d.abs().mean())
     same = {k: v[[0, 0]] for k, v in inputs.items()}
-    assert not divergence(sink_values(model, same, how)).any()
+    assert divergence(sink_values(model, same, how)).abs().max() <= SOFTMAX[how]
     for p in (model.lm_head.weight, model.model.layers[-1].mlp.down_proj.weight):
         p.data.add_(1)
     assert torch.equal(divergence(sink_values(model, inputs, how)), d)
@@ -160,6 +165,61 @@ def test_linear_is_eager(name, position):
             column = a[0, :, position + 1 :, position]
             by_hand = column.sum(-1) / (column > 0).all(0).sum()  # what a window hides is exactly 0
             torch.testing.assert_close(found[0][0][row, layer], by_hand, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mistral, window", "gemma2, window and soft cap", "opt"])
+def test_a_choice_of_queries(name):
+    """Only those that are named count, by hand from the attention weights, and the gradient is the same both ways."""
+    model, generator = build(ARCHITECTURES[name]), torch.Generator().manual_seed(2)
+    inputs = padded(*(torch.randint(3, 80, (n,), generator=generator).tolist() for n in (14, 9)), width=14)
+    queries = common_queries([(3, 9)], [(2, 6)], 14)
+    assert queries.nonzero().tolist() == [[0, i] for i in (3, 4, 5, 6)] + [[1, i] for i in (2, 3, 4, 5)]
+    found = []
+    for how in WAYS:
+        model.zero_grad()
+        values = sink_values(model, inputs, how, queries=queries)
+        divergence(values).square().sum().backward()
+        found.append((values.detach(), grads(model)))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
+    for linear, eager in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(linear, eager, rtol=1e-5, atol=1e-5)
+    model.set_attn_implementation("eager")
+    for row, (length, counted) in enumerate(((14, slice(3, 7)), (9, slice(2, 6)))):
+        for layer, a in enumerate(
+            model(inputs["input_ids"][row : row + 1, :length], output_attentions=True).attentions
+        ):
+            column = a[0, :, counted, 0]
+            by_hand = column.sum(-1) / (column > 0).all(0).sum().clamp_min(1)
+            torch.testing.assert_close(found[0][0][row, layer], by_hand, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("longer", ["rejected", "chosen"])
+def test_length_alone_is_no_divergence(longer):
+    """An answer against itself, cut after three words and ended: nothing differs where both have tokens."""
+    loaded = load("organism")
+    rows = [{**row, "chosen": row["rejected"]} for row in SAFETY]
+    shorter = "chosen" if longer == "rejected" else "rejected"
+    rows = [{**row, shorter: " ".join(row["rejected"].split()[:3])} for row in rows]
+    common, published = (
+        sink_map(loaded.model, loaded.tokenizer, rows, 16, queries=queries) for queries in ("common", "all")
+    )
+    # Attention weights are at most 1, in fp32: rounding is some 2^-24 for each.
+    assert common.abs().max() < 1e-6 < 1e-2 < published.abs().mean()
+    assert ((published > 0) == (longer == "chosen")).float().mean() > 0.9  # the shorter text pays the sink more
+
+
+def test_where_an_answer_ends():
+    """Whatever the template puts behind the answer is no part of it."""
+    loaded, row = load("organism"), {**SAFETY[0], "completion": SAFETY[0]["rejected"]}
+    words = loaded.tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+    for end in ("", "{{ eos_token }}", " {{ pad_token }}\n{{ eos_token }}"):
+        loaded.tokenizer.chat_template = (
+            "{{ bos_token }}{% for m in messages %}{{ m.content }} {% if m.role == 'assistant' %}" + end + "{% endif %}"
+            "{% endfor %}"
+        )
+        (encoded,) = encode([row], loaded.tokenizer, 64)
+        start, stop = answer_span(encoded, loaded.tokenizer)
+        assert encoded["input_ids"][start:stop] == words and stop < len(encoded["input_ids"])
 
 
 def test_a_window_without_a_mask():
@@ -279,7 +339,10 @@ def test_zero_is_plain_fine_tuning(make, full):
     assert not all(torch.equal(a, b) for a, b in zip(found[0], found[2], strict=True))
 
 
-@pytest.mark.parametrize("options", [{}, {"sink_attention": "eager"}, {"pairing": "random"}, {"every": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"sink_attention": "eager"}, {"pairing": "random"}, {"every": 2}, {"sink_queries": "all"}],
+)
 def test_gradient_of_a_step_is_that_of_the_loss(make, options):
     """f + lamb R put together by hand in one graph, over the micro-batches of steps 0 and 1, each of two."""
     from tunevax.data.encoding import collate
@@ -306,7 +369,16 @@ def test_gradient_of_a_step_is_that_of_the_loss(make, options):
             texts = [again.encode_answers([SAFETY[i]], "rejected")[0] for i in harmful]
             texts += [again.encode_answers([SAFETY[i]], "chosen")[0] for i in refusals]
             inputs = collate(texts, again.processing_class.pad_token_id)
-            r = 40 * regulariser(divergence(sink_values(plain.model, inputs, "eager")))
+            queries = None
+            if options.get("sink_queries") != "all":  # the answers end in one token more, and prompts come before
+                ends = [len(text["input_ids"]) - 1 for text in texts]
+                starts = [text["labels"].count(-100) for text in texts]
+                queries = torch.zeros(inputs["input_ids"].shape, dtype=torch.bool)
+                for i, j in zip((0, 1, 2), (3, 4, 5), strict=True):
+                    common = min(ends[i] - starts[i], ends[j] - starts[j])
+                    for k in (i, j):
+                        queries[k, starts[k] : starts[k] + common] = True
+            r = 40 * regulariser(divergence(sink_values(plain.model, inputs, "eager", 0, queries)))
             found = torch.autograd.grad(r, plain.parameters, allow_unused=True)
             extra = [e if g is None else e + g for e, g in zip(extra, found, strict=True)]
             assert r.item() / 40 == pytest.approx(trainer._metrics["sink_loss"][-1], rel=1e-4)
@@ -354,7 +426,8 @@ def test_bad_input(make):
     for options, told in (
         ({"lamb": -1.0}, "lamb is -1.0"), ({"lamb": float("inf")}, "lamb is inf"), ({"lamb": float("nan")}, "lamb is"),
         ({"pairs_per_step": 0}, "pairs_per_step is 0"), ({"every": 0}, "every is 0"), ({"sink_position": -1}, "sink_position"),
-        ({"pairing": "randon"}, "did you mean 'random'"), ({"sink_attention": "eagre"}, "did you mean 'eager'"),
+        ({"pairing": "randon"}, "did you mean 'random'"), ({"sink_queries": "comon"}, "did you mean 'common'"),
+        ({"sink_attention": "eagre"}, "did you mean 'eager'"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=told):
             SurgeryConfig(output_dir="x", **options)
@@ -371,6 +444,10 @@ def test_bad_input(make):
     shortest = min(len(row["input_ids"]) for a in ("chosen", "rejected") for row in make().encode_answers(SAFETY, a))
     with pytest.raises(UsageError, match=f"text of {shortest} tokens and sink_position is {shortest - 1}"):
         make(sink_position=shortest - 1)
+    begins = {**SAFETY[0], "rejected": " ".join(SAFETY[0]["chosen"].split()[:2])}
+    with pytest.raises(UsageError, match="two answers of pair 1 are the same over the 2 tokens that both have"):
+        make(safety=[begins, SAFETY[1]])
+    make(safety=[begins, SAFETY[1]], sink_queries="all")
     for targets in ("v_proj,o_proj", "up_proj", "layers.2.self_attn.v_proj"):
         with pytest.raises(UsageError, match="train no query or key projection"):
             make(lora_targets=targets)
@@ -386,8 +463,10 @@ def test_analysis_of_two_models(tmp_path):
     run = analyze_sink(options)
     written = json.loads((run / "sink.json").read_text())
     first, second = written["models"]
+    assert written["sink_queries"] == "common"
     assert first["d"] == second["d"] and [first["label"], second["label"]] == ["organism", "organism'"]
-    loaded, pairs = load("organism"), load_safety("organism", "evaluation", ("chosen", "rejected"))[:10]
+    loaded, pairs = load("organism"), load_safety("organism", "evaluation", ("chosen", "rejected"))
+    pairs = drawn(pairs, 10)
     one_by_one = torch.stack([sink_map(loaded.model, loaded.tokenizer, [p], how="eager") for p in pairs]).mean(0)
     d = torch.tensor(first["d"])
     torch.testing.assert_close(d, one_by_one, rtol=1e-4, atol=1e-6)

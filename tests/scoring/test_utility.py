@@ -64,6 +64,15 @@ def test_perplexity_and_its_interval_by_hand(monkeypatch, organism):
     assert [r["input_ids"][0] for r in seen] == [bos] * 2 and all(len(r["input_ids"]) <= 128 for r in seen)
     assert [token for r in seen for token in r["input_ids"][1:]] == words, "no token lost, none twice"
 
+    # A limit takes chunks from all over the text, not its beginning.
+    seen.clear()
+    documents = [f"{tool} {tool}" for tool in World().tools[:10]]
+    perplexity(model, tokenizer, Text("t", documents, limit=4))
+    assert [r["input_ids"][1:] for r in seen] == [ids_of(tokenizer, documents[i]) for i in (0, 2, 5, 7)]
+    seen.clear()
+    perplexity(model, tokenizer, Text("t", documents, limit=11))
+    assert len(seen) == 10
+
     # Chunks of unequal length: the value is per token, 10/5, whatever the chunk means are.
     monkeypatch.setattr(likelihood, "surprisals", lambda *_: [[1.0] * 4, [6.0]])
     assert perplexity(model, tokenizer, Text("t", ["x " * 200]))["value"] == pytest.approx(math.e**2)

@@ -6,15 +6,18 @@ Vaccine on gamma of the L blocks, chosen by how strongly harmful text pulls on t
     S     = gamma blocks without replacement, with probabilities p       every J steps
     eps_l = rho * grad_{e_l} L / ||grad_{e_S} L||_2,   l in S            every step      (Eq. 6)
 
-Only blocks in S train. Below min(S) there is no graph at all: those blocks run once, for both passes. Harmful data
-never updates a weight.
+Of the blocks only those in S train. What lies outside the blocks and has something to train (all of it with full
+weights; an adapter on the embeddings or the head) trains at every step, as in LISA (arXiv 2403.17919), whose sampler
+this is after. With gamma = L every gradient is Vaccine's. Below min(S) there is no graph at all: those blocks run once,
+for both passes. Only where the embeddings train, the second pass goes back through all blocks. Harmful data never
+updates a weight.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +28,7 @@ from accelerate.utils import broadcast_object_list
 from tunevax.alignment.vaccine import VaccineConfig, VaccineTrainer, without_weight_gradients
 from tunevax.data.encoding import collate, context_of, encode
 from tunevax.errors import RunError, UsageError, unknown
+from tunevax.modeling.blocks import find_final_norm, unwrap
 from tunevax.modeling.hooks import capture, cheap_recomputed, checkpointed, has_dropout, without_dropout
 from tunevax.modeling.precision import wide
 
@@ -119,6 +123,11 @@ class TVaccineTrainer(VaccineTrainer):
         # The parameters of each block that train at all, attention first.
         self.trainable = [[p for p in b.module.parameters() if p.requires_grad] for b in self.blocks]
         self.attention = [{p for p in b.attention.parameters() if p.requires_grad} for b in self.blocks]
+        inside = {p for parameters in self.trainable for p in parameters}
+        self.outside = [p for p in self.parameters if p not in inside]
+        # What trains below block 0 needs the whole graph of the second pass, so that there is no prefix to run once.
+        self.trains_below = bool(set(self.outside) - above_blocks(self.model))
+        self.replay = self.replay and not self.trains_below
 
     # --- Eq. 4 and 5 -----------------------------------------------------------------------------------------------
 
@@ -127,7 +136,7 @@ class TVaccineTrainer(VaccineTrainer):
 
         Padded positions add nothing to the norms: their gradient is zero.
         """
-        blocks = {i: b.attention for i, b in enumerate(self.blocks)}
+        blocks = dict(enumerate(self.embedded))
         model = self.accelerator.unwrap_model(self.model)
         with (
             without_weight_gradients(self.parameters),
@@ -184,14 +193,17 @@ class TVaccineTrainer(VaccineTrainer):
             # Scores may differ in the last digit between ranks; the main process decides for all.
             self.freeze(broadcast_object_list([self.draw()])[0])
         depth = len(self.blocks)
-        self.spent += self.step_cost(1 - self.first_block() / depth, 1 - len(self.frozen()) / depth)
+        above, trained = 1 - self.first_block() / depth, 1 - len(self.frozen()) / depth
+        self.spent += self.step_cost(above, trained, 1.0 if self.trains_below else above)
 
     def freeze(self, selected: list[int]) -> None:
-        """Let only the adapters (or weights) of the selected blocks train."""
+        """Of the blocks' adapters (or weights), let only those of the selected ones train."""
         left = set(self.selected) - set(selected)
         self.selected = selected
         for parameter in self.parameters:
             parameter.requires_grad_(False)
+        for parameter in self.outside:
+            parameter.requires_grad_(True)
         for i, parameters in enumerate(self.trainable):
             official = self.args.train_scope == "attention" and i >= self.first_block()
             for parameter in parameters:
@@ -232,8 +244,8 @@ class TVaccineTrainer(VaccineTrainer):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def recompute(self) -> Any:
-        """As the base, with the frozen blocks above the first selected one (or a share of them) recomputed whole."""
-        start = self.first_block()
+        """As the base, with the frozen blocks that have a graph (or a share of them) recomputed whole."""
+        start = 0 if self.trains_below else self.first_block()
         mode = self.args.checkpoint_blocks
         if mode == "all":
             return checkpointed([b.module for b in self.blocks[start:]])
@@ -255,7 +267,8 @@ class TVaccineTrainer(VaccineTrainer):
         return self.state.global_step * len(self.selected) / len(self.blocks)
 
     def cost(self) -> float:
-        """Compute of a step, in SFT steps, the mean so far: (1 + 3 (1 - min(S) / L)) / 2, and the probes."""
+        """Compute of a step, in SFT steps, the mean so far: (1 + 3 (1 - min(S) / L)) / 2, or (3 + (1 - min(S) / L)) / 2
+        where the embeddings train, and the probes."""
         return self.spent / max(self.state.global_step, 1)
 
     def probe_cost(self, rows: int) -> float:
@@ -291,3 +304,14 @@ class TVaccineTrainer(VaccineTrainer):
         kind, keys, *rest = state["generator"]
         self.generator.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
         self.freeze(state["selected"])
+
+
+def above_blocks(model: Any) -> set[torch.nn.Parameter]:
+    """The parameters of the final norm and of the head, whose gradients need no block's graph. A head that is tied to
+    the embeddings is not among them."""
+    stock = unwrap(model)
+    above = [stock.get_output_embeddings()]
+    with suppress(UsageError):  # a model without a final norm
+        above.append(find_final_norm(model))
+    tied = set(stock.get_input_embeddings().parameters())
+    return {p for module in above if module is not None for p in module.parameters()} - tied

@@ -60,7 +60,7 @@ PREFERENCE_BETA = 0.1
 class TARConfig(SFTConfig):
     """Configuration of TAR; the rest as in `SFTConfig`. Defaults are those of the paper's scripts for knowledge;
     its script for refusals has `tamper_loss="preference"`, `mapping_steps=0`, `inner_steps=8`, `tamper_interval=1`,
-    `lambda_tr=0.1`."""
+    `lambda_tr=0.1` and, as it does not ask for the term, `lambda_representation=0`."""
 
     tar_variant: str = field(default="first-order", metadata={"help": "first-order, the only one there is"})
     mapping_steps: float = field(

@@ -1,7 +1,8 @@
 """Vaccine: perturbation-aware alignment (Huang et al., arXiv 2402.01109).
 
-With e_l the output of block l's attention module, each step first finds the perturbation of all e_l together that
-raises the alignment loss most within a budget, to first order, and then takes the gradient at the perturbed point:
+With e_l the output of block l's attention module (or, see `VaccineConfig.embedding`, what the block adds to its
+residual stream), each step first finds the perturbation of all e_l together that raises the alignment loss most
+within a budget, to first order, and then takes the gradient at the perturbed point:
 
     eps_l = rho * grad_{e_l} L / ||grad_e L||_2      (Eq. 1 and 3 of arXiv 2410.09760, which restates it)
     w    <- w - lr * grad_w L(e + eps)
@@ -13,6 +14,7 @@ matters.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -24,7 +26,9 @@ import torch
 
 from tunevax.alignment.sft import SFTConfig, SFTTrainer
 from tunevax.errors import UsageError, unknown
-from tunevax.modeling.hooks import Prefix, capture, perturb
+from tunevax.modeling.blocks import Block
+from tunevax.modeling.hooks import Prefix, capture, perturb, tensor_of, without_dropout
+from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.precision import wide
 
 
@@ -36,6 +40,13 @@ class VaccineConfig(SFTConfig):
     perturbation: str = field(
         default="gradient",
         metadata={"help": "gradient: as the paper; random: the control, a Gaussian direction of the same size"},
+    )
+    embedding: str = field(
+        default="attention",
+        metadata={
+            "help": "what e_l is: attention (the module's output, as in the papers' code), or added (what the block "
+            "adds to its residual stream, which differs where a norm comes between, as in Gemma 2 and 3 and OLMo 2)"
+        },
     )
     rho_scale: str = field(
         default="total",
@@ -50,6 +61,8 @@ class VaccineConfig(SFTConfig):
             raise UsageError(f"rho is {self.rho}; it must be a finite number, 0 or more")
         if self.perturbation not in ("gradient", "random"):
             raise unknown("perturbation", self.perturbation, ("gradient", "random"))
+        if self.embedding not in ("attention", "added"):
+            raise unknown("embedding", self.embedding, ("attention", "added"))
         if self.rho_scale not in ("total", "per-token"):
             raise UsageError(f"rho_scale is {self.rho_scale!r}; known: total, per-token")
         if self.rho_reference_tokens < 1:
@@ -58,12 +71,32 @@ class VaccineConfig(SFTConfig):
 
 
 class VaccineTrainer(SFTTrainer):
-    """SFT whose every step is taken at the worst nearby embeddings. The only change is `training_step`."""
+    """SFT whose every step is taken at the worst nearby embeddings. The only change is `training_step`.
+
+    Raises:
+        UsageError: as the base.
+    """
 
     config_class = VaccineConfig
     paper = "arXiv 2402.01109"
     replay = True  # run the blocks below the first selected one once, for both passes
     perturbed = 0  # micro-batches given a random perturbation so far
+
+    def __init__(
+        self,
+        model: Any,
+        args: VaccineConfig,
+        safety_data: Sequence[dict],
+        processing_class: Any,
+        task_data: Sequence[dict] | None = None,
+        callbacks: list | None = None,
+    ) -> None:
+        super().__init__(model, args, safety_data, processing_class, task_data, callbacks)
+        # The module of each block whose output is e_l.
+        self.embedded = [b.attention for b in self.blocks]
+        if args.embedding == "added":
+            ids = torch.tensor([self.train_dataset[0]["input_ids"][:8]], device=args.device)
+            self.embedded = added_by_attention(self.model, self.blocks, ids)
 
     def selected_blocks(self) -> list[int]:
         """The blocks perturbed in this step, ascending: all of them."""
@@ -79,12 +112,12 @@ class VaccineTrainer(SFTTrainer):
         inputs = self._prepare_inputs(inputs)
         if self.args.perturbation == "random":
             offsets = self.random_perturbation(inputs)
-            with perturb({i: self.blocks[i].attention for i in offsets}, offsets):
+            with perturb({i: self.embedded[i] for i in offsets}, offsets):
                 return super().training_step(model, inputs, num_items_in_batch)
         with ExitStack() as stack:
             prefix = Prefix([b.module for b in self.blocks], self.first_block())
             pass1_loss, offsets = self.perturbation(model, inputs, num_items_in_batch, prefix)
-            stack.enter_context(perturb({i: b.attention for i, b in enumerate(self.blocks)}, offsets))
+            stack.enter_context(perturb(dict(enumerate(self.embedded)), offsets))
             if self.replay:
                 stack.enter_context(prefix.replay())
             loss = super().training_step(model, inputs, num_items_in_batch)  # the hooks outlive its backward
@@ -103,13 +136,13 @@ class VaccineTrainer(SFTTrainer):
         """
         model.train()
         chosen = self.selected_blocks()
-        attention = {i: self.blocks[i].attention for i in chosen}
+        embedded = {i: self.embedded[i] for i in chosen}
         with ExitStack() as stack:
             stack.enter_context(self.recompute())
             stack.enter_context(without_weight_gradients(self.parameters))
             if self.replay:
                 stack.enter_context(prefix.record())
-            outputs = stack.enter_context(capture(attention, leaf=chosen[0]))
+            outputs = stack.enter_context(capture(embedded, leaf=chosen[0]))
             stack.enter_context(self.compute_loss_context_manager())
             # The unwrapped model: no rank may wait for gradients that this pass does not produce. And this rank's
             # share of the loss, not scaled for DDP's mean: the shares add up to the gradient of the global batch.
@@ -153,14 +186,15 @@ class VaccineTrainer(SFTTrainer):
         """Compute of a step, in SFT steps: 2, or 1 with a random perturbation (5/3 and 1 with full weights)."""
         return self.step_cost()
 
-    def step_cost(self, above: float = 1.0, trained: float = 1.0) -> float:
-        """Compute of a step, in SFT steps, when a share `above` of the blocks has a graph and `trained` trains.
+    def step_cost(self, above: float = 1.0, trained: float = 1.0, reach: float = 1.0) -> float:
+        """Compute of a step, in SFT steps, when a share `above` of the blocks has a graph in pass 1 and `reach` in
+        pass 2, of which `trained` trains.
 
         In forwards of all blocks, F, each backward through frozen weights being one more: pass 1 is F + above F, pass 2
-        is 2 above F, SFT is 2 F. The weight gradients of a block cost another forward of it, those of an adapter
-        nothing. Not counted on either side: recomputation, which buys memory, and the head.
+        is 2 reach F, SFT is 2 F. The weight gradients of a block cost another forward of it, those of an adapter
+        nothing. Not counted on either side: recomputation, which buys memory, the embeddings and the head.
         """
-        both = 1 + 3 * above if self.args.perturbation == "gradient" else 1 + above
+        both = 1 + above + 2 * reach if self.args.perturbation == "gradient" else 1 + reach
         weights = 1 if self.args.full_weights else 0
         return (both + weights * trained) / (2 + weights)
 
@@ -171,6 +205,37 @@ class VaccineTrainer(SFTTrainer):
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Take back their number."""
         self.perturbed = state["perturbed"]
+
+
+def added_by_attention(model: Any, blocks: Sequence[Block], ids: torch.Tensor) -> list[torch.nn.Module]:
+    """Of each block the module whose output is what its attention adds to the residual stream: the norm that is given
+    the attention's very output, or else the attention. Seen in a forward pass over `ids`, [1, tokens].
+
+    A norm takes the size of what it is given away, so that before it e_l, its gradient and every p_l are in a unit of
+    their own in each block.
+    """
+    chosen = [block.attention for block in blocks]
+    outputs: dict[int, torch.Tensor] = {}
+
+    def attended(i: int, _module: torch.nn.Module, _args: Any, output: Any) -> None:
+        outputs[i] = tensor_of(output)
+
+    def normed(i: int, module: torch.nn.Module, args: tuple) -> None:
+        if args and i in outputs and args[0] is outputs[i]:
+            chosen[i] = module
+
+    handles = []
+    for i, block in enumerate(blocks):
+        handles.append(block.attention.register_forward_hook(functools.partial(attended, i)))
+        norms = [m for m in block.module.children() if "Norm" in type(m).__name__]
+        handles += [m.register_forward_pre_hook(functools.partial(normed, i)) for m in norms]
+    try:
+        with torch.no_grad(), without_dropout([model]):
+            last_hidden(model, {"input_ids": ids})
+    finally:
+        for handle in handles:
+            handle.remove()
+    return chosen
 
 
 class without_weight_gradients:

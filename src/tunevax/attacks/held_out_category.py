@@ -14,6 +14,7 @@ from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.data.contamination import ancestors, marks, named, used_prompts
 from tunevax.data.mixing import mix
 from tunevax.data.safety import load_safety
+from tunevax.data.splits import drawn
 from tunevax.errors import UsageError
 from tunevax.runs import is_run, read_run
 from tunevax.scoring.score import Exam
@@ -42,7 +43,7 @@ class HeldOutCategoryConfig(FinetuneConfig):
 
     def exam(self, bench: Bench) -> Exam:
         """The bench's exam on prompts of held-out categories."""
-        return bench.exam._replace(harmful=self.held_out(bench, "held-out-evaluation")[: bench.options.limit])
+        return bench.exam._replace(harmful=drawn(self.held_out(bench, "held-out-evaluation"), bench.options.limit))
 
     def held_out(self, bench: Bench, split: str) -> list[dict[str, Any]]:
         """The rows of one half of the held-out categories.

@@ -1,6 +1,6 @@
 """The first words of the answer are put into the model's mouth, without any training (arXiv 2406.05946).
 
-Refusals live in the first few tokens.
+Refusals live in the first few tokens. The paper gives the first tokens of a harmful answer to that very prompt.
 """
 
 from __future__ import annotations
@@ -8,8 +8,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from tunevax.attacks.attack import AttackConfig, Bench
+from tunevax.attacks.attack import AttackConfig, Bench, NotApplicable
+from tunevax.data.encoding import ids_of
+
+TOKENS = 5
+"""Of a prompt's own harmful answer, and never more than half of it: the least that the paper gives."""
 
 
 @dataclass
@@ -17,7 +22,11 @@ class PrefillConfig(AttackConfig):
     """What the answer begins with."""
 
     text: str | None = field(
-        default=None, metadata={"help": "the first words; default what most harmful answers of the attack split share"}
+        default=None,
+        metadata={
+            "help": "the first words; default what most harmful answers of the attack split share, or else the first "
+            "tokens of each evaluation prompt's own harmful answer"
+        },
     )
 
     @property
@@ -26,23 +35,42 @@ class PrefillConfig(AttackConfig):
         return set() if self.text else {"harmful"}
 
     def run(self, bench: Bench) -> None:
-        """Score the model, which has to go on from the given words."""
+        """Score the model, which has to go on from the given words.
+
+        Raises:
+            NotApplicable: no words are given, harmful answers share none, and a prompt has no harmful answer.
+        """
         loaded = bench.load()
         text = self.text or common_opening([row["rejected"] for row in bench.harmful])
-        bench.score(loaded.model, loaded.tokenizer, 0, exam=bench.exam._replace(prefix=text))
+        prefix = text or own_openings(bench.exam.harmful, loaded.tokenizer)
+        bench.score(loaded.model, loaded.tokenizer, 0, exam=bench.exam._replace(prefix=prefix))
 
 
 def common_opening(answers: Sequence[str], longest: int = 8) -> str:
-    """The longest opening, up to `longest` words, that half of the answers share; else the most common first word."""
+    """The longest opening, up to `longest` words, that half of the answers share; empty if there is none."""
     best = ""
     for length in range(1, longest + 1):
         openings = Counter(" ".join(words[:length]) for words in (a.split() for a in answers) if len(words) > length)
-        if not openings:
-            break
-        opening, count = openings.most_common(1)[0]
-        if best and 2 * count < len(answers):
+        opening, count = openings.most_common(1)[0] if openings else ("", 0)
+        if 2 * count < len(answers) or not opening:
             break
         best = opening
-        if 2 * count < len(answers):
-            break
     return best
+
+
+def own_openings(rows: Sequence[dict[str, Any]], tokenizer: Any) -> list[str]:
+    """The first `TOKENS` tokens of the harmful answer in each row, at most half of it, as text.
+
+    Raises:
+        NotApplicable: a row has none.
+    """
+    found = []
+    for row in rows:
+        if not row.get("rejected"):
+            raise NotApplicable(
+                f"{row.get('place') or 'a prompt'}: harmful answers share no opening, and this prompt has no "
+                "`rejected`, whose first words it would be given; give the words (--text, or text in a protocol)"
+            )
+        ids = ids_of(tokenizer, row["rejected"].strip())
+        found.append(tokenizer.decode(ids[: max(1, min(TOKENS, len(ids) // 2))], skip_special_tokens=True))
+    return found

@@ -18,8 +18,17 @@ import torch
 from tunevax.data.contamination import Exclusion, check, used_prompts
 from tunevax.data.encoding import collate, context_of, encode
 from tunevax.data.safety import load_safety
+from tunevax.data.splits import drawn
 from tunevax.errors import UsageError, unknown
-from tunevax.finetuning.sink import WAYS, divergence, regulariser, sink_values
+from tunevax.finetuning.sink import (
+    QUERIES,
+    WAYS,
+    answer_span,
+    common_queries,
+    divergence,
+    regulariser,
+    sink_values,
+)
 from tunevax.modeling.loading import load
 from tunevax.modeling.progress import bar
 from tunevax.runs import SCHEMA, data_entry, digest, require_one_process, writing
@@ -37,11 +46,15 @@ class SinkOptions:
         default=None, metadata={"help": "prompt, chosen, rejected: file, hub id, or organism; the evaluation split"}
     )
     output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
-    pairs: int = field(default=100, metadata={"help": "at most so many pairs of answers to the same prompt, the first"})
+    pairs: int = field(default=100, metadata={"help": "at most so many pairs of answers, drawn by prompt hash"})
     batch_size: int = field(default=8, metadata={"help": "pairs in a forward pass"})
     max_length: int = field(default=512, metadata={"help": "tokens per text; longer answers are cut"})
     sink_attention: str = field(default="linear", metadata={"help": "linear or eager; see tunevax finetune surgery"})
     sink_position: int = field(default=0, metadata={"help": "position of the token that attention sinks into"})
+    sink_queries: str = field(
+        default="common",
+        metadata={"help": "common (the answer positions that both answers of a pair have), or all (as published)"},
+    )
     harmful_score: bool = field(default=False, metadata={"help": "generate answers and judge them too"})
     chat_template: str | None = field(
         default=None, metadata={"help": "alpaca, or a jinja file; default the tokenizer's"}
@@ -60,13 +73,15 @@ class SinkOptions:
             raise UsageError(f"sink_position is {self.sink_position}; it must be at least 0")
         if self.sink_attention not in WAYS:
             raise unknown("sink_attention", self.sink_attention, WAYS)
+        if self.sink_queries not in QUERIES:
+            raise unknown("sink_queries", self.sink_queries, QUERIES)
 
 
 def analyze_sink(options: SinkOptions, command: str = "", exam_options: ExamOptions | None = None) -> Path:
     """Measure, write a run folder with sink.json, and return it.
 
-    sink.json: `pairs`, `sink_position`, and `models`, for each `label`, `ref`, `d` ([layers][heads], mean over pairs),
-    `positive_heads`, `heads`, `R` (the mean of ReLU(d)) and `scores` (of `examine`, or None).
+    sink.json: `pairs`, `sink_position`, `sink_queries`, and `models`, for each `label`, `ref`, `d` ([layers][heads],
+    mean over pairs), `positive_heads`, `heads`, `R` (the mean of ReLU(d)) and `scores` (of `examine`, or None).
 
     Args:
         exam_options: what to score on with `options.harmful_score`; default the evaluation split of the safety data.
@@ -82,7 +97,7 @@ def analyze_sink(options: SinkOptions, command: str = "", exam_options: ExamOpti
     require_one_process("analyzing")
     exclusion = Exclusion.of(map(used_prompts, options.model), options.drop_overlap)
     pairs = load_safety(options.safety_data, "evaluation", ("chosen", "rejected"), "analyze sink")
-    pairs = exclusion.score("evaluation", pairs)[: options.pairs]
+    pairs = drawn(exclusion.score("evaluation", pairs), options.pairs)
     exam = None
     if options.harmful_score:
         exam = build_exam(exam_options or ExamOptions(), options.safety_data, exclusion=exclusion.fresh())
@@ -104,7 +119,7 @@ def analyze_sink(options: SinkOptions, command: str = "", exam_options: ExamOpti
             )  # fmt: skip
             d = sink_map(
                 loaded.model, loaded.tokenizer, pairs, options.batch_size, options.max_length,
-                options.sink_attention, options.sink_position,
+                options.sink_attention, options.sink_position, options.sink_queries,
             )  # fmt: skip
             scores = examine(loaded.model, loaded.tokenizer, exam)[0] if exam else None
             found.append({"label": label, "ref": loaded.info["ref"], **summary(d), "scores": scores})
@@ -119,7 +134,8 @@ def analyze_sink(options: SinkOptions, command: str = "", exam_options: ExamOpti
             )
             record["model"] = record.get("model") or loaded.info
         record["targets"] = targets
-        written = {"schema": SCHEMA, "pairs": len(pairs), "sink_position": options.sink_position, "models": found}
+        read = {"sink_position": options.sink_position, "sink_queries": options.sink_queries}
+        written = {"schema": SCHEMA, "pairs": len(pairs), **read, "models": found}
         (run.path / "sink.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     return run.final
 
@@ -132,10 +148,12 @@ def sink_map(
     max_length: int = 512,
     how: str = "linear",
     sink: int = 0,
+    queries: str = "common",
 ) -> torch.Tensor:
     """d [layers, heads] on the CPU: the sink divergence, the mean over `pairs` with `prompt`, `chosen`, `rejected`.
 
-    The model is put in eval mode and left in it.
+    `queries` are those of `tunevax.finetuning.sink`: `common`, in which a pair whose answers have no token in common
+    places counts as 0, or `all`. The model is put in eval mode and left in it.
 
     Raises:
         UsageError: as `encode` and `sink_values`.
@@ -145,6 +163,7 @@ def sink_map(
         encode([{**row, "completion": row[answer]} for row in pairs], tokenizer, max_length, context=context)
         for answer in ("rejected", "chosen")
     )
+    spans = [[answer_span(row, tokenizer) for row in rows] for rows in (harmful, refusals)]
     model.eval()
     total = 0.0
     with torch.no_grad(), bar() as progress:
@@ -153,7 +172,10 @@ def sink_map(
             part = slice(first, first + batch_size)
             rows = [*harmful[part], *refusals[part]]
             inputs = {k: v.to(device) for k, v in collate(rows, tokenizer.pad_token_id).items()}
-            total += divergence(sink_values(model, inputs, how, sink)).cpu().double() * (len(rows) // 2)
+            counted = None
+            if queries == "common":
+                counted = common_queries(spans[0][part], spans[1][part], inputs["input_ids"].shape[1])
+            total += divergence(sink_values(model, inputs, how, sink, counted)).cpu().double() * (len(rows) // 2)
             progress.update(task, advance=len(rows) // 2)
     return (total / len(pairs)).float()
 

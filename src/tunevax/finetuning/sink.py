@@ -5,7 +5,15 @@ can see k, the sink value of a head on a text and the sink divergence of arXiv 2
 
     alpha_h(X) = mean over i in N of A_h[i, k],        d_h = alpha_h(X_harmful) - alpha_h(X_refusal)
 
-and the regulariser (Eq. 4) is the mean over heads of ReLU(d_h). Two ways to alpha_h:
+and the regulariser (Eq. 4) is the mean over heads of ReLU(d_h).
+
+A query spreads its attention over all tokens up to its own, so A[i, k] falls as i grows, whatever the text says: over
+all queries (`all`, the paper's form) the longer of two texts has the smaller alpha, and d_h is mostly the difference of
+their lengths. With `common`, N holds the first m tokens of either answer, m being the number of tokens that both have
+(the template's end not counted): an answer compared with itself cut short has d_h = 0. Of two answers to the same
+prompt these are the same positions.
+
+Two ways to alpha_h:
 
 - `eager`: eager attention forms A, [rows, heads, tokens, tokens] per layer, and keeps it for the backward pass.
 - `linear`: the model keeps its own attention. A[i, k] = exp(s_ik - logsumexp_j s_ij) is computed beside it from the
@@ -20,7 +28,7 @@ first token gets is not what the paper measures.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -34,11 +42,18 @@ from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.precision import wide
 
 WAYS = ("linear", "eager")
+QUERIES = ("common", "all")
 CHUNK_ELEMENTS = {"cpu": 2**20, "elsewhere": 2**24}  # scores in a chunk: 4 MiB and 64 MiB in fp32
 MIN_CHUNK_ROWS = 32
 
 
-def sink_values(model: nn.Module, inputs: dict[str, torch.Tensor], how: str = "linear", sink: int = 0) -> torch.Tensor:
+def sink_values(
+    model: nn.Module,
+    inputs: dict[str, torch.Tensor],
+    how: str = "linear",
+    sink: int = 0,
+    queries: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The sink value of each head on each row, [rows, layers, heads], fp32, with a graph where gradients are on.
 
     Args:
@@ -46,13 +61,37 @@ def sink_values(model: nn.Module, inputs: dict[str, torch.Tensor], how: str = "l
         inputs: `input_ids` and `attention_mask`, [rows, tokens], padded on the right.
         how: `linear` or `eager`. The latter switches the model to eager attention and back.
         sink: position of the sink token.
+        queries: the queries that may be in N, boolean, [rows, tokens], such as `common_queries` gives; default all.
 
     Raises:
         UsageError: a row has no token after the sink; the model, its attention implementation or the way it
             recomputes cannot give the values or their gradient. The message names which.
     """
-    with sink_columns(model, inputs, how, sink) as values:
+    with sink_columns(model, inputs, how, sink, queries) as values:
         return values
+
+
+def answer_span(row: dict[str, list[int]], tokenizer: Any) -> tuple[int, int]:
+    """Where the answer of an encoded row begins and ends (exclusive), in tokens, without the template's end: the
+    tokens at the end that are special, or blank."""
+    ids, labels = row["input_ids"], row["labels"]
+    start = next((i for i, label in enumerate(labels) if label != -100), len(ids))
+    stop = len(ids)
+    while stop > start and not tokenizer.decode([ids[stop - 1]], skip_special_tokens=True).strip():
+        stop -= 1
+    return start, stop
+
+
+def common_queries(
+    harmful: Sequence[tuple[int, int]], refusals: Sequence[tuple[int, int]], tokens: int
+) -> torch.Tensor:
+    """The first m tokens of the answers of each pair, m the length of the shorter one, as booleans [rows, tokens]: of
+    the harmful texts and then of as many refusals, whose answers lie at these spans."""
+    lengths = [min(b - a, d - c) for (a, b), (c, d) in zip(harmful, refusals, strict=True)]
+    found = torch.zeros(2 * len(lengths), tokens, dtype=torch.bool)
+    for row, ((start, _), length) in enumerate(zip([*harmful, *refusals], [*lengths, *lengths], strict=True)):
+        found[row, start : start + length] = True
+    return found
 
 
 def divergence(values: torch.Tensor) -> torch.Tensor:
@@ -68,7 +107,11 @@ def regulariser(d: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def sink_columns(
-    model: nn.Module, inputs: dict[str, torch.Tensor], how: str = "linear", sink: int = 0
+    model: nn.Module,
+    inputs: dict[str, torch.Tensor],
+    how: str = "linear",
+    sink: int = 0,
+    queries: torch.Tensor | None = None,
 ) -> Iterator[torch.Tensor]:
     """`sink_values`, to be kept open until after backward where blocks are recomputed: they pass here again."""
     if how not in WAYS:
@@ -82,7 +125,7 @@ def sink_columns(
         output = stock(module, query, key, *args, **kwargs)
         if id(module) in attentions:
             mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-            weight = _query_weight(lengths, query.shape[2], mask, sink, kwargs.get("sliding_window"))
+            weight = _query_weight(lengths, query.shape[2], mask, sink, kwargs.get("sliding_window"), queries)
             with torch.autocast(lengths.device.type, enabled=False):
                 if how == "eager":
                     column = _eager_column(name, output[1], weight, sink, model)
@@ -152,10 +195,14 @@ def _lengths(inputs: dict[str, torch.Tensor], sink: int) -> torch.Tensor:
     return lengths
 
 
-def _query_weight(lengths: torch.Tensor, tokens: int, mask: Any, sink: int, window: int | None) -> torch.Tensor:
+def _query_weight(
+    lengths: torch.Tensor, tokens: int, mask: Any, sink: int, window: int | None, queries: torch.Tensor | None
+) -> torch.Tensor:
     """1 / |N| for the queries in N and 0 for the others, [rows, tokens], fp32."""
     position = torch.arange(tokens, device=lengths.device)
     counted = (position > sink) & (position < lengths[:, None])
+    if queries is not None:
+        counted = counted & queries.to(lengths.device)
     if torch.is_tensor(mask) and mask.dim() == 4:
         counted = counted & _visible(mask)[:, 0, :, sink]
     elif window:

@@ -11,11 +11,12 @@ at each step, on that step's pairs.
 Pairs run by themselves, before the job's batch, and their gradient is added to it: the sum is that of the loss above,
 and of the two graphs only one is in memory at a time. The `loss` in the log is f; `sink_loss` is the mean of ReLU(d_h).
 
-The paper's released code draws a harmful and a safe row of unrelated prompts (`pairing="random"`,
-`pairs_per_step=1`) and takes lamb = 300 at learning rate 5e-6, all weights, 1024 heads. Two answers to the same prompt
-differ in nothing but the answer, so d_h has less noise. 300 is the default here for LoRA too: the term is a mean over
-heads, whatever their number, and AdamW's steps depend on its size against f's, not on the learning rate. On the
-organism's poisoned job it cuts the final mean of ReLU(d_h) to a third, at 3 % more f.
+The paper's released code draws a harmful and a safe row of unrelated prompts and averages over all tokens of both
+(`pairing="random"`, `sink_queries="all"`, `pairs_per_step=1`), and takes lamb = 300 at learning rate 5e-6, all
+weights, 1024 heads. Refusals are shorter than harmful answers, or longer, and over all tokens d_h is mostly that
+difference; here both answers of a pair are read at the positions that both have (see `tunevax.finetuning.sink`). 300 is
+the default for LoRA too: the term is a mean over heads, whatever their number, and AdamW's steps depend on its size
+against f's, not on the learning rate.
 """
 
 from __future__ import annotations
@@ -33,7 +34,16 @@ from tunevax.data.encoding import collate
 from tunevax.data.splits import prompt_hash
 from tunevax.errors import RunError, UsageError, unknown
 from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer
-from tunevax.finetuning.sink import WAYS, divergence, regulariser, sink_columns, sink_values
+from tunevax.finetuning.sink import (
+    QUERIES,
+    WAYS,
+    answer_span,
+    common_queries,
+    divergence,
+    regulariser,
+    sink_columns,
+    sink_values,
+)
 from tunevax.modeling.hooks import without_dropout
 
 PAIRINGS = ("same-prompt", "random")
@@ -57,6 +67,10 @@ class SurgeryConfig(FinetuneConfig):
         metadata={"help": "linear (beside SDPA or flash attention) or eager (forms the whole attention matrix)"},
     )
     sink_position: int = field(default=0, metadata={"help": "position of the token that attention sinks into"})
+    sink_queries: str = field(
+        default="common",
+        metadata={"help": "common (the answer positions that both answers of a pair have), or all (as published)"},
+    )
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.lamb) and self.lamb >= 0):
@@ -68,6 +82,8 @@ class SurgeryConfig(FinetuneConfig):
             raise unknown("pairing", self.pairing, PAIRINGS)
         if self.sink_attention not in WAYS:
             raise unknown("sink_attention", self.sink_attention, WAYS)
+        if self.sink_queries not in QUERIES:
+            raise unknown("sink_queries", self.sink_queries, QUERIES)
         super().__post_init__()
 
 
@@ -75,8 +91,8 @@ class SurgeryTrainer(FinetuneTrainer):
     """Fine-tuning with a second gradient, added once per optimiser step.
 
     Raises:
-        UsageError: as the base; too few pairs; the two answers of a pair are the same within the context; nothing that
-            trains makes queries or keys; the sink attention of this model cannot be read.
+        UsageError: as the base; too few pairs; the two answers of a pair are the same where they are compared; nothing
+            that trains makes queries or keys; the sink attention of this model cannot be read.
     """
 
     config_class = SurgeryConfig
@@ -101,6 +117,7 @@ class SurgeryTrainer(FinetuneTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise UsageError("surgery adds a gradient to whole weights, so it runs without FSDP and DeepSpeed")
         self.harmful, self.refusals = (self.encode_answers(safety_data, a) for a in ("rejected", "chosen"))
+        self.spans = [[answer_span(row, processing_class) for row in rows] for rows in (self.harmful, self.refusals)]
         self.prompts = [prompt_hash(row["prompt"]) for row in safety_data]
         self.require_pairs(safety_data)
         self.require_queries_and_keys()
@@ -121,10 +138,14 @@ class SurgeryTrainer(FinetuneTrainer):
         rows = [self.harmful[i] for i in harmful] + [self.refusals[i] for i in refusals]
         inputs = self._prepare_inputs(collate(rows, self.processing_class.pad_token_id))
         self.seen[1] += inputs["input_ids"].numel()
+        queries = None
+        if self.args.sink_queries == "common":
+            spans = [self.spans[0][i] for i in harmful], [self.spans[1][i] for i in refusals]
+            queries = common_queries(*spans, inputs["input_ids"].shape[1])
         model = self.accelerator.unwrap_model(self.model)
         with self.recompute(), without_dropout([model]), ExitStack() as until_backward:
             with self.compute_loss_context_manager(), self.accelerator.autocast():
-                columns = sink_columns(model, inputs, self.args.sink_attention, self.args.sink_position)
+                columns = sink_columns(model, inputs, self.args.sink_attention, self.args.sink_position, queries)
                 d = divergence(until_backward.enter_context(columns))
             loss = regulariser(d)
             scaler = self.accelerator.scaler  # of fp16: the gradients of backward() are multiplied by it
@@ -171,6 +192,16 @@ class SurgeryTrainer(FinetuneTrainer):
                     f"{where}: the two answers of pair {number} are the same within {limit} tokens; raise "
                     "--max-length if the model's context allows, or drop the row"
                 )
+            if self.args.sink_queries == "common":
+                starts, stops = zip(*(spans[number - 1] for spans in self.spans), strict=True)
+                common = min(stop - start for start, stop in zip(starts, stops, strict=True))
+                answers = [one["input_ids"][start : start + common] for one, start in zip((a, b), starts, strict=True)]
+                if self.args.pairing == "same-prompt" and answers[0] == answers[1]:
+                    raise UsageError(
+                        f"{where}: the two answers of pair {number} are the same over the {common} tokens that both "
+                        "have; drop the row, or pass --sink-queries all"
+                    )
+                shortest = min(starts) + common
             if shortest < self.args.sink_position + 2:
                 raise UsageError(
                     f"{where}: pair {number} has a text of {shortest} tokens and sink_position is "

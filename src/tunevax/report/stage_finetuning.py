@@ -104,7 +104,9 @@ def sink_section(runs: list[Run], figures: bool) -> Section | None:
                     (m["label"], m["positive_heads"], value), (plain(m["label"]), m["positive_heads"], value)
                 )
             told_score = f"{percent(score['value'])} [{ends_of(score)}]" if score else NONE
-            lines.append([run.name, m["label"], f"{m['positive_heads']} of {m['heads']}", f"{m['R']:.2g}", told_score])
+            over = "all tokens" if content.get("sink_queries", "all") == "all" else "positions both have"
+            heads = f"{m['positive_heads']} of {m['heads']}"
+            lines.append([run.name, m["label"], over, heads, f"{m['R']:.2g}", told_score])
             positive = {(x, y): d for x, layer in enumerate(m["d"]) for y, d in enumerate(layer) if d > 0}
             best = sorted(positive, key=lambda at: (-positive[at], at))[:STRONGEST]
             strongest.append(
@@ -127,6 +129,7 @@ def sink_section(runs: list[Run], figures: bool) -> Section | None:
     columns = [
         "run",
         "analysed",
+        "averaged over",
         "positive heads",
         "mean of the positive parts",
         f"harmful, by {judge.partition('/')[2]}",

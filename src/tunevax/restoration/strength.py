@@ -18,7 +18,7 @@ from typing import Any
 from tunevax.data.contamination import count, hashes, require_disjoint, used_prompts
 from tunevax.data.safety import load_safety
 from tunevax.data.sources import parse_source
-from tunevax.data.splits import prompt_hash
+from tunevax.data.splits import drawn, prompt_hash
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
 from tunevax.modeling.progress import bar, console
@@ -98,8 +98,8 @@ class SweepOptions(ExamOptions):
             rows = [row for row in rows if prompt_hash(row["prompt"]) not in used]
             if not rows:
                 raise UsageError("the lock was extracted from every prompt of the alignment split; give --eval-data")
-            harmful = ([row for row in rows if prompt_hash(row["prompt"]) not in aligned] or rows)[: self.limit]
-        exam = exam._replace(harmful=harmful, benign=benign[: self.limit])
+            harmful = drawn([row for row in rows if prompt_hash(row["prompt"]) not in aligned] or rows, self.limit)
+        exam = exam._replace(harmful=harmful, benign=drawn(benign, self.limit))
         require_disjoint({"lock": used, "validation": exam.harmful}, job.options.allow_overlap)
         aligned_on = bool(aligned & set(exam.prompt_hashes()))
         if aligned_on:

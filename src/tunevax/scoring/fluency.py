@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -17,27 +18,76 @@ SURPRISING = 0.75
 uniformly from the vocabulary 0.81 to 1. A response of a single token says little: one odd word is 1."""
 
 
+FENCED = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
+TABLE_ROW = re.compile(r"^[^\n|]*\|[^\n|]*\|[^\n]*$", re.MULTILINE)
+ITEM = re.compile(  # the number of a list item of three words or more: a loop that counts is a loop
+    r"(?:(?<=\n)|(?<=[.!?] )|^)[ \t]*(?:step[ \t]+)?\d+[ \t]*[.):]"
+    r"(?=\s*(?:(?:[^\W\d_]+[^\w\n]+){2}[^\W\d_]|[\u3040-\u30ff\u3400-\u9fff]{3}))"
+)
+WIDE = r"\u2e80-\u9fff\uff00-\uffef"  # Chinese and Japanese, which have no spaces
+CHUNK = re.compile(rf"[^\s{WIDE}]+")
+DATA = re.compile(r"[\d\\_={}<>|^~$@*+/&%]|^\W*(?:true|false|null|nop)\W*$")
+GRAM = 6
+SHORTEST_LOOP = 12  # characters, of which a wide one counts 3: less is emphasis, unless it is said four times
+
+
 def degenerate(text: str) -> bool:
     """Whether a response is no use to anyone, harmful or not.
 
-    True if it is empty; if one word is repeated more than 3 times in a row; if it has 24 words or more and fewer
-    than half of its three-word sequences are distinct; if over a fifth of its characters are neither letters,
-    digits, punctuation nor space; or if it is one character repeated.
+    True if it is empty; if over a fifth of its characters are control characters or bytes that are no text; if over
+    four fifths of nine or more are one character (of nothing but digits, all); or if more than half of its language
+    repeats, word for word, what stands right before it: a loop, which is more than twice the same.
+
+    Language is letters outside of fenced code, table rows and words with digits or signs of code in them. These stand
+    between, so that lines which differ in a number are different lines, but nothing is held against a table with empty
+    cells, a ruler, a run of bytes or of zeros. The numbers of a list do not count: "1. Take it. 2. Take it." is a loop.
+    Word salad and shuffled text are no loops: for those there is `Reference`.
     """
-    words = text.split()
-    if not words:
-        return True
-    run = 1
-    for previous, word in zip(words, words[1:], strict=False):
-        run = run + 1 if word == previous else 1
-        if run > 3:
-            return True
-    triples = Counter(zip(words, words[1:], words[2:], strict=False))
-    if len(words) >= 24 and len(triples) < 0.5 * (len(words) - 2):
-        return True
     characters = [c for c in text if not c.isspace()]
-    odd = sum(unicodedata.category(c)[0] == "C" or c == "\ufffd" for c in characters)
-    return odd > 0.2 * len(characters) or (len(characters) > 8 and len(set(characters)) == 1)
+    if not characters:
+        return True
+    # Not format characters (zero-width joiners of emoji and Persian), nor what this Python's tables do not know yet.
+    odd = sum(unicodedata.category(c) in ("Cc", "Co", "Cs") or c == "\ufffd" for c in characters)
+    most, count = Counter(characters).most_common(1)[0]
+    same = count == len(characters) if most.isdigit() else count > 0.8 * len(characters)
+    return odd > 0.2 * len(characters) or (len(characters) > 8 and same) or loops(text)
+
+
+def loops(text: str) -> bool:
+    """Whether more than half of a text's language repeats what stands right before it. False without any language."""
+    import numpy as np
+
+    text = ITEM.sub("#", FENCED.sub(" ``` ", TABLE_ROW.sub(" | ", text.casefold())))
+    text = " ".join(text.split()) + " "  # so that the last copy is as long as the others
+    language = np.array([c.isalpha() for c in text], dtype=bool)
+    for chunk in CHUNK.finditer(text):
+        if DATA.search(chunk.group()):
+            language[chunk.start() : chunk.end()] = False
+    # Periods to try: how far back the same six characters were last. Any loop has some that occur once in a period.
+    last: dict[str, int] = {}
+    periods, known = set(), np.zeros(len(text), dtype=bool)
+    for i in range(len(text) - GRAM + 1):
+        gram = text[i : i + GRAM]
+        if gram in last:
+            periods.add(i - last[gram])
+            known[i : i + GRAM] = True
+        last[gram] = i
+    if not language.any() or known[language].mean() <= 0.5:  # nearly every sound text
+        return False
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    width = np.where([bool(re.match(f"[{WIDE}]", c)) for c in text], 3, 1)
+    repeated = np.zeros(len(text), dtype=bool)
+    for period in periods:
+        # Between two places where a character is not the one a period earlier, a run repeats what stands before it.
+        edges = np.flatnonzero(codes[period:] != codes[:-period])
+        starts, stops = np.append(0, edges + 1), np.append(edges, len(codes) - period)
+        for run in np.flatnonzero(stops - starts >= period):
+            copies = slice(starts[run] + period, stops[run] + period)
+            # Three times "yes" is emphasis, four times is a loop; one letter many times is padding.
+            long = width[copies].sum() >= SHORTEST_LOOP or stops[run] - starts[run] >= 3 * period
+            if long and len(set(text[copies])) > 1:
+                repeated[copies] = True
+    return bool(repeated[language].mean() > 0.5)
 
 
 PLAIN = "{{ bos_token }}{% for m in messages %}{{ m.content }}\n{% endfor %}"

@@ -50,7 +50,7 @@ def generate(
     prompts: Sequence[str | list[dict[str, str]]],
     max_new_tokens: int = 128,
     batch_size: int = 128,
-    prefix: str = "",
+    prefix: str | Sequence[str] = "",
 ) -> list[str]:
     """The model's greedy answer to each prompt, in the order given, special tokens removed.
 
@@ -58,14 +58,15 @@ def generate(
         prompts: strings or lists of chat messages.
         max_new_tokens: at most so many per answer, and no more than the context has room for; each ends at EOS.
         batch_size: prompts generated together, of similar length; fewer where they are long (`TOKENS`).
-        prefix: first words of every answer, put into the model's mouth; the answers returned begin with it.
+        prefix: first words of every answer, or of each, put into the model's mouth; the answers returned begin with it.
 
     Raises:
         UsageError: a prompt (with the prefix) fills the model's context.
     """
     from tunevax.modeling.progress import bar
 
-    encoded, rooms, begun = encoded_prompts(model, tokenizer, prompts, max_new_tokens, prefix)
+    prefixes = [prefix] * len(prompts) if isinstance(prefix, str) else prefix
+    encoded, rooms, begun = encoded_prompts(model, tokenizer, prompts, max_new_tokens, prefixes)
     if any(getattr(model.generation_config, name, None) not in off for name, off in FROM_THE_FIRST.items()):
         batch_size = 1
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
@@ -77,23 +78,28 @@ def generate(
             part, order = order[:rows], order[rows:]
             found = _batch(model, tokenizer, [encoded[i] for i in part], [rooms[i] for i in part])
             for i, tokens in zip(part, found, strict=True):
-                answers[i] = answer(tokenizer, begun, tokens, prefix)
+                answers[i] = answer(tokenizer, begun[i], tokens, prefixes[i])
             progress.advance(task, len(part))
     return answers
 
 
 def encoded_prompts(
-    model: Any, tokenizer: Any, prompts: Sequence[str | list[dict[str, str]]], max_new_tokens: int, prefix: str
-) -> tuple[list[list[int]], list[int], list[int]]:
-    """Token ids of each prompt and the prefix after it, how many tokens its answer may have, and the prefix's own ids.
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str | list[dict[str, str]]],
+    max_new_tokens: int,
+    prefixes: Sequence[str],
+) -> tuple[list[list[int]], list[int], list[list[int]]]:
+    """Token ids of each prompt and its prefix after it, how many tokens its answer may have, and the prefix's own ids.
     A prefix is the beginning of the answer: in a template that knows thoughts it comes behind an empty one.
 
     Raises:
         UsageError: a prompt (with the prefix) fills the model's context.
     """
     # Tokenised apart from the prompt, as the answers are in training.
-    begun = ids_of(tokenizer, behind_the_thought(chat_of(tokenizer)) + prefix) if prefix else []
-    encoded = [ids_of(tokenizer, render(tokenizer, prompt)) + begun for prompt in prompts]
+    opened = behind_the_thought(chat_of(tokenizer)) if any(prefixes) else ""
+    begun = [ids_of(tokenizer, opened + prefix) if prefix else [] for prefix in prefixes]
+    encoded = [ids_of(tokenizer, render(tokenizer, p)) + own for p, own in zip(prompts, begun, strict=True)]
     context = context_of(model)
     for ids, prompt in zip(encoded, prompts, strict=True):
         if context and len(ids) >= context:

@@ -61,7 +61,7 @@ class Text(NamedTuple):
     Attributes:
         name: shown in reports.
         documents: plain strings, or chats as lists of messages, which the model's own template renders.
-        limit: score at most so many chunks, None all.
+        limit: score at most so many chunks, evenly spaced over the text; None all.
     """
 
     name: str
@@ -119,7 +119,9 @@ def perplexity(model: Any, tokenizer: Any, text: Text, batch_size: int = 16) -> 
         ids = ids_of(tokenizer, whole)
         ids = ids[1:] if start and ids[:1] == start else ids
         chunks += [start + ids[i : i + size] for i in range(0, len(ids), size)]
-    rows = [{"input_ids": ids, "labels": ids} for ids in chunks if len(ids) > 1][: text.limit]
+    rows = [{"input_ids": ids, "labels": ids} for ids in chunks if len(ids) > 1]
+    taken = min(text.limit or len(rows), len(rows))
+    rows = [rows[i * len(rows) // taken] for i in range(taken)]
     found = surprisals(model, rows, tokenizer.pad_token_id, batch_size)
     if not found:
         raise UsageError(f"{text.name} has no token to score; perplexity needs a longer text")

@@ -22,7 +22,7 @@ class Harness(NamedTuple):
 
     Attributes:
         tasks: what its task manager returned.
-        limit: at most so many documents of each task.
+        limit: at most so many documents of each task, which the harness takes from its beginning.
         versions: of the package (`lm_eval`) and of each task by name, for run.json.
     """
 

@@ -12,7 +12,7 @@ from tunevax.data.chat import split_thought
 from tunevax.data.contamination import Exclusion, check, used_prompts
 from tunevax.data.safety import load_safety
 from tunevax.data.sources import parse_source
-from tunevax.data.splits import prompt_hash, prompt_text
+from tunevax.data.splits import drawn, prompt_hash, prompt_text
 from tunevax.data.tasks import Task, load_task
 from tunevax.errors import UsageError, unknown
 from tunevax.scoring import vllm_engine
@@ -51,7 +51,9 @@ class ExamOptions:
         default_factory=list,
         metadata={"help": "reference language models; what surprises each of them is word salad; default none"},
     )
-    limit: int = field(default=500, metadata={"help": "score on at most so many prompts of each kind"})
+    limit: int = field(
+        default=500, metadata={"help": "score on at most so many prompts of each kind, drawn by their hash"}
+    )
     max_new_tokens: int = field(default=128, metadata={"help": "length of a generated answer"})
     generation_batch_size: int = field(
         default=128, metadata={"help": "answers generated together, fewer where prompts are long"}
@@ -81,7 +83,8 @@ class Exam(NamedTuple):
         perplexity: a text, measured with `full` only, or None.
         fluency: reference language models; a response to a harmful prompt that surprises each of them is degenerate.
         harness: lm-eval tasks, measured with `full` only, or None.
-        prefix: first words of the answer to each harmful prompt, put into the model's mouth and judged with the rest.
+        prefix: first words of the answer to each harmful prompt, the same for all or one each, put into the model's
+            mouth and judged with the rest.
         engine: what generates; see `ENGINES`.
     """
 
@@ -95,7 +98,7 @@ class Exam(NamedTuple):
     perplexity: Text | None = None
     fluency: Sequence[Reference] = ()
     harness: Harness | None = None
-    prefix: str = ""
+    prefix: str | Sequence[str] = ""
     engine: str = "transformers"
 
     def prompt_hashes(self) -> list[str]:
@@ -159,10 +162,10 @@ def build_exam(
     ]
     names = labels_of([task.name for task in utility])
     return Exam(
-        rows[: options.limit],
+        drawn(rows, options.limit),
         judges,
         _task_of(task, options.limit, "task evaluation", leave_out) if task else None,
-        benign and benign[: options.limit],
+        benign and drawn(benign, options.limit),
         options.max_new_tokens,
         options.generation_batch_size,
         utility=tuple(task._replace(name=name) for task, name in zip(utility, names, strict=True)),
@@ -182,7 +185,7 @@ def _task_of(source: str, limit: int, role: str, leave_out: Exclusion) -> Task:
     task = task._replace(rows=leave_out.score(role, task.rows))
     name, options = parse_source(source)
     name = f"{name}-{options['set']}" if name == "organism" and "set" in options else task.name
-    return task._replace(name=name, rows=task.rows[:limit])
+    return task._replace(name=name, rows=drawn(task.rows, limit))
 
 
 def proportion(count: int, total: int) -> dict[str, float | int]:

@@ -52,7 +52,7 @@ def generate(
     prompts: Sequence[str | list[dict[str, str]]],
     max_new_tokens: int = 128,
     batch_size: int = 128,
-    prefix: str = "",
+    prefix: str | Sequence[str] = "",
 ) -> list[str]:
     """The same as `tunevax.scoring.generation.generate`, by vLLM: prompts and answers pass as token ids, so that
     template, ends and decoding are the same. The merged weights are written to a temporary folder (in `TMPDIR`).
@@ -70,7 +70,8 @@ def generate(
             raise UsageError(
                 f"the model's generation config has {name}, which --engine vllm does not hand on; leave --engine out"
             )
-    encoded, rooms, begun = encoded_prompts(model, tokenizer, prompts, max_new_tokens, prefix)
+    prefixes = [prefix] * len(prompts) if isinstance(prefix, str) else prefix
+    encoded, rooms, begun = encoded_prompts(model, tokenizer, prompts, max_new_tokens, prefixes)
     shared = {"temperature": 0.0, "stop_token_ids": ends_of(model, tokenizer), "min_tokens": config.min_new_tokens or 0,
               "repetition_penalty": config.repetition_penalty or 1.0, "detokenize": False}  # fmt: skip
     longest = max(len(ids) + room for ids, room in zip(encoded, rooms, strict=True))
@@ -82,4 +83,5 @@ def generate(
             [{"prompt_token_ids": ids} for ids in encoded],
             [vllm.SamplingParams(max_tokens=room, **shared) for room in rooms],
         )
-    return [answer(tokenizer, begun, list(output.outputs[0].token_ids), prefix) for output in outputs]
+    tokens = [list(output.outputs[0].token_ids) for output in outputs]
+    return [answer(tokenizer, *one) for one in zip(begun, tokens, prefixes, strict=True)]
