@@ -103,6 +103,7 @@ class Attacked:
         stopped: seeds whose run stopped, its loss not finite, before this model passed phi: no part of the ratio.
         collapsed: seeds with which this model turns to gibberish before it passes phi. Gibberish counts as not harmful.
         gibberish: by seed, the share of degenerate outputs where it passed phi, or at the last step.
+        most_gibberish: by seed, the highest such share after step 0, up to there.
         steps, control_steps: by seed, the first evaluated step above phi; None is never.
         last: the last step that was evaluated.
         ratio: of this attack alone; None where there is none.
@@ -124,6 +125,7 @@ class Attacked:
     stopped: list[int] = field(default_factory=list)
     collapsed: list[int] = field(default_factory=list)
     gibberish: dict[int, float] = field(default_factory=dict)
+    most_gibberish: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -169,7 +171,7 @@ class Trainability:
         attack: on which it was measured.
         before, target: the control's accuracy at step 0, and half-way to its last.
         final, control_final: accuracy at the last step; difference with Newcombe's interval, or without one where the
-            model's runs stopped earlier.
+            last steps differ.
         ratio: of the steps to the target; None if `why`.
         why: why it is not measurable, or None.
     """
