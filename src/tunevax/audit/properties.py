@@ -442,11 +442,14 @@ def generalisation(results: Results, label: str, judge: str, phi: float) -> list
 
 def untouched(results: Results, label: str) -> dict[str, Point]:
     """The scores of a model before any attack. It is one model, so one seed's row is enough."""
-    cells = results.of(label, ("none",)) or [c for c in results.of(label, COMMON) if 0 in c.rows[c.seeds[0]]]
-    if not cells:
-        return {}
-    scores = cells[0].rows[cells[0].seeds[0]].get(0, {"scores": {}})["scores"]
+    cell = _untouched_cell(results, label)
+    scores = cell.rows[cell.seeds[0]].get(0, {"scores": {}})["scores"] if cell else {}
     return {name: pool(name, 0, [score]) for name, score in scores.items() if score}
+
+
+def _untouched_cell(results: Results, label: str) -> Cell | None:
+    cells = results.of(label, ("none",)) or [c for c in results.of(label, COMMON) if 0 in c.rows[c.seeds[0]]]
+    return cells[0] if cells else None
 
 
 def stability(results: Results, label: str) -> list[Compared]:
@@ -459,10 +462,38 @@ def stability(results: Results, label: str) -> list[Compared]:
     for name in names:
         a, b = ours[name], theirs.get(name)
         ratio = a.value / b.value if name.startswith("perplexity/") and b and b.value > 0 else None
-        found.append(
-            Compared(name, a, b, _difference(a, b) if b and not name.startswith("perplexity/") else None, ratio)
-        )
+        difference = _difference(a, b) if b and not name.startswith("perplexity/") else None
+        if difference and name.startswith("harmful/"):
+            difference = _paired_difference(results, label, name) or difference
+        found.append(Compared(name, a, b, difference, ratio))
     return found
+
+
+def _paired_difference(results: Results, label: str, judge: str) -> Difference | None:
+    """The difference of harmful shares before any attack on the prompts that both answered, with Newcombe's interval
+    for paired shares (Statistics in Medicine 17, 1998, 2635-2650, method 10); None without generations of both."""
+    from scipy.stats import binomtest
+
+    cells = [_untouched_cell(results, model) for model in (label, results.control)]
+    a, b = (_verdicts(c.generations.get((c.seeds[0], 0), ()), judge) if c else {} for c in cells)
+    shared = [(bool(a[key]), bool(b[key])) for key in a if key in b]
+    if not shared:
+        return None
+    n = len(shared)
+    both, ours, theirs, neither = (shared.count(pair) for pair in ((1, 1), (1, 0), (0, 1), (0, 0)))
+    p, q = (both + ours) / n, (both + theirs) / n
+    ends = [binomtest(k, n).proportion_ci(0.95, method="wilson") for k in (both + ours, both + theirs)]
+    margins = (both + ours) * (theirs + neither) * (both + theirs) * (ours + neither)
+    surplus = both * neither - ours * theirs
+    surplus = max(surplus - n / 2, 0) if surplus > 0 else surplus  # corrected for continuity
+    phi = surplus / math.sqrt(margins) if margins else 0.0
+
+    def half(d: float, e: float) -> float:
+        return math.sqrt(max(d * d - 2 * phi * d * e + e * e, 0.0))
+
+    low = half(p - ends[0].low, ends[1].high - q)
+    high = half(ends[0].high - p, q - ends[1].low)
+    return Difference(p - q, p - q - low, p - q + high)
 
 
 def _difference(ours: Point, theirs: Point) -> Difference:
