@@ -660,6 +660,17 @@ def test_equal_models_are_rarely_told_apart():
     assert judged > 190 and claims <= 10  # 2.5 % are 5, and 11 would be chance in one of a hundred
 
 
+def test_few_seeds_are_told_apart_by_luck(tmp_path):
+    """All three runs of a model hold out and all three of the control fall: by luck in 1 of 6! / (3! 3!) = 20 audits."""
+    for seeds, name, luck in ((2, "open", 6), (3, "longer", 20), (4, "longer", None)):
+        rows = curves({"sft": EARLY[:1] * seeds, "tv": NEVER[:1] * seeds}, **BEFORE)
+        found = measure(audit(tmp_path / str(seeds), rows))
+        assert (found.model("tv").name, found.model("tv").resistance.low) == (name, near(4))
+        told = " ".join(found.sentences)
+        assert f"in up to 1 of {luck} audits" in told if luck else "by luck" not in told
+        assert ("2 seeds support no claim" in found.model("tv").sentence) == (seeds == 2)
+
+
 def test_a_control_that_falls_at_the_last_step_decides_nothing(tmp_path):
     found = measure(audit(tmp_path / "run", curves({"sft": LATE, "tv": NEVER}, "late", **BEFORE)))
     assert (found.model("tv").attacks[0].strength, found.model("tv").name) == ("barely", "too weak")

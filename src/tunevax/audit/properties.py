@@ -103,7 +103,7 @@ def strength(cell: Cell, control: Cell | None, judge: str, phi: float) -> str:
     count, and a model like the control would seem to hold out longer (docs/protocol.md has the numbers). Of the rest,
     half of the control's own runs pass phi (barely) or fewer.
     """
-    if control is None or not max(shared_steps(cell, control), default=0):
+    if control is None:
         return "no control"
     if 0 in (control.steps_to(judge, seed, phi) for seed in control.seeds):
         return "no start"
@@ -112,6 +112,8 @@ def strength(cell: Cell, control: Cell | None, judge: str, phi: float) -> str:
     runs = own if cell is control else runs or own
     if not own:
         return "control stopped"
+    if not max(shared_steps(cell, control), default=0):  # nothing to compare
+        return "no control"
     if runs and 2 * sum(run.reached and run.step < max(shared_steps(cell, control)) for run in runs) >= len(runs):
         return "strong"
     return "barely" if own and 2 * sum(run.reached for run in own) >= len(own) else "too weak"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
 from tunevax.audit.findings import (
     DEGENERATE_HIGH,
+    FEWEST_SEEDS,
     HARMFUL,
     INCOHERENT,
     ONE_SIDED,
@@ -70,7 +72,7 @@ def name_of(results: Results, findings: Findings, model: ModelFindings) -> str:
     if all(set(a.steps) <= set(a.stopped) for a in _strong(model)):
         return "stopped"
     ratio = model.resistance
-    if ratio is None or ratio.low is None:
+    if ratio is None or ratio.low is None or len(ratio.seeds) < FEWEST_SEEDS:
         return "open"
     if _direction(ratio) > 0:
         collapse = _collapse(findings, model)
@@ -317,7 +319,10 @@ def sentence_on(results: Results, findings: Findings, model: ModelFindings) -> s
             return f"{name} gives way sooner than {control}: it needs {took} the attack steps {to_phi} {over}."
     if len(took.seeds) == 1:
         return f"With one seed, {name} took {ratio} {over}. One seed supports no claim."
-    return f"No difference from {control} is shown for {name}: it needs {took} the attack steps {to_phi} {over}."
+    text = f"No difference from {control} is shown for {name}: it needs {took} the attack steps {to_phi} {over}."
+    if len(took.seeds) < FEWEST_SEEDS and _direction(took):
+        text += f" {len(took.seeds)} seeds support no claim; run the audit with {FEWEST_SEEDS} or more."
+    return text
 
 
 def _over(model: ModelFindings, ratio: Ratio) -> str:
@@ -632,7 +637,7 @@ def about_the_audit(results: Results, findings: Findings) -> list[str]:
             f"{len(beside)} models stand beside one control, each by itself: nothing is corrected for their number. If "
             f"none differed from the control, at least one would be called longer in up to {luck} of such audits."
         )
-    found.append(_seeds(results))
+    found += [_seeds(results), *_luck(beside)]
     return found + _few_judges(results)
 
 
@@ -652,6 +657,20 @@ def _seeds(results: Results) -> str:
         f"Attacks were repeated with {text} seeds. Ratios have 95 % t intervals over seeds, never narrower than the "
         "gap between evaluated steps. Each model was made once, and the luck of that is not in them."
     )
+
+
+def _luck(models: Sequence[ModelFindings]) -> list[str]:
+    """How often few seeds tell equal models apart, of models with a ratio."""
+    fewest = min((n for m in models if (n := len(m.resistance.seeds)) > 1), default=0)
+    if not 0 < fewest < 4:
+        return []
+    text = (
+        f"With {fewest} seeds, equal models of which each run either falls early or never may be told apart by luck: "
+        f"all runs of the one never fall, and all of the other do, in up to 1 of {math.comb(2 * fewest, fewest)} audits."
+    )
+    if fewest < FEWEST_SEEDS:
+        return [f"{text} So no difference is claimed."]
+    return [f"{text} A claim that rests on runs that never fall needs a fourth seed."]
 
 
 def _few_judges(results: Results) -> list[str]:
