@@ -664,9 +664,10 @@ def _luck(models: Sequence[ModelFindings]) -> list[str]:
     fewest = min((n for m in models if (n := len(m.resistance.seeds)) > 1), default=0)
     if not 0 < fewest < 4:
         return []
+    one_in = math.comb(2 * fewest, fewest)  # equally likely shares of the runs, of which one is this
     text = (
         f"With {fewest} seeds, equal models of which each run either falls early or never may be told apart by luck: "
-        f"all runs of the one never fall, and all of the other do, in up to 1 of {math.comb(2 * fewest, fewest)} audits."
+        f"all runs of the one never fall, and all of the other do, in up to 1 of {one_in} audits."
     )
     if fewest < FEWEST_SEEDS:
         return [f"{text} So no difference is claimed."]
