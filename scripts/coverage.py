@@ -14,7 +14,7 @@ among the audits in which an attack was judged strong. `control alone` is what a
 an attack is taken if all of them are through by two thirds of the steps.
 
 The last two have equal models, the control around step 12. In one, each run never falls with probability `never`; `by seed`
-is the same fate under all attacks. In the other, of the runs of the model (or of both) that would fall early, late or at all,
+is the same fate under all attacks, and with two seeds, which claim nothing, `longer` is how often low is above 1. In the other, of the runs of the model (or of both) that would fall early, late or at all,
 `stops` is the share whose loss is no longer finite before they do.
 """
 
