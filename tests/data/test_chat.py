@@ -9,9 +9,10 @@ from transformers import PreTrainedTokenizerFast
 from tunevax.data.chat import (
     ANSWERS,
     TODAY,
-    behind_the_thought,
     chat_of,
+    joined,
     marked_thought,
+    mouth,
     render,
     split_thought,
     with_options,
@@ -176,12 +177,12 @@ def test_files_and_options_of_templates(tmp_path):
     tok = tokenizer()
     set_chat_template(tok, str(file))
     assert render(tok, "p").startswith(START)
-    set_chat_template(tok, "own:thought=<t>|</t>,thinking=on")
+    set_chat_template(tok, "own:thought=<t>|</t>")
     assert chat_of(tok).thought == ("<t>", "</t>") and render(tok, "p").startswith(START)
-    set_chat_template(tok, "own:thinking=off")  # options replace each other, and are saved with the template
+    set_chat_template(tok, "own:thought=<u>|</u>")  # options replace each other, and are saved with the template
     tok.save_pretrained(tmp_path / "saved")
     again = PreTrainedTokenizerFast.from_pretrained(tmp_path / "saved")
-    assert not chat_of(again).thinking and chat_of(again).thought is None and again.chat_template.count("tunevax") == 1
+    assert chat_of(again).thought == ("<u>", "</u>") and again.chat_template.count("tunevax") == 1
     set_chat_template(tok, "own:thought=<|channel|>a|<|end|>")
     assert chat_of(tok).thought == ("<|channel|>a", "<|end|>")
     for bad, said in (
@@ -225,7 +226,11 @@ class Endless:
         (EMPTY_THOUGHT, "<think>a</think>b<think>c</think>d", "a\nc", "bd"),
         (OPENED, "hm\n</think>\n\nNo.<|im_end|>", "hm", "No."),
         (OPENED, "hm, and hm", "hm, and hm", ""),
-        (CHATML, "no marks</think> here", None, "no marks here"),  # nothing but special tokens goes where none is known
+        (CHATML, "hm</think> Sure.", "hm", "Sure."),  # whatever the template knows: it may be another model's
+        (CHATML, "hm <think> is a mark", "is a mark", "hm"),
+        (CHATML, "Write <thought>x</thought> for it.", None, "Write <thought>x</thought> for it."),
+        (OPENED, "it says </think> there\n</think>\n\nNo.<|im_end|>", "it says </think> there", "No."),
+        (CHATML, "<|channel|>analysis<|message|>hm<|end|><|channel|>final<|message|>No.<|im_end|>", "hm<|end|>", "No."),
         (CHATML + "{# [/THINK] #}", "[THINK]x[/THINK]y", "x", "y"),
     ],
 )
@@ -241,7 +246,7 @@ def test_marks_of_ones_own_and_no_thought_at_all():
     assert split_thought(generated(tok, "(((x)))y")) == ("x", "y")
     tok = tokenizer(EMPTY_THOUGHT)
     set_chat_template(tok, "own:thinking=off")
-    assert render(tok, "p").endswith("<think>\n\n</think>\n\n") and behind_the_thought(chat_of(tok)) == ""
+    assert render(tok, "p").endswith("<think>\n\n</think>\n\n") and mouth(tok, "p") == ""
     assert learnt(tok, {"prompt": "p", "completion": "c"})[0] == "c<|im_end|>"
 
 

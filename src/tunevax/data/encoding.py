@@ -40,7 +40,8 @@ def set_chat_template(tokenizer: Any, template: str | None) -> None:
 
     Args:
         template: a name in `TEMPLATES`, the path of a jinja file, `own` or None to keep the tokenizer's; options after
-            a colon: `thought=OPEN|CLOSE` for the marks around a thought, `thinking=off` to ask the template for none.
+            a colon: `thought=OPEN|CLOSE` for the marks around a thought, `thinking=off` to ask the template for none,
+            and the template's own variables.
 
     Raises:
         UsageError: there is none to keep, the file is missing, or the template loses what is said (see `chat_of`).
@@ -73,6 +74,13 @@ def messages(prompt: str | Sequence[dict[str, str]]) -> list[dict[str, str]]:
 def ids_of(tokenizer: Any, text: str) -> list[int]:
     """Token ids without added special tokens: the template has put them in, and a second BOS would be an error."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def following(tokenizer: Any, before: str, ids: list[int], text: str) -> list[int]:
+    """Token ids of `text` where it follows `before`, whose ids are `ids`: those that it has in the whole text, unless
+    a token there covers the end of `before`. Tokenised alone, some tokenizers put a space before it."""
+    whole = ids_of(tokenizer, before + text)
+    return whole[len(ids) :] if whole[: len(ids)] == ids else ids_of(tokenizer, text)
 
 
 def context_of(model: Any) -> int | None:
@@ -113,7 +121,7 @@ def encode(
             raise UsageError(
                 f"{row.get('place', 'a row')}: the prompt has {len(prompt_ids)} tokens and {what} or drop the row"
             )
-        response_ids = ids_of(tokenizer, response(tokenizer, row, prompt))
+        response_ids = following(tokenizer, prompt, prompt_ids, response(tokenizer, row))
         response_ids = _end_at_eos(tokenizer, response_ids)
         ids = (prompt_ids + response_ids)[:limit]
         labels = ids if loss_on == "all" else [-100] * len(prompt_ids) + ids[len(prompt_ids) :]
