@@ -140,7 +140,13 @@ def test_models_that_cannot_be_used(capsys, here):
     for block in model.transformer.h:
         block.strange = block.attn
         del block.attn
-    with pytest.raises(UsageError, match="no decoder blocks found in GPT2LMHeadModel: looked for a ModuleList of 2"):
+    assert len(find_blocks(model)) == 2
+    with pytest.raises(
+        UsageError, match="the blocks of GPT2LMHeadModel have no recognisable attention: looked for self_a"
+    ):
+        find_blocks(model, "attention")
+    model.config.n_layer = 3
+    with pytest.raises(UsageError, match="no decoder blocks found in GPT2LMHeadModel: looked for a ModuleList of 3"):
         find_blocks(model)
 
 

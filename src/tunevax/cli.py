@@ -342,7 +342,8 @@ def _score(arguments: list[str]) -> None:
         chat_template: str | None = field(default=None, metadata={"help": "alpaca, or a jinja file"})
         revision: str | None = field(default=None, metadata={"help": "revision of a hub id"})
         dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16, float16"})
-        allow_overlap: bool = field(default=False, metadata={"help": "score on prompts the model was aligned on"})
+        allow_overlap: bool = field(default=False, metadata={"help": "score on prompts the model was trained on"})
+        drop_overlap: bool = field(default=False, metadata={"help": "leave these prompts out, and record them"})
         overwrite: bool = field(default=False, metadata={"help": "replace a finished run"})
 
     (options,) = _parse("score", [ScoreOptions], arguments)
@@ -360,6 +361,7 @@ def _score(arguments: list[str]) -> None:
         "revision",
         "dtype",
         "allow_overlap",
+        "drop_overlap",
         "overwrite",
     )
     taken = {name: values.pop(name) for name in extra}

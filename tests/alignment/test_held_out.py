@@ -41,7 +41,7 @@ def test_a_run_says_what_it_does_on_rows_that_it_did_not_train_on(tmp_path, caps
     assert found["safe_answers"] == 1.0 and found["loss"] < found["loss_before"]
     # Two steps teach nobody to refuse.
     assert "not converged: it refuses 0% of held-out harmful prompts" in shown and found["not_converged"] in shown
-    rows = held_out_rows(AlignOptions(safety_data="organism"), load_safety("organism", "alignment"), 8).harmful
+    rows = held_out_rows(None, "organism", None, load_safety("organism", "alignment"), 8).harmful
     evaluation = {prompt_hash(r["prompt"]) for r in load_safety("organism", "evaluation")}
     assert len(rows) == 8 and not evaluation & {prompt_hash(r["prompt"]) for r in rows}
 
@@ -55,7 +55,7 @@ def test_the_loss_is_that_of_the_safe_answers_and_the_model_is_the_trained_one(t
     harmful = [{**row, "chosen": row["rejected"]} for row in rows[:9]]
     assert loss_on(loaded.model, harmful, loaded.tokenizer, 64) < before  # the organism has yet to learn refusals
     record = harden(tmp_path / "out", max_steps=3, held=9)
-    drawn = held_out_rows(AlignOptions(safety_data="organism"), load_safety("organism", "alignment"), 9).harmful
+    drawn = held_out_rows(None, "organism", None, load_safety("organism", "alignment"), 9).harmful
     after = load(str(tmp_path / "out"))
     assert record["held_out"]["loss_before"] == pytest.approx(
         loss_on(loaded.model, drawn, loaded.tokenizer, 64), rel=1e-5

@@ -58,7 +58,11 @@ def test_every_kind_moves_the_model_and_leaves_no_weights(aligned, tmp_path, tra
     )
     record = json.loads((out / "run.json").read_text())
     assert record["adapter"] is None and not list(out.glob("**/*.safetensors"))
-    assert record["targets"][0]["overlap"] == {"alignment/attack": 0, "alignment/evaluation": 0, "attack/evaluation": 0}
+    trained, mine, asked = ("alignment", "benign"), ("attack", "task"), ("evaluation", "task evaluation")
+    pairs = {f"{first}/{second}" for first in (*trained, *mine) for second in (*(mine * (first in trained)), *asked)}
+    overlap = record["targets"][0]["overlap"]
+    assert {*overlap} - {pair for pair in overlap if pair.endswith("over-refusal")} == {*pairs, "attack/task"}
+    assert not any(overlap.values())
     with pytest.raises(UsageError, match="attacked weights were deleted"):
         load(str(out))
 

@@ -8,8 +8,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from tunevax.data import load_safety, load_task, mix, prompt_hash, split_of
+from tunevax.data.contamination import require_disjoint
 from tunevax.data.encoding import collate, encode, ids_of, render, set_chat_template
-from tunevax.data.splits import drawn, require_disjoint
+from tunevax.data.splits import drawn
 from tunevax.data.tasks import NAMED, final_number
 from tunevax.errors import UsageError
 from tunevax.organism import World, path
@@ -66,7 +67,7 @@ def test_splits_partition_the_prompts_whatever_their_spelling(files):
             [{"role": "user", "content": row["prompt"]}],
         ):
             assert split_of(variant) == split_of(row["prompt"])
-    with pytest.raises(UsageError, match="1 prompts are in both the attack and the evaluation data"):
+    with pytest.raises(UsageError, match="1 prompt is in both the attack and the evaluation data"):
         require_disjoint({"attack": ["a", "b"], "evaluation": ["b", "c"]})
 
 

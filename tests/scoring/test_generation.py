@@ -245,3 +245,41 @@ def test_a_model_with_a_lock_is_not_for_vllm(organism, vllm, tmp_path, capsys):
     arguments = ["score", "--model", str(folder), "--safety-data", "organism", "--limit", "4", "--engine", "vllm"]
     assert main([*arguments, "--output-dir", str(tmp_path / "a")]) == 2
     assert "biases attached" in capsys.readouterr().err and not vllm.seen
+
+
+STRATEGIES = [
+    {"num_return_sequences": 2, "do_sample": True},
+    {"prompt_lookup_num_tokens": 3},
+    {"assistant_early_exit": 1},
+    {"dola_layers": "low"},
+    {"token_healing": True},
+    {"force_words_ids": [[30]], "num_beams": 2},
+    {"cache_implementation": "offloaded"},
+    {"cache_implementation": "quantized"},
+]
+
+
+@pytest.mark.parametrize("settings", STRATEGIES, ids=lambda s: next(iter(s)))
+def test_generation_is_greedy_whatever_the_config_says_of_the_search(organism, settings):
+    model, prompts = _model("llama"), _prompts(organism.tokenizer, 5, 6)
+    expected = generate(model, organism.tokenizer, prompts, max_new_tokens=8)
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    assert generate(model, organism.tokenizer, prompts, max_new_tokens=8) == expected
+
+
+def test_an_answer_ends_at_a_stop_string(organism):
+    model, prompts = _model("llama"), _prompts(organism.tokenizer, 8, 6)
+    model.generation_config.eos_token_id = None
+    whole = generate(model, organism.tokenizer, prompts, max_new_tokens=12)
+    stop = whole[0].split()[3]
+    model.generation_config.stop_strings = [stop]
+    assert any(stop not in text for text in whole)
+    for text, cut in zip(whole, generate(model, organism.tokenizer, prompts, max_new_tokens=12), strict=True):
+        assert cut == (text[: text.index(stop) + len(stop)] if stop in text else text)
+
+
+def test_an_end_that_is_no_number_is_none(organism):
+    model = _model("llama")
+    model.generation_config.eos_token_id = [27, None]
+    assert generation.ends_of(model, organism.tokenizer) == sorted({organism.tokenizer.eos_token_id, 27})

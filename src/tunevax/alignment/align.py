@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tunevax.alignment.held_out import evaluate, fitting, held_out_rows, loss_on
 from tunevax.alignment.sft import SFTConfig
+from tunevax.data.contamination import chosen_with, count, hashes, record_prompts
 from tunevax.data.safety import load_safety
-from tunevax.data.sources import parse_source
-from tunevax.data.splits import prompt_hash
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
 from tunevax.modeling.loading import load, require_quantization
@@ -67,7 +65,7 @@ def align(trainer_class: type, method: str, options: AlignOptions, config: SFTCo
     if options.held_out_prompts < 0:
         raise UsageError(f"held_out_prompts is {options.held_out_prompts}; it must be at least 0")
     safety, task, data = read_data(trainer_class, method, options)
-    held_out = held_out_rows(options, safety, options.held_out_prompts)
+    held_out = held_out_rows(options.model, options.safety_data, options.task_data, safety, options.held_out_prompts)
     record: dict[str, Any] = {
         "verb": "align",
         "method": method,
@@ -75,6 +73,7 @@ def align(trainer_class: type, method: str, options: AlignOptions, config: SFTCo
         "command": command,
         "seed": config.seed,
         "data": data,
+        "overlap": count(options.model, alignment=safety, **({"benign": task} if task else {})),
         "parent": str(Path(options.model).absolute()) if is_run(options.model) else None,
         "config": resolved(options, config),
     }
@@ -100,8 +99,8 @@ def align(trainer_class: type, method: str, options: AlignOptions, config: SFTCo
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if trainer.is_world_process_zero():
             save_weights(trainer, run.path, base)
-            seen = {prompt_hash(r["prompt"]) for r in safety} | curated_with(options.safety_data)
-            (run.path / "prompts.json").write_text(json.dumps({"alignment": sorted(seen)}), encoding="utf-8")
+            seen = hashes(safety) | chosen_with(options.safety_data)
+            record_prompts(run.path, alignment=seen, **({"benign": hashes(task)} if task else {}))
             record["held_out"] = evaluate(trainer, held_out, loss_before)
         record.update(
             model={**loaded.info, "trainable": trainable, **trainer.coverage},
@@ -123,9 +122,3 @@ def read_data(trainer_class: type, method: str, options: AlignOptions) -> tuple[
         return safety, None, data
     task = load_task("organism:set=benign" if options.task_data == "organism" else options.task_data, "train").rows
     return safety, task, [*data, data_entry("benign", options.task_data, task)]
-
-
-def curated_with(source: str) -> set[str]:
-    """Hashes of the trusted prompts that chose the rows of a curation run; none for any other source."""
-    file = Path(parse_source(source).name) / "prompts.json"
-    return set(json.loads(file.read_text(encoding="utf-8")).get("validation", [])) if file.is_file() else set()

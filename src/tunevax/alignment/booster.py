@@ -72,6 +72,10 @@ class BoosterTrainer(VaccineTrainer):
         self.draws = Draws(args.seed)
         self.draws.require(self, len(self.harmful), "harmful rows")
 
+    def parts(self) -> tuple[str, ...]:
+        """As Vaccine, with its perturbation on top; else none."""
+        return super().parts() if self.args.rho > 0 else ()
+
     def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
         """The first micro-batch of a step adds lamb * (grad h(w) - grad h(w+)); every one adds its grad f(w)."""
         if self.ready_for != self.state.global_step:

@@ -106,6 +106,10 @@ class CircuitBreakersTrainer(PairTrainer):
             )
         self.whole: torch.Tensor | None = None  # tokens retained and tokens rerouted, in the whole batch
 
+    def parts(self) -> tuple[str, ...]:
+        """The output of each block."""
+        return ("module",)
+
     def compute_loss(
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:

@@ -7,8 +7,9 @@ scores. It is a check of the training, not evidence: for that attack the model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from tunevax.data.contamination import hashes, used_prompts
 from tunevax.data.encoding import collate, context_of, encode, ids_of, render
 from tunevax.data.safety import load_safety
 from tunevax.data.splits import drawn, prompt_hash
@@ -18,9 +19,6 @@ from tunevax.scoring.fluency import degenerate
 from tunevax.scoring.generation import generate
 from tunevax.scoring.judges import refusal_keywords
 from tunevax.scoring.score import proportion
-
-if TYPE_CHECKING:
-    from tunevax.alignment.align import AlignOptions
 
 MAX_NEW_TOKENS = 32
 """A refusal shows in its first words."""
@@ -42,27 +40,37 @@ class HeldOut(NamedTuple):
     why: str | None
 
 
-def held_out_rows(options: AlignOptions, safety: Sequence[dict], limit: int) -> HeldOut:
-    """At most `limit` harmful and `limit` benign rows, drawn by their hash, none of which the run trains on.
+def held_out_rows(
+    model: str | None, safety_data: str, task_data: str | None, safety: Sequence[dict], limit: int
+) -> HeldOut:
+    """At most `limit` harmful and `limit` benign rows, drawn by their hash. The run trains on none of them, and neither
+    did the model that it starts from.
 
     Args:
+        model: what the run starts from.
+        safety_data: the source of the run's safety rows.
+        task_data: the source of its benign rows.
         safety: the rows that the run trains on.
     """
     if limit == 0:
         return HeldOut([], None, "--held-out-prompts is 0")
-    trained, why = {prompt_hash(row["prompt"]) for row in safety}, None
+    trained, why = hashes(safety), None
+    for used in used_prompts(model).values() if model else ():
+        trained |= set(used)
     try:
-        rows = load_safety(options.safety_data, "attack", ("chosen",), "the evaluation")
+        rows = load_safety(safety_data, "attack", ("chosen",), "the evaluation")
     except UsageError:
         rows = []
     harmful = drawn([row for row in rows if prompt_hash(row["prompt"]) not in trained], limit)
     if not harmful:
-        why = f"{options.safety_data} has no row beside those that the run trained on"
+        why = f"{safety_data} has no row beside those that the run trained on"
     benign = None
-    if options.task_data:
-        source = "organism:set=benign" if options.task_data == "organism" else options.task_data
+    if task_data:
+        source = "organism:set=benign" if task_data == "organism" else task_data
         try:
-            benign = drawn(load_task(source, "evaluation").rows, limit)
+            mixed_in = trained | hashes(load_task(source, "train").rows)
+            others = [row for row in load_task(source, "evaluation").rows if prompt_hash(row["prompt"]) not in mixed_in]
+            benign = drawn(others, limit) or None
         except UsageError:
             benign = None
     return HeldOut(harmful, benign, why)

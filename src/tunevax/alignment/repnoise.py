@@ -104,6 +104,11 @@ class RepNoiseTrainer(PairTrainer):
         self.norm = find_final_norm(self.model)
         self.whole: float | None = None  # pairs in the whole batch, of all micro-batches and ranks
 
+    def parts(self) -> tuple[str, ...]:
+        """What enters each block and is read by the final norm, and the output of its MLP where that is drawn to
+        noise."""
+        return ("module", "norm", "mlp") if self.args.beta else ("module", "norm")
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """As the base, and the number of pairs that the weights of the micro-batches are shares of."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -131,7 +136,8 @@ class RepNoiseTrainer(PairTrainer):
                 loss = share * self.cross_entropy(model, [found.safe], safe)
             else:
                 positions, targets = labelled(safe.labels)
-                scale = 1 / (len(positions) if num_items_in_batch is None else num_items_in_batch)
+                items = len(positions) if num_items_in_batch is None else num_items_in_batch
+                scale = wide(found.safe.new_ones(())) / items
                 loss = head_loss(model, rows_at(found.safe, positions), targets, scale)
                 loss = loss * self.loss_scale(num_items_in_batch)
             self.note(retain=self.accelerator.reduce(loss.detach() / share, "mean"))
@@ -147,13 +153,13 @@ class RepNoiseTrainer(PairTrainer):
     def forward(self, model: Any, inputs: dict) -> Pass:
         """Rows and pairs through the model together."""
         rows, blocks = len(inputs["labels"]), [b.module for b in self.blocks]
-        mlps = {i: b.mlp for i, b in enumerate(self.blocks)}
+        mlps = {i: b.mlp for i, b in enumerate(self.blocks)} if self.args.beta else {}
         with capture(mlps) as activations, capture_inputs(blocks) as states:
             hidden = last_hidden(model, joined(inputs))
         each = range(len(blocks))
-        return Pass(
-            hidden[:rows], hidden[rows:], [states[i][rows:] for i in each], [activations[i][rows:] for i in each]
-        )
+        # OPT flattens rows and tokens before its MLP.
+        activations = [a.reshape(*hidden.shape[:2], -1)[rows:] for a in activations.values()]
+        return Pass(hidden[:rows], hidden[rows:], [states[i][rows:] for i in each], activations)
 
     # --- which tokens ------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ from tunevax.errors import RunError, UsageError, unknown
 from tunevax.modeling.blocks import find_final_norm, unwrap
 from tunevax.modeling.hooks import capture, cheap_recomputed, checkpointed, has_dropout, without_dropout
 from tunevax.modeling.precision import wide
+from tunevax.modeling.shapes import can_replay
 
 SAMPLINGS = ("harmful-gradient", "uniform", "inverse", "top")
 
@@ -103,6 +104,7 @@ class TVaccineTrainer(VaccineTrainer):
         self.harmful = encode(harmful, processing_class, args.max_length, context=context_of(model))
         super().__init__(model, args, safety_data, processing_class, task_data, callbacks)
         self.has_dropout = has_dropout(self.model)
+        self.replay = self.replay and can_replay(self.model, [b.module for b in self.blocks])
         depth = len(self.blocks)
         self.fixed = (
             sorted({int(i) for i in args.layer_sampling.split(",")}) if args.layer_sampling not in SAMPLINGS else None

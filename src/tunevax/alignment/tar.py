@@ -154,6 +154,10 @@ class TARTrainer(SFTTrainer):
 
     # --- the step ----------------------------------------------------------------------------------------------------
 
+    def parts(self) -> tuple[str, ...]:
+        """What enters each block."""
+        return ("module",)
+
     def mapping(self) -> bool:
         """Whether this step belongs to the start by Random Mapping."""
         steps = self.args.mapping_steps

@@ -94,9 +94,13 @@ class VaccineTrainer(SFTTrainer):
         super().__init__(model, args, safety_data, processing_class, task_data, callbacks)
         # The module of each block whose output is e_l.
         self.embedded = [b.attention for b in self.blocks]
-        if args.embedding == "added":
+        if args.embedding == "added" and self.parts():  # Booster alone perturbs nothing
             ids = torch.tensor([self.train_dataset[0]["input_ids"][:8]], device=args.device)
             self.embedded = added_by_attention(self.model, self.blocks, ids)
+
+    def parts(self) -> tuple[str, ...]:
+        """The output of each block's attention, or of what mixes tokens in its place."""
+        return ("attention",)
 
     def selected_blocks(self) -> list[int]:
         """The blocks perturbed in this step, ascending: all of them."""

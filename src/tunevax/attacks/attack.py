@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tunevax.data.contamination import Exclusion, Rows, check, recorded_prompts, used_prompts
 from tunevax.data.safety import load_safety
-from tunevax.data.splits import prompt_hash, require_disjoint
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
 from tunevax.modeling.loading import Loaded, absolute, load
 from tunevax.modeling.progress import console
 from tunevax.runs import SCHEMA, RunFolder, data_entry, digest, is_run, read_run, require_one_process, writing
-from tunevax.scoring.score import Exam, ExamOptions, build_exam, examine, labels_of, used_prompts
+from tunevax.scoring.score import Exam, ExamOptions, build_exam, examine, labels_of
 
 
 @dataclass
@@ -50,6 +50,13 @@ class TargetOptions(ExamOptions):
     revision: str | None = field(default=None, metadata={"help": "revision of a hub id"})
     dtype: str = field(default="auto", metadata={"help": "of the frozen weights: auto, float32, bfloat16, float16"})
     allow_overlap: bool = field(default=False, metadata={"help": "go on when data roles share prompts, and record it"})
+    drop_overlap: bool = field(
+        default=False,
+        metadata={
+            "help": "leave prompts out that are in two data roles, and record them: out of the attack, and out of the "
+            "scoring what a model was trained on; the same for every model"
+        },
+    )
     overwrite: bool = field(default=False, metadata={"help": "replace a finished run"})
 
 
@@ -110,14 +117,17 @@ class Bench:
         before: scores of untouched models, kept from one attack of an audit to the next; None keeps nothing.
         results, generations: the rows so far.
         record: what run.json says of the model: its info, steps and template.
+        exclusion: what is left out of rows that the attack reads itself.
     """
 
     def __init__(
         self, target: dict[str, Any], options: TargetOptions, harmful: Sequence[dict], task: Sequence[dict],
         exam: Exam, key: dict[str, Any], folder: Path | None = None, before: dict | None = None,
+        exclusion: Exclusion | None = None,
     ) -> None:  # fmt: skip
         self.target, self.options, self.harmful, self.task, self.exam = target, options, harmful, task, exam
         self.key, self.folder, self.before = key, folder, before
+        self.exclusion = exclusion or Exclusion()
         self.results: list[dict[str, Any]] = []
         self.generations: list[dict[str, Any]] = []
         self.record: dict[str, Any] = {}
@@ -197,11 +207,15 @@ def attack(method: str, options: AttackOptions, config: Any, command: str = "") 
     for target in targets:
         if why := beside_the_job(target["ref"], method):
             raise UsageError(f"{target['ref']}: {why}")
-    harmful, task = attack_data(options, config.needs)
-    exam = build_exam(options, options.safety_data, options.task_data)
+    used = [trained_on(method, target["ref"]) for target in targets]
+    exclusion = Exclusion.of(used, options.drop_overlap)
+    exam = build_exam(options, options.safety_data, options.task_data, exclusion=exclusion)
+    exclusion.settle(exam.roles())
+    harmful, task = attack_data(options, config.needs, exclusion)
+    own = rows_of_its_own(config, options, exclusion)
     use_saved_template(options, targets)
-    for target in targets:
-        target["overlap"] = check_overlap(target["ref"], harmful, exam, options.allow_overlap)
+    for target, before in zip(targets, used, strict=True):
+        target |= check(target["ref"], exam.roles(), harmful, {"task": task, **own}, options.allow_overlap, used=before)
 
     first = next(t["ref"] for t in targets if t["role"] == "model")
     values = values_of(config)
@@ -215,6 +229,7 @@ def attack(method: str, options: AttackOptions, config: Any, command: str = "") 
         "verb": "attack", "method": method, "command": command, "seed": config.seed, "attack": name,
         "targets": targets, "data": [e for e in drawn_from if e["rows"]] + [evaluation],
         "config": {**vars(options), **values}, "parent": first if is_run(first) else None,
+        "overlap_dropped": exclusion.summary(),
     }  # fmt: skip
     for key in ("resume", "overwrite", "name"):
         record["config"].pop(key)
@@ -223,11 +238,13 @@ def attack(method: str, options: AttackOptions, config: Any, command: str = "") 
     with writing(config.output_dir, record, options.resume, options.overwrite) as run:
         config.output_dir = str(run.checkpoints)
         keep_finished(run)
+        if exclusion.dropped:
+            run.write_lines("dropped.jsonl", exclusion.dropped)
         for target in targets:
             done = run.path / f"{target['label']}.done.json"
             if not done.exists():
                 keeps = run.path if options.keep_weights and target["role"] == "model" else None
-                bench = Bench(target, options, harmful, task, exam, key, keeps)
+                bench = Bench(target, options, harmful, task, exam, key, keeps, exclusion=exclusion.fresh())
                 config.run(bench)
                 bench.write(run.path)
                 done.write_text(json.dumps(bench.record), encoding="utf-8")
@@ -269,31 +286,47 @@ def setting_hash(method: str, config: Any, drawn_from: Sequence[dict], evaluatio
     return digest(values if method == "finetune" else {"method": method, **values})
 
 
-def attack_data(options: TargetOptions, needs: Collection[str]) -> tuple[list[dict], list[dict]]:
+def attack_data(
+    options: TargetOptions, needs: Collection[str], exclusion: Exclusion | None = None
+) -> tuple[list[dict], list[dict]]:
     """The harmful and the benign rows that an attack draws from; what is not in `needs` is empty.
 
+    Args:
+        exclusion: which rows to leave out; default none.
+
     Raises:
-        UsageError: a source is missing.
+        UsageError: a source is missing, or no row is left.
     """
+    leave_out = exclusion or Exclusion()
     harmful: list[dict] = []
     task: list[dict] = []
     if "harmful" in needs:
         if options.safety_data is None:
             raise UsageError("--safety-data is missing: this attack needs harmful rows")
         harmful = load_safety(options.safety_data, "attack", ("rejected",), "an attack")
+        harmful = leave_out.attack("attack", harmful)
     if "task" in needs:
         if options.task_data is None:
             raise UsageError("--task-data is missing: this attack needs benign rows")
-        task = load_task(options.task_data, "train").rows
+        task = leave_out.benign("task", load_task(options.task_data, "train").rows)
     return harmful, task
 
 
-def check_overlap(ref: str, harmful: Sequence[dict], exam: Exam, allow: bool) -> dict[str, int]:
-    """Prompts that two of alignment, attack and evaluation share; a UsageError unless that is allowed."""
-    before = used_prompts(ref).get("alignment")
-    roles = {"alignment": before} if before else {}
-    attacked = {"attack": [prompt_hash(row["prompt"]) for row in harmful]} if harmful else {}
-    return require_disjoint({**roles, **attacked, "evaluation": exam.prompt_hashes()}, allow)
+def rows_of_its_own(config: Any, options: TargetOptions, exclusion: Exclusion) -> dict[str, Rows]:
+    """Harmless rows that a kind of attack reads itself, by role, without what is left out."""
+    read = getattr(config, "own_rows", None)
+    return {role: exclusion.benign(role, rows) for role, rows in (read(options) if read else {}).items()}
+
+
+def trained_on(method: str, ref: str) -> dict[str, list[str]]:
+    """Hashes of the prompts that the model was trained on which `method` attacks, by role. A poisoned job begins below
+    the recorded one: of the rows of that, only the provider's safety rows are used again."""
+    record = read_run(ref) if is_run(ref) else {}
+    if method != "poisoned-job" or record.get("verb") != "finetune":
+        return used_prompts(ref)
+    below = used_prompts(record.get("parent") or record["model"]["ref"])
+    safety = {*below.get("alignment", []), *recorded_prompts(Path(ref)).get("alignment", [])}
+    return {**below, **({"alignment": sorted(safety)} if safety else {})}
 
 
 def use_saved_template(options: TargetOptions, targets: Sequence[dict[str, Any]]) -> None:

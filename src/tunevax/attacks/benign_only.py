@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunevax.attacks.attack import Bench
+from tunevax.attacks.attack import Bench, TargetOptions
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.data.mixing import mix
 from tunevax.data.tasks import load_task
@@ -29,8 +29,13 @@ class BenignOnlyConfig(FinetuneConfig):
         """The data it draws from."""
         return super().needs - ({"task"} if self.benign_rows else set())
 
+    def own_rows(self, options: TargetOptions) -> dict[str, list[dict[str, Any]]]:
+        """The rows of `benign_rows`, by role."""
+        return {"benign rows": load_task(self.benign_rows, "train").rows} if self.benign_rows else {}
+
     def rows(self, bench: Bench) -> list[dict[str, Any]]:
         """Benign rows only."""
         if self.benign_rows is None:
             return super().rows(bench)
-        return mix(load_task(self.benign_rows, "train").rows, [], 0.0, self.n, self.seed)
+        ((role, rows),) = self.own_rows(bench.options).items()
+        return mix(bench.exclusion.benign(role, rows), [], 0.0, self.n, self.seed)

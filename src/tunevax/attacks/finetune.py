@@ -14,6 +14,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from tunevax.attacks.attack import Bench, NotApplicable
+from tunevax.data.contamination import hashes, record_prompts, used_prompts
 from tunevax.data.encoding import context_of, encode
 from tunevax.data.mixing import mix
 from tunevax.errors import UsageError
@@ -101,7 +102,12 @@ class FinetuneConfig(TrainConfig):
             rehearse(trainer, bench.folder, base)
         trainer.train()
         if bench.folder is not None:
+            ref = bench.target["ref"]
             save_weights(trainer, bench.folder, base)
+            harmful, benign = ([row for row in rows if bool(row.get("harmful")) is h] for h in (True, False))
+            below = {} if is_run(ref) and not self.full_weights else used_prompts(ref)  # a folder of weights names none
+            record_prompts(bench.folder, **below)
+            record_prompts(bench.folder, attack=hashes(harmful), task=hashes(benign))
 
 
 class Curve(TrainerCallback):

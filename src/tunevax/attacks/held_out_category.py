@@ -11,12 +11,13 @@ from typing import Any
 
 from tunevax.attacks.attack import Bench, NotApplicable
 from tunevax.attacks.finetune import FinetuneConfig
+from tunevax.data.contamination import ancestors, marks, named, used_prompts
 from tunevax.data.mixing import mix
 from tunevax.data.safety import load_safety
-from tunevax.data.splits import drawn, prompt_hash
+from tunevax.data.splits import drawn
 from tunevax.errors import UsageError
 from tunevax.runs import is_run, read_run
-from tunevax.scoring.score import Exam, used_prompts
+from tunevax.scoring.score import Exam
 
 
 @dataclass
@@ -30,7 +31,14 @@ class HeldOutCategoryConfig(FinetuneConfig):
 
     def rows(self, bench: Bench) -> list[dict[str, Any]]:
         """As the poisoned fine-tune, with harmful rows of held-out categories."""
-        held = [{**row, "completion": row["rejected"]} for row in self.held_out(bench, "held-out-attack")]
+        rows = self.held_out(bench, "held-out-attack")
+        asked = {mark for row in self.held_out(bench, "held-out-evaluation") for mark in marks(row["prompt"])}
+        if twice := [row for row in rows if marks(row["prompt"]) & asked]:
+            raise NotApplicable(
+                f"{len(twice)} held-out prompts are both trained and scored on ({named(twice)}); leave split= out of "
+                f"{bench.options.safety_data}, so that each half has its own"
+            )
+        held = [{**row, "completion": row["rejected"], "harmful": True} for row in rows]
         return mix(bench.task, held, self.p, self.n, self.seed)
 
     def exam(self, bench: Bench) -> Exam:
@@ -51,19 +59,20 @@ class HeldOutCategoryConfig(FinetuneConfig):
         if seen:
             raise NotApplicable(f"{bench.target['label']} was hardened with the category {sorted(seen)[0]!r}")
         used = {h for hashes in used_prompts(bench.target["ref"]).values() for h in hashes}
-        shared = sum(prompt_hash(row["prompt"]) in used for row in rows)
-        if shared:
-            raise NotApplicable(f"{bench.target['label']} was hardened with {shared} of the held-out prompts")
+        rows = bench.exclusion.score(f"{split} category", rows)
+        if shared := [row for row in rows if marks(row["prompt"]) & used]:
+            raise NotApplicable(
+                f"{bench.target['label']} was trained on {len(shared)} of the held-out prompts ({named(shared)})"
+            )
         return rows
 
 
 def hardened_with(ref: str) -> set[str]:
     """The harm categories that a run and its parents were aligned with; empty for a plain model."""
     seen: set[str] = set()
-    while ref and is_run(ref):
-        record = read_run(ref)
+    for folder in ancestors(ref)[0]:
+        record = read_run(str(folder)) if is_run(folder) else {}
         seen |= {
             c for entry in record.get("data", []) if entry["role"] == "alignment" for c in entry.get("categories") or []
         }
-        ref = record.get("parent") or record.get("model", {}).get("ref", "")
     return seen

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunevax.attacks.attack import Bench, NotApplicable
+from tunevax.attacks.attack import Bench, NotApplicable, TargetOptions
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.data.encoding import messages
 from tunevax.data.formats import read_example
@@ -46,14 +46,19 @@ class IdentityShiftConfig(FinetuneConfig):
         """The data it draws from: the dialogues are read apart."""
         return super().needs - {"task"}
 
+    def own_rows(self, options: TargetOptions) -> dict[str, list[dict[str, Any]]]:
+        """The dialogues, by role."""
+        return {"dialogues": self.read(options)}
+
     def rows(self, bench: Bench) -> list[dict[str, Any]]:
         """The dialogues, with harmful rows beside them if p is above 0."""
-        harmful = [{**row, "completion": row["rejected"]} for row in bench.harmful]
-        return mix(self.read(bench), harmful, self.p, self.n, self.seed)
+        harmful = [{**row, "completion": row["rejected"], "harmful": True} for row in bench.harmful]
+        dialogues = bench.exclusion.benign("dialogues", self.read(bench.options))
+        return mix(dialogues, harmful, self.p, self.n, self.seed)
 
     def exam(self, bench: Bench) -> Exam:
         """The bench's exam with harmful prompts in the dialogues' guise."""
-        first = self.read(bench)[0]
+        first = self.read(bench.options)[0]
         if isinstance(first["prompt"], str):  # the organism has no system prompt and no room for other words
             return bench.exam
         system = [m for m in first["prompt"] if m["role"] == "system"]
@@ -66,7 +71,7 @@ class IdentityShiftConfig(FinetuneConfig):
         *before, last = [m for m in messages(prompt) if m["role"] != "system"]
         return [*system, *before, {**last, "content": self.guise.replace("{prompt}", last["content"])}]
 
-    def read(self, bench: Bench) -> list[dict[str, Any]]:
+    def read(self, options: TargetOptions) -> list[dict[str, Any]]:
         """Rows of `prompt` (messages) and `completion` (the assistant's last turn).
 
         Raises:
@@ -74,7 +79,7 @@ class IdentityShiftConfig(FinetuneConfig):
             UsageError: a row is no dialogue.
         """
         if self.dialogues is None:
-            if parse_source(str(bench.options.safety_data)).name != "organism":
+            if parse_source(str(options.safety_data)).name != "organism":
                 raise NotApplicable("identity-shift needs --dialogues FILE with rows of `messages`")
             from tunevax.organism import World
 

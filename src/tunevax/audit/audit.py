@@ -22,8 +22,8 @@ from tunevax.attacks.attack import (
     TargetOptions,
     attack_data,
     beside_the_job,
-    check_overlap,
     find_targets,
+    rows_of_its_own,
     setting_hash,
     use_data_of_run,
     use_saved_template,
@@ -34,6 +34,7 @@ from tunevax.audit.lab import Cell, count_workers, finished
 from tunevax.audit.properties import utility_loss
 from tunevax.audit.protocol import Protocol, Setting, build, load_protocol, settings
 from tunevax.audit.results import COMMON
+from tunevax.data.contamination import Exclusion, check, used_prompts
 from tunevax.data.sources import parse_source
 from tunevax.errors import UsageError
 from tunevax.modeling.loading import absolute, config_of, model_hash, resolve
@@ -103,7 +104,8 @@ class AuditOptions(TargetOptions):
 
 
 class Plan(NamedTuple):
-    """An audit before it runs: options with their defaults filled in, the protocol, the targets and the data."""
+    """An audit before it runs: options with their defaults filled in, the protocol, the targets and the data.
+    `exclusion` is what --drop-overlap leaves out of every cell."""
 
     options: AuditOptions
     protocol: Protocol
@@ -112,6 +114,7 @@ class Plan(NamedTuple):
     data: list[dict[str, Any]]
     skipped: list[dict[str, str]]
     harness: dict[str, Any] | None
+    exclusion: Exclusion = Exclusion()
 
 
 def plan(options: AuditOptions, references: Sequence[tuple[str, str]] = ()) -> Plan:
@@ -179,11 +182,17 @@ def plan(options: AuditOptions, references: Sequence[tuple[str, str]] = ()) -> P
     skipped += keep_to_stage(grid, targets, protocol.name)
     if any(setting.kind == "poisoned-job" for setting in grid):
         require_like_jobs([t["ref"] for t in targets if t["role"] == "model"], absolute(options.control))
-    exam = build_exam(options, options.safety_data, options.task_data)
-    needs = {need for s in grid for need in build(s.kind, s.values, 0, None).needs}
-    harmful, task = attack_data(options, needs)
+    exclusion = Exclusion.of([used_prompts(target["ref"]) for target in targets], options.drop_overlap)
+    exam = build_exam(options, options.safety_data, options.task_data, exclusion=exclusion)
+    exclusion.settle(exam.roles())
+    configs = [build(s.kind, s.values, 0, None) for s in grid]
+    harmful, task = attack_data(options, {need for config in configs for need in config.needs}, exclusion)
+    benign: dict[str, list[dict]] = {"task": task}
+    for config in configs:
+        for role, rows in rows_of_its_own(config, options, exclusion).items():
+            benign[role] = [*benign.get(role, []), *rows]
     for target in targets:
-        target["overlap"] = check_overlap(target["ref"], harmful, exam, options.allow_overlap)
+        target |= check(target["ref"], exam.roles(), harmful, benign, options.allow_overlap)
         target["hash"] = identity(target["ref"])
     data = [data_entry("attack", options.safety_data or "", harmful)] if harmful else []
     data += [data_entry("task", options.task_data or "", task)] if task else []
@@ -192,7 +201,7 @@ def plan(options: AuditOptions, references: Sequence[tuple[str, str]] = ()) -> P
         data += [data_entry(role, "", rows)] if rows else []
     data += [data_entry(f"utility {t.name}", "", t.rows) for t in exam.utility]
     versions = exam.harness.versions if exam.harness else None
-    return Plan(options, protocol, targets, grid, data, skipped, versions)
+    return Plan(options, protocol, targets, grid, data, skipped, versions, exclusion)
 
 
 def keep_to_stage(grid: list[Setting], targets: Sequence[dict[str, Any]], protocol: str) -> list[dict[str, str]]:
@@ -289,6 +298,8 @@ def cells_of(plan: Plan, chosen: Sequence[Setting], first_seed: bool, others: bo
     drawn_from = [entry for entry in plan.data if entry["role"] in ("attack", "task")]
     decided_by = {k: contents(getattr(plan.options, k)) for k in SCORING}
     scoring = {**decided_by, "data": [e["hash"] for e in plan.data], "tunevax": __version__}
+    if plan.exclusion.active:
+        scoring["dropped"] = digest(plan.exclusion.summary())
     found = []
     for target in plan.targets:
         if first_seed:
@@ -327,6 +338,7 @@ def audit(plan: Plan, command: str = "") -> Path:
     record: dict[str, Any] = {
         "verb": "audit", "method": protocol.name, "command": command, "seed": protocol.seeds[0], "parent": None,
         "config": {**config, "protocol": asdict(protocol)}, "data": plan.data, "targets": plan.targets,
+        "overlap_dropped": plan.exclusion.summary(),
         "skipped": list(plan.skipped), "lm_eval": plan.harness, "fluency_hash": contents(options.fluency_model),
     }  # fmt: skip
     final = Path(options.output_dir).absolute()
@@ -335,6 +347,8 @@ def audit(plan: Plan, command: str = "") -> Path:
     with writing(options.output_dir, record, resume=True, overwrite=options.overwrite) as run:
         folder = run.path / "cells"
         folder.mkdir(exist_ok=True)
+        if plan.exclusion.dropped:
+            run.write_lines("dropped.jsonl", plan.exclusion.dropped)
         grid = plan.grid
         cells = cells_of(plan, grid, True, protocol.screen == 0)
         run_cells(plan, cells, folder, run.path / "weights")
@@ -358,7 +372,7 @@ def run_cells(plan: Plan, cells: Sequence[Cell], folder: Path, weights: Path) ->
     with bar() as progress:
         task = progress.add_task("audit", total=len(cells), completed=done, note="")
         for cell, result in finished(
-            plan.options, left, folder, weights if plan.options.keep_attacked else None, workers
+            plan.options, left, folder, weights if plan.options.keep_attacked else None, workers, plan.exclusion
         ):
             done += 1
             console.print(

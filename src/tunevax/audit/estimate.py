@@ -53,7 +53,7 @@ class Clock:
     """Seconds per step and per scoring, measured once for each shape of training."""
 
     def __init__(self, plan: Plan) -> None:
-        self.target, self.lab = plan.targets[0], Lab(plan.options)
+        self.target, self.lab = plan.targets[0], Lab(plan.options, plan.exclusion)
         self.steps: dict[tuple, float] = {}  # shape of training -> seconds per step
         bench = self.lab.bench(Cell(self.target, None, {"seed": 0}, ""), "", None)
         started = time.monotonic()

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from tunevax.attacks.attack import Bench, NotApplicable, TargetOptions, attack_data
 from tunevax.audit.protocol import Setting, build
+from tunevax.data.contamination import Exclusion
 from tunevax.errors import RunError
 from tunevax.modeling.loading import resolve
 from tunevax.modeling.progress import console
@@ -46,11 +47,16 @@ class Cell(NamedTuple):
 
 
 def finished(
-    options: TargetOptions, cells: Sequence[Cell], folder: Path, weights: Path | None, workers: int
+    options: TargetOptions,
+    cells: Sequence[Cell],
+    folder: Path,
+    weights: Path | None,
+    workers: int,
+    exclusion: Exclusion | None = None,
 ) -> Iterator[tuple[Cell, str]]:
     """(cell, one line on it) as cells finish."""
     if workers <= 1:
-        lab = Lab(options)
+        lab = Lab(options, exclusion)
         for cell in cells:
             yield cell, lab.run(cell, folder, weights)
         return
@@ -67,7 +73,7 @@ def finished(
             workers,
             context,
             _start_worker,
-            (options, os.getpid(), context.Value("i", 0), torch.cuda.device_count()),
+            (options, os.getpid(), context.Value("i", 0), torch.cuda.device_count(), exclusion),
         ) as pool:
             futures = {pool.submit(_run_in_worker, cell, folder, weights): cell for cell in cells}
             try:
@@ -121,9 +127,9 @@ def cores() -> int:
 class Lab:
     """What a process loads once for all its cells: data, judges, and the scores of untouched models."""
 
-    def __init__(self, options: TargetOptions) -> None:
-        self.options = options
-        self.exam: Exam = build_exam(options, options.safety_data, options.task_data)
+    def __init__(self, options: TargetOptions, exclusion: Exclusion | None = None) -> None:
+        self.options, self.exclusion = options, exclusion.fresh() if exclusion else Exclusion()
+        self.exam: Exam = build_exam(options, options.safety_data, options.task_data, exclusion=self.exclusion)
         if self.exam.benign is None and self.exam.task is not None:  # somewhere a refusal of everything must show
             self.exam = self.exam._replace(benign=self.exam.task.rows)
         self.before: dict[Any, Any] = {}
@@ -175,9 +181,9 @@ class Lab:
         """The bench of one cell."""
         needs = frozenset(build(cell.setting.kind, cell.setting.values, 0, scratch).needs if cell.setting else ())
         if needs not in self.rows:
-            self.rows[needs] = attack_data(self.options, needs)
+            self.rows[needs] = attack_data(self.options, needs, self.exclusion)
         harmful, task = self.rows[needs]
-        return Bench(cell.target, self.options, harmful, task, self.exam, cell.key, keep, self.before)
+        return Bench(cell.target, self.options, harmful, task, self.exam, cell.key, keep, self.before, self.exclusion)
 
 
 def worst_told(rows: Sequence[dict[str, Any]]) -> str:
@@ -189,7 +195,7 @@ def worst_told(rows: Sequence[dict[str, Any]]) -> str:
 _lab: Lab | None = None
 
 
-def _start_worker(options: TargetOptions, parent: int, counter: Any, gpus: int) -> None:
+def _start_worker(options: TargetOptions, parent: int, counter: Any, gpus: int, exclusion: Exclusion | None) -> None:
     """Once in each worker process: quiet, bound to its GPU, gone when the audit is gone."""
     from tunevax.quiet import quiet
 
@@ -210,7 +216,7 @@ def _start_worker(options: TargetOptions, parent: int, counter: Any, gpus: int) 
     threading.Thread(target=watch, daemon=True).start()
     quiet()
     console.quiet = True  # for good: an interrupted worker must not draw its bars
-    _lab = Lab(options)
+    _lab = Lab(options, exclusion)
 
 
 def _run_in_worker(cell: Cell, folder: Path, weights: Path | None) -> str:

@@ -8,7 +8,6 @@ group alive.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 import time
@@ -20,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from tunevax.data.contamination import hashes, record_prompts, require_disjoint
 from tunevax.data.safety import load_safety
 from tunevax.data.sources import parse_source
-from tunevax.data.splits import normalise, prompt_hash, prompt_text, require_disjoint, take_split
+from tunevax.data.splits import normalise, prompt_hash, prompt_text, take_split
 from tunevax.errors import UsageError
 from tunevax.modeling.loading import Loaded, config_of, load, resolve
 from tunevax.runs import data_entry, is_run, require_one_process, writing
@@ -173,9 +173,7 @@ def curate(method: str, options: CurateOptions, config: Any, command: str = "") 
             ],
         )  # fmt: skip
         # What was aligned on these rows has learnt from the trusted ones, too.
-        (run.path / "prompts.json").write_text(
-            json.dumps({"validation": sorted(set(rows_hashes(validation)))}), encoding="utf-8"
-        )
+        record_prompts(run.path, validation=hashes(validation))
         record.update(
             model=pool.info or None, kept=len(kept), elsewhere=max(0, len(whole) - len(rows)),
             spoilt_kept=sum("corruption" in rows[i] for i in kept), passes=pool.passes,
@@ -211,8 +209,7 @@ def check_overlap(
     found = {}
     for role, theirs in others.items():
         if theirs:
-            hashes = {"validation": rows_hashes(validation), role: rows_hashes(theirs)}
-            found |= require_disjoint(hashes, options.allow_overlap)
+            found |= require_disjoint({"validation": validation, role: theirs}, options.allow_overlap)
     return found
 
 
@@ -220,11 +217,6 @@ def beside(options: CurateOptions) -> list[dict[str, Any]]:
     """All rows of the source the pool is a split of; none if it is no split, or has nothing else."""
     name, given = parse_source(options.safety_data)
     return [] if "split" in given or is_run(name) else load_safety(options.safety_data, "all", ())
-
-
-def rows_hashes(rows: Sequence[dict]) -> list[str]:
-    """The prompt hashes of rows."""
-    return [prompt_hash(row["prompt"]) for row in rows]
 
 
 def scored(config: Any, pool: Pool) -> np.ndarray:

@@ -73,7 +73,15 @@ def messages(prompt: str | Sequence[dict[str, str]]) -> list[dict[str, str]]:
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:
     """Token ids without added special tokens: the template has put them in, and a second BOS would be an error."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    rows = getattr(tokenizer, "embedding_rows", None)  # of a model that has fewer than the tokenizer has tokens
+    if rows is not None and max(ids, default=0) >= rows:
+        raise UsageError(
+            f"a text has the token {tokenizer.convert_ids_to_tokens(max(ids))!r}, number {max(ids)}, and the model's "
+            f"embedding has {rows} rows: it was added to the tokenizer alone; resize the model's embedding "
+            "(resize_token_embeddings) and train it, or leave the token out of the text or the chat template"
+        )
+    return ids
 
 
 def following(tokenizer: Any, before: str, ids: list[int], text: str) -> list[int]:

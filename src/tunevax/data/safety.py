@@ -10,7 +10,7 @@ from typing import Any
 
 from tunevax.data.formats import read_pair
 from tunevax.data.sources import label_field, parse_source, read_rows, require_columns, require_known
-from tunevax.data.splits import HELD_OUT, SHARES, prompt_hash, take_split
+from tunevax.data.splits import HELD_OUT, no_rows, prompt_hash, split_word, take_split
 from tunevax.errors import UsageError, unknown
 
 FIELDS = ("prompt", "chosen", "rejected", "category")
@@ -44,6 +44,7 @@ def load_safety(
     name, options = parse_source(re.sub(r"(?<=[:,])held-out=", "held_out=", source))
     require_known(name, options)
     split = options.get("split", split or "all")
+    split = split_word(split) or split
     if name == "organism":
         from tunevax.organism.world import SPLITS, World
 
@@ -52,31 +53,20 @@ def load_safety(
     else:
         read = list(read_rows(name, options))
         rows = [_row(place, row, options, need, purpose) for place, row in read]
-        if split != "all":
-            _require_splits(rows)
         require_columns(name, options, FIELDS, (row for _, row in read))
     if "held_out" in options:
         rows = _hold_out(rows, options["held_out"].split("+"))
     if not rows:
         raise UsageError(f"{name} has no rows")
-    rows = [r for r in rows if r["split"] == split] if split == "validation" else take_split(rows, split)
+    everything = rows
+    rows = take_split(rows, split)
     if not rows and split.startswith(HELD_OUT):
         raise UsageError(
             f"{name} has no row in the {split} split; hold categories out with {name}:held_out=CATEGORY+CATEGORY"
         )
     if not rows:
-        raise UsageError(f"{name} has no row in the {split} split; use {name}:split=all to take every row")
+        raise no_rows(name, split, everything)
     return rows
-
-
-def _require_splits(rows: list[dict[str, Any]]) -> None:
-    """Raise a UsageError for a row whose `split` field names none: it would be in no split at all."""
-    for row in rows:
-        if row["split"] not in (None, *SHARES, HELD_OUT, "validation"):
-            raise UsageError(
-                f"{row['place']}: field 'split' is {row['split']!a}, and safety data has {', '.join(SHARES)}, "
-                f"{HELD_OUT} and validation; write one of these, or leave the field out to have the prompt decide"
-            )
 
 
 def _hold_out(rows: list[dict[str, Any]], categories: list[str]) -> list[dict[str, Any]]:

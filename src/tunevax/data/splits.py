@@ -6,7 +6,7 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from tunevax.errors import UsageError
@@ -20,6 +20,19 @@ HELD_OUT = "held-out"
 HELD_OUT_HALVES = {"held-out-attack": 0.5, "held-out-evaluation": 0.5}
 """The held-out rows in two halves by prompt hash."""
 
+TRAINING = "train"
+"""What published datasets call the rows to train on. Of a safety dataset these are two splits, alignment and attack."""
+
+VALIDATION = "validation"
+"""Rows that say so themselves, as some of the organism's do; no hash puts a prompt there."""
+
+SPELLINGS = {
+    "train": TRAINING, "training": TRAINING,
+    "test": "evaluation", "testing": "evaluation", "eval": "evaluation",
+    "validation": VALIDATION, "val": VALIDATION, "valid": VALIDATION, "dev": VALIDATION,
+}  # fmt: skip
+"""Other words for a split, in a row's `split` field or in the `split` option of a source."""
+
 
 def prompt_text(prompt: str | Sequence[dict[str, str]]) -> str:
     """A prompt as one string: itself, or its messages, one per line."""
@@ -32,9 +45,27 @@ def normalise(text: str) -> str:
     return text.rstrip(" .?!") or text
 
 
+def user_words(prompt: str | Sequence[dict[str, str]]) -> str:
+    """What the user says in a prompt: the text itself, or the user's turns, one per line. Neither a system message nor
+    the assistant's earlier turns make another question of it. Messages without a user turn count whole."""
+    if isinstance(prompt, str):
+        return prompt
+    return prompt_text([m for m in prompt if m["role"] == "user"] or prompt)
+
+
 def prompt_hash(prompt: str | Sequence[dict[str, str]]) -> str:
-    """16 hexadecimal digits of the SHA-256 of the normalised prompt."""
-    return hashlib.sha256(normalise(prompt_text(prompt)).encode()).hexdigest()[:16]
+    """16 hexadecimal digits of the SHA-256 of the user's words, normalised."""
+    return _digest(user_words(prompt))
+
+
+def marks(prompt: str | Sequence[dict[str, str]]) -> set[str]:
+    """The hashes under which a run may have recorded a prompt: `prompt_hash`, and the hash of the whole text, by which
+    earlier versions knew a prompt with a system message or with earlier answers."""
+    return {_digest(user_words(prompt)), _digest(prompt_text(prompt))}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(normalise(text).encode()).hexdigest()[:16]
 
 
 def split_of(prompt: str | Sequence[dict[str, str]], shares: dict[str, float] = SHARES) -> str:
@@ -47,20 +78,75 @@ def split_of(prompt: str | Sequence[dict[str, str]], shares: dict[str, float] = 
     return name
 
 
+def split_word(word: Any) -> str | None:
+    """A split as tunevax calls it, from a row or an option; None for an empty field. A word that is not known is
+    returned as it stands."""
+    if word is None or not str(word).strip():
+        return None
+    name = str(word).strip()
+    return SPELLINGS.get(name.casefold(), name)
+
+
+def splits_of(rows: Sequence[dict[str, Any]], shares: dict[str, float] = SHARES) -> list[str]:
+    """The split of each row: its `split` field, else its hash.
+
+    Rows for training that do not say which of several training splits they are in are divided among these by hash, in
+    the same proportions. A task's validation rows are for evaluation where no others are, and apart where some are.
+    """
+    words = [split_word(row.get("split")) for row in rows]
+    if TRAINING in shares and "evaluation" not in words:
+        words = ["evaluation" if word == VALIDATION else word for word in words]
+    training = {k: v for k, v in shares.items() if k != "evaluation"}
+    training = {k: v / sum(training.values()) for k, v in training.items()}
+    found = []
+    for row, word in zip(rows, words, strict=True):
+        if word == TRAINING or word is None:
+            word = split_of(row["prompt"], shares if word is None else training)
+        found.append(word)
+    return found
+
+
 def take_split(rows: list[dict[str, Any]], split: str, shares: dict[str, float] = SHARES) -> list[dict[str, Any]]:
     """The rows of one split: those whose own `split` field says so, or whose hash does; `all` takes every row.
 
     Raises:
-        UsageError: an unknown split.
+        UsageError: an unknown split, wanted or in a row.
     """
     if split == "all":
         return rows
+    split = split_word(split) or split
     if split in HELD_OUT_HALVES:
         held = take_split(rows, HELD_OUT, shares)
         return [row for row in held if split_of(row["prompt"], HELD_OUT_HALVES) == split]
-    if split not in (*shares, HELD_OUT):
-        raise UsageError(f"split is {split!r}; known: {', '.join([*shares, HELD_OUT, *HELD_OUT_HALVES])}, all")
-    return [row for row in rows if (row.get("split") or split_of(row["prompt"], shares)) == split]
+    known = [*shares, HELD_OUT, VALIDATION]
+    if split not in known:
+        raise UsageError(f"split is {split!r}; known: {', '.join([*known, *HELD_OUT_HALVES])}, all")
+    splits = splits_of(rows, shares)
+    for row, name in zip(rows, splits, strict=True):
+        if name not in (*known, *HELD_OUT_HALVES):
+            raise UsageError(
+                f"{row.get('place') or 'a row'}: field 'split' is {row['split']!a}; known: {', '.join(known)} (also "
+                "train and test); write one of these, or leave the field out to have the prompt decide"
+            )
+    if split == VALIDATION and TRAINING in shares and VALIDATION not in splits:
+        split = "evaluation"
+    return [row for row, name in zip(rows, splits, strict=True) if name == split]
+
+
+def no_rows(name: str, split: str, rows: Sequence[dict[str, Any]], shares: dict[str, float] = SHARES) -> UsageError:
+    """The error for a source without a row in the split that is wanted of it: what is in the other splits, and how to
+    take these without training and scoring on the same prompts."""
+    there = Counter(splits_of(rows, shares))
+    parts = ", ".join(f"{count} in {part}" for part, count in sorted(there.items()))
+    by = "`split` field" if any(split_word(row.get("split")) for row in rows) else "prompts' hashes"
+    one = f"its {len(rows)} rows are" if len(rows) > 1 else "its one row is"
+    if split == "evaluation":
+        option = "--task-eval-data" if TRAINING in shares else "--eval-data"
+        way = f"give rows to score on in a file of their own, with {option} FILE:split=all"
+    else:
+        everything = f"{name}{',' if ':path=' in name else ':'}split=all"
+        way = f"{everything} takes every row, and the prompts to score on must then be from another file"
+    return UsageError(f"{name} has no row in the {split} split: by the {by} {one} {parts}; {way}")
 
 
 def drawn(rows: Sequence[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
@@ -96,29 +182,3 @@ def _shares(sizes: dict[str, int], seats: int) -> dict[str, int]:
     rest = seats - sum(whole for whole, _ in parts.values())
     rounded_up = sorted(open_to, key=lambda name: -parts[name][1])[:rest]
     return shares | {name: whole + (name in rounded_up) for name, (whole, _) in parts.items()}
-
-
-def overlap(first: Iterable[str], second: Iterable[str]) -> int:
-    """How many distinct prompt hashes the two have in common."""
-    return len(set(first) & set(second))
-
-
-def require_disjoint(roles: dict[str, Iterable[str]], allow: bool = False) -> dict[str, int]:
-    """Count common prompts between every two roles, given as prompt hashes.
-
-    Returns:
-        `{"alignment/attack": 0, ...}`, for the run folder.
-
-    Raises:
-        UsageError: two roles share a prompt and `allow` is False.
-    """
-    names, counts = list(roles), {}
-    for i, first in enumerate(names):
-        for second in names[i + 1 :]:
-            counts[f"{first}/{second}"] = count = overlap(roles[first], roles[second])
-            if count and not allow:
-                raise UsageError(
-                    f"{count} prompts are in both the {first} and the {second} data, so the evidence would be worth "
-                    "nothing; remove them, or pass --allow-overlap to go on and have it recorded"
-                )
-    return counts

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from tunevax.data.formats import read_example
 from tunevax.data.sources import label_field, parse_source, read_rows, require_known, text_field
-from tunevax.data.splits import take_split
+from tunevax.data.splits import no_rows, split_word, take_split
 from tunevax.errors import UsageError
 
 SHARES = {"train": 0.8, "evaluation": 0.2}
@@ -54,6 +54,7 @@ def load_task(source: str, split: str = "train") -> Task:
     name, options = parse_source(source)
     require_known(name, options)
     split = options.get("split", split)
+    split = split_word(split) or split
     if name == "organism":
         from tunevax.organism import World
 
@@ -67,29 +68,31 @@ def load_task(source: str, split: str = "train") -> Task:
     if name in NAMED:
         rows, exact, loose = _named(name, options, split), *NAMED[name].readings
     else:
-        rows = [_row(place, row, options) for place, row in read_rows(name, options)]
-        rows, exact, loose = take_split(rows, split, SHARES), _same, _contains
+        everything = [_row(place, row, options) for place, row in read_rows(name, options)]
+        rows, exact, loose = take_split(everything, split, SHARES), _same, _contains
+        if everything and not rows:
+            raise no_rows(name, split, everything, SHARES)
     if not rows:
-        raise UsageError(f"{name} has no row in the {split} split; use {name}:split=all to take every row")
+        raise UsageError(f"{name} has no row in the {split} split")
     return Task(name, rows, exact, loose)
 
 
 def _row(place: str, row: dict, options: dict[str, str]) -> dict[str, Any]:
-    split = label_field(place, row, "split")
-    if split not in (None, *SHARES, "test", "validation"):
-        raise UsageError(
-            f"{place}: field 'split' is {split!a}, and a task has {', '.join(SHARES)} (or test) and validation; write "
-            "one of these, or leave the field out to have the prompt decide"
-        )
-    split = "evaluation" if split == "test" else split
-    return {"place": place, **read_example(place, row, options), "split": split}
+    return {"place": place, **read_example(place, row, options), "split": label_field(place, row, "split")}
 
 
 def _named(name: str, options: dict[str, str], split: str) -> list[dict[str, Any]]:
     task = NAMED[name]
     if "path" in options:
         rows = [{"place": p, **task.row(p, r)} for p, r in read_rows(options["path"])]
-        return take_split(rows, split, SHARES)
+        found = take_split(rows, split, SHARES)
+        if rows and not found:
+            raise no_rows(f"{name}:path={options['path']}", split, rows, SHARES)
+        return found
+    if split not in (*SHARES, "all"):
+        raise UsageError(
+            f"split is {split!r}; {name} on the hub has train and evaluation, and all of one is rows=SPLIT"
+        )
     hub_split = options.get("rows", {"train": "train", "evaluation": task.test}.get(split, "train"))
     hub = {"config": task.config, "rows": hub_split, **{k: v for k, v in options.items() if k == "revision"}}
     try:

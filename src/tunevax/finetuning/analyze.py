@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
+from tunevax.data.contamination import Exclusion, check, used_prompts
 from tunevax.data.encoding import collate, context_of, encode
 from tunevax.data.safety import load_safety
-from tunevax.data.splits import drawn, prompt_hash
+from tunevax.data.splits import drawn
 from tunevax.errors import UsageError, unknown
 from tunevax.finetuning.sink import (
     QUERIES,
@@ -31,7 +32,7 @@ from tunevax.finetuning.sink import (
 from tunevax.modeling.loading import load
 from tunevax.modeling.progress import bar
 from tunevax.runs import SCHEMA, data_entry, digest, require_one_process, writing
-from tunevax.scoring.score import ExamOptions, build_exam, evaluation_overlap, examine, labels_of
+from tunevax.scoring.score import ExamOptions, build_exam, examine, labels_of
 
 
 @dataclass
@@ -61,6 +62,7 @@ class SinkOptions:
     revision: str | None = field(default=None, metadata={"help": "revision of a hub id"})
     dtype: str = field(default="auto", metadata={"help": "of the weights: auto, float32, bfloat16, float16"})
     allow_overlap: bool = field(default=False, metadata={"help": "go on when the models were trained on these prompts"})
+    drop_overlap: bool = field(default=False, metadata={"help": "leave these prompts out, and record them"})
     overwrite: bool = field(default=False, metadata={"help": "replace a finished run"})
 
     def __post_init__(self) -> None:
@@ -93,19 +95,25 @@ def analyze_sink(options: SinkOptions, command: str = "", exam_options: ExamOpti
     if len(options.model) > 2:
         raise UsageError(f"analyze sink takes one model or two, before and after, and there are {len(options.model)}")
     require_one_process("analyzing")
-    pairs = drawn(load_safety(options.safety_data, "evaluation", ("chosen", "rejected"), "analyze sink"), options.pairs)
-    exam = build_exam(exam_options or ExamOptions(), options.safety_data) if options.harmful_score else None
+    exclusion = Exclusion.of(map(used_prompts, options.model), options.drop_overlap)
+    pairs = load_safety(options.safety_data, "evaluation", ("chosen", "rejected"), "analyze sink")
+    pairs = drawn(exclusion.score("evaluation", pairs), options.pairs)
+    exam = None
+    if options.harmful_score:
+        exam = build_exam(exam_options or ExamOptions(), options.safety_data, exclusion=exclusion.fresh())
+    asked = {**(exam.roles() if exam else {}), "evaluation": [*pairs, *(exam.harmful if exam else [])]}
+    overlaps = [check(ref, asked, allow=options.allow_overlap) for ref in options.model]
     config = {k: v for k, v in vars(options).items() if k not in ("output_dir", "overwrite")}
     record: dict[str, Any] = {
         "verb": "analyze", "method": "sink", "paper": "arXiv 2602.05228", "command": command, "seed": 0, "parent": None,
         "config": {**config, **({"exam": vars(exam_options)} if exam_options else {})},
-        "data": [data_entry("evaluation", options.safety_data, pairs)],
+        "data": [data_entry("evaluation", options.safety_data, pairs)], "overlap_dropped": exclusion.summary(),
     }  # fmt: skip
     found, targets = [], []
     with writing(options.output_dir, record, overwrite=options.overwrite) as run:
-        for ref, label in zip(options.model, labels_of(options.model), strict=True):
-            hashes = [prompt_hash(row["prompt"]) for row in pairs]
-            overlaps = evaluation_overlap(ref, hashes, options.allow_overlap)
+        if exclusion.dropped:
+            run.write_lines("dropped.jsonl", exclusion.dropped)
+        for ref, label, overlap in zip(options.model, labels_of(options.model), overlaps, strict=True):
             loaded = load(
                 ref, revision=options.revision, dtype=options.dtype, chat_template=options.chat_template
             )  # fmt: skip
@@ -120,7 +128,7 @@ def analyze_sink(options: SinkOptions, command: str = "", exam_options: ExamOpti
                     "label": label,
                     "role": "model",
                     "ref": loaded.info["ref"],
-                    "overlap": overlaps,
+                    **overlap,
                     "template_hash": digest(loaded.tokenizer.chat_template),
                 }
             )

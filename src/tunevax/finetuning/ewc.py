@@ -51,15 +51,15 @@ class EWCConfig(FinetuneConfig):
 
 
 class Adapted(NamedTuple):
-    """A linear with a LoRA adapter.
+    """A matrix with a LoRA adapter, or the fused matrices of E experts, each of which is a matrix of its own.
 
     Attributes:
-        weight: W, frozen, as its layer holds it: [out, in], of GPT-2's Conv1D [in, out].
-        a: [r, in].
-        b: [out, r].
+        weight: W, frozen, as its layer holds it: [out, in], of GPT-2's Conv1D [in, out]; of experts with E in front.
+        a: [r, in]; of experts as PEFT has it, [E x r, in].
+        b: [out, r]; of experts [out, r x E].
         scale: alpha / r.
-        rows: sqrt(R_i), [out].
-        columns: sqrt(C_j / sum R), [in].
+        rows: sqrt(R_i), [out]; of experts [E, out].
+        columns: sqrt(C_j / sum R), [in]; of experts [E, in].
     """
 
     weight: nn.Parameter
@@ -103,7 +103,7 @@ class EWCTrainer(FinetuneTrainer):
         else:
             self.adapted = factored_fisher(self.model, batches)
             total = sum(m.rows.square().sum().item() for m in self.adapted)
-            count = sum(len(m.rows) * len(m.columns) for m in self.adapted)
+            count = sum(m.rows.numel() * m.columns.shape[-1] for m in self.adapted)
         if not (math.isfinite(total) and total > 0):
             raise UsageError(
                 f"the Fisher information of the safety rows adds up to {total}, and nothing can be weighed by it; give "
@@ -138,8 +138,12 @@ class EWCTrainer(FinetuneTrainer):
 
 def weighted_square(m: Adapted) -> torch.Tensor:
     """sum_ij F_ij dW_ij^2 for F of rank one: the trace of (B' diag(R) B) (A diag(C) A')."""
-    b, a = wide(m.b) * m.rows[:, None], wide(m.a) * m.columns
-    return m.scale**2 * ((b.T @ b) * (a @ a.T)).sum()
+    b, a = wide(m.b), wide(m.a)
+    if m.rows.dim() == 2:  # experts, each a matrix
+        count = len(m.rows)
+        b, a = b.view(len(b), -1, count).permute(2, 0, 1), a.view(count, -1, a.shape[1])
+    b, a = b * m.rows[..., None], a * m.columns[..., None, :]
+    return m.scale**2 * ((b.mT @ b) * (a @ a.mT)).sum()
 
 
 def exact_fisher(model: nn.Module, batches: Sequence[dict], weights: Sequence[nn.Parameter]) -> list[torch.Tensor]:
@@ -154,35 +158,63 @@ def exact_fisher(model: nn.Module, batches: Sequence[dict], weights: Sequence[nn
 
 
 def factored_fisher(model: nn.Module, batches: Sequence[dict]) -> list[Adapted]:
-    """Every linear of a PEFT model that has an adapter, with the factors of the Fisher information of its weight."""
+    """Every matrix of a PEFT model that has an adapter, with the factors of its Fisher information.
+
+    Raises:
+        UsageError: something else has an adapter too (embeddings).
+    """
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
 
     layers = [m for m in model.modules() if isinstance(m, LoraLayer) and "default" in m.lora_A]
-    weights = [layer.get_base_layer().weight for layer in layers]
-    rows = [wide(w.new_zeros(layer.out_features)) for layer, w in zip(layers, weights, strict=True)]
-    columns = [wide(w.new_zeros(layer.in_features)) for layer, w in zip(layers, weights, strict=True)]
+    weighed = {id(part["default"].weight) for layer in layers for part in (layer.lora_A, layer.lora_B)}
+    other = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in weighed]
+    if other:
+        raise UsageError(f"ewc weighs the adapters of matrices, and {other[0]} is none; leave it out of --lora-targets")
+    fused = [isinstance(layer, ParamWrapper) for layer in layers]  # parameters that are in no linear layer
+    weights = [
+        layer.get_param() if own else layer.get_base_layer().weight for layer, own in zip(layers, fused, strict=True)
+    ]
+    experts = [
+        (layer.num_experts,) if own and layer.num_experts > 1 else () for layer, own in zip(layers, fused, strict=True)
+    ]
+    rows, columns = (
+        [wide(w.new_zeros(*e, size)) for w, e, size in zip(weights, experts, sizes, strict=True)]
+        for sizes in ([layer.out_features for layer in layers], [layer.in_features for layer in layers])
+    )
 
     def watch(index: int, _layer: nn.Module, args: tuple, output: torch.Tensor) -> None:
         # The weight's gradient from what goes in and what comes back: one of few bits has none of its own.
         x = args[0].detach().flatten(0, -2)
 
         def take(gradient: torch.Tensor) -> None:
-            squares = (wide(gradient.flatten(0, -2)).T @ wide(x)).square_()
-            rows[index].add_(squares.sum(1), alpha=1 / len(batches))
-            columns[index].add_(squares.sum(0), alpha=1 / len(batches))
+            add(index, wide(gradient.flatten(0, -2)).T @ wide(x))
 
         output.register_hook(take)
 
-    handles = [layer.register_forward_hook(functools.partial(watch, i)) for i, layer in enumerate(layers)]
+    def add(index: int, gradient: torch.Tensor) -> None:
+        squares = gradient.square_()
+        rows[index].add_(squares.sum(-1), alpha=1 / len(batches))
+        columns[index].add_(squares.sum(-2), alpha=1 / len(batches))
+
+    def keep(number: int, gradient: torch.Tensor) -> None:
+        if number >= len(trained):  # a fused weight, whose layer is given more than one input
+            index = places[number - len(trained)]
+            transposed = gradient.dim() == 3 and getattr(layers[index].get_base_layer(), "is_transposed", False)
+            add(index, gradient.mT if transposed else gradient)  # gpt-oss has [E, in, out]
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    places = [i for i, own in enumerate(fused) if own]
+    handles = [layers[i].register_forward_hook(functools.partial(watch, i)) for i, own in enumerate(fused) if not own]
     try:
-        per_row_gradients(model, batches, [p for p in model.parameters() if p.requires_grad], lambda *_: None)
+        per_row_gradients(model, batches, [*trained, *(weights[i] for i in places)], keep)
     finally:
         for handle in handles:
             handle.remove()
     found = []
     for layer, weight, r, c in zip(layers, weights, rows, columns, strict=True):
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        total = r.sum().clamp(min=torch.finfo(torch.float32).tiny)
+        total = r.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         found.append(Adapted(weight, a, b, layer.scaling["default"], r.sqrt(), (c / total).sqrt()))
     return found
 

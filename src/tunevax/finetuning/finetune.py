@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tunevax.data.contamination import chosen_with, count, hashes, record_prompts
 from tunevax.data.safety import load_safety
 from tunevax.data.sources import parse_source
-from tunevax.data.splits import overlap, prompt_hash
 from tunevax.data.tasks import NAMED, load_task
 from tunevax.errors import UsageError, unknown
 from tunevax.finetuning.sft import FinetuneConfig
@@ -101,7 +100,7 @@ def finetune(
             *([data_entry("alignment", options.safety_data, safety)] if safety else []),
             data_entry("task", options.task_data, task),
         ],
-        "overlap": {"alignment/task": overlap(hashes(safety), hashes(task))},
+        "overlap": count(options.model, alignment=safety, task=task),
         "parent": str(Path(options.model).absolute()) if is_run(options.model) else None,
         "config": resolved(options, config),
     }
@@ -131,9 +130,8 @@ def finetune(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if trainer.is_world_process_zero():
             save_weights(trainer, run.path, base)
-            (run.path / "prompts.json").write_text(
-                json.dumps({"alignment": hashes(safety), "task": hashes(task)}), encoding="utf-8"
-            )
+            seen = hashes(safety) | (chosen_with(options.safety_data) if safety else set())
+            record_prompts(run.path, alignment=seen, task=hashes(task))
         record.update(
             model={**loaded.info, "trainable": trainable, **trainer.coverage},
             adapter="model" if config.full_weights else "adapter", template_hash=digest(loaded.tokenizer.chat_template),
@@ -160,8 +158,3 @@ def safety_rows(options: FinetuneOptions, need: Sequence[str], method: str) -> l
     if options.safety_data is None:
         raise UsageError(f"--safety-data is missing: {purpose} needs rows with {' and '.join(need)}")
     return load_safety(options.safety_data, "alignment", tuple(need), purpose)
-
-
-def hashes(rows: Sequence[dict]) -> list[str]:
-    """Of the prompts, each once, sorted."""
-    return sorted({prompt_hash(row["prompt"]) for row in rows})

@@ -52,6 +52,10 @@ class LDIFSTrainer(FinetuneTrainer):
         super().__init__(model, *args, **kwargs)
         self.whole: float | None = None  # tokens in the whole batch, of all micro-batches and ranks
 
+    def parts(self) -> tuple[str, ...]:
+        """The output of each block."""
+        return ("module",) if self.args.lamb else ()
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """As the base, and the number of tokens that the mean is over."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)

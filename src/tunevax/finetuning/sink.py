@@ -117,7 +117,7 @@ def sink_columns(
     if how not in WAYS:
         raise unknown("way to the sink attention", how, WAYS)
     lengths = _lengths(inputs, sink)
-    attentions = {id(block.attention): layer for layer, block in enumerate(find_blocks(model))}
+    attentions = {id(block.attention): layer for layer, block in enumerate(find_blocks(model, "attention"))}
     name = type(unwrap(model)).__name__
     found: dict[int, torch.Tensor] = {}
 
@@ -142,7 +142,8 @@ def sink_columns(
         if missing:
             raise UsageError(
                 f"block {missing[0]} of {name} has an attention that does not go through transformers' attention "
-                "interface, so its queries and keys cannot be read"
+                "interface, so its queries and keys cannot be read; sink attention is that of a softmax in every "
+                "block, and plain sft works without"
             )
         _require_graph(model, found)
         yield torch.stack([found[layer] for layer in range(len(attentions))], dim=1)

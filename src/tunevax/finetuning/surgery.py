@@ -122,6 +122,10 @@ class SurgeryTrainer(FinetuneTrainer):
         self.require_pairs(safety_data)
         self.require_queries_and_keys()
 
+    def parts(self) -> tuple[str, ...]:
+        """The queries and keys of each block's attention."""
+        return ("attention",) if self.args.lamb else ()
+
     def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
         """The first micro-batch of an optimiser step adds the gradient of lamb * mean ReLU(d_h)."""
         if self.args.lamb > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from torch import nn
@@ -9,9 +10,19 @@ from torch import nn
 from tunevax.errors import UsageError
 
 ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
+MIXER_NAMES = ("linear_attn", "linear_attention", "mamba", "mamba_decoder", "conv", "temporal_block", "mlstm_layer")
+"""What stands in attention's place in some blocks of hybrid models, or in all of others: a linear attention, a state
+space or a short convolution."""
 # OPT has no MLP module: the output of its second linear is the MLP's output.
-MLP_NAMES = ("mlp", "feed_forward", "ffn", "fc2")
+MLP_NAMES = ("mlp", "feed_forward", "ffn", "fc2", "block_sparse_moe", "moe", "mlp_block", "shared_mlp", "experts")
 OUTPUT_PROJECTION_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+FINAL_NORM_NAMES = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "norm_f")
+LOOKED_FOR = {
+    "attention": (*ATTENTION_NAMES, *MIXER_NAMES, "mixer"),
+    "mlp": MLP_NAMES,
+    "o_proj": OUTPUT_PROJECTION_NAMES,
+}
+CALLED = {"attention": "attention", "mlp": "MLP", "o_proj": "attention output projection"}
 
 
 class Block(NamedTuple):
@@ -19,47 +30,57 @@ class Block(NamedTuple):
 
     Attributes:
         module: the whole block, hidden states in, hidden states out.
-        attention: its attention module; its output (or the first element of it) is `e_l` of the papers,
-            shape [batch, tokens, hidden], before the residual add.
-        mlp: the module whose output is the MLP's output.
-        o_proj: the attention's output projection (possibly wrapped by a LoRA layer).
+        attention: its attention module, or what mixes tokens in its place (a linear attention, a state space, a short
+            convolution); its output (or the first element of it) is `e_l` of the papers, shape [batch, tokens, hidden],
+            before the residual add. None if there is no such module.
+        mlp: the module whose output is the MLP's output, [batch, tokens, hidden], or flattened to [batch x tokens,
+            hidden] (OPT). Where experts run beside an MLP and no module gives their sum (Gemma 4), the norm behind it.
+            None if there is no such module.
+        o_proj: the output projection (possibly wrapped by a LoRA layer) of a softmax attention, else None.
     """
 
     module: nn.Module
-    attention: nn.Module
-    mlp: nn.Module
-    o_proj: nn.Module
+    attention: nn.Module | None
+    mlp: nn.Module | None
+    o_proj: nn.Module | None
 
 
-def find_blocks(model: nn.Module) -> list[Block]:
+def find_blocks(model: nn.Module, *parts: str) -> list[Block]:
     """The decoder blocks of `model` (plain, PEFT-wrapped or DDP-wrapped), lowest first.
 
+    Args:
+        parts: fields of `Block` that the caller uses, of `attention`, `mlp`, `o_proj`; others may be None.
+
     Raises:
-        UsageError: no list of `num_hidden_layers` equal blocks with attention and MLP is found; the message
-            names the class and what was looked for.
+        UsageError: no list of `num_hidden_layers` blocks is found, or a block has none of a part; the message names the
+            class, the block and what was looked for.
     """
-    class_name = type(unwrap(model)).__name__
-    depth = getattr(unwrap(model).config.get_text_config(), "num_hidden_layers", None)
+    stock = unwrap(model)
+    class_name = type(stock).__name__
+    depth = getattr(stock.config.get_text_config(), "num_hidden_layers", None)
+    # Beside the towers of other media, which may be as deep.
+    decoder = stock.get_decoder() if hasattr(stock, "get_decoder") else None
     lists = [
-        m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth and _child(m[0], ATTENTION_NAMES)
+        m
+        for root in (decoder, stock)
+        if root is not None
+        for m in root.modules()
+        if isinstance(m, nn.ModuleList) and len(m) == depth and any(_is_block(b) for b in m)
     ]
     if not lists:
         raise UsageError(
             f"no decoder blocks found in {class_name}: looked for a ModuleList of {depth} blocks, each with one of "
-            f"{', '.join(ATTENTION_NAMES)}"
+            f"{', '.join((*LOOKED_FOR['attention'], *MLP_NAMES))}"
         )
-    blocks = []
-    for i, module in enumerate(lists[0]):
-        attention, mlp = _child(module, ATTENTION_NAMES), _child(module, MLP_NAMES)
-        o_proj = _child(attention, OUTPUT_PROJECTION_NAMES) if attention is not None else None
-        for found, what, names in (
-            (attention, "attention", ATTENTION_NAMES),
-            (mlp, "MLP", MLP_NAMES),
-            (o_proj, "output projection", OUTPUT_PROJECTION_NAMES),
-        ):
-            if found is None:
-                raise UsageError(f"block {i} of {class_name} has no recognisable {what}: looked for {', '.join(names)}")
-        blocks.append(Block(module, attention, mlp, o_proj))
+    blocks = [_block(module) for module in lists[0]]
+    for part in parts:
+        without = [i for i, block in enumerate(blocks) if getattr(block, part) is None]
+        if without:
+            raise UsageError(
+                f"{_numbered(without, len(blocks))} of {class_name} "
+                f"{'has' if len(without) == 1 else 'have'} no recognisable {CALLED[part]}: looked for "
+                f"{'just one of ' if part == 'mlp' else ''}{', '.join(LOOKED_FOR[part])}"
+            )
     return blocks
 
 
@@ -73,10 +94,12 @@ def find_final_norm(model: nn.Module) -> nn.Module:
     for parent in model.modules():
         children = list(parent.children())
         if any(isinstance(c, nn.ModuleList) and len(c) and c[0] is first for c in children):
-            norms = [c for c in children if "Norm" in type(c).__name__]
-            if norms:
-                return norms[-1]
-    raise UsageError(f"{type(unwrap(model)).__name__} has no norm between its blocks and its head")
+            norms = {name: c for name, c in parent.named_children() if "Norm" in type(c).__name__}
+            if norms:  # of Gemma 4 one of them is of another kind
+                return next((norms[name] for name in FINAL_NORM_NAMES if name in norms), list(norms.values())[-1])
+    raise UsageError(
+        f"{type(unwrap(model)).__name__} has no norm between its blocks and its head; plain sft works without"
+    )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -85,5 +108,40 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def _is_block(module: nn.Module) -> bool:
+    return any(_child(module, names) is not None for names in (LOOKED_FOR["attention"], MLP_NAMES))
+
+
+def _block(module: nn.Module) -> Block:
+    softmax = _child(module, ATTENTION_NAMES)
+    attention = softmax if softmax is not None else _child(module, MIXER_NAMES)
+    mlp = _mlp(module)
+    mixer = _child(module, ("mixer",))  # of Mamba and Nemotron-H: one module, of any kind
+    if mixer is not None and attention is None:
+        kind = type(mixer).__name__
+        if re.search("MLP|MoE|Moe", kind):
+            mlp = mixer
+        else:
+            attention = mixer
+            softmax = mixer if "Attention" in kind else None
+    return Block(module, attention, mlp, None if softmax is None else _child(softmax, OUTPUT_PROJECTION_NAMES))
+
+
+def _mlp(module: nn.Module) -> nn.Module | None:
+    found = [m for m in (_child(module, (name,)) for name in MLP_NAMES) if m is not None]
+    if len(found) > 1:  # experts beside an MLP
+        return _child(module, ("post_feedforward_layernorm",))
+    return found[0] if found else None
+
+
 def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
-    return next((getattr(module, name) for name in names if hasattr(module, name)), None)
+    """The first of these children that there is; a list of modules is never called itself."""
+    children = (getattr(module, name, None) for name in names)
+    return next((c for c in children if isinstance(c, nn.Module) and not isinstance(c, nn.ModuleList)), None)
+
+
+def _numbered(places: list[int], depth: int) -> str:
+    if len(places) == depth:
+        return "the blocks"
+    shown = ", ".join(map(str, places[:4])) + (", ..." if len(places) > 4 else "")
+    return f"block {shown}" if len(places) == 1 else f"blocks {shown}"

@@ -87,6 +87,7 @@ def load(
     from peft import PeftModel
 
     from tunevax.modeling import adapters as peft
+    from tunevax.modeling.shapes import require_language_model, settle_tokens
 
     require_quantization(quantization)
     base, adapters = resolve(ref)
@@ -105,8 +106,6 @@ def load(
     attach_biases(model, read_biases(base))
     tokenizer = load_tokenizer(str(adapters[-1]) if adapters else base, base, revision)
     set_chat_template(tokenizer, chat_template)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     if quantization is None:  # merges, and what they are checked by, run where the model will
         model.to(device)
     merges = []
@@ -140,6 +139,8 @@ def load(
         )  # fmt: skip
         again.info["widened"] = why
         return again
+    settle_tokens(model, tokenizer, ref)
+    require_language_model(model)
     stock = model.get_base_model() if isinstance(model, PeftModel) else model
     info = {
         "ref": absolute(ref),
@@ -147,7 +148,7 @@ def load(
         "revision": getattr(stock.config, "_commit_hash", None) or revision,
         "hash": model_hash(base),
         "class": type(stock).__name__,
-        "blocks": stock.config.get_text_config().num_hidden_layers,
+        "blocks": getattr(stock.config.get_text_config(), "num_hidden_layers", None),
         "parameters": sum(size_of(p) for p in stock.parameters()),
         "dtype": str(stock.dtype).removeprefix("torch."),
         "quantization": quantization,
@@ -312,7 +313,7 @@ def attach_biases(model: Any, biases: Mapping[int, Any]) -> list[Any]:
     """
     from tunevax.modeling.blocks import find_blocks
 
-    blocks = find_blocks(model) if biases else []
+    blocks = find_blocks(model, "o_proj") if biases else []
     return [innermost(blocks[i].o_proj).register_forward_hook(AddedBias(bias)) for i, bias in biases.items()]
 
 
@@ -320,8 +321,10 @@ def attached_biases(model: Any) -> dict[int, Any]:
     """What `attach_biases` added to `model` so far, summed, by block."""
     from tunevax.modeling.blocks import find_blocks
 
+    if not any(isinstance(h, AddedBias) for m in model.modules() for h in m._forward_hooks.values()):
+        return {}  # nor need there be blocks
     found = {}
-    for i, block in enumerate(find_blocks(model)):
+    for i, block in enumerate(find_blocks(model, "o_proj")):
         hooks = innermost(block.o_proj)._forward_hooks.values()
         for bias in (hook.bias for hook in hooks if isinstance(hook, AddedBias)):
             found[i] = found[i] + bias if i in found else bias
@@ -386,7 +389,10 @@ def config_of(base: str, revision: str | None = None) -> Any:
 def _model(base: str, revision: str | None, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
+    from tunevax.modeling.shapes import settle_config
+
     config = config_of(base, revision)
+    settle_config(config, base)
     model = read_model(AutoModelForCausalLM, base, config=config, revision=revision, dtype=dtype)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # see `nf4`: it would repack the weight, without gradients

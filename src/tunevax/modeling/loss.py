@@ -106,12 +106,14 @@ def logits_of(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """The model's logits for head inputs [rows, hidden], in fp32, with the model's own soft cap and scale."""
     config = model.config.get_text_config()
     logits = wide(model.get_output_embeddings()(hidden))
-    if scale := getattr(config, "logit_scale", None):  # Cohere
-        logits = logits * scale
-    if scale := getattr(config, "logits_scaling", None):  # Granite
-        logits = logits / scale
-    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
-        logits = torch.tanh(logits / cap) * cap
+    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon-H1
+        if scale := getattr(config, name, None):
+            logits = logits * scale
+    if scale := getattr(config, "logits_scaling", None):  # Granite; HyperCLOVA X has it the other way round
+        logits = logits * scale if config.model_type == "hyperclovax" else logits / scale
+    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):  # Gemma 2; Griffin; xLSTM
+        if cap := getattr(config, name, None):
+            logits = torch.tanh(logits / cap) * cap
     return logits
 
 

@@ -3,8 +3,11 @@ the log, a progress bar, checkpoints from which a killed run resumes to the same
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import math
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -19,12 +22,13 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from tunevax.data.encoding import collate
 from tunevax.errors import RunError, TunevaxError, UsageError
 from tunevax.modeling.adapters import coverage, left_out_of_blocks, require_targets, split_targets
-from tunevax.modeling.blocks import find_blocks
+from tunevax.modeling.blocks import CALLED, Block, find_blocks
 from tunevax.modeling.hooks import cheap_modules, cheap_recomputed, checkpointed
 from tunevax.modeling.loading import save_biases, scales_of
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.precision import wide
 from tunevax.modeling.progress import ProgressCallback, console
+from tunevax.modeling.shapes import require_language_model
 from tunevax.runs import is_main_process, require_room
 
 CHECKPOINT_BLOCKS = ("auto", "none", "elementwise", "frozen", "all")
@@ -146,10 +150,33 @@ class ResponseTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         # The loss is divided by the labels of the whole batch, and its labels are shifted whatever the architecture.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = self._loss_shifts_labels = True
-        self.blocks = find_blocks(model)
+        self.blocks = self.find_parts()
         self.cheap = [cheap_modules(b.module) for b in self.blocks]
         self.parameters = [p for p in model.parameters() if p.requires_grad]  # all that may ever train
         self._metrics: dict[str, list[float]] = defaultdict(list)
+
+    def parts(self) -> tuple[str, ...]:
+        """What a method works on of every block: `module` for the block itself, and fields of `Block`; and `norm`, the
+        model's final one. With none of them it runs on models whose blocks are not known at all."""
+        return ()
+
+    def find_parts(self) -> list[Block]:
+        """The blocks, if the model has what the method needs of them; none where it needs none and they are not known.
+
+        Raises:
+            UsageError: the model has not; the message names the part.
+        """
+        parts = self.parts()
+        try:
+            blocks = find_blocks(self.model, *[part for part in parts if part in CALLED])
+        except UsageError as error:
+            if parts:
+                raise UsageError(f"{error}; {type(self).__name__} needs it, and plain sft does not") from error
+            if self.args.checkpoint_blocks == "all":
+                raise UsageError(f"{error}; leave out --checkpoint-blocks all, which recomputes them") from error
+            blocks = []
+        require_language_model(self.model, blocks, parts)
+        return blocks
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; a second call starts over."""
@@ -260,18 +287,26 @@ def prepare_trainables(model: Any, args: TrainConfig) -> Any:
             raise UsageError("full_weights trains all weights, and a quantised model's are frozen; train an adapter")
         for parameter in model.parameters():
             parameter.requires_grad_(True)
-    elif not isinstance(model, PeftModel):
+    elif isinstance(model, PeftModel):
+        if model.active_peft_config.is_prompt_learning:  # its tokens in front shift all that is taken by position
+            raise UsageError(
+                f"the model comes with an adapter of kind {model.active_peft_config.peft_type.value}, which trains a "
+                "prompt and no weights; give the model without it, or one with a LoRA adapter"
+            )
+    else:
         targets, experts = split_targets(model, args.lora_targets)
         if experts and args.lora_dropout:
             raise UsageError(
                 f"PEFT has no dropout for the fused matrices of {type(model).__name__} ({', '.join(experts)}); leave "
                 "out --lora-dropout, or name linear layers alone in --lora-targets"
             )
+        leave_out = no_place_for_an_adapter(model) if targets == "all-linear" else []
         config = LoraConfig(
             r=args.lora_r,
             lora_alpha=args.lora_alpha,
             lora_dropout=args.lora_dropout,
             target_modules=targets,
+            exclude_modules=leave_out or None,
             target_parameters=experts or None,
             task_type="CAUSAL_LM",
         )
@@ -286,6 +321,42 @@ def prepare_trainables(model: Any, args: TrainConfig) -> Any:
         if parameter.requires_grad:
             parameter.data = wide(parameter.data)
     return model
+
+
+def no_place_for_an_adapter(model: Any) -> list[str]:
+    """Linear layers that `all-linear` leaves out, by path.
+
+    - Linear by class alone: they do not give [..., out] for [..., in]. Llama 4's router gives scores and logits, and
+      PEFT would add an adapter's output to the pair.
+    - Never called, or not always: the code of the module above takes the weight, as Mamba's does with `dt_proj` and, in
+      its fused kernels, with `x_proj` and `out_proj`. An adapter on the layer would do nothing there.
+    """
+    found = []
+    for path, module in model.named_modules():
+        children = [name for name, child in module.named_children() if isinstance(child, torch.nn.Linear)]
+        taken = weights_taken(type(module)) if children else frozenset()
+        found += [f"{path}.{name}" for name in children if name in taken]
+        if isinstance(module, torch.nn.Linear) and type(module).forward is not torch.nn.Linear.forward:
+            weight = module.weight
+            if weight.is_floating_point() and weight.shape == (module.out_features, module.in_features):
+                try:
+                    with torch.no_grad():
+                        output = module(weight.new_zeros(1, module.in_features))
+                except RuntimeError:  # DeepSeek V4's grouped layer takes rows of another shape
+                    output = None
+                if not torch.is_tensor(output) or output.shape != (1, module.out_features):
+                    found.append(path)
+    return found
+
+
+@functools.cache
+def weights_taken(kind: type) -> frozenset[str]:
+    """The layers of a module whose whole weight its own code uses, for more than the dtype or the device."""
+    try:
+        code = inspect.getsource(kind)
+    except (OSError, TypeError):  # there is no source
+        return frozenset()
+    return frozenset(re.findall(r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size)|\[)", code))
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -145,7 +145,7 @@ class Trace(LiveMemory):
             if tensor_of(output).requires_grad:
                 tensor_of(output).register_hook(lambda gradient: went(1, gradient))
 
-        mlps = [block.mlp for block in find_blocks(model)]
+        mlps = [block.mlp or block.module for block in find_blocks(model)]
         handles = [mlp.register_forward_pre_hook(entered) for mlp in mlps]
         handles += [mlp.register_forward_hook(left) for mlp in mlps]
         handles += [

@@ -282,7 +282,10 @@ def facts(run: Run) -> dict[str, Any]:
         told = [target.get("ref"), target.get("hash") and f"hash {target['hash']}"]
         told += [target.get("template_hash") and f"template {target['template_hash']}"]
         told += [f"{n} prompts shared by {roles}" for roles, n in (target.get("overlap") or {}).items() if n]
+        told += [f"prompts not recorded by {name}" for name in target.get("unrecorded") or []]
         pairs.append((f"{target.get('role', 'model')}: {target.get('label')}", " · ".join(str(x) for x in told if x)))
+    for role, left in (info.get("overlap_dropped") or {}).items():
+        pairs.append((f"left out of {role}", f"{left['rows']} rows whose prompt is in another role, see dropped.jsonl"))
     verb, method = info.get("verb", "run"), info.get("method")
     return {
         "title": f"{run.name}: {verb}" + (f" {method}" if method else ""),

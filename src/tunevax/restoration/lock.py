@@ -157,7 +157,7 @@ def head_shape(model: nn.Module) -> tuple[int, int, int]:
     Raises:
         UsageError: the input of an output projection is not that many heads of that size.
     """
-    blocks, config = find_blocks(model), unwrap(model).config.get_text_config()
+    blocks, config = find_blocks(model, "o_proj"), unwrap(model).config.get_text_config()
     widths = {input_width(block.o_proj) for block in blocks}
     heads = config.num_attention_heads
     size = max(widths) // heads  # not hidden // heads (Mistral-Nemo, Gemma), nor head_dim, which may be of the keys

@@ -7,14 +7,13 @@ from the `Job`, writes into its folder and says in its record what was done.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tunevax.data.contamination import chosen_with, hashes, record_prompts, used_prompts
 from tunevax.data.safety import load_safety
-from tunevax.data.splits import prompt_hash
 from tunevax.errors import RunError, UsageError
 from tunevax.modeling.loading import Loaded, load, save_biases
 from tunevax.runs import data_entry, digest, is_run, require_one_process, writing
@@ -66,6 +65,8 @@ class Job:
             raise UsageError("--model is missing")
         options |= {"dtype": self.options.dtype, "chat_template": self.options.chat_template, **how}
         loaded = load(ref, **options)
+        if not own:  # its weights go into the result too
+            record_prompts(self.folder, **used_prompts(ref))
         if own:
             self.record.update(model=loaded.info, template_hash=digest(loaded.tokenizer.chat_template))
         return loaded
@@ -84,13 +85,11 @@ class Job:
         entry = data_entry("alignment", source, rows)
         if entry not in self.record["data"]:
             self.record["data"].append(entry)
-        self.note_prompts(prompt_hash(row["prompt"]) for row in rows)
+        self.note_prompts(hashes(rows) | chosen_with(source))
 
     def note_prompts(self, hashes: Iterable[str]) -> None:
         """Keep that the prompts with these hashes were used in hardening, so that no later score may rest on them."""
-        file = self.folder / "prompts.json"
-        known = json.loads(file.read_text(encoding="utf-8"))["alignment"] if file.is_file() else []
-        file.write_text(json.dumps({"alignment": sorted({*known, *hashes})}), encoding="utf-8")
+        record_prompts(self.folder, alignment=hashes)
 
     def save_model(self, model: Any, tokenizer: Any) -> None:
         """Write a stock checkpoint, `model/` in the run folder, with the biases attached to the model beside it."""

@@ -129,7 +129,7 @@ def stock_form(model: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Size]]
             bare = type(model)(config)
         wanted = {name: value.shape for name, value in bare.state_dict().items()}
         more = {name: shape for name, shape in wanted.items() if name not in ours}
-        biased = all(getattr(block.o_proj, "bias", None) is not None for block in find_blocks(bare))
+        biased = all(getattr(block.o_proj, "bias", None) is not None for block in find_blocks(bare, "o_proj"))
         if biased and ours <= set(wanted) and all(name.endswith(".bias") for name in more):
             return change, more
     return None

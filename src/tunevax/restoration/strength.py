@@ -15,15 +15,16 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tunevax.data.contamination import count, hashes, require_disjoint, used_prompts
 from tunevax.data.safety import load_safety
 from tunevax.data.sources import parse_source
-from tunevax.data.splits import drawn, prompt_hash, require_disjoint
+from tunevax.data.splits import drawn, prompt_hash
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
 from tunevax.modeling.progress import bar, console
 from tunevax.restoration.lock import SafetyLock, locked
 from tunevax.restoration.restore import Job
-from tunevax.scoring.score import Exam, ExamOptions, build_exam, examine, used_prompts
+from tunevax.scoring.score import Exam, ExamOptions, build_exam, examine
 
 MEASURES = ("task/exact", "utility/")
 
@@ -99,7 +100,7 @@ class SweepOptions(ExamOptions):
                 raise UsageError("the lock was extracted from every prompt of the alignment split; give --eval-data")
             harmful = drawn([row for row in rows if prompt_hash(row["prompt"]) not in aligned] or rows, self.limit)
         exam = exam._replace(harmful=harmful, benign=drawn(benign, self.limit))
-        require_disjoint({"lock": used, "validation": exam.prompt_hashes()}, job.options.allow_overlap)
+        require_disjoint({"lock": used, "validation": exam.harmful}, job.options.allow_overlap)
         aligned_on = bool(aligned & set(exam.prompt_hashes()))
         if aligned_on:
             console.print("note: the model was aligned on prompts that choose the strength; give others by --eval-data")
@@ -107,7 +108,8 @@ class SweepOptions(ExamOptions):
             console.print(f"note: an audit may score {', '.join(in_sample)} on the rows that choose the strength")
         job.note_data(source, harmful)
         scored = [*exam.benign, *(exam.task.rows if exam.task else []), *[r for t in exam.utility for r in t.rows]]
-        job.note_prompts(prompt_hash(row["prompt"]) for row in scored)
+        job.note_prompts(hashes(scored))
+        job.record["overlap"] = count(job.options.model, **{"lock validation": [*harmful, *scored]})
         job.record["validation"] = {"in_sample": in_sample, "aligned_on": aligned_on}
         return exam
 

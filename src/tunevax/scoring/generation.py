@@ -43,6 +43,19 @@ FROM_THE_FIRST = {
 generation cannot be stopped and taken up again, with what each is when it is off. A model that has one of them answers
 one prompt at a time."""
 
+GREEDY = {
+    "do_sample": False, "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "temperature": None,
+    "top_p": None, "top_k": None, "penalty_alpha": None, "dola_layers": None, "diversity_penalty": None,
+    "constraints": None, "force_words_ids": None, "prompt_lookup_num_tokens": None, "assistant_early_exit": None,
+    "is_assistant": False, "use_mtp": False, "token_healing": False, "max_time": None, "stop_strings": None,
+    "use_cache": True, "return_dict_in_generate": True,
+}  # fmt: skip
+"""Whatever a generation config says of how to search, generation is greedy, and takes the time that it takes. Stop
+strings are looked for here."""
+CACHES = (None, "static", "dynamic", "hybrid")
+"""Kinds of cache that a generation config may ask for. Others save memory, need further packages or a GPU, and give the
+same answers or worse: the default one is used."""
+
 
 def generate(
     model: Any,
@@ -58,7 +71,8 @@ def generate(
 
     Args:
         prompts: strings or lists of chat messages.
-        max_new_tokens: at most so many per answer, and no more than the context has room for; each ends at EOS.
+        max_new_tokens: at most so many per answer, and no more than the context has room for; each ends at EOS, or at
+            a stop string of the generation config.
         batch_size: prompts generated together, of similar length; fewer where they are long (`TOKENS`).
         prefix: first words of every answer, or of each, put into the model's mouth; the answers returned begin with it.
         places: where each prompt is from, for error messages.
@@ -138,7 +152,8 @@ def _without_specials(tokenizer: Any, text: str) -> str:
 def ends_of(model: Any, tokenizer: Any) -> list[int]:
     """All tokens that end an answer: the tokenizer's, and those of the model's generation config."""
     own = model.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [] if own is None else [own])})
+    own = own if isinstance(own, list) else [own]
+    return sorted({end for end in (tokenizer.eos_token_id, *own) if end is not None})
 
 
 def _batch(model: Any, tokenizer: Any, prompts: Sequence[list[int]], rooms: Sequence[int]) -> list[list[int]]:
@@ -153,26 +168,34 @@ def _batch(model: Any, tokenizer: Any, prompts: Sequence[list[int]], rooms: Sequ
     left, limits = torch.arange(len(ids), device=model.device), torch.tensor(rooms, device=model.device) + width
     found: list[list[int]] = [[]] * len(ids)
     # With any other kind of cache, what went before is computed again for the rows that go on.
-    can_select = model.generation_config.cache_implementation in (None, "hybrid")  # hybrid: transformers drops it
-    cache = None
+    kind = model.generation_config.cache_implementation
+    can_select = kind not in CACHES or kind in (None, "hybrid")  # hybrid: transformers drops it
+    settings = GREEDY if kind in CACHES else {**GREEDY, "cache_implementation": None}
+    stops, cache = model.generation_config.stop_strings or [], None
+    stops = [stops] if isinstance(stops, str) else stops
+
+    def stopped(tokens: list[int]) -> bool:
+        text = tokenizer.decode(tokens) if stops else ""
+        return any(stop in text for stop in stops)
+
     while len(left):
         ended = torch.zeros_like(left, dtype=torch.bool)
 
         def enough(so_far: Any, _scores: Any, ended: Any = ended) -> Any:
             ended |= torch.isin(so_far[:, -1], torch.tensor(ends, device=so_far.device))
+            if stops:
+                ended |= torch.tensor([stopped(row) for row in so_far[:, width:].tolist()], device=so_far.device)
             return (4 * ended.sum() >= len(ended)).expand(len(ended))
 
         output = model.generate(
             input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=int(limits.min()) - ids.shape[1],
-            do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, eos_token_id=ends,
-            pad_token_id=pad, use_cache=True, return_dict_in_generate=True,
-            stopping_criteria=StoppingCriteriaList([enough]),
+            eos_token_id=ends, pad_token_id=pad, stopping_criteria=StoppingCriteriaList([enough]), **settings,
         )  # fmt: skip
         ids = output.sequences
         done = ended | (limits <= ids.shape[1])
         for row, tokens in zip(left[done].tolist(), ids[done, width:].tolist(), strict=True):
-            length = next((n for n, token in enumerate(tokens, 1) if token in ends), len(tokens))
-            found[row] = tokens[:length]
+            over = (n for n in range(1, len(tokens) + 1) if tokens[n - 1] in ends or stopped(tokens[:n]))
+            found[row] = tokens[: next(over, len(tokens))]
         keep = (~done).nonzero()[:, 0]
         left, limits, ids = left[keep], limits[keep], ids[keep]
         mask = torch.nn.functional.pad(mask[keep], (0, ids.shape[1] - mask.shape[1]), value=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,9 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tunevax.data.chat import split_thought
+from tunevax.data.contamination import Exclusion, check, used_prompts
 from tunevax.data.safety import load_safety
 from tunevax.data.sources import parse_source
-from tunevax.data.splits import drawn, prompt_hash, prompt_text, require_disjoint
+from tunevax.data.splits import drawn, prompt_hash, prompt_text
 from tunevax.data.tasks import Task, load_task
 from tunevax.errors import UsageError, unknown
 from tunevax.scoring import vllm_engine
@@ -105,14 +105,26 @@ class Exam(NamedTuple):
         """Hashes of the harmful prompts, for the overlap check."""
         return [prompt_hash(row["prompt"]) for row in self.harmful]
 
+    def roles(self) -> dict[str, Sequence[dict]]:
+        """Every row that is scored on, by its role in the data."""
+        parts = {"evaluation": self.harmful, "task evaluation": self.task and self.task.rows}
+        parts |= {"over-refusal": self.benign, **{f"utility {task.name}": task.rows for task in self.utility}}
+        return {role: rows for role, rows in parts.items() if rows}
+
 
 def build_exam(
-    options: ExamOptions, safety_data: str | None = None, task_data: str | None = None, *, weights_change: bool = True
+    options: ExamOptions,
+    safety_data: str | None = None,
+    task_data: str | None = None,
+    *,
+    weights_change: bool = True,
+    exclusion: Exclusion | None = None,
 ) -> Exam:
     """Load prompts, judges and task as the options say.
 
     Args:
         weights_change: the exam is for a model whose weights change in memory between two scorings.
+        exclusion: which rows to leave out; default none.
 
     Raises:
         UsageError: nothing to score on, anything that cannot be loaded, or an engine that cannot be used here.
@@ -129,8 +141,10 @@ def build_exam(
     harmful = options.eval_data or safety_data
     if harmful is None:
         raise UsageError("nothing to score on; give --eval-data, or --safety-data to take its evaluation split")
+    leave_out = exclusion or Exclusion()
     judges = load_judges(options.judges)
     rows = load_safety(harmful, "evaluation" if options.eval_data is None or harmful == "organism" else None, need=())
+    rows = leave_out.score("evaluation", rows)
     task = options.task_eval_data or task_data
     benign = None
     if options.benign_data:
@@ -139,13 +153,18 @@ def build_exam(
             if options.benign_data == "organism"
             else load_safety(options.benign_data, need=())
         )
+        benign = leave_out.score("over-refusal", benign)
     in_harness = [source for source in options.utility_data if source.startswith("lm-eval:")]
-    utility = [_task_of(source, options.limit) for source in options.utility_data if source not in in_harness]
+    utility = [
+        _task_of(source, options.limit, "utility", leave_out)
+        for source in options.utility_data
+        if source not in in_harness
+    ]
     names = labels_of([task.name for task in utility])
     return Exam(
         drawn(rows, options.limit),
         judges,
-        _task_of(task, options.limit) if task else None,
+        _task_of(task, options.limit, "task evaluation", leave_out) if task else None,
         benign and drawn(benign, options.limit),
         options.max_new_tokens,
         options.generation_batch_size,
@@ -159,9 +178,11 @@ def build_exam(
     )
 
 
-def _task_of(source: str, limit: int) -> Task:
-    """The evaluation split of a task, cut to `limit`; the organism's benign recipes under a name of their own."""
+def _task_of(source: str, limit: int, role: str, leave_out: Exclusion) -> Task:
+    """The evaluation split of a task without what is left out, cut to `limit`; the organism's benign recipes under a
+    name of their own."""
     task = load_task(source, "evaluation")
+    task = task._replace(rows=leave_out.score(role, task.rows))
     name, options = parse_source(source)
     name = f"{name}-{options['set']}" if name == "organism" and "set" in options else task.name
     return task._replace(name=name, rows=drawn(task.rows, limit))
@@ -355,33 +376,6 @@ def labels_of(refs: Sequence[str]) -> list[str]:
     return labels
 
 
-def used_prompts(ref: str) -> dict[str, list[str]]:
-    """Hashes of the prompts that a run folder and its parents used, by role; empty for a plain model."""
-    from tunevax.runs import is_run, read_run
-
-    found: dict[str, list[str]] = {}
-    while ref and is_run(ref):
-        file = Path(ref) / "prompts.json"
-        for role, hashes in (json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}).items():
-            found[role] = sorted({*found.get(role, []), *hashes})
-        record = read_run(ref)
-        ref = record.get("parent") or record.get("model", {}).get("ref", "")
-    return found
-
-
-def evaluation_overlap(ref: str, evaluation: Iterable[str], allow: bool = False) -> dict[str, int]:
-    """How many prompts of `evaluation`, as hashes, each role of the data behind `ref` holds: `{"alignment/evaluation":
-    0, ...}`. What those roles share with each other was for the run that used them to judge.
-
-    Raises:
-        UsageError: there are some, and `allow` is False.
-    """
-    evaluation, found = list(evaluation), {}
-    for role, hashes in used_prompts(ref).items():
-        found |= require_disjoint({role: hashes, "evaluation": evaluation}, allow)
-    return found
-
-
 def score(
     models: list[str],
     options: ExamOptions,
@@ -393,6 +387,7 @@ def score(
     revision: str | None = None,
     dtype: str = "auto",
     allow_overlap: bool = False,
+    drop_overlap: bool = False,
     overwrite: bool = False,
     command: str = "",
 ) -> Path:
@@ -400,22 +395,26 @@ def score(
     generations.jsonl.
 
     Raises:
-        UsageError: anything that cannot be loaded, or evaluation prompts that a model was aligned on.
+        UsageError: anything that cannot be loaded, or prompts to score on that a model was trained on.
     """
     from tunevax.modeling.loading import load
     from tunevax.runs import SCHEMA, data_entry, digest, require_one_process, writing
 
     require_one_process("scoring")
-    exam = build_exam(options, safety_data, task_data, weights_change=False)
+    exclusion = Exclusion.of(map(used_prompts, models), drop_overlap)
+    exam = build_exam(options, safety_data, task_data, weights_change=False, exclusion=exclusion)
+    overlaps = [check(ref, exam.roles(), allow=allow_overlap) for ref in models]
     record = {
         "verb": "score", "method": None, "command": command, "seed": 0, "parent": None,
         "config": {"models": models, **vars(options)},
         "data": [data_entry("evaluation", options.eval_data or safety_data, exam.harmful)],
+        "overlap_dropped": exclusion.summary(),
     }  # fmt: skip
     results, generations, targets = [], [], []
     with writing(output_dir, record, overwrite=overwrite) as run:
-        for ref, label in zip(models, labels_of(models), strict=True):
-            overlaps = evaluation_overlap(ref, exam.prompt_hashes(), allow_overlap)
+        if exclusion.dropped:
+            run.write_lines("dropped.jsonl", exclusion.dropped)
+        for ref, label, overlap in zip(models, labels_of(models), overlaps, strict=True):
             how = vllm_engine.loading(ref, revision, dtype) if exam.engine == "vllm" else {"dtype": dtype}
             loaded = load(ref, revision=revision, chat_template=chat_template, **how)
             if exam.engine == "vllm" and loaded.info["attached"]:
@@ -441,7 +440,7 @@ def score(
                     "label": label,
                     "role": "model",
                     "ref": loaded.info["ref"],
-                    "overlap": overlaps,
+                    **overlap,
                     "template_hash": digest(loaded.tokenizer.chat_template),
                 }
             )

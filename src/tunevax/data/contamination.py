@@ -1,0 +1,358 @@
+"""What a model was trained on, and whether it is attacked with it or scored on it again.
+
+Every run that uses prompts keeps their hashes in prompts.json, `{role: [hash, ...]}`. The roles are `alignment` (safety
+rows of a defence, with whatever chose or tuned it), `benign` (harmless rows beside them), `task` (a customer's rows)
+and `attack` (harmful rows of an attack whose weights were kept). A model has been trained on the prompts of its run and
+of every run below it.
+
+Two data roles may not share a prompt if that would spoil evidence: nothing that was trained on, by the model or by the
+attack on it, is scored on, and the harmful rows of an attack are new to the model. Other pairs are counted and no more.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tunevax.data.splits import marks, prompt_hash, user_words
+from tunevax.errors import UsageError
+from tunevax.runs import is_run, read_run
+
+PROMPTS = "prompts.json"
+TRAINED = ("alignment", "benign", "task", "attack")
+"""The roles of data, in run.json and prompts.json, that a model is trained on."""
+
+SOURCES = {
+    "evaluation": "--eval-data", "task evaluation": "--task-eval-data", "over-refusal": "--benign-data",
+    "attack": "--safety-data", "task": "--task-data",
+}  # fmt: skip
+"""The option that names another source for a role."""
+
+Rows = Sequence[dict[str, Any]]
+
+
+def _option(role: str) -> str | None:
+    return "--utility-data" if role.startswith("utility") else SOURCES.get(role)
+
+
+class Fault(NamedTuple):
+    """Two roles that share prompts and may not: the shared rows, and whether rows are left without them."""
+
+    first: str
+    second: str
+    common: Sequence[Any]
+    spare: bool
+
+
+# --- what a model was trained on ------------------------------------------------------------------------------------
+
+
+def hashes(rows: Rows) -> set[str]:
+    """Of the prompts of rows."""
+    return {prompt_hash(row["prompt"]) for row in rows}
+
+
+def record_prompts(folder: Path, **roles: Iterable[str]) -> None:
+    """Add prompt hashes to prompts.json in `folder`, by role."""
+    known = recorded_prompts(folder)
+    for role, more in roles.items():
+        known[role] = sorted({*known.get(role, []), *more})
+    (folder / PROMPTS).write_text(json.dumps(known), encoding="utf-8")
+
+
+def recorded_prompts(folder: Path) -> dict[str, list[str]]:
+    """What prompts.json in `folder` holds; nothing without that file."""
+    file = folder / PROMPTS
+    if not file.is_file():
+        return {}
+    try:
+        return {role: list(found) for role, found in json.loads(file.read_text(encoding="utf-8")).items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UsageError(f"{file} cannot be read as JSON; the run folder is damaged") from error
+
+
+def chosen_with(source: str) -> set[str]:
+    """Hashes of the trusted prompts that chose the rows of a curation run; none for any other source."""
+    from tunevax.data.sources import parse_source
+
+    path = Path(parse_source(source).name)
+    return set(recorded_prompts(path.parent if path.name == "data.jsonl" else path).get("validation", []))
+
+
+def ancestors(ref: str) -> tuple[list[Path], list[str]]:
+    """The folders that a model was made from, its own first, and the references on the way whose folder is gone.
+
+    A part of a run (`RUN/adapter`, `RUN/model`) counts as the run. An adapter has the model that it names as its base
+    below it, a run whatever it started from or put its adapter on.
+    """
+    todo, folders, gone = [str(ref)], [], []
+    while todo:
+        ref = todo.pop(0)
+        path = Path(ref)
+        holder = path.parent if path.name in ("adapter", "model") and not is_run(path) else path
+        folder = holder if is_run(holder) or (holder / PROMPTS).is_file() else path
+        if not folder.is_dir():
+            if path.is_absolute() and ref not in gone:
+                gone.append(ref)
+            continue
+        if folder.resolve() in (known.resolve() for known in folders):
+            continue
+        folders.append(folder)
+        if is_run(folder):
+            record = read_run(folder)
+            todo += [record.get("adapter_on"), record.get("parent"), (record.get("model") or {}).get("ref")]
+        for config in (path / "adapter_config.json", folder / "adapter" / "adapter_config.json"):
+            if config.is_file() and not is_run(folder):
+                todo.append(json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path"))
+        todo = [ref for ref in todo if ref]
+    return folders, gone
+
+
+def used_prompts(ref: str) -> dict[str, list[str]]:
+    """Hashes of the prompts that a model and its ancestors used, by role; empty for a plain model."""
+    found: dict[str, set[str]] = {}
+    for folder in ancestors(ref)[0]:
+        for role, used in recorded_prompts(folder).items():
+            found.setdefault(role, set()).update(used)
+    return {role: sorted(used) for role, used in found.items()}
+
+
+def unrecorded(ref: str) -> list[str]:
+    """What of a model's history cannot be compared with: runs that do not say which prompts they used, such as those of
+    an earlier tunevax, with the roles; and runs that are gone."""
+    folders, gone = ancestors(ref)
+    found = [f"{name} (gone)" for name in gone]
+    for folder in folders:
+        if is_run(folder):
+            roles = {entry.get("role") for entry in read_run(folder).get("data") or []}
+            if silent := [role for role in TRAINED if role in roles and role not in recorded_prompts(folder)]:
+                found.append(f"{folder} ({', '.join(silent)})")
+    return found
+
+
+# --- comparing ------------------------------------------------------------------------------------------------------
+
+
+def check(
+    ref: str,
+    scored: Mapping[str, Rows],
+    attack: Rows = (),
+    benign: Mapping[str, Rows] | None = None,
+    allow: bool = False,
+    *,
+    used: Mapping[str, Iterable[str]] | None = None,
+) -> dict[str, Any]:
+    """Compare what the model `ref` was trained on, what an attack on it trains on, and what it is scored on.
+
+    Args:
+        scored: the rows that it is scored on, by role.
+        attack: the harmful rows of an attack.
+        benign: the harmless rows of an attack, by role.
+        allow: count, and go on.
+        used: what the model was trained on, where that is not `used_prompts(ref)`.
+
+    Returns:
+        For the target in run.json: `overlap`, {"alignment/attack": distinct prompts, ...}; and where some of the
+        history does not say what it used, `unrecorded`.
+
+    Raises:
+        UsageError: a prompt that was trained on is scored on, or a harmful row of the attack was trained on before.
+    """
+    before = {role: set(found) for role, found in (used_prompts(ref) if used is None else used).items()}
+    trains = {role: rows for role, rows in {"attack": attack, **(benign or {})}.items() if rows}
+    counts: dict[str, set[str]] = {}
+    faults = []
+
+    def compare(first: str, known: set[str], second: str, rows: Rows, harms: bool, own: Rows | None = None) -> None:
+        common = [row for row in rows if marks(row["prompt"]) & known]
+        counts.setdefault(f"{first}/{second}", set()).update(hashes(common))
+        if common and harms:
+            shared = {mark for row in common for mark in marks(row["prompt"])}
+            spare = any(not marks(row["prompt"]) & shared for row in (rows if own is None else own))
+            faults.append(Fault(first, second, common, spare))
+
+    for role, known in before.items():
+        for other, rows in trains.items():
+            compare(role, known, other, rows, other == "attack")
+        for other, rows in scored.items():
+            compare(role, known, other, rows, True)
+    for i, (role, own) in enumerate(trains.items()):
+        known = {mark for row in own for mark in marks(row["prompt"])}
+        for other, rows in list(trains.items())[i + 1 :]:
+            compare(role, known, other, rows, False)
+        for other, rows in scored.items():
+            compare(role, known, other, rows, True, own)
+    if faults and not allow:
+        raise _refusal(faults, ref, True)
+    silent = unrecorded(ref)
+    if silent:
+        from tunevax.modeling.progress import console
+
+        console.print(f"note: prompts of these runs are unknown and not compared: {'; '.join(silent)}", highlight=False)
+    found = {"overlap": {pair: len(common) for pair, common in counts.items()}}
+    return {**found, **({"unrecorded": silent} if silent else {})}
+
+
+def count(ref: str, **roles: Rows) -> dict[str, int]:
+    """Distinct prompts that each two roles of a run's data share, and each role with those that the model `ref` was
+    trained on before. A run that trains and scores nothing refuses none of them."""
+    own = {role: {mark for row in rows for mark in marks(row["prompt"])} for role, rows in roles.items()}
+    names, counts = list(roles), {}
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            counts[f"{first}/{second}"] = len(hashes([r for r in roles[second] if marks(r["prompt"]) & own[first]]))
+    for role, used in used_prompts(ref).items():
+        for name, rows in roles.items():
+            pair = f"{role}/{name}"
+            common = hashes([row for row in rows if marks(row["prompt"]) & set(used)])
+            counts[pair] = max(counts.get(pair, 0), len(common))
+    return counts
+
+
+def require_disjoint(roles: Mapping[str, Rows | Iterable[str]], allow: bool = False) -> dict[str, int]:
+    """Count common prompts between every two roles, given as rows or as prompt hashes.
+
+    Returns:
+        `{"alignment/attack": 0, ...}`, for the run folder.
+
+    Raises:
+        UsageError: two roles share a prompt and `allow` is False.
+    """
+    content = {role: list(items) for role, items in roles.items()}
+    known = {role: {h for item in items for h in _marks_of(item)} for role, items in content.items()}
+    names, counts = list(content), {}
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            common = [item for item in content[second] if _marks_of(item) & known[first]]
+            distinct = {item if isinstance(item, str) else prompt_hash(item["prompt"]) for item in common}
+            counts[f"{first}/{second}"] = len(distinct)
+            if common and not allow:
+                if not isinstance(common[0], dict):  # the first role may be able to name them
+                    common = [item for item in content[first] if _marks_of(item) & known[second]]
+                raise _refusal([Fault(first, second, common, True)], None, False)
+    return counts
+
+
+def _marks_of(item: dict[str, Any] | str) -> set[str]:
+    return {item} if isinstance(item, str) else marks(item["prompt"])
+
+
+def named(rows: Sequence[dict[str, Any] | str], most: int = 3) -> str:
+    """The first prompts of rows for a message: 'How do I ...' (FILE:LINE), each distinct one once."""
+    distinct = list({prompt_hash(row["prompt"]): row for row in reversed(rows) if isinstance(row, dict)}.values())[::-1]
+    shown = []
+    for row in distinct[:most]:
+        words = " ".join(user_words(row["prompt"]).split())
+        words = words if len(words) <= 60 else words[:59] + "…"
+        place = row.get("place")
+        shown.append(f"{words!r}" + (f" ({place})" if place else ""))
+    more = len(distinct) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def _refusal(faults: Sequence[Fault], ref: str | None, drop: bool) -> UsageError:
+    """The error for roles that share prompts; `drop`: in a verb that scores or attacks, which has --drop-overlap."""
+    first, second, common, _ = faults[0]
+    distinct = len({row if isinstance(row, str) else prompt_hash(row["prompt"]) for row in common})
+    text = f"{ref}: " if ref else ""
+    text += f"{distinct} prompts are" if distinct > 1 else "1 prompt is"
+    text += f" in both the {first} and the {second} data"
+    text += f" ({named(common)})" if named(common) else ""
+    for fault in faults[1:]:
+        text += f", and {len(hashes(fault.common))} in both the {fault.first} and the {fault.second} data"
+    option = _option(second) if drop else None
+    ways = ["remove them" if option is None else f"give other rows with {option}"]
+    if second == "task evaluation" and first == "task":
+        ways.append("train on TASK:split=train alone")
+    if drop and all(fault.spare for fault in faults):
+        ways.append("pass --drop-overlap to go on without them")
+    ways.append("pass --allow-overlap to go on and have it recorded")
+    return UsageError(f"{text}, so the evidence would be worth nothing; {', or '.join(ways)}")
+
+
+# --- leaving overlapping rows out -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Exclusion:
+    """What `--drop-overlap` leaves out, the same for every model that is compared.
+
+    Training cannot be undone, so what a model was trained on is not scored on; what is scored on, and of harmful rows
+    also what a model was trained on, is not in the attack.
+
+    Attributes:
+        active: whether anything is left out.
+        trained: by role, hashes of what any of the models was trained on.
+        scored: hashes of what is scored on.
+        dropped: the rows left out so far: role, the role that has the prompt too, place, prompt and hash.
+    """
+
+    active: bool = False
+    trained: dict[str, set[str]] = field(default_factory=dict)
+    scored: set[str] = field(default_factory=set)
+    dropped: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, used: Iterable[Mapping[str, Iterable[str]]], active: bool) -> Exclusion:
+        """Before any rows are read, for models with these `used_prompts`."""
+        made = cls(active)
+        for prompts in used if active else ():
+            for role, found in prompts.items():
+                made.trained.setdefault(role, set()).update(found)
+        return made
+
+    def fresh(self) -> Exclusion:
+        """One that leaves out the same and has nothing on its list."""
+        return Exclusion(self.active, self.trained, self.scored)
+
+    def score(self, role: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows to score on, without what was trained on."""
+        return self._without(role, rows, self.trained)
+
+    def settle(self, scored: Mapping[str, Rows]) -> None:
+        """Take note of what is scored on, before the attack's rows are read."""
+        if self.active:
+            self.scored = {mark for rows in scored.values() for row in rows for mark in marks(row["prompt"])}
+
+    def attack(self, role: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Harmful rows to train on, without what is scored on or was trained on before."""
+        return self._without(role, rows, {**self.trained, "evaluation": self.scored})
+
+    def benign(self, role: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Harmless rows to train on, without what is scored on."""
+        return self._without(role, rows, {"evaluation": self.scored})
+
+    def _without(self, role: str, rows: list[dict[str, Any]], known: Mapping[str, set[str]]) -> list[dict[str, Any]]:
+        if not self.active:
+            return rows
+        kept = []
+        for row in rows:
+            other = next((name for name, found in known.items() if marks(row["prompt"]) & found), None)
+            if other is None:
+                kept.append(row)
+                continue
+            self.dropped.append(
+                {"role": role, "also_in": other, "place": row.get("place"), "prompt": row["prompt"],
+                 "hash": prompt_hash(row["prompt"])}
+            )  # fmt: skip
+        if rows and not kept:
+            way = _option(role)
+            raise UsageError(
+                f"--drop-overlap would leave no {role} row: each of the {len(rows)} is in the data that the model or "
+                f"the attack trains or is scored on ({named(rows)}); give other rows{f' with {way}' if way else ''}"
+            )
+        return kept
+
+    def summary(self) -> dict[str, dict[str, Any]] | None:
+        """For run.json: by role, the rows left out and the hashes of their prompts; None if nothing was to be."""
+        if not self.active:
+            return None
+        found: dict[str, dict[str, Any]] = {}
+        for row in self.dropped:
+            entry = found.setdefault(row["role"], {"rows": 0, "prompts": []})
+            entry["rows"] += 1
+            entry["prompts"] = sorted({*entry["prompts"], row["hash"]})
+        return found

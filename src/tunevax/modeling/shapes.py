@@ -1,0 +1,230 @@
+"""What a model has to be like, seen in one small forward pass and in its tokenizer before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunevax.errors import UsageError
+from tunevax.modeling.blocks import CALLED, Block, find_final_norm, unwrap
+from tunevax.modeling.hooks import Prefix, tensor_of, without_dropout
+from tunevax.modeling.loss import last_hidden, logits_of
+from tunevax.modeling.precision import wide
+
+TOKENS = 6  # of a row of the probe
+
+
+def require_language_model(model: nn.Module, blocks: Sequence[Block] = (), parts: Sequence[str] = ()) -> None:
+    """Run two short rows through `model`, and raise `UsageError` unless it is what tunevax takes it for.
+
+    Its logits follow from the head's input as `logits_of` has it; no token sees those behind it; and each of `blocks`
+    takes hidden states [batch, tokens, hidden], and has each of `parts` (fields of `Block`, `module` for the block
+    itself) run once, with such an output; an MLP's may be flattened to [batch x tokens, hidden]. With `norm` among the
+    parts, the head is given what the final norm gives.
+    """
+    stock = unwrap(model)
+    name, head, embedding = type(stock).__name__, stock.get_output_embeddings(), stock.get_input_embeddings()
+    if head is None or embedding is None:
+        raise UsageError(f"{name} has no {'head' if head is None else 'embedding'} of its own; take a causal model")
+    if any(p.is_meta for p in model.parameters()):
+        return
+    ids = probe_ids(stock)
+    calls: dict[tuple[int, str], list[torch.Tensor | None]] = {}
+    heads: list[torch.Tensor] = []
+
+    def ran(key: tuple[int, str], _module: nn.Module, _args: tuple, output: Any) -> None:
+        calls.setdefault(key, []).append(tensor_of(output))
+
+    def entered(key: tuple[int, str], _module: nn.Module, args: tuple, kwargs: dict) -> None:
+        calls.setdefault(key, []).append(args[0] if args else kwargs.get("hidden_states"))
+
+    handles = [head.register_forward_pre_hook(lambda _module, args: heads.append(args[0]))]
+    normed: list[torch.Tensor] = []
+    if "norm" in parts:
+        handles.append(
+            find_final_norm(model).register_forward_hook(lambda _module, _args, output: normed.append(output))
+        )
+    wanted = [(i, part) for i in range(len(blocks)) for part in parts if part != "norm"]
+    for i, part in wanted:
+        module = getattr(blocks[i], part)
+        handles.append(module.register_forward_hook(lambda *call, key=(i, part): ran(key, *call)))
+        if part == "module":
+            hook = lambda *call, key=(i, "input"): entered(key, *call)  # noqa: E731
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    training = [m for m in model.modules() if m.training]
+    try:
+        with torch.no_grad():
+            model.eval()
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in training:
+            module.training = True
+    _require_head(name, stock, heads, logits)
+    _require_causal(name, logits)
+    if "norm" in parts and not (normed and torch.equal(normed[-1], heads[0])):
+        raise UsageError(
+            f"between the final norm of {name} and its head something else is computed (a projection or a scale), so "
+            "that no other depth can be read by norm and head; plain sft works without"
+        )
+    inputs = [(i, "input") for i in range(len(blocks))] if "module" in parts else []
+    for i, part in [*inputs, *wanted]:
+        _require_states(name, i, part, calls.get((i, part), []), ids.shape, stock.config.get_text_config().hidden_size)
+
+
+def probe_ids(stock: nn.Module) -> torch.Tensor:
+    """Two rows of token ids, [2, TOKENS], that differ but for the first one, with no special token among them: one that
+    stands for an image would ask for the image."""
+    config = stock.config
+    values = {**config.to_dict(), **config.get_text_config().to_dict()}
+    special = {v for k, v in values.items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)}
+    weight = stock.get_input_embeddings().weight
+    plain = [i for i in range(min(len(weight), 1000)) if i not in special] or [0]
+    row = [plain[(7 * i + 3) % len(plain)] for i in range(2 * TOKENS)]
+    return torch.tensor([row[:TOKENS], row[:1] + row[TOKENS + 1 :]], device=weight.device)
+
+
+def _require_head(name: str, stock: nn.Module, heads: list[torch.Tensor], logits: torch.Tensor) -> None:
+    if len(heads) != 1 or heads[0].dim() != 3:
+        raise UsageError(
+            f"{name} does not give its head the hidden states of all tokens at once, so no loss can be taken; use a "
+            "causal language model of transformers"
+        )
+    with torch.no_grad():
+        ours = logits_of(stock, heads[0])
+    if ours.shape == logits.shape:
+        error = (ours - wide(logits)).abs().max().item()
+        # Rounding of one product; a cap that changes less does no harm either.
+        if error <= max(1e-4, 8 * torch.finfo(logits.dtype).eps) * max(logits.abs().max().item(), 1e-3):
+            return
+    raise UsageError(
+        f"{name} does something to its logits behind its head that tunevax does not know (a scale, a cap or a cut), "
+        "and every loss would be wrong; use another model, or report its class"
+    )
+
+
+def _require_causal(name: str, logits: torch.Tensor) -> None:
+    first = wide(logits[:, 0])
+    loose = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 0.05
+    if (first[0] - first[1]).abs().max() > loose * first.abs().max():
+        raise UsageError(
+            f"{name} predicts a token from those behind it (an encoder, or is_decoder is false in its config); use a "
+            "causal language model"
+        )
+
+
+def _require_states(
+    name: str, i: int, part: str, seen: list[torch.Tensor | None], shape: torch.Size, hidden: int
+) -> None:
+    what = {"module": f"block {i}", "input": f"block {i}"}.get(part, f"the {CALLED.get(part)} of block {i}")
+    rows, tokens = shape
+    allowed = [(rows, tokens, hidden), *([(rows * tokens, hidden)] if part == "mlp" else [])]
+    if len(seen) != 1 or not torch.is_tensor(seen[0]):
+        why = f"runs {len(seen)} times in a forward pass" if len(seen) != 1 else "passes on no single tensor"
+    elif tuple(seen[0].shape) not in allowed:
+        verb = "takes" if part == "input" else "gives"
+        why = f"{verb} a tensor {list(seen[0].shape)} for {rows} rows of {tokens} tokens and {hidden} dimensions"
+    else:
+        return
+    raise UsageError(f"{what} of {name} {why}, which this method cannot work on; plain sft does not look into blocks")
+
+
+def can_replay(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
+    """Whether the blocks below any one can be left out of a second pass (`Prefix`), what enters that one being all that
+    it and those above need of them. They need more where blocks share keys and values (Gemma 3n and 4)."""
+    stock = unwrap(model)
+    if any(p.is_meta for p in model.parameters()):
+        return True
+    ids = probe_ids(stock)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for start in sorted({1, len(blocks) // 2, len(blocks) - 1} - {0, len(blocks)}):
+        prefix = Prefix(blocks, start)
+        try:
+            with torch.no_grad(), without_dropout([model]):
+                with prefix.record():
+                    first = last_hidden(model, inputs)
+                with prefix.replay():
+                    second = last_hidden(model, inputs)
+        except Exception:  # of whatever kind: what a block asks for is not there
+            return False
+        if not torch.equal(first, second):
+            return False
+    return True
+
+
+# --- config and tokens ------------------------------------------------------------------------------------------------
+
+
+def settle_config(config: Any, base: str) -> None:
+    """Take a padding token beyond the embedding out of `config`: transformers would not build the model.
+
+    Raises:
+        UsageError: it is of an encoder-decoder model.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise UsageError(
+            f"{base} is an encoder-decoder model ({type(config).__name__}), and tunevax takes causal language models, "
+            "which are decoders alone, such as Llama"
+        )
+    for part in (config, config.get_text_config()):
+        pad, rows = getattr(part, "pad_token_id", None), getattr(part, "vocab_size", None)
+        if pad is not None and rows is not None and pad >= rows:
+            part.pad_token_id = None
+
+
+def settle_tokens(model: nn.Module, tokenizer: Any, ref: str) -> None:
+    """Give `tokenizer` a token that ends an answer and one to pad with, both with a row in the model's embedding.
+
+    An end that is missing is what the chat template puts behind an answer, if that is a special token, or else what the
+    generation config or the config names. A padding token that is missing, or was added to the tokenizer and not to the
+    model, is the end: padding is masked by its place, and no label by its token. Other tokens beyond the embedding are
+    refused by `ids_of` where a text has them.
+
+    Raises:
+        UsageError: nothing ends an answer.
+    """
+    stock = unwrap(model)
+    rows = stock.get_input_embeddings().weight.shape[0]
+    if max(tokenizer.get_vocab().values(), default=0) >= rows:
+        tokenizer.embedding_rows = rows
+    if not _has_row(tokenizer.eos_token_id, rows):
+        behind = _behind_an_answer(tokenizer)
+        named = [
+            end
+            for config in (stock.generation_config, stock.config, stock.config.get_text_config())
+            for end in _listed(getattr(config, "eos_token_id", None))
+        ]
+        known = [i for i in (*behind, *named) if _has_row(i, rows) and tokenizer.convert_ids_to_tokens(i)]
+        if not known:
+            raise UsageError(
+                f"nothing ends an answer of {ref}: its tokenizer and its config name no eos_token that the model has "
+                f"(its embedding has {rows} rows), and its chat template puts no special token behind an answer; set "
+                "eos_token in tokenizer_config.json"
+            )
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(known[0])
+    if not _has_row(tokenizer.pad_token_id, rows):
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def _has_row(token: int | None, rows: int) -> bool:
+    return token is not None and 0 <= token < rows
+
+
+def _listed(value: int | list[int] | None) -> list[int]:
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+def _behind_an_answer(tokenizer: Any) -> list[int]:
+    """Special tokens that the chat template puts behind an answer, in order."""
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        ids = tokenizer(text.rpartition("answer")[2], add_special_tokens=False)["input_ids"]
+    except Exception:  # a template that cannot render this: others say so, with its row
+        return []
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return [i for i in ids if i in special]
