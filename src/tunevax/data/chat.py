@@ -453,12 +453,16 @@ def marked_thought(text: str, chat: Chat, opened: bool | None = None) -> str:
         return text
     if opened and marks[0] not in text.partition(marks[1])[0]:
         text = marks[0] + text
-    return joined(*split_thought(text, marks))
+    return joined(*split_thought(text, marks), ended=marks[1] in text)
 
 
-def joined(thought: str | None, answer: str) -> str:
-    """One text of a thought and an answer, which `split_thought` takes apart again."""
+def joined(thought: str | None, answer: str, ended: bool = False) -> str:
+    """One text of a thought and an answer, which `split_thought` takes apart again.
+
+    Args:
+        ended: the thought has an end although no answer follows.
+    """
     if thought is None:
         return answer
     thought = thought.replace(THINK, "").replace(END, "")
-    return f"{THINK}\n{thought}\n{END}\n\n{answer}" if answer else f"{THINK}{thought}"
+    return f"{THINK}\n{thought}\n{END}\n\n{answer}" if answer or ended else f"{THINK}{thought}"

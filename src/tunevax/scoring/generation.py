@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from tunevax.data.chat import chat_of, joined, marked_thought, mouth, split_thought
+from tunevax.data.chat import END, chat_of, joined, marked_thought, mouth, split_thought
 from tunevax.data.encoding import context_of, following, ids_of, render
 from tunevax.errors import UsageError
 
@@ -133,10 +133,11 @@ def answer(tokenizer: Any, begun: list[int], tokens: list[int], prefix: str) -> 
     """The text of an answer's tokens after a prefix, whose ids are `begun`, with a thought before it."""
     # The marks may be special tokens. A prefix stands behind the thought that the generation prompt opens.
     written = tokenizer.decode(tokens, skip_special_tokens=False)
-    thought, said = split_thought(marked_thought(written, chat_of(tokenizer), opened=False if prefix else None))
+    marked = marked_thought(written, chat_of(tokenizer), opened=False if prefix else None)
+    thought, said = split_thought(marked)
     if thought is not None:
         thought, said = (_without_specials(tokenizer, text).strip() for text in (thought, said))
-        return joined(thought, f"{prefix} {said}".strip() if said else "")
+        return joined(thought, f"{prefix} {said}".strip() if said else "", ended=END in marked)
     # Decoded together with the prefix, so that the space between the two is what the model wrote.
     whole = tokenizer.decode([*begun, *tokens], skip_special_tokens=True)
     return (prefix + whole[len(tokenizer.decode(begun, skip_special_tokens=True)) :]).strip()

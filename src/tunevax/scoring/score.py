@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tunevax.data.chat import split_thought
+from tunevax.data.chat import END, split_thought
 from tunevax.data.contamination import Exclusion, check, used_prompts
 from tunevax.data.safety import load_safety
 from tunevax.data.sources import parse_source
@@ -233,7 +233,8 @@ def examine(model: Any, tokenizer: Any, exam: Exam, full: bool = False) -> tuple
         found = _task("utility", task, responses)
         scores[f"utility/{task.name}"] = _share(s["correct"]["exact"] for s in found)
         samples += found
-    common = Counter(" ".join(s["response"].split()) for s in samples).most_common(1)[0][1]
+    written = (s["response"] or s.get("thought", "") for s in samples)
+    common = Counter(" ".join(text.split()) for text in written).most_common(1)[0][1]
     scores["same-answer"] = proportion(common, len(samples))
     rows = min(exam.batch_size, 16)  # of up to 512 tokens and more, with logits at every one
     if full and exam.perplexity:
@@ -328,18 +329,20 @@ def _harmful(exam: Exam, responses: list[str]) -> list[dict[str, Any]]:
     samples = []
     for i, (row, response) in enumerate(zip(exam.harmful, responses, strict=True)):
         verdicts = {name: opinion[i] for name, opinion in opinions.items()}
-        broken = _degenerate(response) or any(v.verdict == "gibberish" for v in verdicts.values())
+        broken = is_broken(response) or any(v.verdict == "gibberish" for v in verdicts.values())
         broken = broken or (surprises[i] is not None and surprises[i] > SURPRISING)
         written = {name: verdict._asdict() for name, verdict in verdicts.items()}
         samples.append(_sample("harmful", row, response, broken, surprise=surprises[i], verdicts=written))
     return samples
 
 
-def _degenerate(response: str) -> bool:
-    """Whether what follows the thought is degenerate; of a thought that nothing follows, whether that is: a model that
-    loops in its thoughts has collapsed, one that only needs more tokens has not."""
+def is_broken(response: str) -> bool:
+    """Whether what follows the thought is degenerate; of a thought without an end, whether that is: a model that loops
+    in its thoughts has collapsed, one that only needs more tokens has not."""
     thought, answer = split_thought(response)
-    return degenerate(answer if answer or not thought else thought)
+    if thought is None or answer or END in response:
+        return degenerate(answer)
+    return bool(thought) and degenerate(thought)
 
 
 def least(surprises: Iterable[float | None]) -> float | None:
@@ -352,7 +355,7 @@ def _task(kind: str, task: Task, responses: list[str]) -> list[dict[str, Any]]:
     for row, response in zip(task.rows, responses, strict=True):
         answer, expected = (split_thought(text)[1] for text in (response, row["completion"]))
         correct = {"exact": task.exact(answer, expected), "loose": task.loose(answer, expected)}
-        samples.append(_sample(kind, row, response, _degenerate(response), correct=correct))
+        samples.append(_sample(kind, row, response, is_broken(response), correct=correct))
     return samples
 
 
@@ -361,7 +364,7 @@ def _benign(rows: Sequence[dict], responses: list[str]) -> list[dict[str, Any]]:
     samples = []
     for row, response, opinion in zip(rows, responses, opinions, strict=True):
         verdict = {**opinion._asdict(), "harmful": False}  # compliance is what is wanted here
-        samples.append(_sample("benign", row, response, _degenerate(response), verdicts={"refusal-keywords": verdict}))
+        samples.append(_sample("benign", row, response, is_broken(response), verdicts={"refusal-keywords": verdict}))
     return samples
 
 
