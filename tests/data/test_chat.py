@@ -13,6 +13,7 @@ from tunevax.data.chat import (
     joined,
     marked_thought,
     mouth,
+    recorded,
     render,
     split_thought,
 )
@@ -190,7 +191,8 @@ OPENS = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %
 )  # fmt: skip
 def test_an_answer_is_never_learnt_inside_a_thought(template, lead):
     tok = tokenizer(template)
-    assert learnt(tok, ROWS[0])[0] == lead + "no" + STOP and chat_of(tok).opened
+    assert learnt(tok, ROWS[0])[0] == lead + "no" + STOP
+    assert recorded(tok)["opened"] and recorded(tok)["lead"] == lead, "as run.json says"
     assert mouth(tok, "p") == lead
     assert split_thought(generated(tok, "hm</think>No.")) == ("hm", "No.")
 
@@ -240,6 +242,11 @@ def test_files_and_options_of_templates(tmp_path):
     tok = tokenizer()
     set_chat_template(tok, str(file))
     assert render(tok, "p").startswith(START)
+    for content, said in ((CHATML.encode("utf-16"), "cannot be read as UTF-8"), (b" \n", "is empty")):
+        (tmp_path / "odd.jinja").write_bytes(content)
+        with pytest.raises(UsageError, match=said):
+            set_chat_template(tok, str(tmp_path / "odd.jinja"))
+    set_chat_template(tok, str(file))
     set_chat_template(tok, "own:thought=<t>|</t>")
     assert chat_of(tok).thought == ("<t>", "</t>") and render(tok, "p").startswith(START)
     set_chat_template(tok, "own:thought=<u>|</u>")  # options replace each other, and are saved with the template

@@ -149,6 +149,12 @@ def chat_of(tokenizer: Any) -> Chat:
     return _known(tokenizer)[1]
 
 
+def recorded(tokenizer: Any) -> dict[str, Any]:
+    """What run.json says of the template: `Chat`, and `lead`, what comes between the generation prompt and the answer
+    to a single question (see `Seam`)."""
+    return {**chat_of(tokenizer)._asdict(), "lead": seam(tokenizer, [{"role": "user", "content": USER}]).lead}
+
+
 def _known(tokenizer: Any) -> tuple[str, Chat, dict[tuple[str, ...], Seam]]:
     """The template, what was established about it, and the seams so far."""
     template = tokenizer.chat_template

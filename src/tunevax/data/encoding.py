@@ -34,6 +34,11 @@ TEMPLATES = {
 }
 """Templates by name; `none` is the bare text of the turns."""
 
+TEMPLATE_HELP = (
+    "own (the tokenizer's, the default), alpaca, plain, none, or a jinja file; behind a colon thinking=off asks for no "
+    "thought, thought=OPEN|CLOSE names the marks around one, and the template's own variables are set"
+)
+
 
 def set_chat_template(tokenizer: Any, template: str | None) -> None:
     """Give the tokenizer a template and probe it.
@@ -56,7 +61,12 @@ def set_chat_template(tokenizer: Any, template: str | None) -> None:
             raise UsageError(
                 f"no chat template file {name}; give own, {', '.join(TEMPLATES)}, or the path of a jinja file"
             )
-        tokenizer.chat_template = Path(name).read_text(encoding="utf-8-sig")
+        try:
+            tokenizer.chat_template = Path(name).read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"the chat template {name} cannot be read as UTF-8 ({error}); save it as that") from error
+        if not tokenizer.chat_template.strip():
+            raise UsageError(f"the chat template {name} is empty")
     if isinstance(tokenizer.chat_template, dict):  # several by name, for tools and documents
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     if not tokenizer.chat_template:
