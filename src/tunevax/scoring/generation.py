@@ -123,8 +123,8 @@ def encoded_prompts(
         encoded.append(ids + begun[-1])
         if context and len(encoded[-1]) >= context:
             raise UsageError(
-                f"{place}: a length of {len(encoded[-1])} tokens leaves no room for an answer in the model's context of "
-                f"{context} ({str(prompt)[:40]!r}...); drop it"
+                f"{place}: a length of {len(encoded[-1])} tokens leaves no room for an answer in the model's context "
+                f"of {context} ({str(prompt)[:40]!r}...); drop it"
             )
     return encoded, [min(max_new_tokens, context - len(ids)) if context else max_new_tokens for ids in encoded], begun
 
