@@ -407,6 +407,18 @@ def test_a_thought_in_a_row_is_learnt_as_one():
     row = {"prompt": "p", "completion": "<think>because</think>yes"}
     assert learnt(tokenizer(EMPTY_THOUGHT), row)[0] == "<think>\nbecause\n</think>\n\nyes<|im_end|>"
     assert learnt(tokenizer(OPENED), row)[0] == "because\n</think>\n\nyes<|im_end|>"
+    # In the template's own form, whatever marks the row has, and none of the model's where that knows no thoughts.
+    own = CHATML.replace(
+        "{{ m.content }}",
+        "{% if m.reasoning_content %}<|channel|>analysis<|message|>{{ m.reasoning_content }}<|im_end|><|im_start|>assistant\n"
+        "{% endif %}{{ '<|channel|>final<|message|>' if m.role == 'assistant' }}{{ m.content }}",
+    )
+    said = (
+        "<|channel|>analysis<|message|>because<|im_end|><|im_start|>assistant\n<|channel|>final<|message|>yes<|im_end|>"
+    )
+    assert learnt(tokenizer(own), row)[0] == said
+    assert learnt(tokenizer(own), {**row, "completion": said.removesuffix(STOP)})[0] == said
+    assert learnt(tokenizer(), row)[0] == row["completion"] + STOP
 
 
 def test_judges_see_the_answer_alone():

@@ -46,7 +46,7 @@ WORDS = THOUGHTS[1:4]
 OPTIONS = ("thought", "thinking")
 HEAD = re.compile(r"\{#-? tunevax (\{.*?\}) -?#\}\n?")
 
-USER, SYSTEM, ANSWERS = "Marmalade47", "Sextant31", ("Quince58", "Walnut92")
+USER, SYSTEM, THOUGHT, ANSWERS = "Marmalade47", "Sextant31", "Periwinkle63", ("Quince58", "Walnut92")
 """Words that no template holds. The two answers differ in their first and in their last letter."""
 
 
@@ -80,10 +80,13 @@ class Seam(NamedTuple):
         end: what the generation prompt has after the last turn's text.
         lead: what stands between the generation prompt and an answer that nobody thought about: what finished turns
             have there (an empty thought, in some), or the end of a thought that the generation prompt opens.
+        thoughtful: the same for an answer with a thought, as what comes before and after that; None where the template
+            knows no thoughts, or the generation prompt leaves no place for one.
     """
 
     end: str
     lead: str
+    thoughtful: tuple[str, str] | None
 
 
 def with_options(template: str, options: str) -> str:
@@ -344,13 +347,31 @@ def seam(tokenizer: Any, turns: Sequence[dict[str, str]], place: str = "a prompt
                 f"{place}: the chat template loses the text of the {role}'s turn (turn {i} of {len(roles)}); pass "
                 "another with --chat-template, or drop the row"
             )
-    answer = {"role": "assistant", "content": ANSWERS[0]}
-    before = _whole(tokenizer, [*marked, answer], chat, place, generate=False).partition(ANSWERS[0])[0]
-    end, finished = (text.rpartition(words[-1])[2] for text in (asked, before))
-    lead = finished.removeprefix(end) if finished.startswith(end) else ""
-    if chat.thought and _open(end, chat.thought) and chat.thought[1] not in lead:
-        lead = f"\n{chat.thought[1]}\n\n"
-    seams[roles] = Seam(end, lead)
+    end, lead = asked.rpartition(words[-1])[2], ""
+
+    def finished(**more: str) -> str:
+        """What a finished turn has between the last words of the prompt and the answer."""
+        answer = {"role": "assistant", "content": ANSWERS[0], **more}
+        before = _whole(tokenizer, [*marked, answer], chat, place, generate=False).partition(ANSWERS[0])[0]
+        return before.rpartition(words[-1])[2]
+
+    if (plain := finished()).startswith(end):
+        lead = plain.removeprefix(end)
+    if chat.thought is None:
+        seams[roles] = Seam(end, lead, None)
+        return seams[roles]
+    opening, closing = chat.thought
+    opened, thoughtful = _open(end, chat.thought), None
+    if opened or closing not in end:
+        before, word, after = finished(reasoning_content=THOUGHT).partition(THOUGHT)
+        if word and before.startswith(end) and closing in after:
+            thoughtful = (before.removeprefix(end), after)
+        else:  # many templates drop thoughts, or leave them to the answer's own marks
+            between = "" if closing in lead else lead
+            thoughtful = ("" if opened else f"{between}{opening}\n", f"\n{closing}\n\n")
+    if opened and closing not in lead:
+        lead = "".join(thoughtful)
+    seams[roles] = Seam(end, lead, thoughtful)
     return seams[roles]
 
 
@@ -367,21 +388,24 @@ def response(tokenizer: Any, row: dict[str, Any]) -> str:
     """
     chat, place = chat_of(tokenizer), row.get("place", "a row")
     turns = conversation(row["prompt"], chat)
-    end, lead = seam(tokenizer, turns, place)
-    thought, answer = split_thought(row["completion"], chat.thought) if chat.thought else (None, row["completion"])
+    _, lead, thoughtful = seam(tokenizer, turns, place)
+    answer, thought = row["completion"], None
+    if chat.thought:  # a row's marks may be those of another model
+        marks = chat.thought if any(mark in answer for mark in chat.thought) else _marks_at_the_head(answer)
+        thought, answer = split_thought(answer, marks) if marks else (None, answer)
     if thought is not None:
-        opening, closing = chat.thought
-        if not answer and closing not in row["completion"]:
+        if not answer and marks[1] not in row["completion"]:
             raise UsageError(
-                f"{place}: the answer is a thought without an end ({closing}); complete the row, or drop it"
+                f"{place}: the answer is a thought without an end ({marks[1]}); complete the row, or drop it"
             )
-        if closing in end:
+        if thoughtful is None:
             raise UsageError(
                 f"{place}: the answer begins with a thought, and the chat template asks for none; pass --chat-template "
                 "own:thinking=on if it has that switch, or take the thought out of the row"
             )
-        opened = _open(end, chat.thought)
-        lead = ("" if opened else f"{opening}\n") + f"{thought}\n{closing}\n\n"
+        # Between some thoughts and the closing mark stands the end of a turn, which the row may have too.
+        end_of_turn = thoughtful[1].partition(chat.thought[1])[0].strip()
+        lead = thought.removesuffix(end_of_turn).strip().join(thoughtful)
 
     def finished(said: str) -> str:
         return _whole(tokenizer, [*turns, {"role": "assistant", "content": said}], chat, place, generate=False)
@@ -405,11 +429,8 @@ def mouth(tokenizer: Any, prompt: str | Sequence[dict[str, str]], place: str = "
     """What comes between the rendered prompt and words put into the model's mouth: what stands before an answer that
     nobody thought about, with an empty thought where the template knows thoughts and finished turns leave them out."""
     chat = chat_of(tokenizer)
-    end, lead = seam(tokenizer, conversation(prompt, chat), place)
-    if chat.thought is None or chat.thought[1] in end + lead:
-        return lead
-    opening, closing = chat.thought
-    return f"{lead}{opening}\n\n{closing}\n\n"
+    _, lead, thoughtful = seam(tokenizer, conversation(prompt, chat), place)
+    return lead if thoughtful is None or chat.thought[1] in lead else "".join(thoughtful)
 
 
 def split_thought(text: str, marks: tuple[str, str] | None = None) -> tuple[str | None, str]:
@@ -440,9 +461,12 @@ def split_thought(text: str, marks: tuple[str, str] | None = None) -> tuple[str 
 
 
 def _marks_in(text: str) -> tuple[str, str] | None:
-    at_the_head = (pair for pair in THOUGHTS if text.lstrip().startswith(pair[0]))
     anywhere = (pair for pair in THOUGHTS if pair not in WORDS and any(mark in text for mark in pair))
-    return next(at_the_head, None) or next(anywhere, None)
+    return _marks_at_the_head(text) or next(anywhere, None)
+
+
+def _marks_at_the_head(text: str) -> tuple[str, str] | None:
+    return next((pair for pair in THOUGHTS if text.lstrip().startswith(pair[0])), None)
 
 
 def marked_thought(text: str, chat: Chat, opened: bool | None = None) -> str:
