@@ -77,14 +77,12 @@ class Seam(NamedTuple):
     """Where an answer follows a conversation with the roles of one prompt.
 
     Attributes:
-        end: what the generation prompt has after the last turn's text.
         lead: what stands between the generation prompt and an answer that nobody thought about: what finished turns
             have there (an empty thought, in some), or the end of a thought that the generation prompt opens.
         thoughtful: the same for an answer with a thought, as what comes before and after that; None where the template
             knows no thoughts, or the generation prompt leaves no place for one.
     """
 
-    end: str
     lead: str
     thoughtful: tuple[str, str] | None
 
@@ -358,7 +356,7 @@ def seam(tokenizer: Any, turns: Sequence[dict[str, str]], place: str = "a prompt
     if (plain := finished()).startswith(end):
         lead = plain.removeprefix(end)
     if chat.thought is None:
-        seams[roles] = Seam(end, lead, None)
+        seams[roles] = Seam(lead, None)
         return seams[roles]
     opening, closing = chat.thought
     opened, thoughtful = _open(end, chat.thought), None
@@ -371,7 +369,7 @@ def seam(tokenizer: Any, turns: Sequence[dict[str, str]], place: str = "a prompt
             thoughtful = ("" if opened else f"{between}{opening}\n", f"\n{closing}\n\n")
     if opened and closing not in lead:
         lead = "".join(thoughtful)
-    seams[roles] = Seam(end, lead, thoughtful)
+    seams[roles] = Seam(lead, thoughtful)
     return seams[roles]
 
 
@@ -388,7 +386,7 @@ def response(tokenizer: Any, row: dict[str, Any]) -> str:
     """
     chat, place = chat_of(tokenizer), row.get("place", "a row")
     turns = conversation(row["prompt"], chat)
-    _, lead, thoughtful = seam(tokenizer, turns, place)
+    lead, thoughtful = seam(tokenizer, turns, place)
     answer, thought = row["completion"], None
     if chat.thought:  # a row's marks may be those of another model
         marks = chat.thought if any(mark in answer for mark in chat.thought) else _marks_at_the_head(answer)
@@ -429,7 +427,7 @@ def mouth(tokenizer: Any, prompt: str | Sequence[dict[str, str]], place: str = "
     """What comes between the rendered prompt and words put into the model's mouth: what stands before an answer that
     nobody thought about, with an empty thought where the template knows thoughts and finished turns leave them out."""
     chat = chat_of(tokenizer)
-    _, lead, thoughtful = seam(tokenizer, conversation(prompt, chat), place)
+    lead, thoughtful = seam(tokenizer, conversation(prompt, chat), place)
     return lead if thoughtful is None or chat.thought[1] in lead else "".join(thoughtful)
 
 
