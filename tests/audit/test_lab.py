@@ -22,7 +22,7 @@ def test_workers_share_the_devices_they_were_given(monkeypatch, variable, given,
     if given is not None:
         monkeypatch.setenv(variable, given)
     assert lab.devices(count) == names
-    monkeypatch.setattr(lab, "Lab", lambda options: None)
+    monkeypatch.setattr(lab, "Lab", lambda *_: None)
     monkeypatch.setattr(lab.threading.Thread, "start", lambda self: None)
     monkeypatch.setattr(lab.signal, "signal", lambda *_: None)
     monkeypatch.setattr(lab.console, "quiet", False)
@@ -32,7 +32,7 @@ def test_workers_share_the_devices_they_were_given(monkeypatch, variable, given,
     for _ in range(3):  # each of a process of its own, which inherits what was given
         with monkeypatch.context() as worker:
             worker.setattr(lab.os, "environ", dict(os.environ))
-            lab._start_worker(None, 0, counter, count)
+            lab._start_worker(None, 0, counter, count, None)
             seen.append(lab.os.environ.get(where))
     assert seen == ([(names * 3)[i] for i in range(3)] if names else [given] * 3)
 

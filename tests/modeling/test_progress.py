@@ -16,6 +16,8 @@ def fast(monkeypatch):
     """Lines every few hundredths of a second instead of every ten seconds."""
     monkeypatch.setattr(progress, "SHORTEST", 0.05)
     monkeypatch.setattr(progress, "LONGEST", 0.05)
+    monkeypatch.setattr(progress, "SOON", 0.01)
+    monkeypatch.setattr(console, "quiet", False)
     monkeypatch.setattr(Lines, "first", None)
     monkeypatch.setattr(Lines, "open", [])
 
@@ -108,3 +110,18 @@ def test_a_reader_that_leaves_stops_the_display_and_not_the_run(monkeypatch):
     console.print("x")
     assert console.quiet
     monkeypatch.setattr(console, "quiet", False)
+
+
+def test_what_is_over_soon_gets_no_line_and_neither_does_nothing(fast, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SOON", 0.4)
+    for _ in range(3):  # one after the other, in a process that last wrote long ago
+        with bar() as shown:
+            shown.add_task("short", total=1, note="")
+            time.sleep(0.15)
+    with bar():  # nothing in it
+        time.sleep(0.6)
+    assert capsys.readouterr().err == ""
+    with bar() as shown:
+        shown.add_task("long", total=1, note="")
+        time.sleep(0.7)
+    assert "long" in capsys.readouterr().err

@@ -21,6 +21,8 @@ from tunevax.runs import is_main_process
 SHORTEST, LONGEST = 10.0, 50.0
 """Seconds between two lines where there is no terminal: the shortest at first, then a tenth of the time that has
 passed, up to the longest."""
+SOON = 2.0
+"""Seconds without a line: what is over by then needs none."""
 
 
 class _Console(Console):
@@ -54,6 +56,7 @@ class Lines(Progress):
     """
 
     open: ClassVar[list[Lines]] = []
+    opened: ClassVar[float] = 0.0  # when the outermost of these was opened
     first: ClassVar[float | None] = None  # when the first of this process was opened
     last: ClassVar[float] = 0.0  # when the last line was written
 
@@ -70,6 +73,7 @@ class Lines(Progress):
         self.closed.clear()
         self.open.append(self)
         if len(self.open) == 1:
+            Lines.opened = time.monotonic()
             threading.Thread(target=self._write, daemon=True).start()
 
     def stop(self) -> None:
@@ -80,16 +84,23 @@ class Lines(Progress):
 
     def _write(self) -> None:
         """Until the outermost is closed."""
-        while not self.closed.wait(max(0.0, Lines.last + _gap() - time.monotonic())):
-            if time.monotonic() >= Lines.last + _gap():
+        while not self.closed.wait(max(0.0, _next() - time.monotonic())):
+            said = "; ".join(_line(task) for lines in list(self.open) for task in lines.tasks)
+            if not said:  # nothing has begun yet
+                Lines.opened = time.monotonic()
+            elif time.monotonic() >= _next():
                 Lines.last = time.monotonic()
-                said = "; ".join(_line(task) for lines in list(self.open) for task in lines.tasks)
                 with suppress(OSError, ValueError):  # nobody reads it any more
                     print(said, file=sys.stderr, flush=True)
 
 
+def _next() -> float:
+    """When the next line is due."""
+    return max(Lines.last + _gap(), Lines.opened + SOON)
+
+
 def _gap() -> float:
-    """Seconds to the next line."""
+    """Seconds from one line to the next."""
     return min(LONGEST, max(SHORTEST, (time.monotonic() - (Lines.first or 0.0)) / 10))
 
 
