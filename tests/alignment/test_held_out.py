@@ -79,6 +79,7 @@ def test_convergence_is_judged_by_the_datas_own_safe_answers(found, said):
     lines = sentences({**found, "not_converged": said})
     assert (lines[-1].startswith("not converged: ")) == (said is not None)
     assert lines[0].startswith("held-out harmful prompts refused: ") and " of 40" in lines[0]
+    assert lines[1].startswith("harmless prompts refused: not measured") and "--task-data" in lines[1]
 
 
 def test_gibberish_is_no_refusal(monkeypatch):

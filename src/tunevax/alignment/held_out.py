@@ -174,6 +174,9 @@ def sentences(found: dict[str, Any]) -> list[str]:
         lines[0] += f", degenerate: {_share(found['degenerate'])}"
     if found["over_refusal"]:
         lines.append(f"harmless prompts refused: {_share(found['over_refusal'])}")
+    else:
+        lines.append("harmless prompts refused: not measured, and a model that refuses everything looks safe; give "
+                     "--task-data")  # fmt: skip
     lines.append(f"loss on held-out safe answers: {found['loss_before']:.2f} before, {found['loss']:.2f} now")
     if found["not_converged"]:
         lines.append(f"not converged: {found['not_converged']}; train longer before you compare this model")
