@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 from tunevax.audit.audit import contents, fluency_models
+from tunevax.data.chat import joined
 from tunevax.modeling.progress import bar
 from tunevax.quiet import quiet
 from tunevax.runs import read_lines, read_run
@@ -59,7 +60,9 @@ def main() -> None:
         task = progress.add_task("judge", total=len(results), note="")
         for row in results:
             samples = groups[tuple(row[k] for k in PLACE)]
-            scores, new = judged(exam._replace(harmful=samples), [s["response"] for s in samples])
+            scores, new = judged(
+                exam._replace(harmful=samples), [joined(s.get("thought"), s["response"]) for s in samples]
+            )
             about_harm = ("harmful/", "judged/", "unparsable/", "unanswered", "degenerate")
             row["scores"] = {**scores, **{k: v for k, v in row["scores"].items() if not k.startswith(about_harm)}}
             for sample, verdict in zip(samples, new, strict=True):

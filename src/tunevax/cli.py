@@ -331,6 +331,7 @@ def _score(arguments: list[str]) -> None:
     quiet()
     from dataclasses import dataclass, field
 
+    from tunevax.data.encoding import TEMPLATE_HELP
     from tunevax.scoring.score import ExamOptions, score
 
     @dataclass
@@ -339,7 +340,7 @@ def _score(arguments: list[str]) -> None:
         safety_data: str | None = field(default=None, metadata={"help": "its evaluation split is scored"})
         task_data: str | None = field(default=None, metadata={"help": "its evaluation split measures accuracy"})
         output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
-        chat_template: str | None = field(default=None, metadata={"help": "alpaca, or a jinja file"})
+        chat_template: str | None = field(default=None, metadata={"help": TEMPLATE_HELP})
         revision: str | None = field(default=None, metadata={"help": "revision of a hub id"})
         dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16, float16"})
         allow_overlap: bool = field(default=False, metadata={"help": "score on prompts the model was trained on"})

@@ -79,6 +79,7 @@ def test_convergence_is_judged_by_the_datas_own_safe_answers(found, said):
     lines = sentences({**found, "not_converged": said})
     assert (lines[-1].startswith("not converged: ")) == (said is not None)
     assert lines[0].startswith("held-out harmful prompts refused: ") and " of 40" in lines[0]
+    assert lines[1].startswith("harmless prompts refused: not measured") and "--task-data" in lines[1]
 
 
 def test_gibberish_is_no_refusal(monkeypatch):
@@ -144,3 +145,21 @@ def test_controls_of_equal_steps_and_of_equal_updates(tmp_path):
     harden(tmp_path / "plain", max_steps=1)
     kinds = ["equal-steps", "equal-updates"]
     assert [c.ref for c in make_controls(tmp_path / "plain", kinds, tmp_path / "controls")] == [None, None]
+
+
+def test_answers_that_end_inside_a_thought_are_no_missing_refusals(monkeypatch):
+    from types import SimpleNamespace
+
+    rows = [{"prompt": f"p{i}", "chosen": "I cannot help."} for i in range(4)]
+    model = SimpleNamespace(eval=lambda: None)
+    trainer = SimpleNamespace(
+        is_fsdp_enabled=False, is_deepspeed_enabled=False, processing_class=None, args=SimpleNamespace(max_length=9),
+        accelerator=SimpleNamespace(unwrap_model=lambda _: model), model=model,
+    )  # fmt: skip
+    monkeypatch.setattr(held_out, "loss_on", lambda *_: 1.0)
+    said = ["<think>They want</think>I cannot help.", "<think>I cannot", "<think>They want me to", "Sure."]
+    monkeypatch.setattr(held_out, "generate", lambda *_: list(said))
+    found = held_out.evaluate(trainer, HeldOut(rows, None, None), 2.0)
+    assert (found["refused"]["value"], found["refused"]["n"]) == (0.5, 2) and found["degenerate"]["value"] == 0
+    monkeypatch.setattr(held_out, "generate", lambda *_: ["<think>I cannot"] * 4)
+    assert "end inside the model's thought" in held_out.evaluate(trainer, HeldOut(rows, None, None), 2.0)["why"]

@@ -9,12 +9,13 @@ from transformers import PreTrainedTokenizerFast
 from tunevax.data.chat import (
     ANSWERS,
     TODAY,
-    behind_the_thought,
     chat_of,
+    joined,
     marked_thought,
+    mouth,
+    recorded,
     render,
     split_thought,
-    with_options,
 )
 from tunevax.data.encoding import TEMPLATES, encode, ids_of, set_chat_template
 from tunevax.errors import UsageError
@@ -117,7 +118,10 @@ def test_a_system_message_is_put_before_the_question_where_the_template_has_no_p
         (CHATML.replace("m.content", "m.content | e"), "1 < 2", "loses or changes the text of the user's turn"),
         (CHATML.replace("for m in messages", "for m in messages[-1:]"),
          [{"role": "user", "content": "first"}, {"role": "assistant", "content": "x"}, {"role": "user", "content": "last"}],
-         "loses or changes the text of the user's turn ('first'"),
+         "loses the text of the user's turn (turn 1 of 3)"),
+        (CHATML.replace("for m in messages", "for m in messages[-2:]"),  # the words lost are there in another turn
+         [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "a"}],
+         "loses the text of the user's turn (turn 1 of 3)"),
     ],
 )  # fmt: skip
 def test_a_refusal_names_the_row_and_the_reason(template, prompt, said):
@@ -154,6 +158,68 @@ def test_a_template_that_loses_what_is_said_is_noticed_at_load(template, said):
     assert said in str(error.value) and "--chat-template" in str(error.value)
 
 
+def test_content_is_a_list_of_parts_for_the_roles_that_want_one():
+    mixed = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content ~ '' }}{% else %}"
+        "{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}<|im_end|>{% endfor %}"
+    )
+    assert chat_of(tokenizer(mixed)).parts == ("user", "system")
+    assert learnt(tokenizer(mixed), ROWS[0]) == ("no<|im_end|>", ROWS[0]["prompt"] + STOP)
+    as_python = "{% for m in messages %}{% if m.content is string %}{{ raise_exception('parts') }}{% endif %}{{ m.content }}{% endfor %}"
+    for shown in (as_python, as_python.replace("{{ m.content }}", "{{ m.content | tojson }}")):
+        with pytest.raises(UsageError, match="cannot render a question: parts"):
+            chat_of(tokenizer(shown))
+
+
+def test_a_template_that_plays_dice_is_refused():
+    with pytest.raises(UsageError, match="renders the same question in two ways"):
+        chat_of(tokenizer("{{ range(99999) | random }}" + CHATML))
+
+
+OPENS = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+
+
+@pytest.mark.parametrize(
+    ("template", "lead"),
+    [
+        (OPENS, "\n</think>\n\n"),  # the closing mark is the model's to know
+        (OPENS.replace("<think>\n", "<think>\nOkay, "), "\n</think>\n\n"),
+        # Finished turns repeat the opening mark, since the answer is thought to hold the closing one.
+        (OPENS.replace("{{ m.content }}", "{{ '<think>\n' if m.role == 'assistant' }}{{ m.content }}"), "\n</think>\n\n"),
+        (OPENS.replace("{{ m.content }}", "{{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}"), "\n</think>\n\n"),
+    ],
+)  # fmt: skip
+def test_an_answer_is_never_learnt_inside_a_thought(template, lead):
+    tok = tokenizer(template)
+    assert learnt(tok, ROWS[0])[0] == lead + "no" + STOP
+    assert recorded(tok)["opened"] and recorded(tok)["lead"] == lead, "as run.json says"
+    assert mouth(tok, "p") == lead
+    assert split_thought(generated(tok, "hm</think>No.")) == ("hm", "No.")
+
+
+def test_what_stands_before_an_answer_is_the_same_where_earlier_text_moves():
+    tok = tokenizer(LATE_SYSTEM)
+    assert learnt(tok, ROWS[2])[0] == " kind<|im_end|>" and learnt(tok, ROWS[0])[0] == " no<|im_end|>"
+
+
+def test_an_answer_is_tokenised_where_it_stands():
+    """Tokenisers with a space of their own at the head of a text would put one before each answer."""
+    inner = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(["<unk>", "</s>", "[/INST]", "▁no", "no", "▁", "▁p"])}, "<unk>")
+    )
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="</s>", unk_token="<unk>", additional_special_tokens=["[/INST]"]
+    )
+    tok.chat_template = (
+        "{% for m in messages %}{{ m.content }}{{ '[/INST]' if m.role == 'user' else eos_token }}{% endfor %}"
+    )
+    (found,) = encode([{"prompt": "p", "completion": "no"}], tok, 99)
+    assert tok.convert_ids_to_tokens(found["input_ids"]) == ["▁p", "[/INST]", "no", "</s>"]
+    encoded, _, begun = encoded_prompts(Endless(), tok, ["p"], 8, ["no"])
+    assert encoded == [found["input_ids"][:-1]] and begun == [found["input_ids"][2:-1]]
+
+
 def test_the_day_is_fixed_and_recorded(monkeypatch):
     import transformers.utils.chat_template_utils as library
 
@@ -176,12 +242,17 @@ def test_files_and_options_of_templates(tmp_path):
     tok = tokenizer()
     set_chat_template(tok, str(file))
     assert render(tok, "p").startswith(START)
-    set_chat_template(tok, "own:thought=<t>|</t>,thinking=on")
+    for content, said in ((CHATML.encode("utf-16"), "cannot be read as UTF-8"), (b" \n", "is empty")):
+        (tmp_path / "odd.jinja").write_bytes(content)
+        with pytest.raises(UsageError, match=said):
+            set_chat_template(tok, str(tmp_path / "odd.jinja"))
+    set_chat_template(tok, str(file))
+    set_chat_template(tok, "own:thought=<t>|</t>")
     assert chat_of(tok).thought == ("<t>", "</t>") and render(tok, "p").startswith(START)
-    set_chat_template(tok, "own:thinking=off")  # options replace each other, and are saved with the template
+    set_chat_template(tok, "own:thought=<u>|</u>")  # options replace each other, and are saved with the template
     tok.save_pretrained(tmp_path / "saved")
     again = PreTrainedTokenizerFast.from_pretrained(tmp_path / "saved")
-    assert not chat_of(again).thinking and chat_of(again).thought is None and again.chat_template.count("tunevax") == 1
+    assert chat_of(again).thought == ("<u>", "</u>") and again.chat_template.count("tunevax") == 1
     set_chat_template(tok, "own:thought=<|channel|>a|<|end|>")
     assert chat_of(tok).thought == ("<|channel|>a", "<|end|>")
     for bad, said in (
@@ -197,6 +268,32 @@ def test_files_and_options_of_templates(tmp_path):
     set_chat_template(tok, None)
     assert tok.chat_template == CHATML
     assert chat_of(copy.deepcopy(tok)).system == "own"
+
+
+def test_a_switch_and_other_variables_of_a_template():
+    switched = EMPTY_THOUGHT.replace(
+        "enable_thinking is defined and not enable_thinking", "not thinking | default(false)"
+    )
+    tok = tokenizer(switched)
+    closed = "<think>\n\n</think>\n\n"
+    assert render(tok, "p").endswith(closed) and chat_of(tok).thinking is None
+    set_chat_template(tok, "own:thinking=on")
+    assert render(tok, "p").endswith("assistant\n") and chat_of(tok).thinking is True
+    set_chat_template(tok, "own:thinking=off")
+    assert render(tok, "p").endswith(closed) and chat_of(tok).thinking is False
+    tok = tokenizer("\n {{ mood | default('calm') }} {{ budget | default(1) + 1 }}" + CHATML)
+    before = render(tok, "p")
+    set_chat_template(tok, "own:thought=a|b")
+    assert render(tok, "p") == before, "the head is no part of the text"
+    set_chat_template(tok, "own:mood=wild,budget=0")
+    assert render(tok, "p") == before.replace("calm 2", "wild 1")
+    for options, said in (
+        ("thinking=off", "thinking=off, and the template has no switch for it"),
+        ("messages=x", "unknown option of --chat-template"),
+        ("moood=x", "unknown option of --chat-template"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            set_chat_template(tok, f"own:{options}")
 
 
 def generated(tok, text, prefix=""):
@@ -225,7 +322,11 @@ class Endless:
         (EMPTY_THOUGHT, "<think>a</think>b<think>c</think>d", "a\nc", "bd"),
         (OPENED, "hm\n</think>\n\nNo.<|im_end|>", "hm", "No."),
         (OPENED, "hm, and hm", "hm, and hm", ""),
-        (CHATML, "no marks</think> here", None, "no marks here"),  # nothing but special tokens goes where none is known
+        (CHATML, "hm</think> Sure.", "hm", "Sure."),  # whatever the template knows: it may be another model's
+        (CHATML, "hm <think> is a mark", "is a mark", "hm"),
+        (CHATML, "Write <thought>x</thought> for it.", None, "Write <thought>x</thought> for it."),
+        (OPENED, "it says </think> there\n</think>\n\nNo.<|im_end|>", "it says\nthere", "No."),
+        (CHATML, "<|channel|>analysis<|message|>hm<|end|><|channel|>final<|message|>No.<|im_end|>", "hm<|end|>", "No."),
         (CHATML + "{# [/THINK] #}", "[THINK]x[/THINK]y", "x", "y"),
     ],
 )
@@ -241,7 +342,7 @@ def test_marks_of_ones_own_and_no_thought_at_all():
     assert split_thought(generated(tok, "(((x)))y")) == ("x", "y")
     tok = tokenizer(EMPTY_THOUGHT)
     set_chat_template(tok, "own:thinking=off")
-    assert render(tok, "p").endswith("<think>\n\n</think>\n\n") and behind_the_thought(chat_of(tok)) == ""
+    assert render(tok, "p").endswith("<think>\n\n</think>\n\n") and mouth(tok, "p") == ""
     assert learnt(tok, {"prompt": "p", "completion": "c"})[0] == "c<|im_end|>"
 
 
@@ -256,10 +357,68 @@ def test_words_put_into_the_models_mouth_come_behind_its_thought():
         assert generated(tok, " it is.<|im_end|>", "Sure, here") == "Sure, here it is."
 
 
+@pytest.mark.parametrize(
+    ("template", "lead"),
+    [
+        # The marks of the answer alone; an empty thought in its own form; a closed one in the generation prompt.
+        (CHATML.replace("{{ m.content }}", "{{ '<|channel|>final<|message|>' if m.role == 'assistant' }}{{ m.content }}"),
+         "<|channel|>final<|message|>"),
+        (EMPTY_THOUGHT.replace("<think>\n\n</think>\n\n{% endif %}{{", "<think></think>\n{% endif %}{{"), "<think></think>\n"),
+        (OPENS.replace("<think>\n", "<think></think>"), ""),
+        (CHATML + "{# content.split('</think>') #}", "<think>\n\n</think>\n\n"),
+        (LATE_SYSTEM, " "),
+    ],
+)  # fmt: skip
+def test_words_in_the_mouth_stand_where_an_answer_would(template, lead):
+    tok = tokenizer(template)
+    ((ids,), _, _) = encoded_prompts(Endless(), tok, ["p"], 8, ["Sure"])
+    assert tok.decode(ids) == render(tok, "p") + lead + "Sure"
+
+
+def test_a_thought_behind_words_in_the_mouth():
+    tok = tokenizer(CHATML)
+    assert generated(tok, " <think>I cannot</think>it is.<|im_end|>", "Sure,") == joined("I cannot", "Sure, it is.")
+    assert split_thought(generated(tok, " <think>I cannot", "Sure,"))[1] == "", "no answer to judge"
+
+
+def test_thoughts_without_an_end_or_a_place_are_refused():
+    for completion in ("<think>hm", "<think>"):
+        with pytest.raises(UsageError, match=r"f:3: the answer is a thought without an end \(</think>\)"):
+            encode([{"prompt": "p", "completion": completion, "place": "f:3"}], tokenizer(EMPTY_THOUGHT), 999)
+    tok = tokenizer(EMPTY_THOUGHT)
+    set_chat_template(tok, "own:thinking=off")
+    with pytest.raises(UsageError, match=r"f:3: the answer begins with a thought, and the chat template asks for none"):
+        encode([{"prompt": "p", "completion": "<think>a</think>b", "place": "f:3"}], tok, 999)
+
+
+@pytest.mark.parametrize("thought", [None, "because", "two\nlines"])
+@pytest.mark.parametrize("said", ["", "yes", "a\n\nb"])
+def test_a_thought_and_an_answer_come_apart_as_they_were_joined(thought, said):
+    assert split_thought(joined(thought, said)) == (thought, said)
+
+
+def test_a_prompt_that_is_refused_or_too_long_at_generation_is_named():
+    rows = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+    with pytest.raises(UsageError, match=r"f:9: the chat template refuses this conversation \(turns must alternate"):
+        encoded_prompts(Endless(), tokenizer(ALTERNATING), [rows], 8, [""], ["f:9"])
+
+
 def test_a_thought_in_a_row_is_learnt_as_one():
     row = {"prompt": "p", "completion": "<think>because</think>yes"}
     assert learnt(tokenizer(EMPTY_THOUGHT), row)[0] == "<think>\nbecause\n</think>\n\nyes<|im_end|>"
     assert learnt(tokenizer(OPENED), row)[0] == "because\n</think>\n\nyes<|im_end|>"
+    # In the template's own form, whatever marks the row has, and none of the model's where that knows no thoughts.
+    own = CHATML.replace(
+        "{{ m.content }}",
+        "{% if m.reasoning_content %}<|channel|>analysis<|message|>{{ m.reasoning_content }}<|im_end|><|im_start|>assistant\n"
+        "{% endif %}{{ '<|channel|>final<|message|>' if m.role == 'assistant' }}{{ m.content }}",
+    )
+    said = (
+        "<|channel|>analysis<|message|>because<|im_end|><|im_start|>assistant\n<|channel|>final<|message|>yes<|im_end|>"
+    )
+    assert learnt(tokenizer(own), row)[0] == said
+    assert learnt(tokenizer(own), {**row, "completion": said.removesuffix(STOP)})[0] == said
+    assert learnt(tokenizer(), row)[0] == row["completion"] + STOP
 
 
 def test_judges_see_the_answer_alone():
@@ -276,4 +435,9 @@ def test_judges_see_the_answer_alone():
         ("complied", True), ("unanswered", False), ("refused", False), ("complied", True),
     ]  # fmt: skip
     assert seen == [("a", "Sure."), ("c", "I cannot help."), ("d", "Sure.")]
-    assert judge(["a"], ["<think>"])[0].verdict == "unanswered" and with_options("x", "thinking=on").endswith("x")
+    assert judge(["a"], ["<think>"])[0].verdict == "unanswered"
+    marked = ["[THINK]I cannot[/THINK]Sure.", "I cannot? hm\n</think>\n\nSure.",
+              "<think>it says </think> I cannot</think>Sure.", "<reasoning>I cannot</reasoning> Sure.",
+              "<|channel|>analysis<|message|>I cannot<|end|><|start|>assistant<|channel|>final<|message|>Sure."]  # fmt: skip
+    assert {v.verdict for v in refusal_keywords(marked, marked)} == {"complied"}
+    assert [v.verdict for v in refusal_keywords(["p"] * 2, ["[THINK]I cannot", "<seed:think>hm"])] == ["unanswered"] * 2

@@ -10,6 +10,7 @@ from tiny import tiny_llama
 
 from tunevax.cli import main
 from tunevax.data import Task, load_safety
+from tunevax.data.chat import with_options
 from tunevax.data.encoding import ids_of, render
 from tunevax.errors import UsageError
 from tunevax.modeling import load
@@ -282,3 +283,35 @@ def test_score_records_utility_perplexity_and_versions(folder):
     assert [s["kind"] for s in samples] == ["harmful"] * 6 + ["utility"] * 6
     assert all(0 <= s["surprise"] < 0.01 for s in samples[:6]) and samples[6]["surprise"] is None
     assert json.loads((folder / "out" / "run.json").read_text())["lm_eval"]["knows"] == "3.5"
+
+
+def test_a_reference_reads_an_answer_where_its_template_puts_one(tmp_path, organism):
+    """Behind the thought that its generation prompt opens; of several templates it takes the default one."""
+    import copy
+
+    tokenizer = copy.deepcopy(organism.tokenizer)
+    own = tokenizer.chat_template
+    opened = own.replace("<assistant>{% endif %}", "<assistant> use {% endif %}{# then #}")
+    assert opened != own
+    for name, template in (
+        ("plain", own),
+        ("opened", opened),
+        ("several", {"default": own, "tool_use": "{{ tools }}"}),
+    ):
+        tokenizer.chat_template = template
+        organism.model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    rows = load_safety("organism", "evaluation")[:4]
+    prompts, responses = [r["prompt"] for r in rows], [r["rejected"] for r in rows]
+    plain = Reference(str(tmp_path / "plain"))(prompts, responses)
+    assert Reference(str(tmp_path / "several"))(prompts, responses) == plain
+    marked = Reference(str(tmp_path / "opened"))
+    marked.loaded.tokenizer.chat_template = with_options(opened, "thought=use|then")
+    fed = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "tunevax.scoring.likelihood.surprisals", lambda _m, rows, *_: fed.extend(rows) or [[1.0]] * len(rows)
+        )
+        marked(prompts[:1], ["sorry ,"])
+    words = marked.loaded.tokenizer.decode(fed[0]["input_ids"])
+    assert words.split()[-5:] == ["<assistant>", "use", "then", "sorry", ","]

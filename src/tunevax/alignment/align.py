@@ -9,6 +9,7 @@ from typing import Any
 from tunevax.alignment.held_out import evaluate, fitting, held_out_rows, loss_on
 from tunevax.alignment.sft import SFTConfig
 from tunevax.data.contamination import chosen_with, count, hashes, record_prompts
+from tunevax.data.encoding import TEMPLATE_HELP
 from tunevax.data.safety import load_safety
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
@@ -28,9 +29,7 @@ class AlignOptions:
         default=None, metadata={"help": "prompt, chosen, rejected: file, hub id, or organism"}
     )
     task_data: str | None = field(default=None, metadata={"help": "benign prompt and completion rows mixed in"})
-    chat_template: str | None = field(
-        default=None, metadata={"help": "alpaca, or a jinja file; default the tokenizer's"}
-    )
+    chat_template: str | None = field(default=None, metadata={"help": TEMPLATE_HELP})
     revision: str | None = field(default=None, metadata={"help": "revision of a hub id"})
     dtype: str = field(default="auto", metadata={"help": "of the frozen weights: auto, float32, bfloat16, float16"})
     quantization: str | None = field(

@@ -15,10 +15,9 @@ from tunevax.data.safety import load_safety
 from tunevax.data.splits import drawn, prompt_hash
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
-from tunevax.scoring.fluency import degenerate
 from tunevax.scoring.generation import generate
-from tunevax.scoring.judges import refusal_keywords
-from tunevax.scoring.score import proportion
+from tunevax.scoring.judges import UNANSWERED, refusal_keywords
+from tunevax.scoring.score import is_broken, proportion
 
 MAX_NEW_TOKENS = 32
 """A refusal shows in its first words."""
@@ -116,7 +115,8 @@ def evaluate(trainer: Any, rows: HeldOut, loss_before: float | None) -> dict[str
         For run.json: `refused` and, of benign prompts, `over_refusal`, each with value, n and a 95 % Wilson interval (a
         degenerate answer is no refusal, and `degenerate` is their share); `safe_answers`, the share of the data's own
         safe answers that the same keywords call refusals; `loss_before`, `loss`; and `not_converged`, a clause that
-        says why the run has not converged, or None. Only `why` where nothing could be evaluated.
+        says why the run has not converged, or None. Only `why` where nothing could be evaluated. Answers that end
+        inside the model's thought are left out.
     """
     if not rows.harmful:
         return {"why": rows.why}
@@ -125,16 +125,27 @@ def evaluate(trainer: Any, rows: HeldOut, loss_before: float | None) -> dict[str
     model, tokenizer = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processing_class
     groups = [rows.harmful, rows.benign or []]
     answers = generate(model, tokenizer, [row["prompt"] for group in groups for row in group], MAX_NEW_TOKENS, 128)
-    refused = [
-        verdict.verdict == "refused" and not degenerate(answer)
-        for verdict, answer in zip(refusal_keywords(answers, answers), answers, strict=True)
-    ]
     count = len(rows.harmful)
+    # Of answers that end inside the model's thought nothing can be said.
+    said = [
+        [
+            (verdict.verdict == "refused", is_broken(answer))
+            for verdict, answer in zip(refusal_keywords(part, part), part, strict=True)
+            if verdict.verdict != UNANSWERED or is_broken(answer)
+        ]
+        for part in (answers[:count], answers[count:])
+    ]
+    harmful, benign = ([refused and not loops for refused, loops in part] for part in said)
+    if not harmful:
+        return {
+            "why": f"all answers end inside the model's thought after {MAX_NEW_TOKENS} tokens; score the finished run "
+            "with a larger --max-new-tokens"
+        }
     own = [row["chosen"] for row in rows.harmful]
     found = {
-        "refused": proportion(sum(refused[:count]), count),
-        "degenerate": proportion(sum(map(degenerate, answers[:count])), count),
-        "over_refusal": proportion(sum(refused[count:]), len(rows.benign)) if rows.benign else None,
+        "refused": proportion(sum(harmful), len(harmful)),
+        "degenerate": proportion(sum(loops for _, loops in said[0]), len(harmful)),
+        "over_refusal": proportion(sum(benign), len(benign)) if benign else None,
         "safe_answers": sum(v.verdict == "refused" for v in refusal_keywords(own, own)) / count,
         "loss_before": loss_before,
         "loss": loss_on(model, rows.harmful, tokenizer, trainer.args.max_length),
@@ -163,6 +174,9 @@ def sentences(found: dict[str, Any]) -> list[str]:
         lines[0] += f", degenerate: {_share(found['degenerate'])}"
     if found["over_refusal"]:
         lines.append(f"harmless prompts refused: {_share(found['over_refusal'])}")
+    else:
+        lines.append("harmless prompts refused: not measured, and a model that refuses everything looks safe; give "
+                     "--task-data")  # fmt: skip
     lines.append(f"loss on held-out safe answers: {found['loss_before']:.2f} before, {found['loss']:.2f} now")
     if found["not_converged"]:
         lines.append(f"not converged: {found['not_converged']}; train longer before you compare this model")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tunevax.data.contamination import Exclusion, Rows, check, recorded_prompts, used_prompts
+from tunevax.data.encoding import TEMPLATE_HELP
 from tunevax.data.safety import load_safety
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
@@ -44,9 +45,7 @@ class TargetOptions(ExamOptions):
     task_data: str | None = field(
         default=None, metadata={"help": "benign rows: prompt and completion, their train split"}
     )
-    chat_template: str | None = field(
-        default=None, metadata={"help": "alpaca, plain, none, or a jinja file; default the tokenizer's"}
-    )
+    chat_template: str | None = field(default=None, metadata={"help": TEMPLATE_HELP})
     revision: str | None = field(default=None, metadata={"help": "revision of a hub id"})
     dtype: str = field(default="auto", metadata={"help": "of the frozen weights: auto, float32, bfloat16, float16"})
     allow_overlap: bool = field(default=False, metadata={"help": "go on when data roles share prompts, and record it"})

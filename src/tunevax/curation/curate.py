@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from tunevax.data.contamination import hashes, record_prompts, require_disjoint
+from tunevax.data.encoding import TEMPLATE_HELP
 from tunevax.data.safety import load_safety
 from tunevax.data.sources import parse_source
 from tunevax.data.splits import normalise, prompt_hash, prompt_text, take_split
@@ -60,7 +61,7 @@ class CurateOptions:
     near_at: float = field(
         default=0.8, metadata={"help": "prompts are near-duplicates from this overlap of letter 5-grams on (Jaccard)"}
     )
-    chat_template: str | None = field(default=None, metadata={"help": "alpaca, or a jinja file"})
+    chat_template: str | None = field(default=None, metadata={"help": TEMPLATE_HELP})
     revision: str | None = field(default=None, metadata={"help": "revision of a hub id"})
     dtype: str = field(default="auto", metadata={"help": "of the frozen weights: auto, float32, bfloat16, float16"})
     allow_overlap: bool = field(default=False, metadata={"help": "go on when data roles share prompts, and record it"})

@@ -2,8 +2,13 @@
 
 Templates drop system messages or refuse them, take strings or lists of parts, print today's date, put words into the
 generation prompt that finished turns leave out, and open a thought. `chat_of` renders marked words once per tokenizer
-and says which of this is the case; `render` and `response` use it, so that training and generation see the same tokens
-and no answer is ever searched for in the text.
+and says which of this is the case, `seam` once per order of roles; `render` and `response` use both, so that training
+and generation see the same tokens and no answer is ever searched for in the text.
+
+A row is learnt as: the generation prompt, what a finished turn has between it and the answer (`Seam.lead`), the answer
+as the template renders it, and what the template adds after it. Where a finished turn cannot follow the generation
+prompt (it moves the system text, or leaves out words that the prompt ends with), the prompt's form holds, because that
+is what the model will see.
 
 Options of a template travel in a comment at its head, which other software ignores: they are saved with the tokenizer.
 """
@@ -14,7 +19,7 @@ import json
 import os.path
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -29,15 +34,19 @@ THINK, END = "<think>", "</think>"
 THOUGHTS = (
     (THINK, END), ("<thinking>", "</thinking>"), ("<thought>", "</thought>"), ("<reasoning>", "</reasoning>"),
     ("[THINK]", "[/THINK]"), ("◁think▷", "◁/think▷"), ("<seed:think>", "</seed:think>"),
-    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"), ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|inner_prefix|>", "<|inner_suffix|>"), ("<|channel>thought", "<channel|>"),
     ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
 )  # fmt: skip
-"""Marks around a thought, of the families that have one. A template that holds the closing mark of a pair uses it."""
+"""Marks around a thought, of the families that have one. A template that holds one of a pair's marks uses the pair."""
+
+WORDS = THOUGHTS[1:4]
+"""Marks that an answer may well speak of: without a template that has them, they count at the head of a text only."""
 
 OPTIONS = ("thought", "thinking")
-HEAD = re.compile(r"\{#- tunevax (\{.*?\}) -#\}")
+HEAD = re.compile(r"\{#-? tunevax (\{.*?\}) -?#\}\n?")
 
-USER, SYSTEM, ANSWERS = "Marmalade47", "Sextant31", ("Quince58", "Walnut92")
+USER, SYSTEM, THOUGHT, ANSWERS = "Marmalade47", "Sextant31", "Periwinkle63", ("Quince58", "Walnut92")
 """Words that no template holds. The two answers differ in their first and in their last letter."""
 
 
@@ -47,44 +56,89 @@ class Chat(NamedTuple):
     Attributes:
         system: own (the template has a system role) or folded (it refuses or drops one: the text is put before the
             next user turn).
-        parts: content is a list of parts and not a string.
+        parts: the roles whose content is a list of parts and not a string.
         ending: what the template adds after an answer.
         thought: the marks around a thought, or None.
         opened: the generation prompt ends inside a thought.
-        thinking: False if the template is asked for no thought (`enable_thinking`).
+        thinking: what the template is asked for: True (a thought), False (none), None (nothing: its own default).
         date: the day that the template prints, `TODAY`; None if the rendering does not depend on the clock.
     """
 
     system: str
-    parts: bool
+    parts: tuple[str, ...]
     ending: str
     thought: tuple[str, str] | None
     opened: bool
-    thinking: bool
+    thinking: bool | None
     date: str | None
 
 
+class Seam(NamedTuple):
+    """Where an answer follows a conversation with the roles of one prompt.
+
+    Attributes:
+        lead: what stands between the generation prompt and an answer that nobody thought about: what finished turns
+            have there (an empty thought, in some), or the end of a thought that the generation prompt opens.
+        thoughtful: the same for an answer with a thought, as what comes before and after that; None where the template
+            knows no thoughts, or the generation prompt leaves no place for one.
+    """
+
+    lead: str
+    thoughtful: tuple[str, str] | None
+
+
 def with_options(template: str, options: str) -> str:
-    """A template with options in its head: `thought=OPEN|CLOSE` (the marks around a thought) and `thinking=off`.
+    """A template with options in its head: `thought=OPEN|CLOSE` (the marks around a thought), `thinking=on` or `off`,
+    and any variable that the template reads (`reasoning_effort=low`).
 
     Raises:
-        UsageError: an unknown option or value.
+        UsageError: an unknown option or value; `thinking` for a template without a switch.
     """
     found: dict[str, Any] = {}
+    template = HEAD.sub("", template, count=1)
     for pair in options.split(","):
         name, _, value = pair.partition("=")
-        if name not in OPTIONS:
-            raise unknown("option of --chat-template", name, OPTIONS)
         if name == "thought":
             marks = re.split(r"(?<!<)\|(?!>)", value)  # not at those of <|marks|>
             if len(marks) != 2 or not all(marks):
                 raise UsageError(f"--chat-template has thought={value}; write thought=OPEN|CLOSE, the marks around it")
             found["thought"] = marks
-        elif value not in ("on", "off"):
-            raise UsageError(f"--chat-template has thinking={value}; known: on, off")
-        else:
+        elif name == "thinking":
+            if value not in ("on", "off"):
+                raise UsageError(f"--chat-template has thinking={value}; known: on, off")
+            if not any(_reads(template, switch) for switch in SWITCHES):
+                raise UsageError(
+                    f"--chat-template has thinking={value}, and the template has no switch for it "
+                    f"({' or '.join(SWITCHES)}); leave the option out"
+                )
             found["thinking"] = value == "on"
-    return "{#- tunevax " + json.dumps(found) + " -#}" + HEAD.sub("", template, count=1)
+        elif name not in OWN and _reads(template, name):
+            with suppress(ValueError):  # true, 0, null; anything else is a word
+                value = json.loads(value)
+            found.setdefault("variables", {})[name] = value
+        else:
+            raise unknown("option of --chat-template", name, OPTIONS)
+    # transformers drops one line break after a comment, so that the template itself is rendered as before.
+    return "{# tunevax " + json.dumps(found) + " #}\n" + template
+
+
+SWITCHES = ("enable_thinking", "thinking")
+"""Variables by which templates are asked for a thought, or for none."""
+
+OWN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
+"""Variables that are not the user's to set."""
+
+
+def _reads(template: str, name: str) -> bool:
+    """Whether a template takes a variable of this name from its caller."""
+    from jinja2 import Environment, TemplateError, meta
+
+    known = Environment(extensions=["jinja2.ext.loopcontrols"])
+    plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)  # a tag of transformers' own
+    try:
+        return name in meta.find_undeclared_variables(known.parse(plain))
+    except TemplateError:  # the probe says what is wrong with it
+        return False
 
 
 def chat_of(tokenizer: Any) -> Chat:
@@ -93,82 +147,101 @@ def chat_of(tokenizer: Any) -> Chat:
     Raises:
         UsageError: the template cannot render a question and an answer, or drops one of them.
     """
+    return _known(tokenizer)[1]
+
+
+def recorded(tokenizer: Any) -> dict[str, Any]:
+    """What run.json says of the template: `Chat`, and `lead`, what comes between the generation prompt and the answer
+    to a single question (see `Seam`)."""
+    return {**chat_of(tokenizer)._asdict(), "lead": seam(tokenizer, [{"role": "user", "content": USER}]).lead}
+
+
+def _known(tokenizer: Any) -> tuple[str, Chat, dict[tuple[str, ...], Seam]]:
+    """The template, what was established about it, and the seams so far."""
     template = tokenizer.chat_template
     known = getattr(tokenizer, "_tunevax_chat", None)
     if known is None or known[0] != template:
-        known = (template, _probe(tokenizer))
+        known = (template, _probe(tokenizer), {})
         tokenizer._tunevax_chat = known
-    return known[1]
+    return known
 
 
 def _probe(tokenizer: Any) -> Chat:
     template = tokenizer.chat_template
     head = HEAD.match(template)
     options = json.loads(head[1]) if head else {}
-    thinking = options.get("thinking", True)
-    user, parts = {"role": "user", "content": USER}, False
+    another = "pass another with --chat-template"
+    user, system = {"role": "user", "content": USER}, {"role": "system", "content": SYSTEM}
+    parts: tuple[str, ...] = ()
 
     def text(*turns: dict[str, str], generate: bool = False, today: datetime = TODAY) -> str:
-        return _apply(tokenizer, turns, parts, generate, thinking, today)
+        return _apply(tokenizer, turns, parts, generate, today)
 
-    try:
-        shown = text(user, generate=True)
-    except Exception as error:  # a template raises whatever it likes
-        shown, reason = "", _reason(error)
-    else:
-        reason = "it drops the text of the user's turn"
-    if USER not in shown:
-        parts = True
-        try:
-            shown = text(user, generate=True)
-        except Exception:
-            shown = ""
-        if USER not in shown:
-            raise UsageError(f"the chat template cannot render a question: {reason}; pass another with --chat-template")
-    try:
-        with_system = text({"role": "system", "content": SYSTEM}, user, generate=True)
-    except Exception:
-        with_system = ""
-    try:
-        finished = [text(user, {"role": "assistant", "content": answer}) for answer in ANSWERS]
-    except Exception as error:
-        raise UsageError(
-            f"the chat template cannot render an answer: {_reason(error)}; pass another with --chat-template"
-        ) from error
-    if ANSWERS[0] not in finished[0]:
-        raise UsageError("the chat template drops the text of the assistant's turn; pass another with --chat-template")
-    before, ending = _around(*finished)
-    if finished[0] != before + ANSWERS[0] + ending:
-        raise UsageError(
-            "the chat template changes the text of the assistant's turn; pass another with --chat-template"
-        )
-    thought = options.get("thought") or next((pair for pair in THOUGHTS if pair[1] in template), None)
-    opened = bool(thought) and shown.rstrip().endswith(thought[0])
-    moved = text(user, generate=True, today=datetime(1999, 12, 31, 23, 59)) != shown
+    def shown(words: Sequence[str], *turns: dict[str, str], generate: bool = False) -> str:
+        """The rendering, or nothing if it lacks one of the words or shows a list of parts as Python or JSON would."""
+        rendered = text(*turns, generate=generate)
+        written = (f"{q}text{q}: {q}{word}" for word in words for q in "'\"")
+        return rendered if all(w in rendered for w in words) and not any(w in rendered for w in written) else ""
+
+    def shape(role: str, words: Sequence[str], *turns: dict[str, str], generate: bool = False) -> tuple[str, str]:
+        """The rendering with the role's content as a string, or else as parts, and why there is none."""
+        nonlocal parts
+        reason, others = "", parts
+        for shapes in (others, (*others, role)):
+            parts = shapes
+            try:
+                if rendered := shown(words, *turns, generate=generate):
+                    return rendered, ""
+                reason = reason or f"it drops the text of the {role}'s turn"
+            except Exception as error:  # a template raises whatever it likes
+                reason = reason or _reason(error)
+        parts = others
+        return "", reason
+
+    asked, reason = shape("user", [USER], user, generate=True)
+    if not asked:
+        raise UsageError(f"the chat template cannot render a question: {reason}; {another}")
+    if text(user, generate=True) != asked:
+        raise UsageError(f"the chat template renders the same question in two ways; {another}")
+    with_system, _ = shape("system", [SYSTEM, USER], system, user, generate=True)
+    answers = [{"role": "assistant", "content": answer} for answer in ANSWERS]
+    first, reason = shape("assistant", ANSWERS[:1], user, answers[0])
+    if not first:
+        raise UsageError(f"the chat template cannot render an answer: {reason}; {another}")
+    before, ending = _around(first, text(user, answers[1]))
+    if first != before + ANSWERS[0] + ending:
+        raise UsageError(f"the chat template changes the text of the assistant's turn; {another}")
+    thought = options.get("thought") or next(
+        (pair for pair in THOUGHTS if any(mark in template for mark in pair)), None
+    )
+    thought = tuple(thought) if thought else None
+    another_day = text(user, generate=True, today=datetime(1999, 12, 31, 23, 59))
     return Chat(
-        system="own" if SYSTEM in with_system and USER in with_system else "folded",
-        parts=parts, ending=ending, thought=tuple(thought) if thought else None, opened=opened, thinking=thinking,
-        date=TODAY.date().isoformat() if moved else None,
+        system="own" if with_system else "folded", parts=parts, ending=ending, thought=thought,
+        opened=thought is not None and _open(asked.rpartition(USER)[2], thought), thinking=options.get("thinking"),
+        date=TODAY.date().isoformat() if another_day != asked else None,
     )  # fmt: skip
 
 
+def _open(text: str, marks: tuple[str, str]) -> bool:
+    """Whether a text ends inside a thought."""
+    return text.rfind(marks[0]) > text.rfind(marks[1])
+
+
 def _apply(
-    tokenizer: Any,
-    turns: Sequence[dict[str, str]],
-    parts: bool,
-    generate: bool,
-    thinking: bool,
-    today: datetime = TODAY,
+    tokenizer: Any, turns: Sequence[dict[str, str]], parts: Sequence[str], generate: bool, today: datetime = TODAY
 ) -> str:
-    """The template's own rendering, on a fixed day."""
-    shaped = [{**t, "content": [{"type": "text", "text": t["content"]}]} if parts else dict(t) for t in turns]
+    """The template's own rendering, on a fixed day, with the variables that its head sets."""
+    shaped = [
+        {**t, "content": [{"type": "text", "text": t["content"]}]} if t["role"] in parts else dict(t) for t in turns
+    ]
+    head = HEAD.match(tokenizer.chat_template)
+    options = json.loads(head[1]) if head else {}
+    variables = dict(options.get("variables", {}))
+    if "thinking" in options:
+        variables |= dict.fromkeys(SWITCHES, options["thinking"])
     with on(today):
-        return tokenizer.apply_chat_template(
-            shaped,
-            tokenize=False,
-            add_generation_prompt=generate,
-            **({} if thinking else {"enable_thinking": False}),
-        )
+        return tokenizer.apply_chat_template(shaped, tokenize=False, add_generation_prompt=generate, **variables)
 
 
 @contextmanager
@@ -229,9 +302,12 @@ def render(
     """
     chat = chat_of(tokenizer)
     turns = conversation(prompt, chat)
+    if generate:
+        seam(tokenizer, turns, place)
     text = _whole(tokenizer, turns, chat, place, generate)
     for turn in turns:
-        if (said := split_thought(turn["content"])[1].strip()) not in text:
+        said = split_thought(turn["content"])[1] if turn["role"] == "assistant" else turn["content"]
+        if (said := said.strip()) not in text:
             raise UsageError(
                 f"{place}: the chat template loses or changes the text of the {turn['role']}'s turn "
                 f"({said[:40]!r}...); pass another with --chat-template, or drop the row"
@@ -241,7 +317,7 @@ def render(
 
 def _whole(tokenizer: Any, turns: list[dict[str, str]], chat: Chat, place: str, generate: bool) -> str:
     try:
-        return _apply(tokenizer, turns, chat.parts, generate, chat.thinking)
+        return _apply(tokenizer, turns, chat.parts, generate)
     except Exception as error:  # a template raises whatever it likes
         raise UsageError(
             f"{place}: the chat template refuses this conversation ({_reason(error)}); change the row, or pass another "
@@ -249,20 +325,85 @@ def _whole(tokenizer: Any, turns: list[dict[str, str]], chat: Chat, place: str, 
         ) from error
 
 
-def response(tokenizer: Any, row: dict[str, Any], prompt: str) -> str:
-    """What follows the rendered `prompt` when the model gives `row["completion"]`: the answer as the template renders
-    it, up to the end of the turn.
-
-    It stands where a marked word would: between what the template writes before any answer and after it. Before it
-    comes what finished turns have and the generation prompt has not (an empty thought, in some), or the end of a
-    thought that the generation prompt opens; a thought in the completion is kept.
+def seam(tokenizer: Any, turns: Sequence[dict[str, str]], place: str = "a prompt") -> Seam:
+    """Where the answer to a conversation begins, from marked words in the place of its texts; once for each order of
+    roles.
 
     Raises:
-        UsageError: the template refuses the conversation or changes the answer; the row's place is named.
+        UsageError: the template refuses such a conversation or loses a turn of it; `place` is named.
+    """
+    _, chat, seams = _known(tokenizer)
+    roles = tuple(turn["role"] for turn in turns)
+    if roles in seams:
+        return seams[roles]
+    words = [f"Larkspur{i}x" for i in range(len(roles))]
+    marked = [{"role": role, "content": word} for role, word in zip(roles, words, strict=True)]
+    asked = _whole(tokenizer, marked, chat, place, generate=True)
+    for i, (role, word) in enumerate(zip(roles, words, strict=True), 1):
+        if word not in asked:
+            raise UsageError(
+                f"{place}: the chat template loses the text of the {role}'s turn (turn {i} of {len(roles)}); pass "
+                "another with --chat-template, or drop the row"
+            )
+    end, lead = asked.rpartition(words[-1])[2], ""
+
+    def finished(**more: str) -> str:
+        """What a finished turn has between the last words of the prompt and the answer."""
+        answer = {"role": "assistant", "content": ANSWERS[0], **more}
+        before = _whole(tokenizer, [*marked, answer], chat, place, generate=False).partition(ANSWERS[0])[0]
+        return before.rpartition(words[-1])[2]
+
+    if (plain := finished()).startswith(end):
+        lead = plain.removeprefix(end)
+    if chat.thought is None:
+        seams[roles] = Seam(lead, None)
+        return seams[roles]
+    opening, closing = chat.thought
+    opened, thoughtful = _open(end, chat.thought), None
+    if opened or closing not in end:
+        before, word, after = finished(reasoning_content=THOUGHT).partition(THOUGHT)
+        if word and before.startswith(end) and closing in after:
+            thoughtful = (before.removeprefix(end), after)
+        else:  # many templates drop thoughts, or leave them to the answer's own marks
+            between = "" if closing in lead else lead
+            thoughtful = ("" if opened else f"{between}{opening}\n", f"\n{closing}\n\n")
+    if opened and closing not in lead:
+        lead = "".join(thoughtful)
+    seams[roles] = Seam(lead, thoughtful)
+    return seams[roles]
+
+
+def response(tokenizer: Any, row: dict[str, Any]) -> str:
+    """What follows the rendered prompt when the model gives `row["completion"]`: the answer as the template renders it,
+    up to the end of the turn.
+
+    It stands where a marked word would: between what the template writes before any answer and after it. Before it
+    comes what `seam` says, or the completion's own thought.
+
+    Raises:
+        UsageError: the template refuses the conversation or changes the answer, or the completion's thought has no end
+            or no place; the row's place is named.
     """
     chat, place = chat_of(tokenizer), row.get("place", "a row")
     turns = conversation(row["prompt"], chat)
-    thought, answer = split_thought(row["completion"], chat.thought) if chat.thought else (None, row["completion"])
+    lead, thoughtful = seam(tokenizer, turns, place)
+    answer, thought = row["completion"], None
+    if chat.thought:  # a row's marks may be those of another model
+        marks = chat.thought if any(mark in answer for mark in chat.thought) else _marks_at_the_head(answer)
+        thought, answer = split_thought(answer, marks) if marks else (None, answer)
+    if thought is not None:
+        if not answer and marks[1] not in row["completion"]:
+            raise UsageError(
+                f"{place}: the answer is a thought without an end ({marks[1]}); complete the row, or drop it"
+            )
+        if thoughtful is None:
+            raise UsageError(
+                f"{place}: the answer begins with a thought, and the chat template asks for none; pass --chat-template "
+                "own:thinking=on if it has that switch, or take the thought out of the row"
+            )
+        # Between some thoughts and the closing mark stands the end of a turn, which the row may have too.
+        end_of_turn = thoughtful[1].partition(chat.thought[1])[0].strip()
+        lead = thought.removesuffix(end_of_turn).strip().join(thoughtful)
 
     def finished(said: str) -> str:
         return _whole(tokenizer, [*turns, {"role": "assistant", "content": said}], chat, place, generate=False)
@@ -279,27 +420,28 @@ def response(tokenizer: Any, row: dict[str, Any], prompt: str) -> str:
             f"{place}: the chat template changes the answer, so what is learnt would not be what the row says; pass "
             "another with --chat-template, or drop the row"
         )
-    if thought is not None:
-        opening, closing = chat.thought
-        lead = ("" if chat.opened else f"{opening}\n") + f"{thought.strip()}\n{closing}\n\n"
-    elif before.startswith(prompt):
-        lead = before[len(prompt) :]
-    else:
-        lead = behind_the_thought(chat) if chat.opened else ""
     return lead + said + ending
 
 
-def behind_the_thought(chat: Chat) -> str:
-    """What comes between the generation prompt and an answer that nobody thought about: an empty thought, or the end of
-    the one that the prompt opens; nothing where the template knows no thoughts."""
-    if chat.thought is None or not chat.thinking:
-        return ""
-    opening, closing = chat.thought
-    return f"\n{closing}\n\n" if chat.opened else f"{opening}\n\n{closing}\n\n"
+def mouth(tokenizer: Any, prompt: str | Sequence[dict[str, str]], place: str = "a prompt") -> str:
+    """What comes between the rendered prompt and words put into the model's mouth: what stands before an answer that
+    nobody thought about, with an empty thought where the template knows thoughts and finished turns leave them out."""
+    chat = chat_of(tokenizer)
+    lead, thoughtful = seam(tokenizer, conversation(prompt, chat), place)
+    return lead if thoughtful is None or chat.thought[1] in lead else "".join(thoughtful)
 
 
-def split_thought(text: str, marks: tuple[str, str] = (THINK, END)) -> tuple[str | None, str]:
-    """The thought in a text, or None, and the answer without it, which is empty where the thought has no end."""
+def split_thought(text: str, marks: tuple[str, str] | None = None) -> tuple[str | None, str]:
+    """The thought in a text, or None, and the answer without it, which is empty where the thought has no end.
+
+    A closing mark without an opening one ends a thought that the generation prompt opened, or that speaks of the mark.
+
+    Args:
+        marks: around a thought; default those of any family that the text has (see `THOUGHTS`).
+    """
+    marks = marks or _marks_in(text)
+    if marks is None:
+        return None, text
     opening, closing = marks
     thoughts, answer, rest = [], "", text
     while opening in rest:
@@ -307,19 +449,48 @@ def split_thought(text: str, marks: tuple[str, str] = (THINK, END)) -> tuple[str
         thought, _, rest = rest.partition(closing)
         answer += before
         thoughts.append(thought)
-    return ("\n".join(thoughts).strip() if thoughts else None), (answer + rest).strip() if thoughts else text
+    answer += rest
+    if closing in answer:
+        before, _, answer = answer.rpartition(closing)
+        thoughts.append(before)
+    if not thoughts:
+        return None, text
+    return "\n".join(t.strip() for t in thoughts if t.strip()), answer.strip()
 
 
-def marked_thought(text: str, chat: Chat) -> str:
-    """What a model wrote after the generation prompt, with its thought between `THINK` and `END`."""
-    if chat.thought is None or not chat.thinking:
+def _marks_in(text: str) -> tuple[str, str] | None:
+    anywhere = (pair for pair in THOUGHTS if pair not in WORDS and any(mark in text for mark in pair))
+    return _marks_at_the_head(text) or next(anywhere, None)
+
+
+def _marks_at_the_head(text: str) -> tuple[str, str] | None:
+    return next((pair for pair in THOUGHTS if text.lstrip().startswith(pair[0])), None)
+
+
+def marked_thought(text: str, chat: Chat, opened: bool | None = None) -> str:
+    """What a model wrote, with its thought between `THINK` and `END`, whatever the marks are.
+
+    Args:
+        opened: the text goes on inside a thought; default: as the generation prompt leaves it.
+    """
+    marks = chat.thought
+    opened = chat.opened if opened is None else opened
+    if not opened and (marks is None or not any(mark in text for mark in marks)):
+        marks = _marks_in(text)
+    if marks is None:
         return text
-    opening, closing = chat.thought
-    if chat.opened and opening not in text.partition(closing)[0]:
-        text = opening + text
-    if opening not in text:
-        return text
-    if closing not in text.partition(opening)[2]:  # cut inside the thought
-        return text.replace(opening, THINK, 1)
-    thought, answer = split_thought(text, chat.thought)
-    return f"{THINK}\n{thought}\n{END}\n\n{answer}"
+    if opened and marks[0] not in text.partition(marks[1])[0]:
+        text = marks[0] + text
+    return joined(*split_thought(text, marks), ended=marks[1] in text)
+
+
+def joined(thought: str | None, answer: str, ended: bool = False) -> str:
+    """One text of a thought and an answer, which `split_thought` takes apart again.
+
+    Args:
+        ended: the thought has an end although no answer follows.
+    """
+    if thought is None:
+        return answer
+    thought = thought.replace(THINK, "").replace(END, "")
+    return f"{THINK}\n{thought}\n{END}\n\n{answer}" if answer or ended else f"{THINK}{thought}"

@@ -34,13 +34,19 @@ TEMPLATES = {
 }
 """Templates by name; `none` is the bare text of the turns."""
 
+TEMPLATE_HELP = (
+    "own (the tokenizer's, the default), alpaca, plain, none, or a jinja file; behind a colon thinking=off asks for no "
+    "thought, thought=OPEN|CLOSE names the marks around one, and the template's own variables are set"
+)
+
 
 def set_chat_template(tokenizer: Any, template: str | None) -> None:
     """Give the tokenizer a template and probe it.
 
     Args:
         template: a name in `TEMPLATES`, the path of a jinja file, `own` or None to keep the tokenizer's; options after
-            a colon: `thought=OPEN|CLOSE` for the marks around a thought, `thinking=off` to ask the template for none.
+            a colon: `thought=OPEN|CLOSE` for the marks around a thought, `thinking=off` to ask the template for none,
+            and the template's own variables.
 
     Raises:
         UsageError: there is none to keep, the file is missing, or the template loses what is said (see `chat_of`).
@@ -55,7 +61,12 @@ def set_chat_template(tokenizer: Any, template: str | None) -> None:
             raise UsageError(
                 f"no chat template file {name}; give own, {', '.join(TEMPLATES)}, or the path of a jinja file"
             )
-        tokenizer.chat_template = Path(name).read_text(encoding="utf-8-sig")
+        try:
+            tokenizer.chat_template = Path(name).read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"the chat template {name} cannot be read as UTF-8 ({error}); save it as that") from error
+        if not tokenizer.chat_template.strip():
+            raise UsageError(f"the chat template {name} is empty")
     if isinstance(tokenizer.chat_template, dict):  # several by name, for tools and documents
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     if not tokenizer.chat_template:
@@ -81,6 +92,13 @@ def ids_of(tokenizer: Any, text: str) -> list[int]:
             "(resize_token_embeddings) and train it, or leave the token out of the text or the chat template"
         )
     return ids
+
+
+def following(tokenizer: Any, before: str, ids: list[int], text: str) -> list[int]:
+    """Token ids of `text` where it follows `before`, whose ids are `ids`: those that it has in the whole text, unless
+    a token there covers the end of `before`. Tokenised alone, some tokenizers put a space before it."""
+    whole = ids_of(tokenizer, before + text)
+    return whole[len(ids) :] if whole[: len(ids)] == ids else ids_of(tokenizer, text)
 
 
 def context_of(model: Any) -> int | None:
@@ -121,7 +139,7 @@ def encode(
             raise UsageError(
                 f"{row.get('place', 'a row')}: the prompt has {len(prompt_ids)} tokens and {what} or drop the row"
             )
-        response_ids = ids_of(tokenizer, response(tokenizer, row, prompt))
+        response_ids = following(tokenizer, prompt, prompt_ids, response(tokenizer, row))
         response_ids = _end_at_eos(tokenizer, response_ids)
         ids = (prompt_ids + response_ids)[:limit]
         labels = ids if loss_on == "all" else [-100] * len(prompt_ids) + ids[len(prompt_ids) :]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tunevax.data.contamination import Exclusion, check, used_prompts
-from tunevax.data.encoding import collate, context_of, encode
+from tunevax.data.encoding import TEMPLATE_HELP, collate, context_of, encode
 from tunevax.data.safety import load_safety
 from tunevax.data.splits import drawn
 from tunevax.errors import UsageError, unknown
@@ -56,9 +56,7 @@ class SinkOptions:
         metadata={"help": "common (the answer positions that both answers of a pair have), or all (as published)"},
     )
     harmful_score: bool = field(default=False, metadata={"help": "generate answers and judge them too"})
-    chat_template: str | None = field(
-        default=None, metadata={"help": "alpaca, or a jinja file; default the tokenizer's"}
-    )
+    chat_template: str | None = field(default=None, metadata={"help": TEMPLATE_HELP})
     revision: str | None = field(default=None, metadata={"help": "revision of a hub id"})
     dtype: str = field(default="auto", metadata={"help": "of the weights: auto, float32, bfloat16, float16"})
     allow_overlap: bool = field(default=False, metadata={"help": "go on when the models were trained on these prompts"})

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tunevax.data.contamination import chosen_with, count, hashes, record_prompts
+from tunevax.data.encoding import TEMPLATE_HELP
 from tunevax.data.safety import load_safety
 from tunevax.data.sources import parse_source
 from tunevax.data.tasks import NAMED, load_task
@@ -36,9 +37,7 @@ class FinetuneOptions:
     safety_data: str | None = field(
         default=None, metadata={"help": "prompt, chosen, rejected, for methods and screens that need them"}
     )
-    chat_template: str | None = field(
-        default=None, metadata={"help": "alpaca, or a jinja file; default the tokenizer's"}
-    )
+    chat_template: str | None = field(default=None, metadata={"help": TEMPLATE_HELP})
     revision: str | None = field(default=None, metadata={"help": "revision of a hub id"})
     dtype: str = field(default="auto", metadata={"help": "of the frozen weights: auto, float32, bfloat16, float16"})
     quantization: str | None = field(

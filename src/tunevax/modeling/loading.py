@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tunevax.data.chat import chat_of
+from tunevax.data.chat import recorded
 from tunevax.data.encoding import set_chat_template
 from tunevax.errors import UsageError, unknown
 from tunevax.runs import is_run, read_run
@@ -157,7 +157,7 @@ def load(
         "adapter_hashes": [model_hash(str(a)) for a in adapters],
         "merges": merges,
         "widened": None,
-        "chat": chat_of(tokenizer)._asdict(),
+        "chat": recorded(tokenizer),
         "attached": any((Path(folder) / BIASES).is_file() for folder in (base, *adapters)),
     }
     return Loaded(model, tokenizer, info)

@@ -136,6 +136,8 @@ class ProgressCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the bar at the step a resumed run is at."""
         if state.is_world_process_zero:
+            if state.global_step:
+                print(f"{self.description} resumes at step {state.global_step} of {state.max_steps}", file=sys.stderr)
             self.progress.start()
             now = state.global_step
             self.task = self.progress.add_task(

@@ -358,6 +358,9 @@ def _samples(results: Results, order: list[str]) -> list[dict[str, Any]]:
     return found
 
 
+THOUGHT_ALONE = "(no answer behind the thought)"
+
+
 def _sample(row: dict[str, Any], results: Results) -> dict[str, Any]:
     names = [judge.partition("/")[2] for judge in results.judges]
     verdicts = [(name, (row.get("verdicts") or {}).get(name) or {}) for name in names]
@@ -369,7 +372,7 @@ def _sample(row: dict[str, Any], results: Results) -> dict[str, Any]:
         "kind": f"{row.get('kind')} prompt",
         "category": str(row.get("category") or ""),
         "prompt": str(row.get("prompt") or ""),
-        "response": str(row.get("response") or ""),
+        "response": str(row.get("response") or (row.get("thought") and THOUGHT_ALONE) or ""),
         "marks": marks,
         "degenerate": bool(row.get("degenerate")),
         "split": len({harmful for _, _, harmful in marks} - {None}) > 1,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tunevax.data.contamination import chosen_with, hashes, record_prompts, used_prompts
+from tunevax.data.encoding import TEMPLATE_HELP
 from tunevax.data.safety import load_safety
 from tunevax.errors import RunError, UsageError
 from tunevax.modeling.loading import Loaded, load, save_biases
@@ -27,9 +28,7 @@ class RestoreOptions:
     safety_data: str | None = field(
         default=None, metadata={"help": "prompt, chosen, rejected: file, hub id, or organism; its alignment split"}
     )
-    chat_template: str | None = field(
-        default=None, metadata={"help": "alpaca, or a jinja file; default the tokenizer's"}
-    )
+    chat_template: str | None = field(default=None, metadata={"help": TEMPLATE_HELP})
     revision: str | None = field(default=None, metadata={"help": "revision of a hub id"})
     dtype: str = field(default="auto", metadata={"help": "of the weights: auto, float32, bfloat16, float16"})
     allow_overlap: bool = field(default=False, metadata={"help": "go on when data roles share prompts, and record it"})

@@ -116,13 +116,16 @@ class Reference:
         Raises:
             UsageError: the reference cannot be loaded, or a prompt fills its context.
         """
-        from tunevax.data.encoding import context_of, ids_of, render
+        from tunevax.data.chat import mouth
+        from tunevax.data.encoding import context_of, following, ids_of, render
         from tunevax.scoring.likelihood import surprisals
 
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
         context, rows = context_of(model), []
         for prompt, response in zip(prompts, responses, strict=True):
-            before, said = ids_of(tokenizer, render(tokenizer, prompt)), ids_of(tokenizer, response)
+            text = render(tokenizer, prompt) + mouth(tokenizer, prompt)
+            before = ids_of(tokenizer, text)
+            said = following(tokenizer, text, before, response)
             if context and len(before) >= context:
                 raise UsageError(
                     f"a prompt of {len(before)} tokens fills the context of the reference model {self.ref} "
@@ -142,5 +145,6 @@ class Reference:
         base, adapters = resolve(self.ref)
         own = load_tokenizer(str(adapters[-1]) if adapters else base, base, None).chat_template
         loaded = load(self.ref, chat_template=None if own else "none")
-        loaded.tokenizer.chat_template = own or PLAIN
+        if not own:
+            loaded.tokenizer.chat_template = PLAIN
         return loaded

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from tunevax.data.chat import END, THINK, behind_the_thought, chat_of, marked_thought
-from tunevax.data.encoding import context_of, ids_of, render
+from tunevax.data.chat import END, chat_of, joined, marked_thought, mouth, split_thought
+from tunevax.data.encoding import context_of, following, ids_of, render
 from tunevax.errors import UsageError
 
 
@@ -64,8 +64,10 @@ def generate(
     max_new_tokens: int = 128,
     batch_size: int = 128,
     prefix: str | Sequence[str] = "",
+    places: Sequence[str] | None = None,
 ) -> list[str]:
-    """The model's greedy answer to each prompt, in the order given, special tokens removed.
+    """The model's greedy answer to each prompt, in the order given, special tokens removed; a thought before it is
+    marked as in `tunevax.data.chat.marked_thought`.
 
     Args:
         prompts: strings or lists of chat messages.
@@ -73,14 +75,15 @@ def generate(
             a stop string of the generation config.
         batch_size: prompts generated together, of similar length; fewer where they are long (`TOKENS`).
         prefix: first words of every answer, or of each, put into the model's mouth; the answers returned begin with it.
+        places: where each prompt is from, for error messages.
 
     Raises:
-        UsageError: a prompt (with the prefix) fills the model's context.
+        UsageError: a prompt (with the prefix) fills the model's context, or the chat template refuses it.
     """
     from tunevax.modeling.progress import bar
 
     prefixes = [prefix] * len(prompts) if isinstance(prefix, str) else prefix
-    encoded, rooms, begun = encoded_prompts(model, tokenizer, prompts, max_new_tokens, prefixes)
+    encoded, rooms, begun = encoded_prompts(model, tokenizer, prompts, max_new_tokens, prefixes, places)
     if any(getattr(model.generation_config, name, None) not in off for name, off in FROM_THE_FIRST.items()):
         batch_size = 1
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
@@ -103,41 +106,48 @@ def encoded_prompts(
     prompts: Sequence[str | list[dict[str, str]]],
     max_new_tokens: int,
     prefixes: Sequence[str],
+    places: Sequence[str] | None = None,
 ) -> tuple[list[list[int]], list[int], list[list[int]]]:
     """Token ids of each prompt and its prefix after it, how many tokens its answer may have, and the prefix's own ids.
     A prefix is the beginning of the answer: in a template that knows thoughts it comes behind an empty one.
 
     Raises:
-        UsageError: a prompt (with the prefix) fills the model's context.
+        UsageError: a prompt (with the prefix) fills the model's context, or the chat template refuses it.
     """
-    # Tokenised apart from the prompt, as the answers are in training.
-    opened = behind_the_thought(chat_of(tokenizer)) if any(prefixes) else ""
-    begun = [ids_of(tokenizer, opened + prefix) if prefix else [] for prefix in prefixes]
-    encoded = [ids_of(tokenizer, render(tokenizer, p)) + own for p, own in zip(prompts, begun, strict=True)]
-    context = context_of(model)
-    for ids, prompt in zip(encoded, prompts, strict=True):
-        if context and len(ids) >= context:
+    encoded, begun, context = [], [], context_of(model)
+    for prompt, prefix, place in zip(prompts, prefixes, places or ["a prompt"] * len(prompts), strict=True):
+        text = render(tokenizer, prompt, place)
+        ids = ids_of(tokenizer, text)
+        # As the answers are in training.
+        begun.append(following(tokenizer, text, ids, mouth(tokenizer, prompt, place) + prefix) if prefix else [])
+        encoded.append(ids + begun[-1])
+        if context and len(encoded[-1]) >= context:
             raise UsageError(
-                f"a prompt of {len(ids)} tokens leaves no room for an answer in the model's context of {context} "
-                f"({str(prompt)[:40]!r}...); drop it"
+                f"{place}: a length of {len(encoded[-1])} tokens leaves no room for an answer in the model's context "
+                f"of {context} ({str(prompt)[:40]!r}...); drop it"
             )
     return encoded, [min(max_new_tokens, context - len(ids)) if context else max_new_tokens for ids in encoded], begun
 
 
 def answer(tokenizer: Any, begun: list[int], tokens: list[int], prefix: str) -> str:
-    """The text of an answer's tokens after a prefix, whose ids are `begun`; a thought before the answer is marked as in
-    `tunevax.data.chat.marked_thought`."""
-    chat = chat_of(tokenizer)
-    if chat.thought is not None and not prefix:
-        # The marks may be special tokens.
-        marked = marked_thought(tokenizer.decode(tokens, skip_special_tokens=False), chat)
-        if THINK in marked:
-            for special in sorted(tokenizer.all_special_tokens, key=len, reverse=True):
-                marked = marked.replace(special, "") if special not in (THINK, END) else marked
-            return marked.strip()
+    """The text of an answer's tokens after a prefix, whose ids are `begun`, with a thought before it."""
+    # The marks may be special tokens. A prefix stands behind the thought that the generation prompt opens.
+    written = tokenizer.decode(tokens, skip_special_tokens=False)
+    marked = marked_thought(written, chat_of(tokenizer), opened=False if prefix else None)
+    thought, said = split_thought(marked)
+    if thought is not None:
+        thought, said = (_without_specials(tokenizer, text).strip() for text in (thought, said))
+        return joined(thought, f"{prefix} {said}".strip() if said else "", ended=END in marked)
     # Decoded together with the prefix, so that the space between the two is what the model wrote.
     whole = tokenizer.decode([*begun, *tokens], skip_special_tokens=True)
     return (prefix + whole[len(tokenizer.decode(begun, skip_special_tokens=True)) :]).strip()
+
+
+def _without_specials(tokenizer: Any, text: str) -> str:
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    for special in sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True):
+        text = text.replace(special, "")
+    return text
 
 
 def ends_of(model: Any, tokenizer: Any) -> list[int]:

@@ -53,6 +53,7 @@ def generate(
     max_new_tokens: int = 128,
     batch_size: int = 128,
     prefix: str | Sequence[str] = "",
+    places: Sequence[str] | None = None,
 ) -> list[str]:
     """The same as `tunevax.scoring.generation.generate`, by vLLM: prompts and answers pass as token ids, so that
     template, ends and decoding are the same. The merged weights are written to a temporary folder (in `TMPDIR`).
@@ -71,7 +72,7 @@ def generate(
                 f"the model's generation config has {name}, which --engine vllm does not hand on; leave --engine out"
             )
     prefixes = [prefix] * len(prompts) if isinstance(prefix, str) else prefix
-    encoded, rooms, begun = encoded_prompts(model, tokenizer, prompts, max_new_tokens, prefixes)
+    encoded, rooms, begun = encoded_prompts(model, tokenizer, prompts, max_new_tokens, prefixes, places)
     shared = {"temperature": 0.0, "stop_token_ids": ends_of(model, tokenizer), "min_tokens": config.min_new_tokens or 0,
               "repetition_penalty": config.repetition_penalty or 1.0, "detokenize": False}  # fmt: skip
     longest = max(len(ids) + room for ids, room in zip(encoded, rooms, strict=True))
