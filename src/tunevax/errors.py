@@ -30,8 +30,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
 
 
 def nearby(name: str, *more: str) -> str:
-    """ "; did you mean ...?" for what lies in the working directory (or is in `more`) and is spelled almost like `name`;
-    else nothing."""
+    """A question after the nearest name in the working directory, or in `more`; empty if none is spelled alike."""
     here = [path.name for path in Path().iterdir() if not path.name.startswith(".")]
     near = difflib.get_close_matches(name, [*here, *more], n=1, cutoff=0.7)
     return f"; did you mean '{near[0]}'?" if near else ""
