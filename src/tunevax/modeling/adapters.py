@@ -25,8 +25,8 @@ NARROW = (torch.bfloat16, torch.float16)
 KEPT = 0.9
 """The share of an adapter's update that a merge has to keep; rounding takes the rest."""
 OFF = 0.1
-"""How far the logits of a merged model may be from those of the unmerged one, in units of what the adapter moves, beside
-what the rounding of activations may account for."""
+"""How far the logits of a merged model may be from those of the unmerged one, in units of what the adapter moves, and
+beside what the rounding of activations may account for."""
 FARTHEST = 1.5
 """And in any case: if an adapter moves the logits no more than rounding does, two evaluations are 1 apart, and with the
 rounding of the weights 1.4."""
