@@ -26,8 +26,8 @@ KERNELS = "bitsandbytes.backends.cpu.ops"
 
 
 def hush_kernels() -> None:
-    """Silence that one warning, which comes with most modules of tunevax; run when tunevax is imported, so that a script
-    which imports one of them does not print it either. Everything else is a script's own to silence."""
+    """Silence that one warning, which comes with most modules of tunevax. Run when tunevax is imported, so that a
+    script which imports one of them does not print it either. Everything else is a script's own to silence."""
     logging.getLogger(KERNELS).setLevel(logging.ERROR)
 
 
