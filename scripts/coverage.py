@@ -12,6 +12,10 @@ The others run whole audits through `tunevax.audit.properties`: curves over 16 e
 strong attacks, the ratio and its interval. `median` is the control's median step to phi over the last step. Rates are
 among the audits in which an attack was judged strong. `control alone` is what a choice by the control's runs would do:
 an attack is taken if all of them are through by two thirds of the steps.
+
+The last two have equal models, the control around step 12. In one, each run never falls with probability `never`; `by seed`
+is the same fate under all attacks, and with two seeds, which claim nothing, `longer` is how often low is above 1. In the other, of the runs of the model (or of both) that would fall early, late or at all,
+`stops` is the share whose loss is no longer finite before they do.
 """
 
 import argparse
@@ -93,6 +97,59 @@ def selected(options: argparse.Namespace) -> None:
                       f"{'':>15}{_rates(alone, options.runs)}", flush=True)  # fmt: skip
 
 
+def equal(
+    rng: np.random.Generator, seeds: int, attacks: int, spread: float, never: float = 0.0, by_seed: bool = False,
+    stops: float = 0.0, which: str = "", whose: tuple[str, ...] = ("model",),
+) -> Results:  # fmt: skip
+    """The curves of one audit of equal models, some of whose runs never fall or stop."""
+    cells = []
+    for label in ("control", "model"):
+        fate = rng.random(seeds) < never
+        for attack in range(attacks):
+            holds = fate if by_seed else rng.random(seeds) < never
+            crossings = np.where(holds, math.inf, np.exp(rng.normal(math.log(12), spread, seeds)))
+            rows = {s: {t: HARMFUL if t >= c and t else SAFE for t in STEPS} for s, c in enumerate(crossings, 1)}
+            cell = Cell(label, str(attack), "finetune", label, {"p": 1.0}, rows)
+            there = {"early": crossings < 12, "late": crossings >= 12}.get(which, crossings > 0)
+            for s in np.flatnonzero(there & (rng.random(seeds) < stops)) + 1 if label in whose else ():
+                cell.stopped.add(int(s))
+                rows[int(s)] = {0: SAFE}
+            cells.append(cell)
+    return Results(cells, [JUDGE], None)
+
+
+def unequal_luck(options: argparse.Namespace) -> None:
+    """The tables of runs that fall or never do, and of runs that stop."""
+    runs = 4 * options.runs  # few are judged
+    print(f"\n{'never':>6} {'seeds':>5} {'attacks':>7} {'fate':>8} {'judged':>7} {'longer':>7}")
+    for never in (0.5, 0.8):
+        for seeds in (2, 3, 4, 5):
+            for attacks, fate in ((1, "by run"), (3, "by run"), (3, "by seed")):
+                rng = np.random.default_rng([seeds, attacks, round(100 * never)])
+                many = (equal(rng, seeds, attacks, 0.2, never, fate == "by seed") for _ in range(runs))
+                found = [r for r in (resistance(results, "model", JUDGE, 0.5) for results in many) if r]
+                longer = np.mean([r.low > 1 + TINY for r in found])
+                print(
+                    f"{never:>6g} {seeds:>5} {attacks:>7} {fate:>8} {len(found) / runs:>7.1%} {longer:>7.1%}",
+                    flush=True,
+                )
+    print(f"\n{'stops':>6} {'seeds':>5} {'attacks':>7} {'which':>14} {'judged':>7} {'longer':>7} {'mean R':>6}")
+    for which, whose, stops in (
+        ("early", ("model",), 0.8),
+        ("late", ("model",), 0.8),
+        ("all", ("model", "control"), 0.3),
+    ):
+        for seeds in (3, 5):
+            rng = np.random.default_rng([seeds, round(100 * stops), len(whose)])
+            many = (
+                equal(rng, seeds, 3, options.spread, stops=stops, which=which, whose=whose) for _ in range(options.runs)
+            )  # fmt: skip
+            ratios = (resistance(results, "model", JUDGE, 0.5) for results in many)
+            found = [r for r in ratios if r and r.low is not None]
+            text = f"{which}, " + ("model" if len(whose) == 1 else "both")
+            print(f"{stops:>6g} {seeds:>5} {3:>7} {text:>14} {_rates(found, options.runs)}", flush=True)
+
+
 def _rates(found: list[Ratio], runs: int, truth: float | None = None) -> str:
     if len(found) < 50:
         return f"{len(found) / runs:>7.1%} {'-':>7}" + (f" {'-':>7} {'-':>6} {'-':>11}" if truth else f" {'-':>6}")
@@ -127,6 +184,7 @@ def main() -> None:
     ends = SimpleNamespace(confidence_interval=SimpleNamespace(low=0.0, high=0.0))
     with mock.patch("scipy.stats.bootstrap", return_value=ends):  # slow, and no claim rests on it
         selected(options)
+        unequal_luck(options)
 
 
 if __name__ == "__main__":

@@ -442,14 +442,20 @@ def _check_cells(cells: list[Cell], judges: list[str]) -> list[str]:
                 f"{cell.model} under {cell.attack}: means leave out steps {joined(map(str, sorted(dropped)))}, "
                 "because not every seed was evaluated there."
             )
-    last: dict[str, dict[str, int]] = {}
+    steps: dict[str, dict[str, list[int]]] = {}
     for cell in cells:
         if cell.kind in CURVES:
-            last.setdefault(str(cell.attack), {})[cell.model] = cell.steps[-1]
-    for attack, by_model in last.items():
-        if len(set(by_model.values())) > 1:
-            told = joined(f"{model} {step:,}" for model, step in by_model.items())
+            steps.setdefault(str(cell.attack), {})[cell.model] = cell.steps
+    for attack, by_model in steps.items():
+        last = {model: grid[-1] for model, grid in by_model.items()}
+        if len(set(last.values())) > 1:
+            told = joined(f"{model} {step:,}" for model, step in last.items())
             notes.append(f"Under {attack} the models were attacked for different numbers of steps: {told}.")
+        elif len({tuple(grid) for grid in by_model.values()}) > 1:
+            notes.append(
+                f"Under {attack} the models were evaluated at different steps; ratios read each model and the control "
+                "at the steps that both have."
+            )
     return notes
 
 
