@@ -166,6 +166,14 @@ def test_overlapping_splits_are_an_error_unless_allowed(capsys, here):
     assert overlap["alignment/attack"] > 0 and overlap["alignment/evaluation"] > 0 and overlap["attack/evaluation"] == 0
 
 
+def test_a_name_that_lies_next_door_is_suggested(capsys, here):
+    Path("hardened").mkdir()
+    said = refused(capsys, here, "score", "--model", "hardned", "--safety-data", "good.jsonl", "--output-dir", "out")
+    assert "did you mean 'hardened'?" in said
+    run = ["align", "sft", "--model", "organism", "--safety-data", "god.jsonl2", "--output-dir", "out"]
+    assert "did you mean 'good.jsonl'?" in refused(capsys, here, *run)
+
+
 def test_newer_schema_and_unwritable_places(capsys, here, monkeypatch):
     Path("new").mkdir()
     Path("new/run.json").write_text(json.dumps({"schema": 99, "verb": "align"}))

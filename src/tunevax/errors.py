@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class TunevaxError(Exception):
@@ -26,3 +27,11 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}" if len(known) <= 20 else ""
     return UsageError(f"unknown {kind} '{name}'{hint}")
+
+
+def nearby(name: str, *more: str) -> str:
+    """ "; did you mean ...?" for what lies in the working directory (or is in `more`) and is spelled almost like `name`;
+    else nothing."""
+    here = [path.name for path in Path().iterdir() if not path.name.startswith(".")]
+    near = difflib.get_close_matches(name, [*here, *more], n=1, cutoff=0.7)
+    return f"; did you mean '{near[0]}'?" if near else ""

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tunevax.errors import UsageError, unknown
+from tunevax.errors import UsageError, nearby, unknown
 from tunevax.runs import is_run, read_run
 
 KEYS = (
@@ -360,7 +360,8 @@ def _hub(name: str, options: dict[str, str]) -> Iterator[tuple[str, dict]]:
         why = f" ({_reason(error)})" if isinstance(error, ValueError) else ""
         raise UsageError(
             f"no dataset {name!r}: not a local file, and the hub answered {type(error).__name__}{why}; "
-            f"check the name, or give a local .jsonl, .json, .csv or .parquet file{_or_config(name, error)}"
+            f"check the name, or give a local .jsonl, .json, .csv or .parquet file"
+            f"{_or_config(name, error) or nearby(name)}"
         ) from error
     splits = _dataset(name, found)
     yield from _take(name, splits, None) if wanted is None else next(iter(splits.values()))

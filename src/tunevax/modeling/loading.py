@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from tunevax.data.chat import recorded
 from tunevax.data.encoding import set_chat_template
-from tunevax.errors import UsageError, unknown
+from tunevax.errors import UsageError, nearby, unknown
 from tunevax.runs import is_run, read_run
 
 BIASES = "bias.safetensors"
@@ -555,9 +555,7 @@ def _cannot_load(base: str, error: Exception) -> UsageError:
         if folder.is_dir()
         else "not a folder here, and not to be had from the hub"
     )
-    if difflib.get_close_matches(base, ["organism"], cutoff=0.7):
-        what += "; did you mean 'organism'?"
-    return UsageError(f"cannot load the model {base!r}: {what} ({shortened(error)})")
+    return UsageError(f"cannot load the model {base!r}: {what} ({shortened(error)}){nearby(base, 'organism')}")
 
 
 def load_tokenizer(folder: str, base: str, revision: str | None) -> Any:
