@@ -194,7 +194,8 @@ def merge(model: Any, ref: str) -> tuple[Any, Merge]:
         if module.weight.is_floating_point():
             module.to(dtype)  # one that was trained whole comes in fp32
     gap = logits(model) - apart
-    off, along = float(gap.norm()) / moved, 1 + float((gap * move).sum()) / moved**2
+    off = float(gap.norm()) / moved
+    along = round(1 + float((gap * move).sum()) / moved**2, 4) + 0.0  # not -0
     noise = rounding(model, dtype) * float(apart.norm()) / moved
     if kept < KEPT or not off <= min(OFF + noise, FARTHEST) or not arrived(off, along):
         kind = str(dtype).removeprefix("torch.")
@@ -205,7 +206,7 @@ def merge(model: Any, ref: str) -> tuple[Any, Merge]:
         if dtype in NARROW:
             raise RoundedAway(why)
         raise UsageError(f"{why}; this kind of adapter cannot be merged into {type(model).__name__}")
-    return model, Merge(str(dtype).removeprefix("torch."), round(kept, 4), float(f"{off:.2g}"), round(along, 4))
+    return model, Merge(str(dtype).removeprefix("torch."), round(kept, 4), float(f"{off:.2g}"), along)
 
 
 def arrived(off: float, along: float) -> bool:
