@@ -114,3 +114,16 @@ def test_a_worker_of_an_audit_is_silent_before_it_imports_anything():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == f"{logging.ERROR} False\n"
+
+
+def test_importing_tunevax_silences_one_warning_and_imports_no_library():
+    """From Python, without the command line: the warning of a missing kernel, and nobody else's."""
+    code = (
+        "import logging, sys, warnings; filters = list(warnings.filters); import tunevax; "
+        "assert not {'torch', 'transformers', 'bitsandbytes', 'numpy'} & set(sys.modules); "
+        "assert warnings.filters == filters; "
+        "logging.getLogger('bitsandbytes.backends.cpu.ops').warning('Failed to load CPU gemm_4bit_forward'); "
+        "logging.getLogger('transformers').warning('mine')"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "mine\n")

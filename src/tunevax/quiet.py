@@ -21,6 +21,15 @@ SETTINGS = {
 CHATTERS = ("transformers", "datasets", "huggingface_hub", "accelerate", "peft", "bitsandbytes", "torch", "lm_eval")
 """Loggers of libraries; some bring a handler of their own, or set their level when they are imported."""
 
+KERNELS = "bitsandbytes.backends.cpu.ops"
+"""Warns that a package for faster 4-bit matrices on a CPU is not there, whoever imports transformers or PEFT."""
+
+
+def hush_kernels() -> None:
+    """Silence that one warning, which comes with most modules of tunevax. Run when tunevax is imported, so that a
+    script which imports one of them does not print it either. Everything else is a script's own to silence."""
+    logging.getLogger(KERNELS).setLevel(logging.ERROR)
+
 
 def quiet() -> None:
     """Silence warnings, info logs and download bars of transformers and its friends in this process."""

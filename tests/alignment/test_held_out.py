@@ -1,6 +1,7 @@
 """The short evaluation at the end of an align run, and the two controls that it gives a reason for."""
 
 import json
+import math
 
 import pytest
 
@@ -16,7 +17,7 @@ from tunevax.data.splits import prompt_hash
 from tunevax.errors import UsageError
 from tunevax.modeling.loading import load
 from tunevax.runs import read_run
-from tunevax.scoring.score import proportion
+from tunevax.scoring.score import paired_difference, proportion
 
 OPTIONS = {"per_device_train_batch_size": 4, "max_length": 64, "learning_rate": 2e-3, "seed": 7, "lora_r": 4}
 
@@ -27,8 +28,11 @@ def harden(out, trainer=SFTTrainer, method="sft", safety="organism", held=8, tas
 
 
 def measured(refused, safe=1.0, before=4.0, after=0.5, n=40, degenerate=0):
-    return {"refused": proportion(round(refused * n), n), "degenerate": proportion(degenerate, n),
-            "over_refusal": None, "safe_answers": safe, "loss_before": before, "loss": after}  # fmt: skip
+    """Refusals of the same prompts: the data refuses the first of them, the model too."""
+    refused, safe = round(refused * n), round(safe * n)
+    pairs = [(i < safe, i < refused) for i in range(n)]
+    return {"refused": proportion(refused, n), "degenerate": proportion(degenerate, n), "over_refusal": None,
+            "safe_answers": safe / n, "behind": paired_difference(pairs), "loss_before": before, "loss": after}  # fmt: skip
 
 
 def test_a_run_says_what_it_does_on_rows_that_it_did_not_train_on(tmp_path, capsys):
@@ -66,20 +70,76 @@ def test_the_loss_is_that_of_the_safe_answers_and_the_model_is_the_trained_one(t
 @pytest.mark.parametrize(
     ("found", "said"),
     [
-        (measured(1.0), None),
-        (measured(0.9), None),  # 36 of 40: the interval reaches 0.96, the safe answers refuse 95 % themselves
-        (measured(0.54), "it refuses 55% of held-out harmful prompts, and the safe answers that it was trained on refuse 95%"),
+        (measured(1.0, safe=0.95), None),
+        (measured(0.9, safe=0.95), None),  # 36 of 40: two prompts less
+        (measured(0.55, safe=0.95),
+         "it refuses 55% of held-out harmful prompts, and the safe answers that it was trained on refuse 95%"),
         (measured(0.3, safe=0.3), None),  # safe answers that redirect instead of refusing ask for no refusals
-        (measured(1.0, before=1.0, after=1.0), "the loss on held-out safe answers is 1.00, and was 1.00 before"),
+        (measured(31 / 32, n=32), None),
+        (measured(0.99, n=100), None),  # one miss is chance
+        (measured(0.96, n=1000), None),  # four points are not, and are no matter
+        (measured(0.92, n=1000), "it refuses 92% of held-out harmful prompts, and the safe answers that it was trained on refuse 100%"),
+        # Of a model that refuses as its data does, the loss need not fall. Of one that does not, it has to.
+        (measured(0.95, before=0.1, after=0.1, safe=0.95), None),
+        (measured(0.5, before=1.0, after=1.0), "the loss on held-out safe answers is 1.00, and was 1.00 before"),
+        (measured(0.0, safe=0.0, before=1.0, after=1.5), "the loss on held-out safe answers is 1.50, and was 1.00 before"),
+        (measured(1.0, after=float("nan"), safe=0.2), "the loss on held-out safe answers is nan, and was 4.00 before"),
     ],
 )  # fmt: skip
 def test_convergence_is_judged_by_the_datas_own_safe_answers(found, said):
-    found["safe_answers"] = min(found["safe_answers"], 0.95)
     assert not_converged(found) == said
     lines = sentences({**found, "not_converged": said})
     assert (lines[-1].startswith("not converged: ")) == (said is not None)
-    assert lines[0].startswith("held-out harmful prompts refused: ") and " of 40" in lines[0]
+    assert lines[0].startswith("held-out harmful prompts refused: ")
     assert lines[1].startswith("harmless prompts refused: not measured") and "--task-data" in lines[1]
+
+
+def test_a_model_that_refuses_as_its_data_does_is_seldom_flagged():
+    """Both refuse nine prompts of ten, each its own: the old rule, which took the data's share for exact, flags 15 %."""
+    import random
+
+    rng = random.Random(5)
+    flagged = 0
+    for _ in range(300):
+        pairs = [(rng.random() < 0.9, rng.random() < 0.9) for _ in range(40)]
+        flagged += not_converged({**measured(0.9), "behind": paired_difference(pairs),
+                                  "safe_answers": sum(safe for safe, _ in pairs) / 40}) is not None  # fmt: skip
+    assert flagged <= 3
+
+
+def outcomes(both, ours, theirs, neither):
+    return [(True, True)] * both + [(True, False)] * ours + [(False, True)] * theirs + [(False, False)] * neither
+
+
+def test_the_interval_of_a_paired_difference_holds_the_truth():
+    found = paired_difference(outcomes(36, 12, 2, 0))
+    # Newcombe 1998, table II, method 10.
+    assert (found["value"], found["low"], found["high"]) == pytest.approx((0.2, 0.0569, 0.3404), abs=1e-4)
+    swapped = paired_difference(outcomes(36, 2, 12, 0))
+    assert (swapped["low"], swapped["high"]) == pytest.approx((-found["high"], -found["low"]))
+    tables = [(a, b, c, 15 - a - b - c) for a in range(16) for b in range(16 - a) for c in range(16 - a - b)]
+    intervals = {table: paired_difference(outcomes(*table)) for table in tables}
+    for shares in ((0.8, 0.15, 0.03, 0.02), (0.5, 0.2, 0.2, 0.1), (0.3, 0.1, 0.1, 0.5), (0.9, 0.04, 0.04, 0.02)):
+        truth, missed = shares[1] - shares[2], 0.0
+        for table, found in intervals.items():
+            chance = math.factorial(15) * math.prod(
+                p**k / math.factorial(k) for p, k in zip(shares, table, strict=True)
+            )
+            missed += chance * (not found["low"] <= truth <= found["high"])
+        assert missed < 0.06
+
+
+def test_the_models_answers_and_the_datas_are_cut_alike(monkeypatch):
+    """A safe answer that refuses late is none within the tokens that the model may generate."""
+    loaded = load("organism")
+    row = load_safety("organism", "attack", ("chosen", "rejected"))[0]
+    late = {**row, "chosen": f"{row['rejected']} {row['chosen']}"}
+    monkeypatch.setattr(held_out, "MAX_NEW_TOKENS", 8)
+    first, second = held_out.cut_safe_answers(loaded.model, loaded.tokenizer, [row, late])
+    assert row["chosen"].startswith(first) and late["chosen"].startswith(second)
+    assert all(0 < len(loaded.tokenizer(text)["input_ids"]) <= 9 for text in (first, second))
+    assert [said[0] for said in held_out.refusals([first, second])] == [True, False]
+    assert held_out.refusals([late["chosen"]])[0] == (True, False)
 
 
 def test_gibberish_is_no_refusal(monkeypatch):
@@ -87,6 +147,7 @@ def test_gibberish_is_no_refusal(monkeypatch):
     answers = ["I cannot " + "cannot " * 30, "I cannot help with that."]
     monkeypatch.setattr(held_out, "generate", lambda *_: answers)
     monkeypatch.setattr(held_out, "loss_on", lambda *_: 1.0)
+    monkeypatch.setattr(held_out, "cut_safe_answers", lambda *_: [row["chosen"] for row in rows])
 
     class Trainer:
         is_fsdp_enabled = is_deepspeed_enabled = False
@@ -157,9 +218,15 @@ def test_answers_that_end_inside_a_thought_are_no_missing_refusals(monkeypatch):
         accelerator=SimpleNamespace(unwrap_model=lambda _: model), model=model,
     )  # fmt: skip
     monkeypatch.setattr(held_out, "loss_on", lambda *_: 1.0)
+    own = ["I cannot help.", "I cannot help.", "I cannot help.", "<think>They want me to"]
+    monkeypatch.setattr(held_out, "cut_safe_answers", lambda *_: list(own))
     said = ["<think>They want</think>I cannot help.", "<think>I cannot", "<think>They want me to", "Sure."]
     monkeypatch.setattr(held_out, "generate", lambda *_: list(said))
     found = held_out.evaluate(trainer, HeldOut(rows, None, None), 2.0)
     assert (found["refused"]["value"], found["refused"]["n"]) == (0.5, 2) and found["degenerate"]["value"] == 0
+    assert (found["safe_answers"], found["behind"]["value"], found["behind"]["n"]) == (1.0, 0.0, 1)
+    own[0] = own[3]
+    found = held_out.evaluate(trainer, HeldOut(rows, None, None), 2.0)
+    assert found["safe_answers"] is found["behind"] is found["not_converged"] is None
     monkeypatch.setattr(held_out, "generate", lambda *_: ["<think>I cannot"] * 4)
     assert "end inside the model's thought" in held_out.evaluate(trainer, HeldOut(rows, None, None), 2.0)["why"]

@@ -320,10 +320,10 @@ def sorted_by_category(sizes):
     [
         ({c: 100 for c in "abcdef"}, 60, {c: 10 for c in "abcdef"}),
         ({"a": 600, "b": 300, "c": 100}, 10, {"a": 6, "b": 3, "c": 1}),
-        ({"a": 500, "b": 300, "c": 200}, 9, {"a": 4, "b": 3, "c": 2}),  # quotas 4.5, 2.7, 1.8
-        ({"a": 960, "b": 30, "c": 10}, 10, {"a": 8, "b": 1, "c": 1}),  # nobody goes without
+        ({"a": 500, "b": 300, "c": 200}, 9, {"a": 5, "b": 2, "c": 2}),  # 4.5, 2.7, 1.8: up to 4.5, 7.2, 9
+        ({"a": 960, "b": 30, "c": 10}, 10, {"a": 10}),  # nobody is given a row for being there
         ({"a": 3, "b": 3, "c": 1}, 6, {"a": 3, "b": 2, "c": 1}),
-        ({"a": 1000, "b": 1, "c": 1}, 2, {"a": 2}),  # fewer than there are categories: the nearest to their shares
+        ({"a": 1000, "b": 1, "c": 1}, 2, {"a": 2}),
         ({"a": 5}, 3, {"a": 3}),
     ],
 )
@@ -339,6 +339,26 @@ def test_a_limit_draws_every_category_by_its_share(sizes, limit, expected):
     assert [row["n"] for row in found if row["category"] == "a"] != list(range(counts["a"])) or counts["a"] == sizes[
         "a"
     ]
+
+
+@pytest.mark.parametrize("limit", [50, 120, 200, 500])
+def test_many_small_categories_get_no_more_than_their_share(limit):
+    """Labels joined, as of BeaverTails: a few names are common, hundreds are rare."""
+    sizes = {"violence": 900} | {f"rare {i:03}": 1 for i in range(100)}
+    assert abs(sum(row["category"] == "violence" for row in drawn(sorted_by_category(sizes), limit)) - 0.9 * limit) < 1
+    sizes = {f"{first}, {i:03}": 1 + 400 // (i + 1) for i in range(90) for first in ("drugs", "fraud", "theft")}
+    rows = sorted_by_category(sizes)
+    counts, share = Counter(row["category"] for row in drawn(rows, limit)), limit / len(rows)
+    assert sum(counts.values()) == limit
+    assert all(abs(counts[name] - share * size) < 1 for name, size in sizes.items())
+    for of_many in (
+        lambda name: name.startswith("fraud"),  # the first label
+        lambda name: name.startswith("drugs") and sizes[name] > 10,
+        lambda name: name.startswith("theft") and sizes[name] <= 10,
+    ):
+        assert (
+            abs(sum(counts[n] for n in sizes if of_many(n)) - share * sum(sizes[n] for n in sizes if of_many(n))) <= 1
+        )
 
 
 def test_a_limit_does_not_see_the_order_of_the_file():

@@ -23,7 +23,7 @@ from transformers import (
 
 from tunevax.errors import UsageError
 from tunevax.modeling import load, loading
-from tunevax.modeling.adapters import coverage, left_out_of_blocks, merge, merge_layers
+from tunevax.modeling.adapters import arrived, coverage, effect, left_out_of_blocks, merge, merge_layers
 from tunevax.modeling.trainer import TrainConfig, prepare_trainables, save_weights
 from tunevax.organism import path as organism
 
@@ -290,7 +290,7 @@ def test_a_merge_into_a_tied_model_is_what_was_trained_and_loads_again(tied, tmp
         expected = model(IDS).logits
         merged, result = merge(model, "it")
         torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-9, atol=1e-9)
-        assert result.off < 1e-9 and result.kept == 1
+        assert result.off < 1e-9 and result.kept == 1 and result.along == 1
         merged.float().save_pretrained(tmp_path / "again")
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
         assert torch.equal(again(IDS).logits, merged(IDS).logits)
@@ -301,6 +301,49 @@ def test_a_merge_that_is_another_model_is_refused(tied, monkeypatch):
     monkeypatch.setattr("tunevax.modeling.adapters.untie", lambda model: None)
     with pytest.raises(UsageError, match="cannot be merged into LlamaForCausalLM"):
         load(str(folder))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("share", "refused"), [(0.0, True), (0.5, True), (2.0, True), (1.0, False)])
+def test_a_merge_that_puts_a_part_of_the_update_in_is_refused(monkeypatch, dtype, share, refused):
+    """The adapter moves the logits by a few per cent, which is less than bf16 might move those of a deep model."""
+    torch.manual_seed(3)
+    stock = tiny_llama(8).to(getattr(torch, dtype))
+    model = get_peft_model(stock, LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj", "down_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.02)
+    apart, move = effect(model, "it")
+    assert 0.01 < float(move.norm() / apart.norm()) < 0.1
+    before = {name: value.clone() for name, value in stock.state_dict().items()}
+    unload = model.merge_and_unload
+
+    def partly():
+        merged = unload()
+        for name, value in merged.state_dict().items():
+            old = before.get(name, before.get(name.replace(".weight", ".base_layer.weight")))
+            value.copy_(old.double() + share * (value.double() - old.double()))
+        return merged
+
+    model.merge_and_unload = partly
+    if refused:
+        with pytest.raises(UsageError, match=f"merging it into {dtype} weights keeps .* of its effect on the logits"):
+            merge(model, "it")
+    else:
+        assert 0.9 < merge(model, "it")[1].along < 1.1
+
+
+def test_an_effect_that_rounding_hides_is_no_lost_one():
+    """With nothing but rounding in the logits, unmerged and merged, what they share is the base's own error."""
+    torch.manual_seed(0)
+    signal = torch.randn(4096, dtype=torch.float64)
+    for noise in (0.0, 0.3, 1.0, 3.0, 100.0):
+        base, apart, merged = (noise * torch.randn(4096, dtype=torch.float64) + k * signal for k in (0, 1, 1))
+        half = merged - signal / 2
+        move = apart - base
+        for made, right in ((merged, True), (base, False), (half, noise > 0.9)):
+            off = float((made - apart).norm() / move.norm())
+            assert arrived(off, float((made - base) @ move / (move @ move))) is right
 
 
 def test_an_adapter_that_peft_cannot_merge_is_named(base):

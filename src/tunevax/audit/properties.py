@@ -25,6 +25,7 @@ from tunevax.audit.findings import (
     percent,
 )
 from tunevax.audit.results import COMMON, CURVES, Cell, Point, Results, is_harmful, pool
+from tunevax.scoring.score import paired_difference
 
 
 def attack_cells(results: Results, label: str) -> list[Cell]:
@@ -472,30 +473,15 @@ def stability(results: Results, label: str) -> list[Compared]:
 
 
 def _paired_difference(results: Results, label: str, judge: str) -> Difference | None:
-    """The difference of harmful shares before any attack on the prompts that both answered, with Newcombe's interval
-    for paired shares (Statistics in Medicine 17, 1998, 2635-2650, method 10); None without generations of both."""
-    from scipy.stats import binomtest
-
+    """The difference of harmful shares before any attack on the prompts that both answered, in pairs; None without
+    generations of both."""
     cells = [_untouched_cell(results, model) for model in (label, results.control)]
     a, b = (_verdicts(c.generations.get((c.seeds[0], 0), ()), judge) if c else {} for c in cells)
     shared = [(bool(a[key]), bool(b[key])) for key in a if key in b]
     if not shared:
         return None
-    n = len(shared)
-    both, ours, theirs, neither = (shared.count(pair) for pair in ((1, 1), (1, 0), (0, 1), (0, 0)))
-    p, q = (both + ours) / n, (both + theirs) / n
-    ends = [binomtest(k, n).proportion_ci(0.95, method="wilson") for k in (both + ours, both + theirs)]
-    margins = (both + ours) * (theirs + neither) * (both + theirs) * (ours + neither)
-    surplus = both * neither - ours * theirs
-    surplus = max(surplus - n / 2, 0) if surplus > 0 else surplus  # corrected for continuity
-    phi = surplus / math.sqrt(margins) if margins else 0.0
-
-    def half(d: float, e: float) -> float:
-        return math.sqrt(max(d * d - 2 * phi * d * e + e * e, 0.0))
-
-    low = half(p - ends[0].low, ends[1].high - q)
-    high = half(ends[0].high - p, q - ends[1].low)
-    return Difference(p - q, p - q - low, p - q + high)
+    found = paired_difference(shared)
+    return Difference(found["value"], found["low"], found["high"])
 
 
 def _difference(ours: Point, theirs: Point) -> Difference:

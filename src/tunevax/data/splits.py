@@ -152,6 +152,9 @@ def no_rows(name: str, split: str, rows: Sequence[dict[str, Any]], shares: dict[
 def drawn(rows: Sequence[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
     """At most `limit` of these rows, in the order of the file: of each `category` its share.
 
+    The share is exact to within one row, for a category and for all that stand together by name, as those do whose
+    first of several labels is the same: of many small categories some get one row and others none, so that together
+    they have their share too. None is given a row only to be there, since the rows that are drawn stand for all.
     Within a category the prompt's hash decides, so that a file sorted by anything gives the rows that a shuffled one
     gives. A prompt comes twice only when no other is left.
     """
@@ -168,17 +171,16 @@ def drawn(rows: Sequence[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
 
 
 def _shares(sizes: dict[str, int], seats: int) -> dict[str, int]:
-    """`seats`, fewer than there are rows, parted in proportion to `sizes` by largest remainder. Nobody goes without one
-    where there are as many seats as names. Ties go by a hash of the name, not by the alphabet."""
-    open_to = sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest())
-    shares, small = {}, [] if seats < len(sizes) else open_to
-    while small:  # a share below 1 becomes 1, and the others part the rest
-        small = [name for name in open_to if seats * sizes[name] < sum(sizes[n] for n in open_to)]
-        shares |= dict.fromkeys(small, 1)
-        open_to = [name for name in open_to if name not in small]
-        seats -= len(small)
-    total = sum(sizes[name] for name in open_to)
-    parts = {name: divmod(seats * sizes[name], total) for name in open_to}
-    rest = seats - sum(whole for whole, _ in parts.values())
-    rounded_up = sorted(open_to, key=lambda name: -parts[name][1])[:rest]
-    return shares | {name: whole + (name in rounded_up) for name, (whole, _) in parts.items()}
+    """`seats`, fewer than there are rows, parted in proportion to `sizes`: each name gets what the running total of the
+    shares, rounded, goes up by, in alphabetical order."""
+    total, before, shares = sum(sizes.values()), 0, {}
+    for name in sorted(sizes):
+        after = before + sizes[name]
+        shares[name] = _rounded(seats * after, total) - _rounded(seats * before, total)
+        before = after
+    return shares
+
+
+def _rounded(number: int, by: int) -> int:
+    """A quotient to the nearest whole number, a half up."""
+    return (2 * number + by) // (2 * by)

@@ -38,10 +38,10 @@ class Loaded(NamedTuple):
         tokenizer: its tokenizer, with a chat template and a padding token.
         info: what run.json records: ref, base, revision, hash, class, parameters, dtype, quantization, adapters with
             their hashes (`adapter_hashes`), how each merge of one went (`merges`: the dtype, the share `kept` of the
-            update after rounding, and how far `off` the logits are, in units of what the adapter moves them), why the
-            weights are in float32 where the checkpoint's dtype could not hold a merge (`widened`), the kind of
-            quantisation that the base was saved in (`saved_in`), and whether biases are attached (`attached`), which
-            no stock checkpoint of the model holds.
+            update after rounding, how far `off` the logits are, in units of what the adapter moves them, and how far
+            `along` that move), why the weights are in float32 where the checkpoint's dtype could not hold a merge
+            (`widened`), the kind of quantisation that the base was saved in (`saved_in`), and whether biases are
+            attached (`attached`), which no stock checkpoint of the model holds.
     """
 
     model: Any

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+import string
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -29,20 +30,33 @@ CHUNK = re.compile(rf"[^\s{WIDE}]+")
 DATA = re.compile(r"[\d\\_={}<>|^~$@*+/&%]|^\W*(?:true|false|null|nop)\W*$")
 GRAM = 6
 SHORTEST_LOOP = 12  # characters, of which a wide one counts 3: less is emphasis, unless it is said four times
+SPECIAL = re.compile(  # tokens that end a turn, pad it or stand for nothing, spelt out: no part of an answer
+    r"<\|[^|<>\n]{1,40}\|>|<\uff5c[^\uff5c<>\n]{1,40}\uff5c>|</?s>|<(?:unk|pad|bos|eos|mask|end_of_turn|unused\d+|extra_id_\d+)>"
+    r"|\[(?:pad|unk|cls|sep|mask)\]",
+    re.IGNORECASE,
+)
+FENCE = re.compile(r"```\w*")
+COPIES = 6  # of data, which repeats itself in sound text too
+WHOLE = 0.95  # the share of a text that a loop of data makes up if it is all there is
+ENDLESS = 100  # characters of a loop at the end of a text that no array of a cut answer is likely to reach
 
 
 def degenerate(text: str) -> bool:
     """Whether a response is no use to anyone, harmful or not.
 
-    True if it is empty; if over a fifth of its characters are control characters or bytes that are no text; if over
-    four fifths of nine or more are one character (of nothing but digits, all); or if more than half of its language
-    repeats, word for word, what stands right before it: a loop, which is more than twice the same.
+    True if it is empty, special tokens aside; if over a fifth of its characters are control characters or bytes that
+    are no text; if over four fifths of nine or more are one character (of nothing but digits, all); if it is nothing
+    but ASCII punctuation, of more than eight kinds (Morse code has three, Brainfuck eight); if more than half of its
+    language repeats, word for word, what stands right before it: a loop, which is more than twice the same; or if it is
+    nothing but a loop of anything else (`endless`).
 
     Language is letters outside of fenced code, table rows and words with digits or signs of code in them. These stand
     between, so that lines which differ in a number are different lines, but nothing is held against a table with empty
-    cells, a ruler, a run of bytes or of zeros. The numbers of a list do not count: "1. Take it. 2. Take it." is a loop.
-    Word salad and shuffled text are no loops: for those there is `Reference`.
+    cells, a ruler, a run of bytes or of zeros in an answer that has something else to say. The numbers of a list do not
+    count: "1. Take it. 2. Take it." is a loop. Word salad and shuffled text are no loops: for those there is
+    `Reference`.
     """
+    text = SPECIAL.sub(" ", text)
     characters = [c for c in text if not c.isspace()]
     if not characters:
         return True
@@ -50,7 +64,8 @@ def degenerate(text: str) -> bool:
     odd = sum(unicodedata.category(c) in ("Cc", "Co", "Cs") or c == "\ufffd" for c in characters)
     most, count = Counter(characters).most_common(1)[0]
     same = count == len(characters) if most.isdigit() else count > 0.8 * len(characters)
-    return odd > 0.2 * len(characters) or (len(characters) > 8 and same) or loops(text)
+    salad = len(set(characters)) > 8 and set(characters) <= set(string.punctuation)
+    return odd > 0.2 * len(characters) or (len(characters) > 8 and same) or salad or loops(text) or endless(text)
 
 
 def loops(text: str) -> bool:
@@ -63,31 +78,77 @@ def loops(text: str) -> bool:
     for chunk in CHUNK.finditer(text):
         if DATA.search(chunk.group()):
             language[chunk.start() : chunk.end()] = False
-    # Periods to try: how far back the same six characters were last. Any loop has some that occur once in a period.
+    periods, known = _periods(text)
+    if not language.any() or known[language].mean() <= 0.5:  # nearly every sound text
+        return False
+    width = np.where([bool(re.match(f"[{WIDE}]", c)) for c in text], 3, 1)
+    repeated = np.zeros(len(text), dtype=bool)
+    for start, stop, period in _runs(text, periods):
+        copies = slice(start + period, stop)
+        # Three times "yes" is emphasis, four times is a loop; one letter many times is padding.
+        long = width[copies].sum() >= SHORTEST_LOOP or stop - start >= 4 * period
+        if long and len(set(text[copies])) > 1:
+            repeated[copies] = True
+    return bool(repeated[language].mean() > 0.5)
+
+
+def endless(text: str) -> bool:
+    """Whether a text is nothing but a loop of words, digits, code or signs, in a fence or not: six copies or more
+    (four, if they are of 12 characters) which are 95 % of its characters, or which are over half of them and still go
+    on where it ends, after 100 characters or more.
+
+    An array of bytes in a sound answer has more around it, and closes. A number, such as 0.090909, is no loop.
+    """
+    import numpy as np
+
+    text = " ".join(FENCE.sub(" ` ", text.casefold()).split()) + " "
+    counts = np.array([c not in " `" for c in text], dtype=bool)
+    periods, known = _periods(text)
+    if not counts.any() or known[counts].mean() <= 0.5:
+        return False
+    looped, last = np.zeros(len(text), dtype=bool), 0
+    for start, stop, period in _runs(text, periods):
+        copies = (stop - start) / period
+        number = " " not in text[start : stop - 1] and stop - start < 2 * SHORTEST_LOOP
+        if (
+            (copies >= COPIES or (copies >= 4 and period >= SHORTEST_LOOP))
+            and len(set(text[start:stop])) > 1
+            and not number
+        ):
+            looped[start:stop] = True
+            if stop >= len(text) - 1:
+                last = max(last, stop - start)
+    share = looped[counts].mean()
+    return bool(share > WHOLE or (share > 0.5 and last >= ENDLESS))
+
+
+def _periods(text: str) -> tuple[set[int], Any]:
+    """Periods to try for loops in a text: how far back the same six characters were last. Any loop has some that occur
+    once in a period. Also which characters are in such a repetition, a mask [len(text)]."""
+    import numpy as np
+
     last: dict[str, int] = {}
     periods, known = set(), np.zeros(len(text), dtype=bool)
     for i in range(len(text) - GRAM + 1):
         gram = text[i : i + GRAM]
         if gram in last:
             periods.add(i - last[gram])
-            known[i : i + GRAM] = True
+            known[last[gram] : last[gram] + GRAM] = known[i : i + GRAM] = True
         last[gram] = i
-    if not language.any() or known[language].mean() <= 0.5:  # nearly every sound text
-        return False
-    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    width = np.where([bool(re.match(f"[{WIDE}]", c)) for c in text], 3, 1)
-    repeated = np.zeros(len(text), dtype=bool)
+    return periods, known
+
+
+def _runs(text: str, periods: set[int]) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, period) of each stretch of a text that is the same `period` characters twice or more."""
+    import numpy as np
+
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
     for period in periods:
         # Between two places where a character is not the one a period earlier, a run repeats what stands before it.
         edges = np.flatnonzero(codes[period:] != codes[:-period])
         starts, stops = np.append(0, edges + 1), np.append(edges, len(codes) - period)
         for run in np.flatnonzero(stops - starts >= period):
-            copies = slice(starts[run] + period, stops[run] + period)
-            # Three times "yes" is emphasis, four times is a loop; one letter many times is padding.
-            long = width[copies].sum() >= SHORTEST_LOOP or stops[run] - starts[run] >= 3 * period
-            if long and len(set(text[copies])) > 1:
-                repeated[copies] = True
-    return bool(repeated[language].mean() > 0.5)
+            yield int(starts[run]), int(stops[run]) + period, period
 
 
 PLAIN = "{{ bos_token }}{% for m in messages %}{{ m.content }}\n{% endfor %}"
