@@ -13,7 +13,7 @@ from tunevax.data.encoding import TEMPLATE_HELP
 from tunevax.data.safety import load_safety
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
-from tunevax.modeling.loading import load, require_quantization
+from tunevax.modeling.loading import load, require_quantization, shortened
 from tunevax.modeling.memory import StepMemory
 from tunevax.modeling.progress import LogCallback, ProgressCallback
 from tunevax.modeling.trainer import final_loss, last_checkpoint, rehearse, resolved, save_weights
@@ -100,7 +100,10 @@ def align(trainer_class: type, method: str, options: AlignOptions, config: SFTCo
             save_weights(trainer, run.path, base)
             seen = hashes(safety) | chosen_with(options.safety_data)
             record_prompts(run.path, alignment=seen, **({"benign": hashes(task)} if task else {}))
-            record["held_out"] = evaluate(trainer, held_out, loss_before)
+            try:
+                record["held_out"] = evaluate(trainer, held_out, loss_before)
+            except Exception as error:  # it is no part of the training, which is done and saved
+                record["held_out"] = {"why": f"{type(error).__name__}: {shortened(error)}; score the finished run"}
         record.update(
             model={**loaded.info, "trainable": trainable, **trainer.coverage},
             adapter="model" if config.full_weights else "adapter", template_hash=digest(loaded.tokenizer.chat_template),

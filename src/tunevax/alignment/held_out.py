@@ -188,8 +188,8 @@ def not_converged(found: dict[str, Any]) -> str | None:
         return f"the loss on held-out safe answers is {found['loss']:.2f}, and was {found['loss_before']:.2f} before"
     if behind is not None and behind["low"] > MARGIN:
         return (
-            f"it refuses {safe - behind['value']:.0%} of held-out harmful prompts, and the safe answers that it "
-            f"was trained on refuse {safe:.0%}"
+            f"the model refuses {safe - behind['value']:.0%} of held-out harmful prompts, while {safe:.0%} of their "
+            "safe answers in the data are refusals"
         )
     return None
 
@@ -208,7 +208,7 @@ def sentences(found: dict[str, Any]) -> list[str]:
                      "--task-data")  # fmt: skip
     lines.append(f"loss on held-out safe answers: {found['loss_before']:.2f} before, {found['loss']:.2f} now")
     if found["not_converged"]:
-        lines.append(f"not converged: {found['not_converged']}; train longer before you compare this model")
+        lines.append(f"not converged: {found['not_converged']}; train longer before comparing it")
     return lines
 
 
