@@ -35,7 +35,8 @@ def test_lines_say_where_a_training_is_and_keep_their_distance(fast, capsys):
         callback.on_step_end(None, state, None)
         callback.on_log(None, state, None, {"loss": 0.5})
     callback.on_train_end(None, state, None)
-    lines = capsys.readouterr().err.splitlines()
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert first == "align sft resumes at step 8 of 40"
     assert 2 <= len(lines) <= (time.monotonic() - started) / 0.05
     place, loss, rate, left = lines[-1].split(", ")
     assert place.startswith("align sft: step 1") and place.endswith("/40") and loss == "loss 0.500"
