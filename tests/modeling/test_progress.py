@@ -114,15 +114,15 @@ def test_a_reader_that_leaves_stops_the_display_and_not_the_run(monkeypatch):
 
 
 def test_what_is_over_soon_gets_no_line_and_neither_does_nothing(fast, capsys, monkeypatch):
-    monkeypatch.setattr(progress, "SOON", 0.4)
+    monkeypatch.setattr(progress, "SOON", 0.9)
     for _ in range(3):  # one after the other, in a process that last wrote long ago
         with bar() as shown:
             shown.add_task("short", total=1, note="")
-            time.sleep(0.15)
+            time.sleep(0.1)
     with bar():  # nothing in it
-        time.sleep(0.6)
+        time.sleep(1.1)
     assert capsys.readouterr().err == ""
     with bar() as shown:
         shown.add_task("long", total=1, note="")
-        time.sleep(0.7)
+        time.sleep(1.4)
     assert "long" in capsys.readouterr().err
