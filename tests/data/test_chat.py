@@ -441,3 +441,8 @@ def test_judges_see_the_answer_alone():
               "<|channel|>analysis<|message|>I cannot<|end|><|start|>assistant<|channel|>final<|message|>Sure."]  # fmt: skip
     assert {v.verdict for v in refusal_keywords(marked, marked)} == {"complied"}
     assert [v.verdict for v in refusal_keywords(["p"] * 2, ["[THINK]I cannot", "<seed:think>hm"])] == ["unanswered"] * 2
+
+
+def test_a_template_may_trim_one_end_of_an_answer():
+    trims = CHATML.replace("{{ m.content }}", "{{ m.content.lstrip('\\n') if m.role == 'assistant' else m.content }}")
+    assert learnt(tokenizer(trims), {"prompt": "p", "completion": "\n ok \n"})[0] == " ok \n<|im_end|>"

@@ -377,3 +377,8 @@ def test_a_limit_does_not_see_the_order_of_the_file():
 def test_a_limit_takes_other_prompts_before_one_twice():
     rows = [{"prompt": "the same", "n": i} for i in range(20)] + [{"prompt": f"other {i}"} for i in range(5)]
     assert len({row["prompt"] for row in drawn(rows, 6)}) == 6
+
+
+def test_a_set_that_the_organism_does_not_have_is_refused():
+    with pytest.raises(UsageError, match="did you mean 'benign'"):
+        load_task("organism:set=bening")

@@ -276,3 +276,8 @@ def test_categories_that_are_lists_or_yes_and_no(tmp_path):
     kinds = ({"drugs": True, "arms": False}, ["drugs"], "drugs", 3, None, {"drugs": False})
     file.write_text("\n".join(json.dumps({"prompt": "q", "chosen": "r", "category": kind}) for kind in kinds))
     assert [row["category"] for row in load_safety(str(file))] == ["drugs", "drugs", "drugs", "3", None, None]
+
+
+def test_a_blank_input_is_none():
+    row = {"instruction": "Say hi", "input": "  ", "output": "hi"}
+    assert read_example("f:1", row, {})["prompt"] == "Say hi"

@@ -469,3 +469,12 @@ def test_each_name_of_lora_targets_must_match(targets):
 def test_dropout_on_fused_experts_is_refused_by_name():
     with pytest.raises(UsageError, match=r"no dropout for .* GptOssForCausalLM \(mlp.experts.down_proj"):
         prepare_trainables(moe("gpt-oss"), TrainConfig("x", lora_dropout=0.1))
+
+
+def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path):
+    folder = save(tiny_llama(2, dtype=torch.float32), tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.self_attn.q_proj.weight"][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match=r"not finite numbers \(model\.layers\.1\.self_attn\.q_proj\.weight\)"):
+        load(str(folder))

@@ -415,7 +415,7 @@ def response(tokenizer: Any, row: dict[str, Any]) -> str:
         before, ending = _around(marked, finished(ANSWERS[1]))
     text = finished(answer)
     said = text[len(before) : len(text) - len(ending)]
-    if not (text.startswith(before) and text.endswith(ending)) or said not in (answer, answer.strip()):
+    if not (text.startswith(before) and text.endswith(ending)) or said.strip() != answer.strip():
         raise UsageError(
             f"{place}: the chat template changes the answer, so what is learnt would not be what the row says; pass "
             "another with --chat-template, or drop the row"

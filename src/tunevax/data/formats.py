@@ -409,7 +409,7 @@ def _prompt(turns: Turns) -> str | Turns:
 
 
 def _absent(value: Any) -> bool:
-    return value is None or value == "" or value != value  # NaN is no value
+    return value is None or value != value or (isinstance(value, str) and not value.strip())  # NaN is no value
 
 
 def _which(place: str, field: str, columns: Sequence[str]) -> str:

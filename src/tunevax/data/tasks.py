@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from tunevax.data.formats import read_example
 from tunevax.data.sources import label_field, parse_source, read_rows, require_known, text_field
 from tunevax.data.splits import no_rows, split_word, take_split
-from tunevax.errors import UsageError
+from tunevax.errors import UsageError, unknown
 
 SHARES = {"train": 0.8, "evaluation": 0.2}
 """How a task file without a `split` field is divided by prompt hash."""
@@ -58,6 +58,8 @@ def load_task(source: str, split: str = "train") -> Task:
     if name == "organism":
         from tunevax.organism import World
 
+        if options.get("set", "benign") != "benign":
+            raise unknown("set of the organism", options["set"], ["benign"])
         benign = {"train": "mix", "evaluation": "evaluation"}
         wanted = ("train", "evaluation") if split == "all" else (split,)
         world = World()

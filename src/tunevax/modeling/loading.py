@@ -98,6 +98,7 @@ def load(
         raise UsageError(f"dtype is {dtype!r}; known: {', '.join(DTYPES)}")
     chosen = dtype if dtype != "auto" else "float32" if device == "cpu" else "auto"
     model = _model(base, revision, chosen)
+    require_finite(model, base)
     locks = [(adapter / BIASES).is_file() for adapter in adapters]
     merging = [not lock and (merge or i < len(adapters) - 1) for i, lock in enumerate(locks)]
     saved_in = saved_quantization(model)
@@ -535,6 +536,16 @@ def damage(file: Path) -> str | None:
         elif file.suffix == ".bin" and not start.startswith(b"\x80") and not zipfile.is_zipfile(file):
             return f"{file} is cut short or no PyTorch file ({size} bytes); download it again"
     return None
+
+
+def require_finite(model: Any, base: str) -> None:
+    """Raise `UsageError` if a weight of the model is not a finite number: whatever it answered would be no answer."""
+    import torch
+
+    bad = [n for n, p in model.named_parameters() if p.is_floating_point() and not torch.isfinite(p).all()]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise UsageError(f"{base} has weights that are not finite numbers ({bad[0]}{more}); get its files again")
 
 
 def shortened(error: Exception) -> str:
