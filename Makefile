@@ -16,7 +16,7 @@ setup: .venv/.done
 	@touch $@
 
 demo: setup
-	$(BIN)/tunevax demo --output-dir demo --overwrite
+	OMP_NUM_THREADS=1 $(BIN)/tunevax demo --output-dir demo --overwrite
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
