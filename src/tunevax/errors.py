@@ -29,8 +29,20 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
     return UsageError(f"unknown {kind} '{name}'{hint}")
 
 
+def shortened(error: Exception) -> str:
+    """The message of a library's error on one line, at most 200 characters; its kind where it says nothing."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error is that of Python, torch or a driver for memory that is not there."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+
+
 def nearby(name: str, *more: str) -> str:
-    """A question after the nearest name in the working directory, or in `more`; empty if none is spelled alike."""
-    here = [path.name for path in Path().iterdir() if not path.name.startswith(".")]
-    near = difflib.get_close_matches(name, [*here, *more], n=1, cutoff=0.7)
-    return f"; did you mean '{near[0]}'?" if near else ""
+    """A question after the nearest name in the folder of the path `name`, or in `more`; empty if none is spelled
+    alike."""
+    path = Path(name)
+    there = [p.name for p in path.parent.iterdir() if not p.name.startswith(".")] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, [*there, *more], n=1, cutoff=0.7)
+    return f"; did you mean '{near[0] if near[0] in more else path.parent / near[0]}'?" if near else ""

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tunevax import __version__
-from tunevax.errors import RunError, TunevaxError, UsageError
+from tunevax.errors import RunError, TunevaxError, UsageError, out_of_memory
 from tunevax.run_lock import RunLock, refuse_if_held
 
 SCHEMA = 1
@@ -530,7 +530,7 @@ def stop_on(error: Exception) -> TunevaxError | None:
     """The tunevax error for a library's error that the user can act on, or None."""
     if isinstance(error, TunevaxError):
         return error
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+    if out_of_memory(error):
         return RunError("out of memory; lower --per-device-train-batch-size or use --checkpoint-blocks all")
     if why := _not_written(error):
         return RunError(f"{why} {getattr(error, 'filename', None) or 'a file'}; mend that and run the command again")

@@ -12,8 +12,8 @@ from tunevax.data.contamination import chosen_with, count, hashes, record_prompt
 from tunevax.data.encoding import TEMPLATE_HELP
 from tunevax.data.safety import load_safety
 from tunevax.data.tasks import load_task
-from tunevax.errors import UsageError
-from tunevax.modeling.loading import load, require_quantization, shortened
+from tunevax.errors import UsageError, shortened
+from tunevax.modeling.loading import load, require_quantization
 from tunevax.modeling.memory import StepMemory
 from tunevax.modeling.progress import LogCallback, ProgressCallback
 from tunevax.modeling.trainer import final_loss, last_checkpoint, rehearse, resolved, save_weights

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -65,10 +66,8 @@ def make_controls(run: str | Path, kinds: Sequence[str], folder: str | Path, com
     record = read_run(run) if is_run(run) else {}
     if record.get("verb") != "align":
         raise UsageError(f"{run} is not a run of tunevax align, so it has no controls of its own")
-    makers = {
-        "undefended": undefended, "equal-compute": equal_compute, "equal-steps": equal_steps,
-        "equal-updates": equal_updates, "random-perturbation": random_perturbation,
-    }  # fmt: skip
+    makers = {"undefended": undefended, "random-perturbation": random_perturbation}
+    makers |= {f"equal-{alike}": functools.partial(plain, alike=alike) for alike in ("compute", "steps", "updates")}
     require_one_process("making controls")
     return [makers[kind](Path(run), record, Path(folder), command) for kind in kinds]
 
@@ -78,42 +77,29 @@ def undefended(run: Path, record: dict[str, Any], folder: Path, command: str) ->
     return Control("undefended", hardened_from(run, record), f"what {run.name} was hardened from")
 
 
-def equal_compute(run: Path, record: dict[str, Any], folder: Path, command: str) -> Control:
-    """SFT for the run's compute."""
-    label = f"{run.name}-compute"
+def plain(run: Path, record: dict[str, Any], folder: Path, command: str, alike: str) -> Control:
+    """SFT for as many steps as make it equal to the run in `alike`: compute, steps or updates.
+
+    Raises:
+        UsageError: the run, of an earlier tunevax, does not say what it had of that.
+    """
+    label, name = f"{run.name}-{alike}", run.name
     if record["method"] == "sft":
-        return Control(label, None, f"{run.name} is itself plain fine-tuning")
-    if "compute" not in record:
-        raise UsageError(f"{run} does not say what it cost; harden again with this tunevax to compare at equal compute")
-    steps = max(1, round(record["compute"]["total"]))
-    why = f"plain fine-tuning for {steps} steps, the compute of {run.name}"
-    return Control(label, train(run, record, SFTTrainer, "sft", {"max_steps": steps}, folder / label, command), why)
-
-
-def equal_steps(run: Path, record: dict[str, Any], folder: Path, command: str) -> Control:
-    """SFT for the run's steps."""
-    label = f"{run.name}-steps"
-    if record["method"] == "sft":
-        return Control(label, None, f"{run.name} is itself plain fine-tuning")
-    why = f"plain fine-tuning for {record['steps']} steps, as many as {run.name} took"
-    changes = {"max_steps": record["steps"]}
-    return Control(label, train(run, record, SFTTrainer, "sft", changes, folder / label, command), why)
-
-
-def equal_updates(run: Path, record: dict[str, Any], folder: Path, command: str) -> Control:
-    """SFT for as many steps as the run updated a block."""
-    label = f"{run.name}-updates"
-    if record["method"] == "sft":
-        return Control(label, None, f"{run.name} is itself plain fine-tuning")
-    if "updates_per_block" not in record:
-        raise UsageError(
-            f"{run} does not say how often it updated a block; harden again with this tunevax to have that control"
-        )
-    steps = max(1, round(record["updates_per_block"]))
-    if steps == record["steps"]:
-        return Control(label, None, f"{run.name} updates every block at every step, as equal-steps does")
-    why = f"plain fine-tuning for {steps} steps, as many as {run.name} updated each block"
-    return Control(label, train(run, record, SFTTrainer, "sft", {"max_steps": steps}, folder / label, command), why)
+        return Control(label, None, f"{name} is itself plain fine-tuning")
+    amount, why, silent = {
+        "compute": (record.get("compute", {}).get("total"), f"the compute of {name}", "what it cost"),
+        "steps": (record["steps"], f"as many as {name} took", ""),
+        "updates": (
+            record.get("updates_per_block"), f"as many as {name} updated each block", "how often it updated a block"
+        ),
+    }[alike]  # fmt: skip
+    if amount is None:
+        raise UsageError(f"{run} does not say {silent}; harden again with this tunevax to compare at equal {alike}")
+    steps = max(1, round(amount))
+    if alike == "updates" and steps == record["steps"]:
+        return Control(label, None, f"{name} updates every block at every step, as equal-steps does")
+    ref = train(run, record, SFTTrainer, "sft", {"max_steps": steps}, folder / label, command)
+    return Control(label, ref, f"plain fine-tuning for {steps} steps, {why}")
 
 
 def random_perturbation(run: Path, record: dict[str, Any], folder: Path, command: str) -> Control:

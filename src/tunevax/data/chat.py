@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from tunevax.errors import UsageError, unknown
+from tunevax.errors import UsageError, shortened, unknown
 
 TODAY = datetime(2025, 1, 1)
 """The day on which every conversation takes place, for templates that print the date."""
@@ -194,7 +194,7 @@ def _probe(tokenizer: Any) -> Chat:
                     return rendered, ""
                 reason = reason or f"it drops the text of the {role}'s turn"
             except Exception as error:  # a template raises whatever it likes
-                reason = reason or _reason(error)
+                reason = reason or shortened(error)
         parts = others
         return "", reason
 
@@ -262,10 +262,6 @@ def on(today: datetime = TODAY) -> Iterator[None]:
         library.datetime = clock
 
 
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 def _around(first: str, second: str) -> tuple[str, str]:
     """What two texts begin with and end with alike."""
     before = os.path.commonprefix([first, second])
@@ -320,8 +316,8 @@ def _whole(tokenizer: Any, turns: list[dict[str, str]], chat: Chat, place: str, 
         return _apply(tokenizer, turns, chat.parts, generate)
     except Exception as error:  # a template raises whatever it likes
         raise UsageError(
-            f"{place}: the chat template refuses this conversation ({_reason(error)}); change the row, or pass another "
-            "template with --chat-template"
+            f"{place}: the chat template refuses this conversation ({shortened(error)}); change the row, or pass "
+            "another template with --chat-template"
         ) from error
 
 

@@ -199,11 +199,7 @@ def check(
 def count(ref: str, **roles: Rows) -> dict[str, int]:
     """Distinct prompts that each two roles of a run's data share, and each role with those that the model `ref` was
     trained on before. A run that trains and scores nothing refuses none of them."""
-    own = {role: {mark for row in rows for mark in marks(row["prompt"])} for role, rows in roles.items()}
-    names, counts = list(roles), {}
-    for i, first in enumerate(names):
-        for second in names[i + 1 :]:
-            counts[f"{first}/{second}"] = len(hashes([r for r in roles[second] if marks(r["prompt"]) & own[first]]))
+    counts = require_disjoint(roles, allow=True)
     for role, used in used_prompts(ref).items():
         for name, rows in roles.items():
             pair = f"{role}/{name}"

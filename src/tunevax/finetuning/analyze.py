@@ -22,6 +22,7 @@ from tunevax.data.splits import drawn
 from tunevax.errors import UsageError, unknown
 from tunevax.finetuning.sink import (
     QUERIES,
+    QUERIES_HELP,
     WAYS,
     answer_span,
     common_queries,
@@ -51,10 +52,7 @@ class SinkOptions:
     max_length: int = field(default=512, metadata={"help": "tokens per text; longer answers are cut"})
     sink_attention: str = field(default="linear", metadata={"help": "linear or eager; see tunevax finetune surgery"})
     sink_position: int = field(default=0, metadata={"help": "position of the token that attention sinks into"})
-    sink_queries: str = field(
-        default="common",
-        metadata={"help": "common (the answer positions that both answers of a pair have), or all (as published)"},
-    )
+    sink_queries: str = field(default="common", metadata={"help": QUERIES_HELP})
     harmful_score: bool = field(default=False, metadata={"help": "generate answers and judge them too"})
     chat_template: str | None = field(default=None, metadata={"help": TEMPLATE_HELP})
     revision: str | None = field(default=None, metadata={"help": "revision of a hub id"})

@@ -43,6 +43,7 @@ from tunevax.modeling.precision import wide
 
 WAYS = ("linear", "eager")
 QUERIES = ("common", "all")
+QUERIES_HELP = "common (the answer positions that both answers of a pair have), or all (as published)"
 CHUNK_ELEMENTS = {"cpu": 2**20, "elsewhere": 2**24}  # scores in a chunk: 4 MiB and 64 MiB in fp32
 MIN_CHUNK_ROWS = 32
 

@@ -36,6 +36,7 @@ from tunevax.errors import RunError, UsageError, unknown
 from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer
 from tunevax.finetuning.sink import (
     QUERIES,
+    QUERIES_HELP,
     WAYS,
     answer_span,
     common_queries,
@@ -67,10 +68,7 @@ class SurgeryConfig(FinetuneConfig):
         metadata={"help": "linear (beside SDPA or flash attention) or eager (forms the whole attention matrix)"},
     )
     sink_position: int = field(default=0, metadata={"help": "position of the token that attention sinks into"})
-    sink_queries: str = field(
-        default="common",
-        metadata={"help": "common (the answer positions that both answers of a pair have), or all (as published)"},
-    )
+    sink_queries: str = field(default="common", metadata={"help": QUERIES_HELP})
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.lamb) and self.lamb >= 0):

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from tunevax.errors import UsageError
+from tunevax.errors import UsageError, out_of_memory, shortened
+from tunevax.modeling.blocks import plain_tokens, unwrap
 from tunevax.modeling.precision import wide
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -65,7 +66,7 @@ def load_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
     """
     from peft import PeftConfig, PeftModelForCausalLM
 
-    from tunevax.modeling.loading import damage, shortened
+    from tunevax.modeling.loading import damage
 
     file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if file is None:
@@ -97,7 +98,7 @@ def load_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
     except KeyError as error:  # a whole module that the adapter says it holds
         raise UsageError(f"the adapter {folder} lacks {error}, which its adapter_config.json names") from error
     except Exception as error:  # sizes that differ, modules that are not there
-        if "out of memory" in str(error).lower():
+        if out_of_memory(error):
             raise
         raise UsageError(
             f"the adapter {folder} does not fit {type(model).__name__}: {shortened(error)}; is it of another base?"
@@ -187,7 +188,7 @@ def merge(model: Any, ref: str) -> tuple[Any, Merge]:
             kept = merge_layers(model)
             model = model.merge_and_unload()
         except Exception as error:
-            if "out of memory" in str(error).lower():
+            if out_of_memory(error):
                 raise
             raise UsageError(f"the adapter {ref} cannot be merged into {type(stock).__name__}: {error}") from error
     for module in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
@@ -253,12 +254,8 @@ def effect(model: Any, ref: str) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
     """On two fixed sequences of 16 tokens from all over the vocabulary, [2, 16, vocabulary] in fp32 or float64."""
-    stock = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = stock.config
-    values = {**config.to_dict(), **config.get_text_config().to_dict()}
-    special = {v for k, v in values.items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)}
-    count = min(stock.get_input_embeddings().weight.shape[0], config.get_text_config().vocab_size)
-    plain = [i for i in range(count) if i not in special]  # an image token asks for an image
+    stock = unwrap(model)
+    plain = plain_tokens(stock)
     chosen = [plain[i * len(plain) // 32] for i in range(32)]
     ids = torch.tensor(chosen, device=stock.get_input_embeddings().weight.device).view(16, 2).T
     return wide(model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits)

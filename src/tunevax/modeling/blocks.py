@@ -108,6 +108,16 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def plain_tokens(stock: nn.Module) -> list[int]:
+    """The ids that a transformers model has an embedding for and that its config names as no special token (one that
+    stands for an image would ask for the image); 0 where it names all."""
+    config = stock.config
+    values = {**config.to_dict(), **config.get_text_config().to_dict()}
+    special = {v for k, v in values.items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)}
+    count = min(len(stock.get_input_embeddings().weight), config.get_text_config().vocab_size)
+    return [i for i in range(count) if i not in special] or [0]
+
+
 def _is_block(module: nn.Module) -> bool:
     return any(_child(module, names) is not None for names in (LOOKED_FOR["attention"], MLP_NAMES))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import logging
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 
 from tunevax.data.chat import recorded
 from tunevax.data.encoding import set_chat_template
-from tunevax.errors import UsageError, nearby, unknown
+from tunevax.errors import UsageError, nearby, out_of_memory, shortened, unknown
 from tunevax.runs import is_run, read_run
 
 BIASES = "bias.safetensors"
@@ -377,10 +376,7 @@ def config_of(base: str, revision: str | None = None) -> Any:
 
     path = Path(base)
     if not path.exists() and (base.startswith((".", "/", "~")) or (path.parent != Path() and path.parent.is_dir())):
-        near = difflib.get_close_matches(
-            path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
-        )
-        raise UsageError(f"no such model folder: {base}" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
+        raise UsageError(f"no such model folder: {base}{nearby(base)}")
     try:
         return AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds: no file, no JSON, a value of the wrong type
@@ -417,10 +413,8 @@ def read_model(auto: Any, ref: str, **how: Any) -> Any:
             model, info = auto.from_pretrained(
                 ref, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **how
             )
-        except MemoryError:
-            raise
         except Exception as error:  # OSError, SafetensorError, ImportError, RuntimeError, ...: as many as libraries
-            if "out of memory" in str(error).lower():
+            if out_of_memory(error):
                 raise
             unfit = re.findall(r"^(\S+) +\| +CONVERSION", "\n".join(said), re.MULTILINE)
             if unfit:  # experts that are fused as they are read, some of which are not there
@@ -542,15 +536,13 @@ def require_finite(model: Any, base: str) -> None:
     """Raise `UsageError` if a weight of the model is not a finite number: whatever it answered would be no answer."""
     import torch
 
-    bad = [n for n, p in model.named_parameters() if p.is_floating_point() and not torch.isfinite(p).all()]
+    def finite(weight: torch.Tensor) -> bool:  # one pass over it, in which whatever is not finite stays
+        return bool(torch.isfinite(weight.sum(dtype=torch.promote_types(weight.dtype, torch.float32))))
+
+    bad = [n for n, p in model.named_parameters() if p.is_floating_point() and not finite(p.detach())]
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise UsageError(f"{base} has weights that are not finite numbers ({bad[0]}{more}); get its files again")
-
-
-def shortened(error: Exception) -> str:
-    """The message of a library's error on one line, at most 200 characters."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]
 
 
 def _cannot_load(base: str, error: Exception) -> UsageError:

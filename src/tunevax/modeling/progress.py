@@ -109,16 +109,16 @@ def _line(task: Task) -> str:
     unit, note = task.fields.get("unit", ""), task.fields.get("note", "")
     done = task.completed - task.fields.get("begun", 0)
     place = f"{task.completed:g}" if task.total is None else f"{task.completed:g}/{task.total:g}"
-    told = [f"{task.description}: {unit} {place}" if unit else f"{task.description} {place}", *([note] if note else [])]
+    parts = [f"{task.description}: {unit} {place}" if unit else f"{task.description} {place}", *([note] if note else [])]
     elapsed = task.elapsed or 0.0
     if done > 0 and elapsed > 0:
         rate = done / elapsed
-        told.append(f"{rate:.2g} {unit}s/s".replace(" s/s", "/s") if rate >= 1 else f"{1 / rate:.3g} s each")
+        parts.append(f"{rate:.2g} {unit}s/s".replace(" s/s", "/s") if rate >= 1 else f"{1 / rate:.3g} s each")
         if task.total is not None:
-            told.append(f"{_clock((task.total - task.completed) / rate)} left")
+            parts.append(f"{_clock((task.total - task.completed) / rate)} left")
     else:
-        told.append(f"{_clock(elapsed)} so far")
-    return ", ".join(told)
+        parts.append(f"{_clock(elapsed)} so far")
+    return ", ".join(parts)
 
 
 def _clock(seconds: float) -> str:

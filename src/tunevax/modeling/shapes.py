@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from tunevax.data.chat import chat_of
 from tunevax.errors import UsageError
-from tunevax.modeling.blocks import CALLED, Block, find_final_norm, unwrap
+from tunevax.modeling.blocks import CALLED, Block, find_final_norm, plain_tokens, unwrap
 from tunevax.modeling.hooks import Prefix, tensor_of, without_dropout
 from tunevax.modeling.loss import last_hidden, logits_of
 from tunevax.modeling.precision import wide
@@ -77,15 +78,10 @@ def require_language_model(model: nn.Module, blocks: Sequence[Block] = (), parts
 
 
 def probe_ids(stock: nn.Module) -> torch.Tensor:
-    """Two rows of token ids, [2, TOKENS], that differ but for the first one, with no special token among them: one that
-    stands for an image would ask for the image."""
-    config = stock.config
-    values = {**config.to_dict(), **config.get_text_config().to_dict()}
-    special = {v for k, v in values.items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)}
-    weight = stock.get_input_embeddings().weight
-    plain = [i for i in range(min(len(weight), 1000)) if i not in special] or [0]
+    """Two rows of token ids, [2, TOKENS], that differ but for the first one, with no special token among them."""
+    plain = plain_tokens(stock)[:1000]
     row = [plain[(7 * i + 3) % len(plain)] for i in range(2 * TOKENS)]
-    return torch.tensor([row[:TOKENS], row[:1] + row[TOKENS + 1 :]], device=weight.device)
+    return torch.tensor([row[:TOKENS], row[:1] + row[TOKENS + 1 :]], device=stock.get_input_embeddings().weight.device)
 
 
 def _require_head(name: str, stock: nn.Module, heads: list[torch.Tensor], logits: torch.Tensor) -> None:
@@ -220,11 +216,6 @@ def _listed(value: int | list[int] | None) -> list[int]:
 
 def _behind_an_answer(tokenizer: Any) -> list[int]:
     """Special tokens that the chat template puts behind an answer, in order."""
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-        ids = tokenizer(text.rpartition("answer")[2], add_special_tokens=False)["input_ids"]
-    except Exception:  # a template that cannot render this: others say so, with its row
-        return []
+    ids = tokenizer(chat_of(tokenizer).ending, add_special_tokens=False)["input_ids"]
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return [i for i in ids if i in special]
