@@ -109,7 +109,8 @@ def _line(task: Task) -> str:
     unit, note = task.fields.get("unit", ""), task.fields.get("note", "")
     done = task.completed - task.fields.get("begun", 0)
     place = f"{task.completed:g}" if task.total is None else f"{task.completed:g}/{task.total:g}"
-    parts = [f"{task.description}: {unit} {place}" if unit else f"{task.description} {place}", *([note] if note else [])]
+    where = f"{task.description}: {unit} {place}" if unit else f"{task.description} {place}"
+    parts = [where, note] if note else [where]
     elapsed = task.elapsed or 0.0
     if done > 0 and elapsed > 0:
         rate = done / elapsed
