@@ -53,8 +53,9 @@ def test_a_signal_ends_in_one_line(number, word, code):
         "sys.exit(cli.main())"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # what a shell starts in the background ignores SIGINT
+    )  # fmt: skip
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
     assert process.communicate(timeout=30) == ("", f"tunevax: {word}\n") and process.returncode == code
