@@ -12,8 +12,8 @@ import shutil
 from pathlib import Path
 
 from tunevax.audit.audit import contents, fluency_models
+from tunevax.console import bar
 from tunevax.data.chat import joined
-from tunevax.modeling.progress import bar
 from tunevax.quiet import quiet
 from tunevax.runs import read_lines, read_run
 from tunevax.scoring.fluency import Reference

@@ -391,7 +391,7 @@ def _audit(arguments: list[str]) -> None:
     (options,) = _parse("audit", [AuditOptions], arguments, load_protocol(asked.protocol).scoring)
     references: list[tuple[str, str]] = []
     if options.controls and not options.dry_run:
-        from tunevax.alignment.controls import make_controls
+        from tunevax.audit.controls import make_controls
 
         for ref in options.model:
             print(f"controls of {ref}: {', '.join(options.controls)}")
@@ -428,7 +428,7 @@ def _compare(arguments: list[str]) -> None:
     parser = _Parser(prog="tunevax audit", description="Two audits side by side, if they can be compared.")
     parser.add_argument("--compare", nargs=2, type=Path, required=True, metavar=("A", "B"), help="audit run folders")
     options = parser.parse_args(arguments, argparse.Namespace())
-    from tunevax.audit.compare import compare
+    from tunevax.evidence.compare import compare
 
     print(compare(*options.compare))
 
@@ -461,7 +461,7 @@ def _demo(arguments: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier demo in that folder")
     options = parser.parse_args(arguments)
     quiet()
-    from tunevax.organism.demo import demo
+    from tunevax.demo import demo
 
     demo(options.output_dir, options.overwrite)
 

@@ -12,7 +12,7 @@ from tunevax.attacks.benign_only import BenignOnlyConfig
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.attacks.held_out_category import HeldOutCategoryConfig
 from tunevax.audit.audit import AuditOptions, cells_of, plan
-from tunevax.audit.lab import Lab
+from tunevax.audit.workers import Lab
 from tunevax.cli import main
 from tunevax.data import load_safety, load_task, prompt_hash, split_of
 from tunevax.data.contamination import (

@@ -13,8 +13,10 @@ import tunevax.restoration.extract as extraction
 from tunevax.data import load_safety
 from tunevax.data.splits import prompt_hash
 from tunevax.errors import RunError, UsageError
+from tunevax.modeling.biases import attach_biases
 from tunevax.modeling.blocks import find_blocks
-from tunevax.modeling.loading import attach_biases, load, model_hash
+from tunevax.modeling.checkpoints import model_hash
+from tunevax.modeling.loading import load
 from tunevax.restoration import probes
 from tunevax.restoration.extract import ExtractLock, extract
 from tunevax.restoration.lock import SafetyLock, apply, lock_biases, locked

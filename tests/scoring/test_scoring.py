@@ -4,16 +4,17 @@ import json
 
 import pytest
 
-from tunevax.audit.results import is_harmful, own_verdict
 from tunevax.cli import main
 from tunevax.data import load_safety, load_task
 from tunevax.errors import UsageError
+from tunevax.evidence.results import is_harmful, own_verdict
+from tunevax.evidence.stats import proportion
 from tunevax.modeling import load
 from tunevax.scoring import score as score_module
 from tunevax.scoring.fluency import degenerate
 from tunevax.scoring.generation import generate
 from tunevax.scoring.judges import load_judges, refusal_keywords
-from tunevax.scoring.score import Exam, examine, proportion
+from tunevax.scoring.score import Exam, examine
 
 
 @pytest.fixture(scope="module")

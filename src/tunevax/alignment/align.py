@@ -13,9 +13,10 @@ from tunevax.data.encoding import TEMPLATE_HELP
 from tunevax.data.safety import load_safety
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError, shortened
-from tunevax.modeling.loading import load, require_quantization
+from tunevax.modeling.callbacks import LogCallback, ProgressCallback
+from tunevax.modeling.loading import load
 from tunevax.modeling.memory import StepMemory
-from tunevax.modeling.progress import LogCallback, ProgressCallback
+from tunevax.modeling.quantization import require_quantization
 from tunevax.modeling.trainer import final_loss, last_checkpoint, rehearse, resolved, save_weights
 from tunevax.runs import data_entry, digest, is_main_process, is_run, writing
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tunevax.console import console
 from tunevax.data.contamination import Exclusion, Rows, check, recorded_prompts, used_prompts
 from tunevax.data.encoding import TEMPLATE_HELP
 from tunevax.data.safety import load_safety
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
 from tunevax.modeling.loading import Loaded, absolute, load
-from tunevax.modeling.progress import console
 from tunevax.runs import SCHEMA, RunFolder, data_entry, digest, is_run, read_run, require_one_process, writing
 from tunevax.scoring.score import Exam, ExamOptions, build_exam, examine, labels_of
 

@@ -18,7 +18,7 @@ from tunevax.data.contamination import hashes, record_prompts, used_prompts
 from tunevax.data.encoding import context_of, encode
 from tunevax.data.mixing import mix
 from tunevax.errors import UsageError
-from tunevax.modeling.progress import ProgressCallback
+from tunevax.modeling.callbacks import ProgressCallback
 from tunevax.modeling.trainer import ResponseTrainer, TrainConfig, rehearse, save_weights
 from tunevax.runs import is_run
 from tunevax.scoring.score import Exam

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from tunevax.attacks.attack import AttackConfig, Bench
+from tunevax.console import bar
 from tunevax.data.encoding import collate, context_of, encode
 from tunevax.errors import UsageError
 from tunevax.modeling.blocks import find_blocks
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.precision import wide
-from tunevax.modeling.progress import bar
 
 
 @dataclass

@@ -18,7 +18,7 @@ from tunevax.data.mixing import mix
 from tunevax.data.safety import load_safety
 from tunevax.errors import UsageError
 from tunevax.methods import load_method
-from tunevax.modeling.progress import ProgressCallback
+from tunevax.modeling.callbacks import ProgressCallback
 from tunevax.runs import data_entry, is_run, read_run
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 from tunevax.attacks.attack import AttackConfig, Bench, NotApplicable
 from tunevax.errors import UsageError
-from tunevax.modeling.loading import AddedBias, attach_biases, attached_biases, load
+from tunevax.modeling.biases import AddedBias, attach_biases, attached_biases
+from tunevax.modeling.loading import load
 from tunevax.runs import is_run, read_run
 
 

@@ -30,15 +30,16 @@ from tunevax.attacks.attack import (
 )
 from tunevax.attacks.poisoned_job import require_like_jobs
 from tunevax.attacks.unlock import has_lock
-from tunevax.audit.lab import Cell, count_workers, finished
-from tunevax.audit.properties import utility_loss
 from tunevax.audit.protocol import Protocol, Setting, build, load_protocol, settings
-from tunevax.audit.results import COMMON
+from tunevax.audit.workers import Cell, count_workers, finished
+from tunevax.console import bar, console
 from tunevax.data.contamination import Exclusion, check, used_prompts
 from tunevax.data.sources import parse_source
 from tunevax.errors import UsageError
-from tunevax.modeling.loading import absolute, config_of, model_hash, resolve
-from tunevax.modeling.progress import bar, console
+from tunevax.evidence.properties import utility_loss
+from tunevax.evidence.results import COMMON
+from tunevax.modeling.checkpoints import config_of, model_hash
+from tunevax.modeling.loading import absolute, resolve
 from tunevax.run_lock import refuse_if_held
 from tunevax.runs import (
     clear,

@@ -11,8 +11,8 @@ from transformers import TrainerCallback
 
 from tunevax.attacks.attack import NotApplicable
 from tunevax.audit.audit import Plan, cells_of
-from tunevax.audit.lab import Cell, Lab, count_workers
 from tunevax.audit.protocol import Setting, build
+from tunevax.audit.workers import Cell, Lab, count_workers
 from tunevax.data.encoding import context_of, encode
 from tunevax.modeling.trainer import ResponseTrainer
 from tunevax.runs import peak_memory

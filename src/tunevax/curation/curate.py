@@ -25,7 +25,8 @@ from tunevax.data.safety import load_safety
 from tunevax.data.sources import parse_source
 from tunevax.data.splits import normalise, prompt_hash, prompt_text, take_split
 from tunevax.errors import UsageError
-from tunevax.modeling.loading import Loaded, config_of, load, resolve
+from tunevax.modeling.checkpoints import config_of
+from tunevax.modeling.loading import Loaded, load, resolve
 from tunevax.runs import data_entry, is_run, require_one_process, writing
 
 DUPLICATES = ("keep", "exact", "near")

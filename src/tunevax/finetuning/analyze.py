@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from tunevax.console import bar
 from tunevax.data.contamination import Exclusion, check, used_prompts
 from tunevax.data.encoding import TEMPLATE_HELP, collate, context_of, encode
 from tunevax.data.safety import load_safety
@@ -23,15 +24,14 @@ from tunevax.errors import UsageError, unknown
 from tunevax.finetuning.sink import (
     QUERIES,
     QUERIES_HELP,
-    WAYS,
     answer_span,
     common_queries,
     divergence,
     regulariser,
     sink_values,
 )
+from tunevax.modeling.attention import WAYS
 from tunevax.modeling.loading import load
-from tunevax.modeling.progress import bar
 from tunevax.runs import SCHEMA, data_entry, digest, require_one_process, writing
 from tunevax.scoring.score import ExamOptions, build_exam, examine, labels_of
 

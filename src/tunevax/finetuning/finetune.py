@@ -14,9 +14,10 @@ from tunevax.data.sources import parse_source
 from tunevax.data.tasks import NAMED, load_task
 from tunevax.errors import UsageError, unknown
 from tunevax.finetuning.sft import FinetuneConfig
-from tunevax.modeling.loading import load, require_quantization
+from tunevax.modeling.callbacks import LogCallback, ProgressCallback
+from tunevax.modeling.loading import load
 from tunevax.modeling.memory import StepMemory
-from tunevax.modeling.progress import LogCallback, ProgressCallback
+from tunevax.modeling.quantization import require_quantization
 from tunevax.modeling.trainer import final_loss, last_checkpoint, rehearse, resolved, save_weights
 from tunevax.runs import data_entry, digest, is_run, writing
 

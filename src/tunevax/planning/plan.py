@@ -60,7 +60,8 @@ class PlanOptions:
     format: str = field(default="text", metadata={"help": "text or json"})
 
     def __post_init__(self) -> None:
-        from tunevax.modeling.loading import DTYPES, QUANTIZATIONS
+        from tunevax.modeling.loading import DTYPES
+        from tunevax.modeling.quantization import QUANTIZATIONS
 
         for name in ("model", "method"):
             if getattr(self, name) is None:
@@ -122,8 +123,9 @@ def plan(options: PlanOptions, method: Any, args: Any) -> Plan:
         UsageError: the model's config cannot be read; options that the method itself would refuse.
     """
     from tunevax.alignment.sft import SFTConfig, SFTTrainer
-    from tunevax.modeling.loading import config_of, resolve
-    from tunevax.modeling.progress import bar
+    from tunevax.console import bar
+    from tunevax.modeling.checkpoints import config_of
+    from tunevax.modeling.loading import resolve
     from tunevax.planning.step import predict, predict_forward, scaled
 
     if options.method in WITHOUT:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunevax.audit.results import Results, joined, read_json_lines
 from tunevax.data.sources import parse_source
 from tunevax.errors import UsageError
+from tunevax.evidence.results import Results, joined, read_json_lines
 from tunevax.runs import is_run, read_run
 
 UNCLIPPED = ("tar", "repnoise")  # their released code clips no gradient

@@ -8,12 +8,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tunevax.audit.results import read_json_lines
 from tunevax.data.splits import prompt_text
 from tunevax.errors import UsageError
+from tunevax.evidence.results import read_json_lines
+from tunevax.report.blocks import Table
 from tunevax.report.page import visible
 from tunevax.report.provenance import Run, seconds
-from tunevax.report.tables import NONE, Table
+from tunevax.report.tables import NONE
 
 LINES = 40  # rows of any other table
 WORDS = 160  # characters of a prompt in a table

@@ -16,7 +16,8 @@ from tunevax.data.contamination import chosen_with, hashes, record_prompts, used
 from tunevax.data.encoding import TEMPLATE_HELP
 from tunevax.data.safety import load_safety
 from tunevax.errors import RunError, UsageError
-from tunevax.modeling.loading import Loaded, load, save_biases
+from tunevax.modeling.biases import save_biases
+from tunevax.modeling.loading import Loaded, load
 from tunevax.runs import data_entry, digest, is_run, require_one_process, writing
 
 

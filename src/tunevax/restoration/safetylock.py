@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from tunevax.console import console
 from tunevax.errors import UsageError
-from tunevax.modeling.blocks import find_blocks
-from tunevax.modeling.loading import BIASES, AddedBias, attached_biases, innermost, write_biases
-from tunevax.modeling.progress import console
+from tunevax.modeling.biases import BIASES, AddedBias, attached_biases, write_biases
+from tunevax.modeling.blocks import find_blocks, innermost
 from tunevax.restoration.lock import FILE, SafetyLock, apply, check_base, check_shape, lock_biases
 from tunevax.restoration.restore import Job
 from tunevax.restoration.strength import SweepOptions, sweep

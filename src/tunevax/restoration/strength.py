@@ -15,13 +15,13 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tunevax.console import bar, console
 from tunevax.data.contamination import count, hashes, require_disjoint, used_prompts
 from tunevax.data.safety import load_safety
 from tunevax.data.sources import parse_source
 from tunevax.data.splits import drawn, prompt_hash
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
-from tunevax.modeling.progress import bar, console
 from tunevax.restoration.lock import SafetyLock, locked
 from tunevax.restoration.restore import Job
 from tunevax.scoring.score import Exam, ExamOptions, build_exam, examine

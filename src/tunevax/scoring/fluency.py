@@ -201,7 +201,8 @@ class Reference:
     @cached_property
     def loaded(self) -> Any:
         """The model and its tokenizer."""
-        from tunevax.modeling.loading import load, load_tokenizer, resolve
+        from tunevax.modeling.checkpoints import load_tokenizer
+        from tunevax.modeling.loading import load, resolve
 
         base, adapters = resolve(self.ref)
         own = load_tokenizer(str(adapters[-1]) if adapters else base, base, None).chat_template

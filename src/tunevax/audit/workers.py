@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 from tunevax.attacks.attack import Bench, NotApplicable, TargetOptions, attack_data
 from tunevax.audit.protocol import Setting, build
+from tunevax.console import console
 from tunevax.data.contamination import Exclusion
 from tunevax.errors import RunError
 from tunevax.modeling.loading import resolve
-from tunevax.modeling.progress import console
 from tunevax.runs import peak_memory
 from tunevax.scoring.judges import lead_judge
 from tunevax.scoring.score import Exam, build_exam
