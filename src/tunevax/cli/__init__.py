@@ -1,4 +1,4 @@
-"""The command line: `tunevax VERB METHOD --option value`. What each verb does is in `verbs`, its options in `options`."""
+"""The command line, `tunevax VERB METHOD --option value`: errors as one sentence each, and exit codes."""
 
 from __future__ import annotations
 

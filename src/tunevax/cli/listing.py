@@ -51,7 +51,8 @@ def lines_of(folder: str) -> list[str]:
     for name, target in known.items():
         spec = importlib.util.find_spec(target.partition(":")[0])
         tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8")) if spec and spec.origin else ast.Module([], [])
-        summary = (ast.get_docstring(tree) or "").split("\n")[0]
+        first = " ".join((ast.get_docstring(tree) or "").partition("\n\n")[0].split())
+        summary = first[: end.start() + 1] if (end := re.search(r"(?<!al)\. ", first)) else first
         paper = next(filter(None, map(_paper, ast.walk(tree))), "")
         number = re.search(r"\d{4}\.\d{5}", paper)
         lines.append(

@@ -321,17 +321,16 @@ VERBS = {
 
 def overview() -> str:
     """What `tunevax --help` prints."""
-    lines = [
-        "tunevax hardens open-weight language models against harmful fine-tuning, and measures how much it helped."
-    ]
-    lines.append("")
+    purpose = "hardens open-weight language models against harmful fine-tuning, and measures how much it helped"
+    lines = [f"tunevax {purpose}.", ""]
     for verb in VERBS.values():
         usage = f"  tunevax {verb.usage}"
         lines += [f"{usage:38}{verb.summary}"] if len(usage) < 37 else [usage, f"{'':38}{verb.summary}"]
     return "\n".join(lines) + (
-        "\n\nREF is a hub id, a model folder, a run folder, or organism (the built-in tiny model); SRC is a JSONL, JSON, "
-        "CSV or\nparquet file, a hub id, or organism. `tunevax VERB` lists the methods of a verb; `tunevax VERB METHOD "
-        "--help` its\noptions. Every option can stand in a YAML file: --config FILE. Add --debug to see a traceback."
+        "\n\nREF is a hub id, a model folder, a run folder, or organism (the built-in tiny model); SRC is a JSONL, "
+        "JSON, CSV or\nparquet file, a hub id, or organism. `tunevax VERB` lists the methods of a verb, `tunevax VERB "
+        "METHOD --help`\nits options. Every option can stand in a YAML file: --config FILE. Add --debug to see a "
+        "traceback."
     )
 
 
