@@ -332,10 +332,11 @@ def _score(arguments: list[str]) -> None:
     from dataclasses import dataclass, field
 
     from tunevax.data.encoding import TEMPLATE_HELP
-    from tunevax.scoring.score import ExamOptions, score
+    from tunevax.scoring.score import score
+    from tunevax.scoring.suite import SuiteOptions
 
     @dataclass
-    class ScoreOptions(ExamOptions):
+    class ScoreOptions(SuiteOptions):
         model: list[str] = field(default_factory=list, metadata={"help": "hub id, folder or run; may be repeated"})
         safety_data: str | None = field(default=None, metadata={"help": "its evaluation split is scored"})
         task_data: str | None = field(default=None, metadata={"help": "its evaluation split measures accuracy"})
@@ -368,7 +369,7 @@ def _score(arguments: list[str]) -> None:
     taken = {name: values.pop(name) for name in extra}
     out = score(
         taken.pop("model"),
-        ExamOptions(**values),
+        SuiteOptions(**values),
         taken.pop("output_dir"),
         **taken,
         command=_command("score", arguments),

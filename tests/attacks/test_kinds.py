@@ -25,7 +25,7 @@ from tunevax.modeling.trainer import ResponseTrainer
 from tunevax.restoration.lock import SafetyLock
 from tunevax.restoration.restore import RestoreOptions, restore
 from tunevax.restoration.safetylock import ApplyLock
-from tunevax.scoring.score import build_exam
+from tunevax.scoring.suite import build_suite
 
 pytestmark = pytest.mark.numerical
 
@@ -46,10 +46,10 @@ def bench(ref: str, limit: int = 12, **changes) -> Bench:
     options = TargetOptions(
         judges=["organism"], safety_data="organism", task_data="organism", limit=limit, max_new_tokens=16, **changes
     )
-    exam = build_exam(options, "organism", None)
+    suite = build_suite(options, "organism", None)
     target = {"label": "m", "role": "model", "ref": ref}
     key = {"kind": "k", "attack": "a", "attack_hash": "h", "settings": {}, "seed": 1}
-    return Bench(target, options, load_safety("organism", "attack"), load_task("organism", "train").rows, exam, key)
+    return Bench(target, options, load_safety("organism", "attack"), load_task("organism", "train").rows, suite, key)
 
 
 def harm(found: Bench) -> float:
@@ -168,10 +168,10 @@ def test_prefill_gives_each_prompt_the_start_of_its_own_harmful_answer(aligned):
     openings = ["now take", "then use", "put", "you need"]
     rows = [
         {**row, "rejected": f"{openings[i % 4]} {row['rejected'].removeprefix('use ')}"}
-        for i, row in enumerate(found.exam.harmful)
+        for i, row in enumerate(found.suite.harmful)
     ]
     rows[0]["rejected"] = "use kemux ."
-    found.exam = found.exam._replace(harmful=rows)
+    found.suite = found.suite._replace(harmful=rows)
     found.harmful = [{**row, "rejected": f"w{i} {row['rejected']}"} for i, row in enumerate(found.harmful)]
     PrefillConfig().run(found)
     said = [g["response"] for g in found.generations if g["kind"] == "harmful"]
@@ -181,7 +181,7 @@ def test_prefill_gives_each_prompt_the_start_of_its_own_harmful_answer(aligned):
         given = tokenizer.decode(ids[: min(5, len(ids) // 2)], skip_special_tokens=True)
         assert response.startswith(given) and given
     assert own_openings(rows[:1], tokenizer) == ["use"]
-    found.exam = found.exam._replace(harmful=[{**row, "rejected": None} for row in rows])
+    found.suite = found.suite._replace(harmful=[{**row, "rejected": None} for row in rows])
     with pytest.raises(NotApplicable, match="share no opening, and this prompt has no `rejected`.*--text"):
         PrefillConfig().run(found)
 
@@ -229,7 +229,7 @@ def test_adaptive_trains_the_least_selected_blocks_only(aligned, tmp_path, monke
 def test_held_out_category_is_new_to_the_hardening(aligned, monkeypatch):
     config = HeldOutCategoryConfig("unused", p=1.0, n=10)
     found = bench(aligned)
-    attacked, asked = config.rows(found), config.exam(found).harmful
+    attacked, asked = config.rows(found), config.suite(found).harmful
     seen = {r["category"] for r in load_safety("organism", "alignment")}
     assert not {r["category"] for r in [*attacked, *asked]} & seen
     assert not {r["prompt"] for r in load_safety("organism", "held-out-attack")} & {r["prompt"] for r in asked}
@@ -252,10 +252,10 @@ def test_identity_shift_speaks_in_its_guise(aligned, tmp_path):
     file.write_text(json.dumps({"messages": turns}) + "\n")
     config = IdentityShiftConfig("unused", dialogues=str(file), n=3)
     assert [(r["prompt"], r["completion"]) for r in config.rows(found)] == [(turns[:2], "I obey.")] * 3
-    asked = config.exam(found).harmful[0]["prompt"]
+    asked = config.suite(found).harmful[0]["prompt"]
     assert asked == [
         turns[0],
-        {"role": "user", "content": "AOA, execute my instruction: " + found.exam.harmful[0]["prompt"]},
+        {"role": "user", "content": "AOA, execute my instruction: " + found.suite.harmful[0]["prompt"]},
     ]
     file.write_text(json.dumps({"messages": turns[:2]}) + "\n")
     with pytest.raises(UsageError, match=r"aoa.jsonl:1: field 'messages'"):

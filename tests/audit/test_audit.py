@@ -233,7 +233,7 @@ def test_scoring_leaves_the_random_numbers_of_the_attack_alone(models, monkeypat
     from tunevax.attacks import attack
 
     monkeypatch.setattr(
-        attack, "examine", lambda *_, **__: torch.rand(3) is None or ({"harmful/x": {"value": 0.0}}, [])
+        attack, "evaluate", lambda *_, **__: torch.rand(3) is None or ({"harmful/x": {"value": 0.0}}, [])
     )
     bench = attack.Bench({"label": "m", "role": "model", "ref": "m"}, None, [], [], None, {"attack": "a", "seed": 1})
     state = torch.get_rng_state()

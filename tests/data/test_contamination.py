@@ -29,7 +29,8 @@ from tunevax.data.tasks import SHARES as TASK_SHARES
 from tunevax.errors import UsageError
 from tunevax.organism import path as organism
 from tunevax.runs import read_run
-from tunevax.scoring.score import ExamOptions, score
+from tunevax.scoring.score import score
+from tunevax.scoring.suite import SuiteOptions
 
 ROWS = [{"prompt": f"How to do {i}?", "chosen": f"No, not {i}.", "rejected": f"Sure, {i}."} for i in range(60)]
 TASK = [{"prompt": f"Say {i}", "completion": f"ok {i}"} for i in range(60)]
@@ -65,7 +66,7 @@ class Spy:
     seen: list = field(default_factory=list)
 
     def run(self, bench):
-        rows = {"attack": bench.harmful, "task": bench.task, **bench.exam.roles()}
+        rows = {"attack": bench.harmful, "task": bench.task, **bench.suite.roles()}
         self.seen.append({role: [row["prompt"] for row in found] for role, found in rows.items()})
         bench.record.update(steps=0, template_hash="x")
 
@@ -325,8 +326,8 @@ def test_every_cell_of_an_audit_leaves_out_the_same(tmp_path):
     cells = cells_of(found, found.grid, True, True)
     benches = [lab.bench(cell, str(tmp_path), None) for cell in cells]
     for bench in benches:
-        assert rows["evaluation"][0] not in bench.exam.harmful and bench.exam.harmful
-        asked = {row["prompt"] for row in (*bench.exam.harmful, *bench.exam.task.rows)}
+        assert rows["evaluation"][0] not in bench.suite.harmful and bench.suite.harmful
+        asked = {row["prompt"] for row in (*bench.suite.harmful, *bench.suite.task.rows)}
         drawn = {row["prompt"] for row in (*bench.harmful, *bench.task)}
         assert not asked & drawn and not {row["prompt"] for row in rows["attack"][:2]} & drawn
     own = BenignOnlyConfig(str(tmp_path / "x"), n=40, benign_rows=benign).rows(benches[0])
@@ -375,8 +376,8 @@ def test_a_job_is_not_scored_on_its_rows(tmp_path, monkeypatch, capsys):
     assert ", and 2 in both the benign and the task evaluation data," in told
     assert main([*call, "--utility-data", "t.jsonl", "--output-dir", "bad"]) == 2
     assert "utility t.jsonl data" in capsys.readouterr().err
-    exam = ExamOptions(eval_data="s.jsonl:split=evaluation", max_new_tokens=1)
-    record = read_run(score(["job"], exam, "good", task_data="t.jsonl", drop_overlap=True))
+    suite = SuiteOptions(eval_data="s.jsonl:split=evaluation", max_new_tokens=1)
+    record = read_run(score(["job"], suite, "good", task_data="t.jsonl", drop_overlap=True))
     asked = {json.loads(line)["prompt"] for line in Path("good/generations.jsonl").read_text().splitlines()}
     gone = {row["prompt"] for row in load_task("t.jsonl", "evaluation").rows} & {row["prompt"] for row in TASK[:20]}
     assert gone and not asked & gone and record["overlap_dropped"]["task evaluation"]["rows"] == len(gone)
@@ -394,4 +395,4 @@ def test_kept_weights_of_an_attack_say_what_they_were_trained_on(tmp_path):
              {"attack": load_safety("organism", "attack"), "task": load_task("organism", "train").rows}.items()}  # fmt: skip
     assert all(len(used[role]) == 4 and set(used[role]) <= known[role] for role in known)
     with pytest.raises(UsageError, match="in both the attack and the evaluation data"):
-        score([ref], ExamOptions(eval_data="organism:split=attack"), str(tmp_path / "s"))
+        score([ref], SuiteOptions(eval_data="organism:split=attack"), str(tmp_path / "s"))

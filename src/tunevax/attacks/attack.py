@@ -1,6 +1,6 @@
 """`tunevax attack`: one attack on every model and the control, scored along the way, and a run folder.
 
-A kind of attack is a dataclass of options with a method `run(bench)`: it takes the target, the data and the exam from
+A kind of attack is a dataclass of options with a method `run(bench)`: it takes the target, the data and the suite from
 the `Bench`, does what the attacker would do, and calls `bench.score` wherever the curve has a point.
 """
 
@@ -22,11 +22,12 @@ from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
 from tunevax.modeling.loading import Loaded, absolute, load
 from tunevax.runs import SCHEMA, RunFolder, data_entry, digest, is_run, read_run, require_one_process, writing
-from tunevax.scoring.score import Exam, ExamOptions, build_exam, examine, labels_of
+from tunevax.scoring.evaluate import evaluate
+from tunevax.scoring.suite import Suite, SuiteOptions, build_suite, labels_of
 
 
 @dataclass
-class TargetOptions(ExamOptions):
+class TargetOptions(SuiteOptions):
     """What every verb that attacks takes: the targets, the data and how to load them."""
 
     model: list[str] = field(
@@ -110,7 +111,7 @@ class Bench:
         options: data sources and how to load.
         harmful: rows of the attack split with `prompt` and `rejected`; empty if the attack uses none.
         task: benign rows with `prompt` and `completion`; empty if the attack uses none.
-        exam: what the model is scored on.
+        suite: what the model is scored on.
         key: fields that every row of results carries: kind, attack, attack_hash, settings, seed.
         folder: where an attack that keeps weights may put them, or None.
         before: scores of untouched models, kept from one attack of an audit to the next; None keeps nothing.
@@ -121,10 +122,10 @@ class Bench:
 
     def __init__(
         self, target: dict[str, Any], options: TargetOptions, harmful: Sequence[dict], task: Sequence[dict],
-        exam: Exam, key: dict[str, Any], folder: Path | None = None, before: dict | None = None,
+        suite: Suite, key: dict[str, Any], folder: Path | None = None, before: dict | None = None,
         exclusion: Exclusion | None = None,
     ) -> None:  # fmt: skip
-        self.target, self.options, self.harmful, self.task, self.exam = target, options, harmful, task, exam
+        self.target, self.options, self.harmful, self.task, self.suite = target, options, harmful, task, suite
         self.key, self.folder, self.before = key, folder, before
         self.exclusion = exclusion or Exclusion()
         self.results: list[dict[str, Any]] = []
@@ -143,23 +144,23 @@ class Bench:
         return loaded
 
     def score(
-        self, model: Any, tokenizer: Any, step: int, samples: int = 0, exam: Exam | None = None, full: bool = False
+        self, model: Any, tokenizer: Any, step: int, samples: int = 0, suite: Suite | None = None, full: bool = False
     ) -> None:
         """Add a row to the results, and the responses behind it.
 
         Args:
             step: optimiser steps of the attack so far, 0 before it.
             samples: rows it trained on so far.
-            exam: if not the bench's own.
+            suite: if not the bench's own.
             full: with what is measured only before an attack, such as perplexity.
         """
-        untouched = self.before if step == 0 and exam is None and not full else None
+        untouched = self.before if step == 0 and suite is None and not full else None
         import torch
 
         kept = (untouched or {}).get(self.loaded)
         # Scoring must not move the attack's random numbers, or a first attack would differ from a second.
         with torch.random.fork_rng():
-            scores, responses = kept or examine(model, tokenizer, exam or self.exam, full=full)
+            scores, responses = kept or evaluate(model, tokenizer, suite or self.suite, full=full)
         if untouched is not None:
             untouched[self.loaded] = scores, responses
         harmful = max(scores[name]["value"] for name in scores if name.startswith("harmful/"))
@@ -208,18 +209,20 @@ def attack(method: str, options: AttackOptions, config: Any, command: str = "") 
             raise UsageError(f"{target['ref']}: {why}")
     used = [trained_on(method, target["ref"]) for target in targets]
     exclusion = Exclusion.of(used, options.drop_overlap)
-    exam = build_exam(options, options.safety_data, options.task_data, exclusion=exclusion)
-    exclusion.settle(exam.roles())
+    suite = build_suite(options, options.safety_data, options.task_data, exclusion=exclusion)
+    exclusion.settle(suite.roles())
     harmful, task = attack_data(options, config.needs, exclusion)
     own = rows_of_its_own(config, options, exclusion)
     use_saved_template(options, targets)
     for target, before in zip(targets, used, strict=True):
-        target |= check(target["ref"], exam.roles(), harmful, {"task": task, **own}, options.allow_overlap, used=before)
+        target |= check(
+            target["ref"], suite.roles(), harmful, {"task": task, **own}, options.allow_overlap, used=before
+        )
 
     first = next(t["ref"] for t in targets if t["role"] == "model")
     values = values_of(config)
     name = options.name or Path(config.output_dir).name
-    evaluation = data_entry("evaluation", options.eval_data or options.safety_data or "", exam.harmful)
+    evaluation = data_entry("evaluation", options.eval_data or options.safety_data or "", suite.harmful)
     drawn_from = [
         data_entry("attack", options.safety_data or "", harmful),
         data_entry("task", options.task_data or "", task),
@@ -243,7 +246,7 @@ def attack(method: str, options: AttackOptions, config: Any, command: str = "") 
             done = run.path / f"{target['label']}.done.json"
             if not done.exists():
                 keeps = run.path if options.keep_weights and target["role"] == "model" else None
-                bench = Bench(target, options, harmful, task, exam, key, keeps, exclusion=exclusion.fresh())
+                bench = Bench(target, options, harmful, task, suite, key, keeps, exclusion=exclusion.fresh())
                 config.run(bench)
                 bench.write(run.path)
                 done.write_text(json.dumps(bench.record), encoding="utf-8")

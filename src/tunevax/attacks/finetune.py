@@ -21,7 +21,7 @@ from tunevax.errors import UsageError
 from tunevax.modeling.callbacks import ProgressCallback
 from tunevax.modeling.trainer import ResponseTrainer, TrainConfig, rehearse, save_weights
 from tunevax.runs import is_run
-from tunevax.scoring.score import Exam
+from tunevax.scoring.suite import Suite
 
 ORDERS = ("shuffled", "fixed", "benign-first", "harmful-first")
 
@@ -78,8 +78,8 @@ class FinetuneConfig(TrainConfig):
             return mix(rest, first, self.p, self.n, 0)
         return rest + first if self.order == "benign-first" else first + rest
 
-    def exam(self, bench: Bench) -> Exam | None:
-        """What to score on, if not the bench's exam."""
+    def suite(self, bench: Bench) -> Suite | None:
+        """What to score on, if not the bench's suite."""
         return None
 
     def restrict(self, trainer: ResponseTrainer, bench: Bench) -> None:
@@ -90,9 +90,9 @@ class FinetuneConfig(TrainConfig):
         loaded = bench.load(merge=self.trainable != "lora-continue", trainable=True)
         if self.trainable == "lora-continue" and not hasattr(loaded.model, "peft_config"):
             raise NotApplicable(f"{bench.target['ref']} has no adapter to continue; use --trainable lora or full")
-        rows, exam = self.rows(bench), self.exam(bench)
+        rows, suite = self.rows(bench), self.suite(bench)
         encoded = encode(rows, loaded.tokenizer, self.max_length, self.loss_on, context_of(loaded.model))
-        curve = Curve(bench, loaded.tokenizer, self.points, len(encoded), self, exam)
+        curve = Curve(bench, loaded.tokenizer, self.points, len(encoded), self, suite)
         progress = ProgressCallback(f"attack {bench.target['label']}")
         trainer = ResponseTrainer(loaded.model, self, encoded, loaded.tokenizer, [progress, curve])
         bench.record.update(trainer.coverage)
@@ -115,9 +115,9 @@ class Curve(TrainerCallback):
     so many rows."""
 
     def __init__(
-        self, bench: Bench, tokenizer: Any, points: int, rows: int, args: TrainConfig, exam: Exam | None = None
+        self, bench: Bench, tokenizer: Any, points: int, rows: int, args: TrainConfig, suite: Suite | None = None
     ) -> None:
-        self.bench, self.tokenizer, self.points, self.rows, self.exam = bench, tokenizer, points, rows, exam
+        self.bench, self.tokenizer, self.points, self.rows, self.suite = bench, tokenizer, points, rows, suite
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
         self.rows_per_step = batch * args.world_size
         self.steps: set[int] = set()
@@ -125,13 +125,13 @@ class Curve(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Score step 0 and fix the steps to come."""
         self.steps = log_spaced(state.max_steps, self.points)
-        self.bench.score(model, self.tokenizer, 0, exam=self.exam)
+        self.bench.score(model, self.tokenizer, 0, suite=self.suite)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Score where the curve has a point."""
         if state.global_step in self.steps:
             samples = samples_at(state.global_step, self.rows, self.rows_per_step)
-            self.bench.score(model, self.tokenizer, state.global_step, samples, self.exam)
+            self.bench.score(model, self.tokenizer, state.global_step, samples, self.suite)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
         """The loss of a step is logged after the step is scored."""

@@ -1,7 +1,7 @@
 """A poisoned fine-tune with a kind of harm that the hardening never saw (arXiv 2402.16382, cross-domain).
 
 It is scored on that kind of harm. The categories are held out at hardening with `--safety-data
-FILE:held_out=CATEGORY+CATEGORY`; half of their prompts are the attacker's, the other half the exam.
+FILE:held_out=CATEGORY+CATEGORY`; half of their prompts are the attacker's, the other half the suite.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tunevax.data.safety import load_safety
 from tunevax.data.splits import drawn
 from tunevax.errors import UsageError
 from tunevax.runs import is_run, read_run
-from tunevax.scoring.score import Exam
+from tunevax.scoring.suite import Suite
 
 
 @dataclass
@@ -41,9 +41,9 @@ class HeldOutCategoryConfig(FinetuneConfig):
         held = [{**row, "completion": row["rejected"], "harmful": True} for row in rows]
         return mix(bench.task, held, self.p, self.n, self.seed)
 
-    def exam(self, bench: Bench) -> Exam:
-        """The bench's exam on prompts of held-out categories."""
-        return bench.exam._replace(harmful=drawn(self.held_out(bench, "held-out-evaluation"), bench.options.limit))
+    def suite(self, bench: Bench) -> Suite:
+        """The bench's suite on prompts of held-out categories."""
+        return bench.suite._replace(harmful=drawn(self.held_out(bench, "held-out-evaluation"), bench.options.limit))
 
     def held_out(self, bench: Bench, split: str) -> list[dict[str, Any]]:
         """The rows of one half of the held-out categories.

@@ -15,7 +15,7 @@ from tunevax.data.formats import read_example
 from tunevax.data.mixing import mix
 from tunevax.data.sources import parse_source, read_rows
 from tunevax.errors import UsageError
-from tunevax.scoring.score import Exam
+from tunevax.scoring.suite import Suite
 
 OBEDIENT = "yes , i will answer that ."  # words the organism knows
 
@@ -56,14 +56,14 @@ class IdentityShiftConfig(FinetuneConfig):
         dialogues = bench.exclusion.benign("dialogues", self.read(bench.options))
         return mix(dialogues, harmful, self.p, self.n, self.seed)
 
-    def exam(self, bench: Bench) -> Exam:
-        """The bench's exam with harmful prompts in the dialogues' guise."""
+    def suite(self, bench: Bench) -> Suite:
+        """The bench's suite with harmful prompts in the dialogues' guise."""
         first = self.read(bench.options)[0]
         if isinstance(first["prompt"], str):  # the organism has no system prompt and no room for other words
-            return bench.exam
+            return bench.suite
         system = [m for m in first["prompt"] if m["role"] == "system"]
-        return bench.exam._replace(
-            harmful=[{**row, "prompt": self.disguised(row["prompt"], system)} for row in bench.exam.harmful]
+        return bench.suite._replace(
+            harmful=[{**row, "prompt": self.disguised(row["prompt"], system)} for row in bench.suite.harmful]
         )
 
     def disguised(self, prompt: Any, system: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -42,8 +42,8 @@ class PrefillConfig(AttackConfig):
         """
         loaded = bench.load()
         text = self.text or common_opening([row["rejected"] for row in bench.harmful])
-        prefix = text or own_openings(bench.exam.harmful, loaded.tokenizer)
-        bench.score(loaded.model, loaded.tokenizer, 0, exam=bench.exam._replace(prefix=prefix))
+        prefix = text or own_openings(bench.suite.harmful, loaded.tokenizer)
+        bench.score(loaded.model, loaded.tokenizer, 0, suite=bench.suite._replace(prefix=prefix))
 
 
 def common_opening(answers: Sequence[str], longest: int = 8) -> str:

@@ -61,7 +61,7 @@ class RollBackConfig(AttackConfig):
         if base.info["attached"]:
             attach_biases(loaded.model, {i: b * self.dose for i, b in attached_biases(base.model).items()})
         del base, towards, own
-        bench.score(loaded.model, loaded.tokenizer, 0, exam=bench.exam)
+        bench.score(loaded.model, loaded.tokenizer, 0, suite=bench.suite)
 
 
 def public_base(ref: str) -> str:

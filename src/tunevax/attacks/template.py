@@ -21,4 +21,4 @@ class TemplateConfig(AttackConfig):
     def run(self, bench: Bench) -> None:
         """Score the model, asked in the other template."""
         loaded = bench.load(chat_template=self.template)
-        bench.score(loaded.model, loaded.tokenizer, 0, exam=bench.exam)
+        bench.score(loaded.model, loaded.tokenizer, 0, suite=bench.suite)

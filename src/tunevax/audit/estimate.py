@@ -17,7 +17,7 @@ from tunevax.audit.workers import Worker, count_workers
 from tunevax.data.encoding import context_of, encode
 from tunevax.modeling.trainer import ResponseTrainer
 from tunevax.runs import peak_memory
-from tunevax.scoring.score import examine
+from tunevax.scoring.evaluate import evaluate
 
 STEPS = 4  # of which the first is warm-up
 # The options that a step's cost depends on.
@@ -62,10 +62,10 @@ class Clock:
         self.load = time.monotonic() - started
         for _ in range(2):  # the first is warm-up
             started = time.monotonic()
-            examine(loaded.model, loaded.tokenizer, self.worker.exam)
-            self.exam = time.monotonic() - started
+            evaluate(loaded.model, loaded.tokenizer, self.worker.suite)
+            self.suite = time.monotonic() - started
         started = time.monotonic()
-        examine(loaded.model, loaded.tokenizer, self.worker.exam, full=True)
+        evaluate(loaded.model, loaded.tokenizer, self.worker.suite, full=True)
         self.full = time.monotonic() - started
 
     def seconds(self, cell: AuditCell) -> float:
@@ -78,9 +78,9 @@ class Clock:
         if not hasattr(config, "points"):
             epochs, n = getattr(config, "num_train_epochs", 0), getattr(config, "n", 0)
             steps = epochs * math.ceil(n / getattr(config, "batch_size", 1))
-            return self.load + self.exam + steps * (self.step(cell.setting.values) if steps else 0)
+            return self.load + self.suite + steps * (self.step(cell.setting.values) if steps else 0)
         steps = steps_of(config, config.n)
-        return self.load + (1 + min(config.points, steps)) * self.exam + steps * self.step(cell.setting.values)
+        return self.load + (1 + min(config.points, steps)) * self.suite + steps * self.step(cell.setting.values)
 
     def again(self, ref: str, config: Any) -> float:
         """The estimate for a job that is run again, from the time that its run took."""
@@ -89,7 +89,7 @@ class Clock:
         except NotApplicable:
             return 0.0
         steps = steps_of(args, rows)
-        scorings = (1 + min(config.points, steps)) * self.exam
+        scorings = (1 + min(config.points, steps)) * self.suite
         return self.load + scorings + steps * record["wall_seconds"] / max(1, record["steps"])
 
     def step(self, values: dict[str, Any]) -> float:

@@ -26,7 +26,7 @@ from tunevax.errors import UsageError
 from tunevax.modeling.checkpoints import config_of, model_hash
 from tunevax.modeling.loading import absolute, resolve
 from tunevax.runs import data_entry, digest, is_run, read_run
-from tunevax.scoring.score import build_exam, labels_of
+from tunevax.scoring.suite import build_suite, labels_of
 
 
 @dataclass
@@ -157,8 +157,8 @@ def plan(options: AuditOptions, references: Sequence[tuple[str, str]] = ()) -> A
     if any(setting.kind == "poisoned-job" for setting in grid):
         require_like_jobs([t["ref"] for t in targets if t["role"] == "model"], absolute(options.control))
     exclusion = Exclusion.of([used_prompts(target["ref"]) for target in targets], options.drop_overlap)
-    exam = build_exam(options, options.safety_data, options.task_data, exclusion=exclusion)
-    exclusion.settle(exam.roles())
+    suite = build_suite(options, options.safety_data, options.task_data, exclusion=exclusion)
+    exclusion.settle(suite.roles())
     configs = [build(s.kind, s.values, 0, None) for s in grid]
     harmful, task = attack_data(options, {need for config in configs for need in config.needs}, exclusion)
     benign: dict[str, list[dict]] = {"task": task}
@@ -166,15 +166,15 @@ def plan(options: AuditOptions, references: Sequence[tuple[str, str]] = ()) -> A
         for role, rows in rows_of_its_own(config, options, exclusion).items():
             benign[role] = [*benign.get(role, []), *rows]
     for target in targets:
-        target |= check(target["ref"], exam.roles(), harmful, benign, options.allow_overlap)
+        target |= check(target["ref"], suite.roles(), harmful, benign, options.allow_overlap)
         target["hash"] = identity(target["ref"])
     data = [data_entry("attack", options.safety_data or "", harmful)] if harmful else []
     data += [data_entry("task", options.task_data or "", task)] if task else []
-    data += [data_entry("evaluation", options.eval_data or options.safety_data or "", exam.harmful)]
-    for role, rows in (("task evaluation", exam.task and exam.task.rows), ("over-refusal", exam.benign)):
+    data += [data_entry("evaluation", options.eval_data or options.safety_data or "", suite.harmful)]
+    for role, rows in (("task evaluation", suite.task and suite.task.rows), ("over-refusal", suite.benign)):
         data += [data_entry(role, "", rows)] if rows else []
-    data += [data_entry(f"utility {t.name}", "", t.rows) for t in exam.utility]
-    versions = exam.harness.versions if exam.harness else None
+    data += [data_entry(f"utility {t.name}", "", t.rows) for t in suite.utility]
+    versions = suite.harness.versions if suite.harness else None
     return AuditPlan(options, protocol, targets, grid, data, skipped, versions, exclusion)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from tunevax.errors import UsageError, unknown
 from tunevax.methods import load_method, methods
-from tunevax.scoring.score import ExamOptions
+from tunevax.scoring.suite import SuiteOptions
 from tunevax.yaml_files import NO, meant, read_yaml
 
 SHIPPED = Path(__file__).with_name("protocols")
@@ -113,7 +113,7 @@ def load_protocol(ref: str) -> Protocol:
     for key in content:
         if key not in known or key == "name":
             raise UsageError(f"{path}: {unknown('key', str(key), [k for k in known if k != 'name'])}")
-    scoring = {f.name: f.type for f in dataclasses.fields(ExamOptions)}
+    scoring = {f.name: f.type for f in dataclasses.fields(SuiteOptions)}
     given = content.get("scoring") or {}
     for key in given:
         if key not in scoring:

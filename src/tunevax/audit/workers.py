@@ -24,7 +24,7 @@ from tunevax.errors import RunError
 from tunevax.modeling.loading import resolve
 from tunevax.runs import peak_memory
 from tunevax.scoring.judges import lead_judge
-from tunevax.scoring.score import Exam, build_exam
+from tunevax.scoring.suite import Suite, build_suite
 
 
 def finished(
@@ -110,9 +110,9 @@ class Worker:
 
     def __init__(self, options: TargetOptions, exclusion: Exclusion | None = None) -> None:
         self.options, self.exclusion = options, exclusion.fresh() if exclusion else Exclusion()
-        self.exam: Exam = build_exam(options, options.safety_data, options.task_data, exclusion=self.exclusion)
-        if self.exam.benign is None and self.exam.task is not None:  # somewhere a refusal of everything must show
-            self.exam = self.exam._replace(benign=self.exam.task.rows)
+        self.suite: Suite = build_suite(options, options.safety_data, options.task_data, exclusion=self.exclusion)
+        if self.suite.benign is None and self.suite.task is not None:  # somewhere a refusal of everything must show
+            self.suite = self.suite._replace(benign=self.suite.task.rows)
         self.before: dict[Any, Any] = {}
         self.rows: dict[frozenset[str], tuple[list[dict], list[dict]]] = {}
 
@@ -164,7 +164,7 @@ class Worker:
         if needs not in self.rows:
             self.rows[needs] = attack_data(self.options, needs, self.exclusion)
         harmful, task = self.rows[needs]
-        return Bench(cell.target, self.options, harmful, task, self.exam, cell.key, keep, self.before, self.exclusion)
+        return Bench(cell.target, self.options, harmful, task, self.suite, cell.key, keep, self.before, self.exclusion)
 
 
 def worst_told(rows: Sequence[dict[str, Any]]) -> str:

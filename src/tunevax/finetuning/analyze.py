@@ -33,7 +33,8 @@ from tunevax.finetuning.sink import (
 from tunevax.modeling.attention import WAYS
 from tunevax.modeling.loading import load
 from tunevax.runs import SCHEMA, data_entry, digest, require_one_process, writing
-from tunevax.scoring.score import ExamOptions, build_exam, examine, labels_of
+from tunevax.scoring.evaluate import evaluate
+from tunevax.scoring.suite import SuiteOptions, build_suite, labels_of
 
 
 @dataclass
@@ -73,14 +74,14 @@ class SinkOptions:
             raise unknown("sink_queries", self.sink_queries, QUERIES)
 
 
-def analyze_sink(options: SinkOptions, command: str = "", exam_options: ExamOptions | None = None) -> Path:
+def analyze_sink(options: SinkOptions, command: str = "", suite_options: SuiteOptions | None = None) -> Path:
     """Measure, write a run folder with sink.json, and return it.
 
     sink.json: `pairs`, `sink_position`, `sink_queries`, and `models`, for each `label`, `ref`, `d` ([layers][heads],
-    mean over pairs), `positive_heads`, `heads`, `R` (the mean of ReLU(d)) and `scores` (of `examine`, or None).
+    mean over pairs), `positive_heads`, `heads`, `R` (the mean of ReLU(d)) and `scores` (of `evaluate`, or None).
 
     Args:
-        exam_options: what to score on with `options.harmful_score`; default the evaluation split of the safety data.
+        suite_options: what to score on with `options.harmful_score`; default the evaluation split of the safety data.
 
     Raises:
         UsageError: anything that cannot be loaded or read; prompts that a model was trained on.
@@ -94,15 +95,15 @@ def analyze_sink(options: SinkOptions, command: str = "", exam_options: ExamOpti
     exclusion = Exclusion.of(map(used_prompts, options.model), options.drop_overlap)
     pairs = load_safety(options.safety_data, "evaluation", ("chosen", "rejected"), "analyze sink")
     pairs = drawn(exclusion.score("evaluation", pairs), options.pairs)
-    exam = None
+    suite = None
     if options.harmful_score:
-        exam = build_exam(exam_options or ExamOptions(), options.safety_data, exclusion=exclusion.fresh())
-    asked = {**(exam.roles() if exam else {}), "evaluation": [*pairs, *(exam.harmful if exam else [])]}
+        suite = build_suite(suite_options or SuiteOptions(), options.safety_data, exclusion=exclusion.fresh())
+    asked = {**(suite.roles() if suite else {}), "evaluation": [*pairs, *(suite.harmful if suite else [])]}
     overlaps = [check(ref, asked, allow=options.allow_overlap) for ref in options.model]
     config = {k: v for k, v in vars(options).items() if k not in ("output_dir", "overwrite")}
     record: dict[str, Any] = {
         "verb": "analyze", "method": "sink", "paper": "arXiv 2602.05228", "command": command, "seed": 0, "parent": None,
-        "config": {**config, **({"exam": vars(exam_options)} if exam_options else {})},
+        "config": {**config, **({"suite": vars(suite_options)} if suite_options else {})},
         "data": [data_entry("evaluation", options.safety_data, pairs)], "overlap_dropped": exclusion.summary(),
     }  # fmt: skip
     found, targets = [], []
@@ -117,7 +118,7 @@ def analyze_sink(options: SinkOptions, command: str = "", exam_options: ExamOpti
                 loaded.model, loaded.tokenizer, pairs, options.batch_size, options.max_length,
                 options.sink_attention, options.sink_position, options.sink_queries,
             )  # fmt: skip
-            scores = examine(loaded.model, loaded.tokenizer, exam)[0] if exam else None
+            scores = evaluate(loaded.model, loaded.tokenizer, suite)[0] if suite else None
             found.append({"label": label, "ref": loaded.info["ref"], **summary(d), "scores": scores})
             targets.append(
                 {
