@@ -202,9 +202,10 @@ def _audit(arguments: list[str]) -> None:
         _compare(arguments)
         return
     quiet()
-    from tunevax.audit.audit import AuditOptions, audit, plan
+    from tunevax.audit.audit import audit
     from tunevax.audit.controls import make_controls
     from tunevax.audit.estimate import show
+    from tunevax.audit.plan import AuditOptions, plan
     from tunevax.audit.protocol import load_protocol
     from tunevax.report import write_report
 
