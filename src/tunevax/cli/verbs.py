@@ -209,9 +209,8 @@ def _audit(arguments: list[str]) -> None:
     from tunevax.audit.protocol import load_protocol
     from tunevax.report import write_report
 
-    protocol = value_of("protocol", arguments)
-    below = load_protocol(protocol).scoring if protocol else {}
-    (options,) = parse("audit", [AuditOptions], arguments or ["--help"], below)
+    protocol = load_protocol(value_of("protocol", arguments) or AuditOptions.protocol)
+    (options,) = parse("audit", [AuditOptions], arguments or ["--help"], protocol.scoring)
     references: list[tuple[str, str]] = []
     for ref in options.model if options.controls and not options.dry_run else ():
         print(f"controls of {ref}: {', '.join(options.controls)}")
