@@ -280,7 +280,8 @@ def test_a_run_that_stopped_is_not_one_that_never_fell(tmp_path):
 
 
 def test_what_the_training_did_is_said_where_it_applies(tmp_path):
-    from tunevax.report.provenance import Provenance, Run, limits
+    from tunevax.alignment.show import limits
+    from tunevax.report.provenance import Provenance, Run
 
     def run(name, verb="align", model=None, **config):
         info = {"schema": 1, "verb": verb, "method": name, "config": config, "model": model or {}}

@@ -9,6 +9,7 @@ from typing import Any
 from tunevax.evidence.findings import Attacked, Difference, Findings, Generalisation, ModelFindings, number, percent
 from tunevax.evidence.results import CURVES, Cell, Point, Results, own_verdict
 from tunevax.report.blocks import HeatMap, Table
+from tunevax.report.text import NONE, as_p
 
 ATTACKS_SHOWN = 40  # in tables with a row per attack and model; the rest is counted, and stands in --format json
 FIRST = 8  # of them on view, the others folded away
@@ -26,7 +27,6 @@ KINDS = (
     "finetune", "few-shot", "benign-only", "identity-shift", "held-out-category", "adaptive", "template", "prefill",
     "roll-back", "intervention", "poisoned-job", "unlock",
 )  # fmt: skip
-NONE = "–"
 
 
 # ----------------------------------------------------------------------------------------------- the properties
@@ -549,11 +549,6 @@ def _split(table: Table) -> list[Table]:
     return [t for t in (head, rest) if t.rows]
 
 
-def cell_text(value: float | None) -> str:
-    """A cell of a heat map: percent without the sign."""
-    return NONE if value is None else f"{100 * value:.0f}"
-
-
 def _worst(cell: Cell, score: str) -> Point | None:
     return max(cell.curve(score), key=lambda p: p.value, default=None)
 
@@ -571,13 +566,6 @@ def _before_after(cell: Cell, task: str | None) -> str:
         if len(curve) == 1
         else f"{percent(curve[0].value)} → {percent(curve[-1].value)}"
     )
-
-
-def as_p(value: float | None) -> str:
-    """A p-value."""
-    if value is None:
-        return NONE
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _left_out(found: list[Any], what: str = "attacks") -> str:

@@ -1,26 +1,20 @@
-"""The content of a report, section by section, and its two readable forms: one HTML file, and Markdown."""
+"""The content of a report, section by section."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
 from typing import Any
 
-from tunevax.evidence.findings import DEGENERATE_HIGH, LEARNED, Findings, percent
+from tunevax.evidence.findings import LEARNED, Findings, percent
 from tunevax.evidence.results import CURVES, Cell, Results, own_verdict
-from tunevax.report import provenance as pv
+from tunevax.report import runs
 from tunevax.report import tables as tb
-from tunevax.report.blocks import HeatMap, Section, Table
-from tunevax.report.provenance import Provenance, Run
+from tunevax.report.blocks import PANELS, Page, Section, cut
+from tunevax.report.provenance import Provenance
 
-PANELS = 8  # figures of one sort on view, the attacks that the control withstands least first
 FOLDED = 12  # further ones, folded away; the rest is counted
 SAMPLES = 2  # harmful prompts shown per model and step, the same ones for every model
 SAMPLED = 6  # models whose outputs are shown
 SPLIT = 6  # examples where the judges disagree
-LONGEST = 480  # characters of one output; the rest is counted, not shown
-CONFIG = 2_000  # characters of one value of a configuration
-NOTES = 12  # sentences of one list
 
 NOTHING = "These runs hold no attack and no score: nothing here says how safe a model is."
 NOT_ENOUGH = (
@@ -32,34 +26,12 @@ WEAK = (
 )
 
 
-@dataclass
-class Content:
-    """All that a page says.
-
-    Attributes:
-        headlines: (sentence, caveats), one per hardened model. sentences: on the whole.
-        label: a warning that belongs on top, or ''.
-    """
-
-    headlines: list[tuple[str, list[str]]]
-    sentences: list[str]
-    label: str
-    sections: list[Section]
-    provenance: Provenance
-    several_seeds: bool = False
-    phi: str = ""
-    threshold: float = 0.0
-
-
-def content(results: Results | None, findings: Findings | None, provenance: Provenance, figures: bool) -> Content:
+def content(results: Results | None, findings: Findings | None, provenance: Provenance, figures: bool) -> Page:
     """The content of a report; without `figures` for a form that cannot show them. No results: what the runs did."""
-    from tunevax.report import stages
-
-    staged = stages.sections(provenance, figures)
+    of_runs = runs.sections(provenance, figures)
     if results is None or findings is None:
-        found = [*staged, *(_hardening(provenance) if figures else [])]
-        told = cut([*stages.told(provenance), *provenance.notes])
-        return Content([(nothing(provenance), [])], told, "", [s for s in found if s], provenance)
+        sentences = cut([*runs.summaries(provenance), *provenance.notes])
+        return Page([(nothing(provenance), [])], sentences, "", of_runs, provenance)
     judged = [(m.sentence, m.caveats) for m in findings.models if m.role == "model"]
     sections = [
         Section("The four properties", _overview_text(findings), tables=[tb.overview(results, findings)]),
@@ -85,7 +57,7 @@ def content(results: Results | None, findings: Findings | None, provenance: Prov
     ]
     order = tb.strongest(results, findings)
     if figures:
-        sections += [*_figures(results, findings, order), *_other_kinds(results, findings), *_hardening(provenance)]
+        sections += [*_figures(results, findings, order), *_other_kinds(results, findings)]
     sections += [
         Section(
             "Learning rate by steps",
@@ -106,7 +78,7 @@ def content(results: Results | None, findings: Findings | None, provenance: Prov
             fold=True,
         ),
         _judges(results, findings, order),
-        *staged,
+        *of_runs,
         Section(
             "Read some outputs",
             ("From the attack that the control withstands least. " if order else "")
@@ -121,9 +93,9 @@ def content(results: Results | None, findings: Findings | None, provenance: Prov
             tables=tb.inconclusive(results, findings),
             titled=True,
         ),
-        Section("What this page cannot tell", points=[*tb.limits(results, findings), *pv.limits(provenance)]),
+        Section("What this page cannot tell", points=[*tb.limits(results, findings), *runs.limits(provenance)]),
     ]  # fmt: skip
-    return Content(
+    return Page(
         headlines=judged or [(sentence, []) for sentence in findings.headline],
         sentences=cut([*findings.sentences, *results.notes, *provenance.notes]),
         label=WEAK if any(p.get("weak") for p in provenance.protocols) else "",
@@ -137,23 +109,13 @@ def content(results: Results | None, findings: Findings | None, provenance: Prov
 
 def nothing(provenance: Provenance) -> str:
     """What a page without attacks and scores opens with."""
-    from tunevax.report import stages
-
-    return NOT_ENOUGH if stages.scored(provenance) else NOTHING
+    return NOT_ENOUGH if runs.scored(provenance) else NOTHING
 
 
 def _overview_text(findings: Findings) -> str:
     control = f" The control is {findings.control}." if findings.control else ""
     judge = findings.judge.partition("/")[2]
     return f"Coherent harm by the judge “{judge}”: degenerate text is not harm. Brackets are 95 % intervals.{control}"
-
-
-def cut(sentences: list[str]) -> list[str]:
-    """Each sentence once, at most NOTES of them; the rest is counted."""
-    kept = list(dict.fromkeys(sentences))
-    return (
-        kept if len(kept) <= NOTES else [*kept[:NOTES], f"{len(kept) - NOTES:,} more remarks stand in --format json."]
-    )
 
 
 # ---------------------------------------------------------------------------------------------------- figures
@@ -237,46 +199,6 @@ def _look(results: Results) -> dict[str, dict[str, Any]]:
     return fig.styles(results.models, results.control)
 
 
-def _hardening(provenance: Provenance) -> list[Section]:
-    """What the align runs recorded: the blocks that were hardened, and what it cost."""
-    from tunevax.report import figures as fig
-
-    aligned = provenance.aligned
-    maps = [(label, fig.layer_map(f"map{i}", label, run)) for i, (label, run) in enumerate(aligned)]
-    bars = [("wall time", "wall_seconds"), ("peak memory", "peak_memory_bytes")] if aligned else []
-    return [
-        Section(
-            "Which layers were hardened",
-            "Sampling probability of each block over training (more colour, more likely) and the blocks that were "
-            "perturbed (dots, whose area is a share where several steps meet).",
-            panels=[(label, svg) for label, svg in maps if svg][:PANELS],
-        ),
-        Section(
-            "What the hardening cost",
-            f"As the runs measured it{_hardware_differs([run for _, run in aligned])}. Peak memory: all that is live "
-            "in one step, weights included; on an accelerator, the allocator's.",
-            panels=[
-                (name, fig.bars(key, [_bar(label, run, key) for label, run in aligned], name)) for name, key in bars
-            ],
-        ),
-    ]
-
-
-def _bar(label: str, run: Run, key: str) -> tuple[str, float | None, str]:
-    value = run.info.get(key)
-    if not isinstance(value, int | float):
-        return label, None, "not measured"
-    if key == "peak_memory_bytes":
-        return label, value, pv.size(value)
-    steps = run.info.get("steps")
-    return label, value, pv.seconds(value) + (f", {steps:,} steps" if isinstance(steps, int) else "")
-
-
-def _hardware_differs(runs: list[Run]) -> str:
-    kinds = {str(sorted((run.info.get("hardware") or {}).items(), key=str)) for run in runs}
-    return "; the runs used different hardware, so their bars do not compare" if len(kinds) > 1 else ""
-
-
 # ----------------------------------------------------------------------------------------- judges and samples
 
 
@@ -356,126 +278,4 @@ def _sample(row: dict[str, Any], results: Results) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------- HTML
 
 
-def to_html(page: Content) -> str:
-    """One self-contained file, without scripts or requests."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    loader = PackageLoader("tunevax.report", "")
-    env = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    env.filters |= {"numbers": _numbers, "shown": shown, "svg": _markup, "value": _value, "percentage": tb.cell_text}
-    return env.get_template("page.html.j2").render(
-        page=page,
-        chains=[(label, [pv.links(chain) for chain in found]) for label, found in page.provenance.chains.items()],
-        measurements=[pv.facts(run) for run in page.provenance.measurements],
-        commands=commands(page.provenance),
-        degenerate_high=percent(DEGENERATE_HIGH),
-    )
-
-
-def commands(provenance: Provenance) -> list[str]:
-    """The commands that made these results, each once."""
-    return list(dict.fromkeys(str(r.info["command"]) for r in provenance.runs if r.info.get("command")))
-
-
-def _markup(svg: str) -> Any:
-    from markupsafe import Markup
-
-    return Markup(svg)
-
-
-def _numbers(text: Any) -> Any:
-    """Escaped text in which neither 't-vaccine' nor '98 % [88, 100]' breaks, and intervals are marked up."""
-    from markupsafe import Markup, escape
-
-    safe = str(escape(visible(str(text)))).replace(" %", "\u00a0%")
-    safe = re.sub(
-        r"(?<=[\d%×]) \[([+−\d.,]+|0), ([+−\d.,]+|∞)\]", '\u00a0<span class="iv">[\\1,\u00a0\\2]</span>', safe
-    )
-    safe = re.sub(r"(?<![\w\-/.&;])[\w.]{1,12}(?:-[\w.]{1,12}){1,2}(?![\w\-/])", r'<span class="nb">\g<0></span>', safe)
-    return Markup(safe)
-
-
-def _value(value: Any) -> str:
-    text = visible(str(value))
-    return text if len(text) <= CONFIG else f"{text[:CONFIG]}… ({len(text) - CONFIG:,} more characters)"
-
-
-def shown(text: str) -> str:
-    """Text of a model or judge, cut to LONGEST characters, control and direction characters made visible."""
-    left = len(text) - LONGEST
-    return visible(text[:LONGEST]) + (f"… ({left:,} more characters)" if left > 0 else "")
-
-
-def visible(text: str) -> str:
-    """Text whose control and direction characters can be seen, and cannot reorder what stands around them."""
-    return "".join(
-        chr(0x2400 + ord(c))
-        if ord(c) < 32 and c not in "\n\t"
-        else "\ufffd"
-        if c in "\u200e\u200f\u061c" or "\u202a" <= c <= "\u202e" or "\u2066" <= c <= "\u2069" or 0x7F <= ord(c) < 0xA0
-        else c
-        for c in text
-    )
-
-
 # --------------------------------------------------------------------------------------------------- Markdown
-
-
-def to_markdown(page: Content) -> str:
-    """The sentences and tables as plain Markdown."""
-    lines = ["# tunevax report", ""]
-    lines += [f"**{_escaped(page.label)}**", ""] if page.label else []
-    for sentence, caveats in page.headlines:
-        lines += [_escaped(sentence), "", *(f"- {_escaped(c)}" for c in caveats), *([""] if caveats else [])]
-    lines += [*(f"- {_escaped(s)}" for s in page.sentences), ""]
-    for section in page.sections:
-        lines += [f"## {_escaped(section.title)}", "", *([_escaped(section.text), ""] if section.text else [])]
-        lines += [*(f"- {_escaped(p)}" for p in section.points), *([""] if section.points else [])]
-        heat = [_heat_table(m) for m in section.maps]
-        for table in [*heat, *section.tables]:
-            lines += _table(table)
-        for group in section.outputs:
-            lines += [f"### {_escaped(group['title'])}", ""]
-            for column in group["columns"]:
-                lines += _outputs(column)
-        lines += [_escaped(section.note), ""] if section.note else []
-    lines += ["## Do it again", "", *(f"    {visible(command)}" for command in commands(page.provenance)), ""]
-    for label, found in page.provenance.chains.items():
-        told = " | ".join(" ← ".join(link.name if isinstance(link, Run) else link for link in c) for c in found)
-        lines.append(f"- {_escaped(label)}: {_escaped(told)}")
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _heat_table(heat: HeatMap) -> Table:
-    rows = [[rate, *map(tb.cell_text, row)] for rate, row in zip(heat.rates, heat.cells, strict=True)]
-    return Table(f"{heat.model}, by learning rate and step", ["learning rate", *map(str, heat.steps)], rows)
-
-
-def _table(table: Table) -> list[str]:
-    if not table.rows:
-        return []
-    rows = [table.columns, ["---"] * len(table.columns), *table.rows]
-    told = ["| " + " | ".join(c if c == "---" else _escaped(c) for c in row) + " |" for row in rows]
-    return [f"**{_escaped(table.label)}**", "", *told, "", *([_escaped(table.note), ""] if table.note else [])]
-
-
-def _outputs(column: dict[str, Any]) -> list[str]:
-    lines = [_escaped(column["title"]), ""] if column["title"] else []
-    for s in column["samples"]:
-        about = [text for text in (s["kind"], s["category"]) if text]
-        marks = "; ".join(
-            about + [f"{name}: {verdict}" for name, verdict, _ in s["marks"]] + ["degenerate"] * s["degenerate"]
-        )
-        lines += [f"- {_escaped(shown(s['prompt']))}", f"  - {_escaped(shown(s['response']) or '(empty)')}"]
-        lines += [f"  - ({_escaped(shown(marks))})"]
-    return [*lines, ""]
-
-
-def _escaped(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    text = re.sub(r"\s+", " ", visible(text)).strip()
-    text = re.sub(r"[\\`*_<>|&~$#!]", r"\\\g<0>", text)
-    text = re.sub(r"\](?=[(:\[])", r"\\]", text)
-    text = re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", text)
-    text = re.sub(r"^[-+=](?=\s|$|[-=])", r"\\\g<0>", text)
-    return text.replace("://", ":\\//").replace("www.", "www\\.")
