@@ -35,12 +35,11 @@ class AdaptiveConfig(FinetuneConfig):
     @classmethod
     def expand(cls, options: dict[str, Any], targets: Sequence[Mapping[str, Any]], depth: int) -> dict[str, Any]:
         """One attack for each hardened model that recorded a choice of blocks."""
-        models = [target["ref"] for target in targets if target["role"] == "model"]
-        return {"like": [ref for ref in models if adaptable(ref)] or None, **options}
+        return options if "like" in options else {**options, "like": adaptable(targets) or None}
 
     def applies(self, targets: Sequence[Mapping[str, Any]], options: TargetOptions) -> str | None:
         """There must be a choice of blocks to adapt to."""
-        if self.like is None and not any(adaptable(target["ref"]) for target in targets):
+        if self.like is None and not adaptable(targets):
             return "no model here recorded a choice of blocks"
         return super().applies(targets, options)
 
@@ -53,11 +52,14 @@ class AdaptiveConfig(FinetuneConfig):
         context.record["blocks_attacked"] = blocks
 
 
-def adaptable(ref: str) -> bool:
-    """Whether a model recorded a choice of blocks."""
-    with suppress(NotApplicable):
-        return bool(least_selected(ref, 0.5))
-    return False
+def adaptable(targets: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The hardened models that recorded a choice of blocks."""
+    found = []
+    for target in targets:
+        with suppress(NotApplicable):
+            if target["role"] == "model" and least_selected(target["ref"], 0.5):
+                found.append(target["ref"])
+    return found
 
 
 def least_selected(ref: str, share: float) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
@@ -23,6 +23,9 @@ from tunevax.modeling.callbacks import ProgressCallback
 from tunevax.modeling.trainer import ResponseTrainer, TrainConfig, rehearse, save_weights
 from tunevax.runs import is_run
 from tunevax.scoring.suite import Suite
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ORDERS = ("shuffled", "fixed", "benign-first", "harmful-first")
 
@@ -130,14 +133,9 @@ class Curve(TrainerCallback):
     so many rows."""
 
     def __init__(
-        self,
-        context: AttackContext,
-        tokenizer: Any,
-        points: int,
-        rows: int,
-        args: TrainConfig,
+        self, context: AttackContext, tokenizer: PreTrainedTokenizerBase, points: int, rows: int, args: TrainConfig,
         suite: Suite | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.context, self.tokenizer, self.points, self.rows, self.suite = context, tokenizer, points, rows, suite
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
         self.rows_per_step = batch * args.world_size

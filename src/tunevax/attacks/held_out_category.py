@@ -48,9 +48,8 @@ class HeldOutCategoryConfig(FinetuneConfig):
 
     def suite(self, context: AttackContext) -> Suite:
         """The audit's suite on prompts of held-out categories."""
-        return context.suite._replace(
-            harmful=drawn(self.held_out(context, "held-out-evaluation"), context.options.limit)
-        )
+        rows = drawn(self.held_out(context, "held-out-evaluation"), context.options.limit)
+        return context.suite._replace(harmful=rows)
 
     def held_out(self, context: AttackContext, split: str) -> list[dict[str, Any]]:
         """The rows of one half of the held-out categories.

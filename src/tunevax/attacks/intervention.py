@@ -34,7 +34,7 @@ class InterventionConfig(AttackConfig):
     summary = "trains a low-rank edit of one block's input, weights frozen"
     paper = "E.T. (Cevallos-Moreno et al., 2026), 2404.03592"
     harmful_rows = True
-    dose = "block"
+    dose_option = "block"
     in_name = ("block",)
 
     block: int = field(default=0, metadata={"help": "the block whose input is edited, from 0"})

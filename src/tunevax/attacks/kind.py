@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from tunevax.data.contamination import Exclusion, Rows, used_prompts
 from tunevax.errors import UsageError
-from tunevax.runs import digest, is_run, read_run
+from tunevax.records import Traits, digest, is_run, read_run
 
 if TYPE_CHECKING:
     from tunevax.attacks.context import AttackContext, TargetOptions
@@ -40,7 +40,7 @@ class AttackKind:
         common_prompts: it is scored on the audit's common evaluation prompts, so its curves may be searched together.
         customer: it takes no more than a fine-tuning service gives: its training, and the model's answers.
         plain: the plain fine-tune, which a screen ranks and other kinds are contrasted with. Not inherited.
-        dose: the option that is its dose (or its place in the model): the axis of its figure.
+        dose_option: the option that is its dose (or its place in the model): the axis of its figure; `dose` in traits.
         in_name: options that its name in an audit always shows.
         default_control: what `tunevax attack` compares with; None is what the model was hardened from.
     """
@@ -51,7 +51,7 @@ class AttackKind:
     common_prompts: ClassVar[bool] = True
     customer: ClassVar[bool] = False
     plain: ClassVar[bool] = False
-    dose: ClassVar[str | None] = None
+    dose_option: ClassVar[str | None] = None
     in_name: ClassVar[tuple[str, ...]] = ()
     default_control: ClassVar[str | None] = None
 
@@ -74,10 +74,12 @@ class AttackKind:
         return False
 
     @property
-    def traits(self) -> dict[str, Any]:
+    def traits(self) -> Traits:
         """What every row of its results carries of it."""
-        named = {k: getattr(self, k) for k in ("curve", "harmful_rows", "common_prompts", "customer", "dose")}
-        return {**named, "plain": vars(type(self)).get("plain", False)}
+        return {
+            "curve": self.curve, "harmful_rows": self.harmful_rows, "common_prompts": self.common_prompts,
+            "customer": self.customer, "dose": self.dose_option, "plain": vars(type(self)).get("plain", False),
+        }  # fmt: skip
 
     def run(self, context: AttackContext) -> None:
         """Do what the attacker would do to `context.target`, and call `context.score` where the results have a row.
@@ -107,13 +109,7 @@ class AttackKind:
         Raises:
             UsageError: it would compare what cannot be compared.
         """
-        for target in () if self.customer else targets:
-            if method := defended_while_tuned(target["ref"]):
-                return (
-                    f"{method} defends while the provider trains, so it is judged by poisoning the customer's data "
-                    "(poisoned-job), never by an attack that goes on without it"
-                )
-        return None
+        return None if self.customer else only_through_the_service(targets)
 
     def own_rows(self, options: TargetOptions) -> dict[str, list[dict[str, Any]]]:
         """Harmless rows that it reads itself, by role."""
@@ -155,10 +151,13 @@ class AttackConfig(AttackKind):
     seed: int = field(default=42, metadata={"help": "of every random choice of the attack"})
 
 
-def defended_while_tuned(ref: str) -> str | None:
-    """The method of a fine-tuning run that defends while the provider trains, or None for any other model."""
-    record = read_run(ref) if is_run(ref) else {}
-    defends = record.get("verb") == "finetune" and (
-        record["method"] != "sft" or record["config"].get("screen") == "drop"
-    )
-    return record["method"] if defends else None
+def only_through_the_service(targets: Sequence[Mapping[str, Any]]) -> str | None:
+    """Why models may be attacked by a customer of the fine-tuning service only; None if none was defended there."""
+    for target in targets:
+        record = read_run(target["ref"]) if is_run(target["ref"]) else {}
+        if record.get("verb") == "finetune" and (record["method"] != "sft" or record["config"].get("screen") == "drop"):
+            return (
+                f"{record['method']} defends while the provider trains, so {target['ref']} is judged by poisoning the "
+                "customer's data (poisoned-job), never by an attack that goes on without that defence"
+            )
+    return None
