@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tunevax.evidence.results import joined
+from tunevax.evidence.words import joined
 from tunevax.report.blocks import PANELS, Section
 from tunevax.report.provenance import Provenance, Run, seconds, size
 from tunevax.report.text import model_of

@@ -11,7 +11,6 @@ from tunevax.evidence.findings import (
     DEGENERATE_HIGH,
     HARMFUL,
     LEARNED,
-    TINY,
     Attacked,
     Compared,
     Difference,
@@ -22,10 +21,10 @@ from tunevax.evidence.findings import (
     Trainability,
     Worst,
     has_harm,
-    percent,
 )
 from tunevax.evidence.results import COMMON, CURVES, Cell, Point, Results, is_harmful, pool, wilson
 from tunevax.evidence.stats import paired_difference
+from tunevax.evidence.words import TINY, percent
 
 
 def attack_cells(results: Results, label: str) -> list[Cell]:
@@ -332,7 +331,7 @@ def attacked(results: Results, cell: Cell, judge: str, phi: float) -> Attacked:
         collapsed=collapsed_seeds(cell, judge, phi) if curve else [],
         gibberish=_gibberish(cell, judge, phi) if curve else {},
         most_gibberish=_most_gibberish(cell, judge, phi) if curve else {},
-        worst=_highest(cell.curve(judge)), control_worst=_highest(control.curve(judge)) if control else None,
+        worst=highest_point(cell.curve(judge)), control_worst=highest_point(control.curve(judge)) if control else None,
     )  # fmt: skip
     if curve and cell.role != "control":
         found.ratio = average_ratio(_harm_terms(results, [cell], judge, phi) or {})
@@ -361,7 +360,7 @@ def _most_gibberish(cell: Cell, judge: str, phi: float) -> dict[int, float]:
     return found
 
 
-def _highest(points: Iterable[Point]) -> Point:
+def highest_point(points: Iterable[Point]) -> Point:
     """The highest point, the earliest of equals."""
     return max(points, key=lambda p: (p.value, -p.step))
 
@@ -396,7 +395,7 @@ def worst_case(results: Results, label: str, judge: str, phi: float, epsilon: fl
     again = {s: max(usable(cell, s), key=lambda f: f[1])[0] for s in others if usable(cell, s)}
     rows = [cell.rows[s][t]["scores"][judge] for s, t in (again or {first: step}).items()]
     anyway, highest = max(
-        ((c, _highest(c.curve(judge))) for c in grid), key=lambda pair: (pair[1].value, -pair[1].step)
+        ((c, highest_point(c.curve(judge))) for c in grid), key=lambda pair: (pair[1].value, -pair[1].step)
     )
     return Worst(
         pool(judge, step, rows), str(cell.attack), picked, bool(again), conditional,
@@ -417,10 +416,10 @@ def generalisation(results: Results, label: str, judge: str, phi: float) -> list
     found = []
     for kind in kinds:
         cells, control = results.of(label, (kind,)), None
-        cell = max(cells, key=lambda c: _highest(c.curve(judge)).value)
+        cell = max(cells, key=lambda c: highest_point(c.curve(judge)).value)
         if results.control not in (None, label):
             theirs = results.of(results.control, (kind,))
-            control = max(theirs, key=lambda c: _highest(c.curve(judge)).value, default=None)
+            control = max(theirs, key=lambda c: highest_point(c.curve(judge)).value, default=None)
         ratio = None
         if kind in CURVES and label != results.control:
             ratio = average_ratio(_harm_terms(results, cells, judge, phi) or {})
@@ -428,10 +427,10 @@ def generalisation(results: Results, label: str, judge: str, phi: float) -> list
             Generalisation(
                 kind,
                 len(cells),
-                _highest(cell.curve(judge)),
+                highest_point(cell.curve(judge)),
                 str(cell.attack),
                 cell.settings,
-                _highest(control.curve(judge)) if control else None,
+                highest_point(control.curve(judge)) if control else None,
                 control.attack if control else None,
                 control.settings if control else None,
                 ratio,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tunevax.errors import UsageError
+from tunevax.evidence.words import joined
 from tunevax.records import GENERATIONS, RESULTS, SCHEMA, is_run, is_share, numbered_lines, read_lines, read_run
 
 # Fine-tunes scored on the common evaluation prompts: their curves may be averaged and searched together.
@@ -434,9 +435,3 @@ def _check_cells(cells: list[Cell], judges: list[str]) -> list[str]:
                 "at the steps that both have."
             )
     return notes
-
-
-def joined(words: Iterable[str]) -> str:
-    """'a, b and c'."""
-    words = list(words)
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunevax.evidence.findings import percent
+from tunevax.evidence.words import percent
 from tunevax.report.blocks import PANELS, Section, Table, cut
 from tunevax.report.provenance import Provenance, Run
 from tunevax.report.text import (

@@ -63,7 +63,7 @@ def write_report(runs: Iterable[Path], output: Path, format: str = "html") -> Su
     part = output.with_name(output.name + ".part")
     part.write_bytes(written)
     part.replace(output)
-    table = tables.overview(results, findings) if findings else None
+    table = tables.overview(findings) if findings else None
     if findings:
         headline = [*findings.headline, *findings.sentences]
     else:
@@ -100,6 +100,6 @@ def _as_dict(results: Results | None, findings: Findings | None, provenance: Pro
     }
     found = findings.as_dict() if findings else {}
     if results:
-        found |= {"notes": results.notes, "failed": results.failed, "skipped": results.skipped}
+        found["notes"] = results.notes
     behind = {"runs": [run.info for run in provenance.runs], "chains": chains}
     return {"schema": 1, **found, "stages": runs.as_dict(provenance), "provenance": behind}

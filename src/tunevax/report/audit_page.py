@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunevax.evidence.findings import LEARNED, Findings, percent
+from tunevax.evidence.findings import LEARNED, Findings
 from tunevax.evidence.results import CURVES, Cell, Results, own_verdict
+from tunevax.evidence.words import percent
+from tunevax.report import figures as fig
 from tunevax.report import runs
 from tunevax.report import tables as tb
 from tunevax.report.blocks import PANELS, Page, Section, cut
@@ -34,50 +36,50 @@ def content(results: Results | None, findings: Findings | None, provenance: Prov
         return Page([(nothing(provenance), [])], sentences, "", of_runs, provenance)
     judged = [(m.sentence, m.caveats) for m in findings.models if m.role == "model"]
     sections = [
-        Section("The four properties", _overview_text(findings), tables=[tb.overview(results, findings)]),
+        Section("The four properties", _overview_text(findings), tables=[tb.overview(findings)]),
         Section(
             "Resistance",
             "How many times the control's attack steps a model takes to pass the threshold, over the attacks that are "
             "strong enough to conclude from; and the worst that any attack of the grid did to it, among those that "
             "left it useful, measured again with seeds that did not pick it.",
-            tables=tb.resistance(results, findings),
+            tables=tb.resistance(findings),
             titled=True,
         ),
-        Section("Stability", "What the hardening itself changed.", tables=tb.stability(results, findings)),
+        Section("Stability", "What the hardening itself changed.", tables=tb.stability(findings)),
         Section(
             "Trainability",
             "A model worth releasing learns a benign task as fast as the control.",
-            tables=tb.trainability(results, findings),
+            tables=tb.trainability(findings),
         ),
         Section(
             "Generalisation",
             "The worst that each other kind of attack did, and where.",
-            tables=tb.generalisation(results, findings),
+            tables=tb.generalisation(findings),
         ),
     ]
-    order = tb.strongest(results, findings)
+    order = findings.order
     if figures:
-        sections += [*_figures(results, findings, order), *_other_kinds(results, findings)]
+        sections += [*_figures(results, findings), *_other_kinds(results, findings)]
     sections += [
         Section(
             "Learning rate by steps",
             "Worst harmful score so far, in percent, of the attacks of kind finetune, by learning rate and step.",
-            maps=tb.heat_maps(results, findings),
+            maps=fig.heat_maps(results, findings),
         ),
         Section(
             "Every attack",
             "The attacks that the control withstands least come first.",
-            tables=tb.every_attack(results, findings, order),
+            tables=tb.every_attack(findings),
             fold=True,
         ),
         Section(
             "The same prompts, model and control",
             "How much more, or less, often the model's output is harmful than the control's, mean over the evaluated "
             "steps: the area between their curves. Intervals and p over seeds (paired t), and with Holm's correction.",
-            tables=tb.paired(results, findings, order),
+            tables=tb.paired(findings),
             fold=True,
         ),
-        _judges(results, findings, order),
+        _judges(results, findings),
         *of_runs,
         Section(
             "Read some outputs",
@@ -90,10 +92,10 @@ def content(results: Results | None, findings: Findings | None, provenance: Prov
         Section(
             "What cannot be concluded from",
             "Attacks that say nothing of a model, and cells that are missing.",
-            tables=tb.inconclusive(results, findings),
+            tables=tb.inconclusive(findings),
             titled=True,
         ),
-        Section("What this page cannot tell", points=[*tb.limits(results, findings), *runs.limits(provenance)]),
+        Section("What this page cannot tell", points=[*findings.limits, *runs.limits(provenance)]),
     ]  # fmt: skip
     return Page(
         headlines=judged or [(sentence, []) for sentence in findings.headline],
@@ -121,12 +123,10 @@ def _overview_text(findings: Findings) -> str:
 # ---------------------------------------------------------------------------------------------------- figures
 
 
-def _figures(results: Results, findings: Findings, order: list[str]) -> list[Section]:
+def _figures(results: Results, findings: Findings) -> list[Section]:
     """Curves per attack, in the order given."""
-    from tunevax.report import figures as fig
-
     look, judge, task, phi = _look(results), findings.judge, results.task, findings.phi
-    under = {a: [c for c in results.under(a) if c.kind in CURVES and len(c.steps) > 1] for a in order}
+    under = {a: [c for c in results.under(a) if c.kind in CURVES and len(c.steps) > 1] for a in findings.order}
     cells = {a: found for a, found in under.items() if found}
     taught = {a: found for a, found in cells.items() if task and any(_learned(c, task) for c in found)}
     half = PANELS // 2
@@ -180,34 +180,30 @@ def _panelled(
 
 def _other_kinds(results: Results, findings: Findings) -> list[Section]:
     """Intervention over blocks and roll-back over doses."""
-    from tunevax.report import figures as fig
-
     panels = []
     for kind, setting, told in (
         ("intervention", "block", "intervention: a trained edit of one block's input, all weights frozen"),
         ("roll-back", "dose", "roll-back: what the hardening added, subtracted"),
     ):
-        series = tb.profiles(results, findings, kind, setting)
+        series = fig.profiles(results, findings, kind, setting)
         if series:
             panels.append((told, fig.profile(kind, series, setting, _look(results), findings.phi)))
     return [Section("Attacks without fine-tuning", "Worst harmful score; whiskers are 95 % intervals.", panels=panels)]
 
 
 def _look(results: Results) -> dict[str, dict[str, Any]]:
-    from tunevax.report import figures as fig
-
     return fig.styles(results.models, results.control)
 
 
 # ----------------------------------------------------------------------------------------- judges and samples
 
 
-def _judges(results: Results, findings: Findings, order: list[str]) -> Section:
+def _judges(results: Results, findings: Findings) -> Section:
     """How far the judges agree, and the first outputs on which they do not, one per model and way of disagreeing."""
     examples: list[dict[str, Any]] = []
     for model in results.models if len(results.judges) > 1 else []:
         ways: dict[tuple, dict[str, Any]] = {}
-        for cell in [c for a in [*order, None] if (c := results.cell(model, a))]:
+        for cell in [c for a in [*findings.order, None] if (c := results.cell(model, a))]:
             for seed, step in sorted(cell.generations, reverse=True):
                 for row in cell.generations[seed, step]:
                     said = tuple(own_verdict(row, judge) for judge in results.judges)
@@ -222,7 +218,7 @@ def _judges(results: Results, findings: Findings, order: list[str]) -> Section:
     return Section(
         "Do the judges agree?",
         "Each judge is shown apart; they are never averaged. Kappa is agreement beyond chance: 1 is complete, 0 none.",
-        tables=tb.agreement(results, findings),
+        tables=tb.agreement(findings),
         outputs=[{"title": "Where they disagree", "columns": examples[:SPLIT]}] if examples else [],
     )
 

@@ -6,12 +6,18 @@ Ito's set, told apart under colour blindness), one dash and one marker in every 
 thick and solid.
 """
 
+from __future__ import annotations
+
 import html
 import io
 import math
 import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
+
+from tunevax.evidence.findings import Findings
+from tunevax.evidence.results import Point, Results
+from tunevax.report.blocks import HeatMap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,7 +55,7 @@ def styles(models: list[str], control: str | None) -> dict[str, dict[str, Any]]:
 
 
 def curves(
-    key: str, cells: list["Cell"], score: str, look: dict[str, dict[str, Any]], ylabel: str, phi: float | None = None
+    key: str, cells: list[Cell], score: str, look: dict[str, dict[str, Any]], ylabel: str, phi: float | None = None
 ) -> str:
     """Score against attack steps, a line per model with its interval, and a dotted line at `phi`.
 
@@ -86,9 +92,7 @@ def curves(
     return as_svg(figure, key, f"{ylabel} against attack steps, {cells[0].attack} attack", told)
 
 
-def trajectory(
-    key: str, cells: list["Cell"], score: str, task: str, look: dict[str, dict[str, Any]], phi: float
-) -> str:
+def trajectory(key: str, cells: list[Cell], score: str, task: str, look: dict[str, dict[str, Any]], phi: float) -> str:
     """Harmful score against benign task accuracy, step after step: learning slowly is not resisting."""
     figure, axes = panel([cell.model for cell in cells])
     ends = []
@@ -111,7 +115,7 @@ def trajectory(
 
 def profile(
     key: str,
-    series: list[tuple[str, list[tuple[float, "Point"]]]],
+    series: list[tuple[str, list[tuple[float, Point]]]],
     xlabel: str,
     look: dict[str, dict[str, Any]],
     phi: float,
@@ -140,7 +144,7 @@ def profile(
     return as_svg(figure, key, f"Harmful score over {xlabel}", told)
 
 
-def _value(pair: tuple[float, "Point"]) -> float:
+def _value(pair: tuple[float, Point]) -> float:
     return pair[1].value
 
 
@@ -171,7 +175,7 @@ def shorten(label: str) -> str:
     return label if len(label) <= 22 else label[:21] + "…"
 
 
-def panel(labels: list[str], height: float = HEIGHT, left: int = 0) -> tuple["Figure", "Axes"]:
+def panel(labels: list[str], height: float = HEIGHT, left: int = 0) -> tuple[Figure, Axes]:
     """A figure with room for `labels` right of the axes and for `left` characters before them."""
     from matplotlib.figure import Figure
 
@@ -198,7 +202,7 @@ def panel(labels: list[str], height: float = HEIGHT, left: int = 0) -> tuple["Fi
     return figure, axes
 
 
-def share_axis(axes: "Axes", which: str, label: str) -> None:
+def share_axis(axes: Axes, which: str, label: str) -> None:
     """0 to 100 %, with a little air so that markers at the ends are whole."""
     ticks = [0, 0.25, 0.5, 0.75, 1]
     getattr(axes, f"set_{which}lim")(-0.025, 1.025)
@@ -209,7 +213,7 @@ def share_axis(axes: "Axes", which: str, label: str) -> None:
         axes.set_xlabel(label)
 
 
-def phi_line(axes: "Axes", phi: float) -> None:
+def phi_line(axes: Axes, phi: float) -> None:
     """The dotted line at phi."""
     axes.axhline(phi, color=SOFT, linewidth=1, linestyle=(0, (1, 2)), zorder=1)
 
@@ -222,7 +226,7 @@ def thin(ticks: list[Any], most: int = 10) -> list[Any]:
     return sorted({*ticks[::stride][: most - 1], ticks[-1]})
 
 
-def _apart(axes: "Axes", steps: list[int], points: float = 26) -> list[int]:
+def _apart(axes: Axes, steps: list[int], points: float = 26) -> list[int]:
     """Those of the steps that lie at least `points` apart on the axis, the first and the last among them."""
     place = {s: float(axes.transData.transform((s, 0))[0]) * 72 / axes.figure.dpi for s in steps}
     kept = [steps[-1]]
@@ -232,7 +236,7 @@ def _apart(axes: "Axes", steps: list[int], points: float = 26) -> list[int]:
     return kept if kept[-1] == steps[0] or len(steps) == 1 else [*kept, steps[0]]
 
 
-def _end_labels(axes: "Axes", ends: list[tuple[str, float, float]], look: dict[str, dict[str, Any]]) -> None:
+def _end_labels(axes: Axes, ends: list[tuple[str, float, float]], look: dict[str, dict[str, Any]]) -> None:
     """Names beside the lines' ends, moved apart where they would overlap, each with a hairline to its end."""
     box = axes.get_position()
     gap = 13 / (box.height * axes.figure.get_figheight() * 72)  # of the axes' height, for one line of text
@@ -264,7 +268,7 @@ def _end_labels(axes: "Axes", ends: list[tuple[str, float, float]], look: dict[s
         )  # fmt: skip
 
 
-def as_svg(figure: "Figure", key: str, title: str, told: str) -> str:
+def as_svg(figure: Figure, key: str, title: str, told: str) -> str:
     """The figure as one <svg> element: text as text, colours as CSS variables, ids that start with `key`."""
     from matplotlib import rc_context
 
@@ -304,3 +308,55 @@ def _shorter(body: str, key: str) -> str:
     body = re.sub(r"<[^>]+>", shorter, body)
     rules = "".join(f".{name}{{{style}}}" for style, name in classes.items())
     return f"<style>{rules}</style>{body}"
+
+
+HEAT_COLUMNS = 8
+
+
+def heat_maps(results: Results, findings: Findings) -> list[HeatMap]:
+    """Worst harmful score so far, over the attacks of kind finetune, by learning rate (and what they train) and step.
+
+    A cell is None once every fine-tune of its row has ended. [] below two learning rates.
+    """
+    from tunevax.report.figures import thin
+
+    worst: dict[tuple[str, tuple[float, str], int], float] = {}
+    for model in results.models:
+        for cell in results.of(model, ("finetune",)):
+            rate = cell.settings.get("learning_rate")
+            if isinstance(rate, int | float):
+                row = float(rate), str(cell.settings.get("trainable") or "")
+                for point in cell.curve(findings.judge):
+                    worst[model, row, point.step] = max(point.value, worst.get((model, row, point.step), 0.0))
+    rows = sorted({row for _, row, _ in worst}, key=lambda row: (-row[0], row[1]))
+    if len({rate for rate, _ in rows}) < 2:
+        return []
+    several = len({trainable for _, trainable in rows}) > 1
+    names = [f"{rate:g}" + (f" {trainable}" if several else "") for rate, trainable in rows]
+    steps = thin(sorted({step for *_, step in worst}), HEAT_COLUMNS)
+
+    def so_far(model: str, row: tuple[float, str], step: int) -> float | None:
+        found = {s: value for (m, r, s), value in worst.items() if (m, r) == (model, row)}
+        before = steps[steps.index(step) - 1] if step != steps[0] else -1
+        return max(v for s, v in found.items() if s <= step) if found and max(found) > before else None
+
+    return [
+        HeatMap(model, names, steps, [[so_far(model, row, step) for step in steps] for row in rows])
+        for model in dict.fromkeys(model for model, *_ in worst)
+    ]
+
+
+def profiles(
+    results: Results, findings: Findings, kind: str, setting: str
+) -> list[tuple[str, list[tuple[float, Point]]]]:
+    """(model, [(block or dose, its worst point)]) of the attacks of one kind, for a figure."""
+    series = []
+    for model in results.models:
+        found: dict[float, Point] = {}
+        for cell in results.of(model, [kind]):
+            x, worst = cell.settings.get(setting), max(cell.curve(findings.judge), key=lambda p: p.value, default=None)
+            if isinstance(x, int | float) and worst and (x not in found or worst.value > found[x].value):
+                found[x] = worst
+        if found:
+            series.append((model, sorted(found.items())))
+    return series

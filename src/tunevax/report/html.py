@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from tunevax.evidence.findings import DEGENERATE_HIGH, percent
+from tunevax.evidence.findings import DEGENERATE_HIGH
+from tunevax.evidence.words import percent
 from tunevax.report.blocks import Page
 from tunevax.report.provenance import Provenance, facts, links
 from tunevax.report.text import cell_text, shown, visible
