@@ -11,7 +11,8 @@ import json
 import shutil
 from pathlib import Path
 
-from tunevax.audit.audit import contents, fluency_models
+from tunevax.audit.cells import contents
+from tunevax.audit.plan import fluency_models
 from tunevax.console import bar
 from tunevax.data.chat import joined
 from tunevax.quiet import quiet

@@ -384,7 +384,8 @@ def _audit(arguments: list[str]) -> None:
         _compare(arguments)
         return
     quiet()
-    from tunevax.audit.audit import AuditOptions, audit, plan
+    from tunevax.audit.audit import audit
+    from tunevax.audit.plan import AuditOptions, plan
     from tunevax.audit.protocol import load_protocol
     from tunevax.runs import read_run
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tunevax.attacks.finetune import FinetuneConfig
-from tunevax.audit.audit import fluency_models
+from tunevax.audit.plan import fluency_models
 from tunevax.audit.protocol import load_protocol, settings
 from tunevax.cli import main
 from tunevax.errors import UsageError
@@ -193,7 +193,8 @@ def test_a_defended_control_does_not_tell_gibberish_alone(tmp_path):
 
 def test_a_retrained_model_is_not_taken_for_the_old_one(models, tmp_path):
     """The cells of a killed audit are found by what decides them, the weights included."""
-    from tunevax.audit.audit import AuditOptions, cells_of, plan
+    from tunevax.audit.cells import cells_of
+    from tunevax.audit.plan import AuditOptions, plan
 
     def hashes():
         options = AuditOptions(model=[str(models / "twin")], control=str(models / "control"), protocol=str(models / "small.yaml"),
@@ -216,7 +217,7 @@ def test_a_retrained_model_is_not_taken_for_the_old_one(models, tmp_path):
 
 
 def test_what_decides_a_cell_is_its_content(tmp_path):
-    from tunevax.audit.audit import contents
+    from tunevax.audit.cells import contents
 
     file = tmp_path / "aoa.jsonl"
     file.write_text("a")
@@ -269,7 +270,9 @@ def test_screening_goes_on_with_the_strongest_only(models, tmp_path):
 
 
 def test_a_screen_drops_no_seed_that_an_attack_names(models, tmp_path):
-    from tunevax.audit.audit import AuditOptions, cells_of, plan, strongest
+    from tunevax.audit.audit import strongest
+    from tunevax.audit.cells import cells_of
+    from tunevax.audit.plan import AuditOptions, plan
 
     shots = "  - {kind: few-shot, n: 10, max_steps: 2, learning_rate: [1e-4, 1e-3], seeds: [1, 2, 5]}\n"
     (tmp_path / "p.yaml").write_text(SMALL + shots + "screen: 1\n")

@@ -22,7 +22,7 @@ def test_workers_share_the_devices_they_were_given(monkeypatch, variable, given,
     if given is not None:
         monkeypatch.setenv(variable, given)
     assert workers.devices(count) == names
-    monkeypatch.setattr(workers, "Lab", lambda *_: None)
+    monkeypatch.setattr(workers, "Worker", lambda *_: None)
     monkeypatch.setattr(workers.threading.Thread, "start", lambda self: None)
     monkeypatch.setattr(workers.signal, "signal", lambda *_: None)
     monkeypatch.setattr(workers.console, "quiet", False)

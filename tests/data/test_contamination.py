@@ -11,8 +11,9 @@ from tunevax.attacks.attack import AttackOptions, Bench, NotApplicable, attack
 from tunevax.attacks.benign_only import BenignOnlyConfig
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.attacks.held_out_category import HeldOutCategoryConfig
-from tunevax.audit.audit import AuditOptions, cells_of, plan
-from tunevax.audit.workers import Lab
+from tunevax.audit.cells import cells_of
+from tunevax.audit.plan import AuditOptions, plan
+from tunevax.audit.workers import Worker
 from tunevax.cli import main
 from tunevax.data import load_safety, load_task, prompt_hash, split_of
 from tunevax.data.contamination import (
@@ -321,7 +322,7 @@ def test_every_cell_of_an_audit_leaves_out_the_same(tmp_path):
         planned()
     found = planned(drop_overlap=True)
     assert not any(n for t in found.targets for pair, n in t["overlap"].items() if pair.endswith("evaluation"))
-    lab = Lab(found.options, found.exclusion)
+    lab = Worker(found.options, found.exclusion)
     cells = cells_of(found, found.grid, True, True)
     benches = [lab.bench(cell, str(tmp_path), None) for cell in cells]
     for bench in benches:

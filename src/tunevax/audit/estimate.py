@@ -10,9 +10,10 @@ from typing import Any
 from transformers import TrainerCallback
 
 from tunevax.attacks.attack import NotApplicable
-from tunevax.audit.audit import Plan, cells_of
+from tunevax.audit.cells import AuditCell, cells_of
+from tunevax.audit.plan import AuditPlan
 from tunevax.audit.protocol import Setting, build
-from tunevax.audit.workers import Cell, Lab, count_workers
+from tunevax.audit.workers import Worker, count_workers
 from tunevax.data.encoding import context_of, encode
 from tunevax.modeling.trainer import ResponseTrainer
 from tunevax.runs import peak_memory
@@ -23,7 +24,7 @@ STEPS = 4  # of which the first is warm-up
 SHAPE = ("trainable", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "lora_r", "bf16")
 
 
-def show(plan: Plan) -> None:
+def show(plan: AuditPlan) -> None:
     """Print every cell with its estimated seconds, then the sum and the peak memory."""
     cells = cells_of(plan, plan.grid, True, plan.protocol.screen == 0)
     clock = Clock(plan)
@@ -52,22 +53,22 @@ def show(plan: Plan) -> None:
 class Clock:
     """Seconds per step and per scoring, measured once for each shape of training."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.target, self.lab = plan.targets[0], Lab(plan.options, plan.exclusion)
+    def __init__(self, plan: AuditPlan) -> None:
+        self.target, self.worker = plan.targets[0], Worker(plan.options, plan.exclusion)
         self.steps: dict[tuple, float] = {}  # shape of training -> seconds per step
-        bench = self.lab.bench(Cell(self.target, None, {"seed": 0}, ""), "", None)
+        bench = self.worker.bench(AuditCell(self.target, None, {"seed": 0}, ""), "", None)
         started = time.monotonic()
         loaded = bench.load()
         self.load = time.monotonic() - started
         for _ in range(2):  # the first is warm-up
             started = time.monotonic()
-            evaluate(loaded.model, loaded.tokenizer, self.lab.suite)
+            evaluate(loaded.model, loaded.tokenizer, self.worker.suite)
             self.suite = time.monotonic() - started
         started = time.monotonic()
-        evaluate(loaded.model, loaded.tokenizer, self.lab.suite, full=True)
+        evaluate(loaded.model, loaded.tokenizer, self.worker.suite, full=True)
         self.full = time.monotonic() - started
 
-    def seconds(self, cell: Cell) -> float:
+    def seconds(self, cell: AuditCell) -> float:
         """The estimate for one cell."""
         if cell.setting is None:
             return self.load + self.full
@@ -110,8 +111,8 @@ class Clock:
         marks = Marks()
         with tempfile.TemporaryDirectory() as scratch:
             config = build("finetune", values, 0, scratch)
-            bench = self.lab.bench(
-                Cell(self.target, Setting("finetune", "", values, {}, (0,)), {"seed": 0}, ""), scratch, None
+            bench = self.worker.bench(
+                AuditCell(self.target, Setting("finetune", "", values, {}, (0,)), {"seed": 0}, ""), scratch, None
             )
             loaded = bench.load(trainable=True)
             encoded = encode(config.rows(bench), loaded.tokenizer, config.max_length, context=context_of(loaded.model))

@@ -13,10 +13,11 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tunevax.attacks.attack import Bench, NotApplicable, TargetOptions, attack_data
-from tunevax.audit.protocol import Setting, build
+from tunevax.audit.cells import AuditCell
+from tunevax.audit.protocol import build
 from tunevax.console import console
 from tunevax.data.contamination import Exclusion
 from tunevax.errors import RunError
@@ -26,39 +27,19 @@ from tunevax.scoring.judges import lead_judge
 from tunevax.scoring.suite import Suite, build_suite
 
 
-class Cell(NamedTuple):
-    """One attack on one model with one seed.
-
-    Attributes:
-        target: label, role and ref. setting: the attack; None scores the model as it is. key: what its rows carry.
-        hash: of the model, the attack, the seed and the data: the name of its file.
-    """
-
-    target: dict[str, Any]
-    setting: Setting | None
-    key: dict[str, Any]
-    hash: str
-
-    @property
-    def told(self) -> str:
-        """For the screen: model, attack and seed."""
-        attack = f"{self.setting.name} · seed {self.key['seed']}" if self.setting else "as it is"
-        return f"{self.target['label']} · {attack}"
-
-
 def finished(
     options: TargetOptions,
-    cells: Sequence[Cell],
+    cells: Sequence[AuditCell],
     folder: Path,
     weights: Path | None,
     workers: int,
     exclusion: Exclusion | None = None,
-) -> Iterator[tuple[Cell, str]]:
+) -> Iterator[tuple[AuditCell, str]]:
     """(cell, one line on it) as cells finish."""
     if workers <= 1:
-        lab = Lab(options, exclusion)
+        worker = Worker(options, exclusion)
         for cell in cells:
-            yield cell, lab.run(cell, folder, weights)
+            yield cell, worker.run(cell, folder, weights)
         return
     import torch
 
@@ -124,7 +105,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class Lab:
+class Worker:
     """What a process loads once for all its cells: data, judges, and the scores of untouched models."""
 
     def __init__(self, options: TargetOptions, exclusion: Exclusion | None = None) -> None:
@@ -135,7 +116,7 @@ class Lab:
         self.before: dict[Any, Any] = {}
         self.rows: dict[frozenset[str], tuple[list[dict], list[dict]]] = {}
 
-    def run(self, cell: Cell, folder: Path, weights: Path | None) -> str:
+    def run(self, cell: AuditCell, folder: Path, weights: Path | None) -> str:
         """Run one cell, write its file, and return what to tell of it."""
         import torch
 
@@ -177,7 +158,7 @@ class Lab:
         part.replace(folder / f"{cell.hash}.json")
         return f"{told} · {outcome['seconds']:.0f} s"
 
-    def bench(self, cell: Cell, scratch: str, keep: Path | None) -> Bench:
+    def bench(self, cell: AuditCell, scratch: str, keep: Path | None) -> Bench:
         """The bench of one cell."""
         needs = frozenset(build(cell.setting.kind, cell.setting.values, 0, scratch).needs if cell.setting else ())
         if needs not in self.rows:
@@ -192,14 +173,14 @@ def worst_told(rows: Sequence[dict[str, Any]]) -> str:
     return f"worst {max(row['scores'][name]['value'] for row in rows):.0%} ({name.partition('/')[2]})"
 
 
-_lab: Lab | None = None
+_worker: Worker | None = None
 
 
 def _start_worker(options: TargetOptions, parent: int, counter: Any, gpus: int, exclusion: Exclusion | None) -> None:
     """Once in each worker process: quiet, bound to its GPU, gone when the audit is gone."""
     from tunevax.quiet import quiet
 
-    global _lab
+    global _worker
     with counter.get_lock():
         number, counter.value = counter.value, counter.value + 1
     if given := devices(gpus):
@@ -216,8 +197,8 @@ def _start_worker(options: TargetOptions, parent: int, counter: Any, gpus: int, 
     threading.Thread(target=watch, daemon=True).start()
     quiet()
     console.quiet = True  # for good: an interrupted worker must not draw its bars
-    _lab = Lab(options, exclusion)
+    _worker = Worker(options, exclusion)
 
 
-def _run_in_worker(cell: Cell, folder: Path, weights: Path | None) -> str:
-    return _lab.run(cell, folder, weights)
+def _run_in_worker(cell: AuditCell, folder: Path, weights: Path | None) -> str:
+    return _worker.run(cell, folder, weights)
