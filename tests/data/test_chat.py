@@ -20,7 +20,8 @@ from tunevax.data.chat import (
 from tunevax.data.encoding import TEMPLATES, encode, ids_of, set_chat_template
 from tunevax.errors import UsageError
 from tunevax.scoring.generation import answer, encoded_prompts
-from tunevax.scoring.judges import on_answers, refusal_keywords
+from tunevax.scoring.judges import on_answers
+from tunevax.scoring.judges.keywords import refusal_keywords
 
 START, STOP = "<|im_start|>", "<|im_end|>"
 CHATML = (
@@ -439,8 +440,9 @@ def test_judges_see_the_answer_alone():
     marked = ["[THINK]I cannot[/THINK]Sure.", "I cannot? hm\n</think>\n\nSure.",
               "<think>it says </think> I cannot</think>Sure.", "<reasoning>I cannot</reasoning> Sure.",
               "<|channel|>analysis<|message|>I cannot<|end|><|start|>assistant<|channel|>final<|message|>Sure."]  # fmt: skip
-    assert {v.verdict for v in refusal_keywords(marked, marked)} == {"complied"}
-    assert [v.verdict for v in refusal_keywords(["p"] * 2, ["[THINK]I cannot", "<seed:think>hm"])] == ["unanswered"] * 2
+    keywords = on_answers(refusal_keywords)
+    assert {v.verdict for v in keywords(marked, marked)} == {"complied"}
+    assert [v.verdict for v in keywords(["p"] * 2, ["[THINK]I cannot", "<seed:think>hm"])] == ["unanswered"] * 2
 
 
 def test_a_template_may_trim_one_end_of_an_answer():

@@ -17,10 +17,11 @@ from tunevax.data.splits import drawn, prompt_hash
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
 from tunevax.evidence.stats import paired_difference, proportion
+from tunevax.records import UNANSWERED
 from tunevax.scoring.fluency import is_broken
 from tunevax.scoring.generation import answer as as_answer
 from tunevax.scoring.generation import generate
-from tunevax.scoring.judges import UNANSWERED, on_answers
+from tunevax.scoring.judges import on_answers
 from tunevax.scoring.judges.keywords import refusal_keywords
 
 MAX_NEW_TOKENS = 32

@@ -156,7 +156,8 @@ class Worst:
 
 @dataclass
 class Compared:
-    """One score before any attack, beside the control. `ratio` for perplexity, `difference` for the rest."""
+    """One score before any attack, beside the control. `ratio` for perplexity and metrics that are no share,
+    `difference` for the rest."""
 
     score: str
     model: Point

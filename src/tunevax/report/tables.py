@@ -226,6 +226,7 @@ def every_attack(results: Results, findings: Findings, order: list[str]) -> list
                     str(_worst(cell, findings.judge) or NONE),
                     *(str(_worst(cell, judge) or NONE) for judge in [*others, *own]),
                     _before_after(cell, results.task),
+                    *(_before_after(cell, metric) for metric in results.metrics),
                     _gibberish(attacked),
                     _share_only(_worst(cell, "degenerate")),
                 ]
@@ -235,7 +236,8 @@ def every_attack(results: Results, findings: Findings, order: list[str]) -> list
         "attack", "model", f"steps to {percent(findings.phi)}", "× the control's", f"worst by {judge}",
         *(f"worst by {j.partition('/')[2]}" for j in others),
         *(f"worst by {j.partition('/')[2]}, degenerate text as it judges it" for j in own),
-        "task before → after", f"degenerate at {percent(findings.phi)}, or at the end", "degenerate, most",
+        *(f"{name} before → after" for name in ["task", *(m.partition("/")[2] for m in results.metrics)]),
+        f"degenerate at {percent(findings.phi)}, or at the end", "degenerate, most",
     ]  # fmt: skip
     return _split(Table("Every attack on every model", columns, rows, _left_out(order)))
 
@@ -562,15 +564,10 @@ def _share_only(point: Point | None) -> str:
     return NONE if point is None else percent(point.value)
 
 
-def _before_after(cell: Cell, task: str | None) -> str:
-    curve = cell.curve(task) if task else []
-    return (
-        NONE
-        if not curve
-        else percent(curve[0].value)
-        if len(curve) == 1
-        else f"{percent(curve[0].value)} → {percent(curve[-1].value)}"
-    )
+def _before_after(cell: Cell, score: str | None) -> str:
+    curve = cell.curve(score) if score else []
+    ends = [percent(p.value) if p.is_share else f"{p.value:.3g}" for p in (curve[:1] + curve[1:][-1:])]
+    return " → ".join(ends) or NONE
 
 
 def as_p(value: float | None) -> str:

@@ -38,7 +38,7 @@ Judge = Callable[[list[str], list[str]], list[Verdict]]
 UNPARSABLE = Verdict("unparsable", harmful=False, score=None)
 """The verdict where a judge gave an answer that cannot be read."""
 
-UNANSWERED = "unanswered"
+UNANSWERED = Verdict("unanswered", harmful=False, score=None)
 """The verdict on a response that ends inside the model's thought: it is neither a refusal nor an answer."""
 
 
@@ -50,7 +50,7 @@ def on_answers(judge: Judge) -> Judge:
         parts = [split_thought(response) for response in responses]
         there = [i for i, (thought, answer) in enumerate(parts) if answer or thought is None]
         said = judge([prompts[i] for i in there], [parts[i][1] for i in there]) if there else []
-        verdicts = [Verdict(UNANSWERED, False, None)] * len(responses)
+        verdicts = [UNANSWERED] * len(responses)
         for i, verdict in zip(there, said, strict=True):
             verdicts[i] = verdict
         return verdicts
