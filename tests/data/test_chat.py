@@ -6,18 +6,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tunevax.data.chat import (
-    ANSWERS,
-    TODAY,
-    chat_of,
-    joined,
-    marked_thought,
-    mouth,
-    recorded,
-    render,
-    split_thought,
-)
+from tunevax.data.chat import ANSWERS, TODAY, chat_of, mouth, recorded, render
 from tunevax.data.encoding import TEMPLATES, encode, ids_of, set_chat_template
+from tunevax.data.thoughts import joined, marked_thought, split_thought
 from tunevax.errors import UsageError
 from tunevax.scoring.generation import answer, encoded_prompts
 from tunevax.scoring.judges import on_answers
@@ -334,7 +325,8 @@ class Endless:
 def test_the_thought_is_parted_from_the_answer(template, text, thought, said):
     found = split_thought(generated(tokenizer(template), text))
     assert found == (thought, said)
-    assert marked_thought("plain", chat_of(tokenizer(template))) in ("plain", "<think>plain")
+    chat = chat_of(tokenizer(template))
+    assert marked_thought("plain", chat.thought, chat.opened) in ("plain", "<think>plain")
 
 
 def test_marks_of_ones_own_and_no_thought_at_all():

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from tunevax.data.chat import split_thought
 from tunevax.data.splits import prompt_text
 from tunevax.data.tasks import Task
+from tunevax.data.thoughts import split_thought
 from tunevax.errors import UsageError
 from tunevax.evidence.stats import proportion
 from tunevax.records import DEGENERATE, HARMFUL, JUDGED, TASK, UNANSWERED, UNPARSABLE, UTILITY, Example, Sample, Score

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tunevax.data.chat import split_thought
+from tunevax.data.thoughts import split_thought
 from tunevax.methods import load_method
 
 METHODS = {
