@@ -43,10 +43,7 @@ TEMPLATES = {
 """Templates by name; `none` is the bare text of the turns."""
 
 OPTIONS = ("thought", "thinking")
-TEMPLATE_HELP = (
-    "own (the tokenizer's, the default), alpaca, plain, none, or a jinja file; behind a colon thinking=off asks for no "
-    "thought, thought=OPEN|CLOSE names the marks around one, and the template's own variables are set"
-)
+"""Options of every template; its own variables are options too."""
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
