@@ -20,9 +20,9 @@ from tunevax.console import bar, console
 from tunevax.errors import UsageError
 from tunevax.evidence.properties import utility_loss
 from tunevax.evidence.results import COMMON
+from tunevax.records import lead_judge
 from tunevax.run_lock import refuse_if_held
 from tunevax.runs import clear, is_run, partial_of, read_lines, read_run, require_one_process, writing
-from tunevax.scoring.judges import lead_judge
 
 
 def audit(plan: AuditPlan, command: str = "") -> Path:
@@ -98,7 +98,7 @@ def strongest(plan: AuditPlan, cells: Sequence[AuditCell], folder: Path) -> set[
             continue
         if cell.key["seed"] != cell.setting.seeds[0]:
             continue
-        judge = lead_judge(list(outcome["results"][0]["scores"]))
+        judge = lead_judge(outcome["results"][0]["scores"])
         points = [(-row["scores"][judge]["value"], row["step"]) for row in outcome["results"]]
         broken = [step for value, step in sorted(points, key=lambda p: p[1]) if -value > plan.protocol.phi]
         label, when = cell.target["label"], broken[0] if broken else 10**9

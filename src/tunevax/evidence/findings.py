@@ -110,7 +110,7 @@ class Attacked:
         worst, control_worst: the highest point of the mean over seeds.
         worst_by: the same by each other judge (`harmful/`, `judged/`), and of the degenerate share.
         degenerate_at_end: the degenerate share at the last step.
-        task: accuracy on the benign task at the first and the last step; None if it was not measured.
+        ends: accuracy on the benign task and each metric, at the first and the last step (one point if that is one).
         paired: None without generations.
     """
 
@@ -131,7 +131,7 @@ class Attacked:
     most_gibberish: dict[int, float] = field(default_factory=dict)
     worst_by: dict[str, Point] = field(default_factory=dict)
     degenerate_at_end: Point | None = None
-    task: tuple[Point, Point] | None = None
+    ends: dict[str, tuple[Point, ...]] = field(default_factory=dict)
 
 
 @dataclass
@@ -160,7 +160,8 @@ class Worst:
 
 @dataclass
 class Compared:
-    """One score before any attack, beside the control. `ratio` for perplexity, `difference` for the rest."""
+    """One score before any attack, beside the control. `ratio` for perplexity and metrics that are no share,
+    `difference` for the rest."""
 
     score: str
     model: Point
@@ -303,7 +304,7 @@ class Findings:
         sentences: on the audit as a whole: attacks too weak, failed cells, seeds, judges.
         judges: scores `harmful/JUDGE`, the lead first. agreement: of each two, on each model.
         judged_otherwise: scores `judged/JUDGE` that differ from `harmful/JUDGE` at some step.
-        task: the score that the benign task is read by, or None.
+        task: the score that the benign task is read by, or None. metrics: scores `metric/NAME`.
         order: names of the attacks, first those that the control (without one: the first model) withstands least.
         repeats: with how many seeds attacks were run, each number once.
         outputs_kept: whether there are outputs to compare prompt by prompt.
@@ -322,6 +323,7 @@ class Findings:
     agreement: list[Agreement] = field(default_factory=list)
     judged_otherwise: list[str] = field(default_factory=list)
     task: str | None = None
+    metrics: list[str] = field(default_factory=list)
     order: list[str] = field(default_factory=list)
     repeats: list[int] = field(default_factory=list)
     outputs_kept: bool = False

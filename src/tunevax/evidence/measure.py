@@ -46,7 +46,8 @@ def measure(results: Results, phi: float = PHI, epsilon: float = EPSILON) -> Fin
     findings = Findings(
         phi, epsilon, judge, results.control, [_model(results, label, judge, phi, epsilon) for label in results.models],
         judges=results.judges, agreement=agreement(results), judged_otherwise=_judged_otherwise(results),
-        task=results.task, order=strongest(results, judge, phi), outputs_kept=any(c.generations for c in results.cells),
+        task=results.task, metrics=results.metrics, order=strongest(results, judge, phi),
+        outputs_kept=any(c.generations for c in results.cells),
         repeats=sorted(curves or {len(c.rows) for c in results.cells}),
         failed=results.failed, skipped=results.skipped, stopped=results.stopped,
     )  # fmt: skip
@@ -86,8 +87,9 @@ def _attacked(results: Results, cell: Cell, judge: str, phi: float) -> Attacked:
     own = [other.replace("harmful/", "judged/", 1) for other in results.judges]
     worst = {score: highest_point(cell.curve(score)) for score in (*others, *own, "degenerate") if cell.curve(score)}
     found.worst_by, found.degenerate_at_end = worst, cell.at("degenerate", found.last)
-    if results.task and (curve := cell.curve(results.task)):
-        found.task = curve[0], curve[-1]
+    for score in ([results.task] if results.task else []) + results.metrics:
+        if curve := cell.curve(score):
+            found.ends[score] = (*curve[:1], *curve[1:][-1:])
     return found
 
 

@@ -25,6 +25,7 @@ from tunevax.evidence.findings import (
 from tunevax.evidence.results import COMMON, CURVES, Cell, Point, Results, is_harmful, pool, wilson
 from tunevax.evidence.stats import paired_difference
 from tunevax.evidence.words import TINY, percent
+from tunevax.records import METRIC
 
 
 def attack_cells(results: Results, label: str) -> list[Cell]:
@@ -458,13 +459,14 @@ def stability(results: Results, label: str) -> list[Compared]:
     """Every score that describes the model before any attack, beside the control's."""
     ours = untouched(results, label)
     theirs = untouched(results, results.control) if results.control not in (None, label) else {}
-    order = ("utility/", "perplexity/", "lm-eval/", "over-refusal", "harmful/", "judged/", "degenerate")
+    order = ("utility/", "perplexity/", "lm-eval/", METRIC, "over-refusal", "harmful/", "judged/", "degenerate")
     names = [n for prefix in order for n in ours if n.startswith(prefix)]
     found = []
     for name in names:
         a, b = ours[name], theirs.get(name)
-        ratio = a.value / b.value if name.startswith("perplexity/") and b and b.value > 0 else None
-        difference = _difference(a, b) if b and not name.startswith("perplexity/") else None
+        number = name.startswith("perplexity/") or (name.startswith(METRIC) and not (a.is_share and b and b.is_share))
+        ratio = a.value / b.value if number and b and b.value > 0 else None
+        difference = _difference(a, b) if b and not number else None
         if difference and name.startswith("harmful/"):
             difference = _paired_difference(results, label, name) or difference
         found.append(Compared(name, a, b, difference, ratio))

@@ -14,7 +14,18 @@ from typing import Any
 
 from tunevax.errors import UsageError
 from tunevax.evidence.words import joined
-from tunevax.records import GENERATIONS, RESULTS, SCHEMA, is_run, is_share, numbered_lines, read_lines, read_run
+from tunevax.records import (
+    GENERATIONS,
+    METRIC,
+    RESULTS,
+    SCHEMA,
+    is_run,
+    is_share,
+    judges_of,
+    numbered_lines,
+    read_lines,
+    read_run,
+)
 
 # Fine-tunes scored on the common evaluation prompts: their curves may be averaged and searched together.
 COMMON = ("finetune", "few-shot", "benign-only", "adaptive", "poisoned-job")
@@ -45,6 +56,11 @@ class Point:
         """'71 % [60, 80]' for a share."""
         interval = "" if self.low is None else f" [{100 * self.low:.0f}, {100 * self.high:.0f}]"
         return f"{100 * self.value:.0f} %{interval}"
+
+    @property
+    def is_share(self) -> bool:
+        """Whether value and interval are within [0, 1]."""
+        return all(0 <= x <= 1 for x in (self.value, self.low, self.high) if x is not None)
 
     def overlaps(self, other: Point) -> bool:
         """Whether the two intervals share a value; a missing interval counts as the value alone."""
@@ -140,6 +156,12 @@ class Results:
     failed: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)
     stopped: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def metrics(self) -> list[str]:
+        """The scores `metric/NAME`, by name."""
+        rows = (row for cell in self.cells for by_step in cell.rows.values() for row in by_step.values())
+        return sorted({name for row in rows for name in row["scores"] if name.startswith(METRIC)})
 
     @cached_property
     def _index(self) -> dict[tuple[str, str | None], Cell]:
@@ -394,9 +416,8 @@ def _ended_early(cells: list[Cell]) -> None:
 
 
 def _judges(cells: list[Cell], rows: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
-    """The judges that every cell has, and those that only some have. Keywords are the weakest, so they lead last."""
-    names = list(dict.fromkeys(n for row in rows for n in row["scores"] if n.startswith("harmful/")))
-    names.sort(key=lambda n: n == "harmful/refusal-keywords")
+    """The judges that every cell has, the lead first, and those that only some have."""
+    names = judges_of(n for row in rows for n in row["scores"])
     common = [n for n in names if all(_has(cell, n) for cell in cells)]
     return common, [n for n in names if n not in common]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tunevax.evidence.findings import Attacked, Difference, Findings, Generalisation, ModelFindings
@@ -203,7 +204,7 @@ def every_attack(findings: Findings) -> list[Table]:
                 rows.append(
                     [
                         attack, named(found), _steps(a), _against(found, a), *(str(point or NONE) for point in worst),
-                        " → ".join(dict.fromkeys(percent(point.value) for point in a.task)) if a.task else NONE,
+                        *(_before_after(a.ends.get(score, ())) for score in (findings.task, *findings.metrics)),
                         percent(sum(degenerate) / len(degenerate)) if degenerate else NONE,
                         percent(most.value) if most else NONE,
                     ]
@@ -213,7 +214,8 @@ def every_attack(findings: Findings) -> list[Table]:
         "attack", "model", f"steps to {percent(findings.phi)}", "× the control's", f"worst by {judge}",
         *(f"worst by {j.partition('/')[2]}" for j in others),
         *(f"worst by {j.partition('/')[2]}, degenerate text as it judges it" for j in findings.judged_otherwise),
-        "task before → after", f"degenerate at {percent(findings.phi)}, or at the end", "degenerate, most",
+        *(f"{name} before → after" for name in ["task", *(m.partition("/")[2] for m in findings.metrics)]),
+        f"degenerate at {percent(findings.phi)}, or at the end", "degenerate, most",
     ]  # fmt: skip
     return _split(Table("Every attack on every model", columns, rows, _left_out(findings.order)))
 
@@ -348,6 +350,11 @@ def _against(found: ModelFindings, attacked: Attacked) -> str:
     if attacked.ratio is None and attacked.stopped:
         return "loss not finite"
     return str(attacked.ratio) if attacked.ratio else attacked.strength.replace("strong", "") or NONE
+
+
+def _before_after(ends: Sequence[Point]) -> str:
+    """'20 % → 95 %' of the first and the last step; one number where there is one step."""
+    return " → ".join(percent(p.value) if p.is_share else f"{p.value:.3g}" for p in ends) or NONE
 
 
 def _split(table: Table) -> list[Table]:
