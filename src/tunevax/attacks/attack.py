@@ -19,6 +19,7 @@ from tunevax.attacks.context import (
 from tunevax.attacks.kind import AttackKind
 from tunevax.data.contamination import Exclusion, check
 from tunevax.errors import UsageError
+from tunevax.mixins import require_given
 from tunevax.runs import RunFolder, data_entry, is_run, require_one_process, writing
 from tunevax.scoring.suite import build_suite
 
@@ -46,10 +47,8 @@ def attack(method: str, options: AttackOptions, config: AttackKind, command: str
     Raises:
         UsageError: bad data, model or options; prompts shared between alignment, attack and evaluation.
     """
-    if not options.model:
-        raise UsageError("--model is missing")
-    if not config.output_dir:
-        raise UsageError("--output-dir is missing")
+    require_given(options, "model")
+    require_given(config, "output_dir")
     require_one_process("an attack")
     use_data_of_run(options)
     if options.keep_weights and (len(options.model) > 1 or getattr(config, "trainable", None) not in ("lora", "full")):

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from tunevax.console import console
 from tunevax.data.contamination import Exclusion
-from tunevax.data.encoding import TEMPLATE_HELP
 from tunevax.data.safety import load_safety
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
+from tunevax.mixins import ModelsOptions, Overlap, RunOptions
 from tunevax.modeling.loading import Loaded, absolute, load
 from tunevax.runs import SCHEMA, digest, is_run, read_run
 from tunevax.scoring.evaluate import evaluate
@@ -24,12 +24,9 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class TargetOptions(SuiteOptions):
+class TargetOptions(SuiteOptions, ModelsOptions, Overlap, RunOptions):
     """What every verb that attacks takes: the targets, the data and how to load them."""
 
-    model: list[str] = field(
-        default_factory=list, metadata={"help": "run folder, model folder or hub id; may be repeated"}
-    )
     control: str | None = field(
         default=None,
         metadata={
@@ -43,18 +40,6 @@ class TargetOptions(SuiteOptions):
     task_data: str | None = field(
         default=None, metadata={"help": "benign rows: prompt and completion, their train split"}
     )
-    chat_template: str | None = field(default=None, metadata={"help": TEMPLATE_HELP})
-    revision: str | None = field(default=None, metadata={"help": "revision of a hub id"})
-    dtype: str = field(default="auto", metadata={"help": "of the frozen weights: auto, float32, bfloat16, float16"})
-    allow_overlap: bool = field(default=False, metadata={"help": "go on when data roles share prompts, and record it"})
-    drop_overlap: bool = field(
-        default=False,
-        metadata={
-            "help": "leave prompts out that are in two data roles, and record them: out of the attack, and out of the "
-            "scoring what a model was trained on; the same for every model"
-        },
-    )
-    overwrite: bool = field(default=False, metadata={"help": "replace a finished run"})
 
 
 class AttackContext:
