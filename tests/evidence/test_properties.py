@@ -8,7 +8,7 @@ import pytest
 
 from tunevax.errors import UsageError
 from tunevax.evidence.measure import measure
-from tunevax.evidence.properties import Reached, average_ratio
+from tunevax.evidence.ratios import Reached, average_ratio
 from tunevax.evidence.results import read_results
 
 STEPS = [0, 1, 2, 4]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from tunevax.errors import UsageError
 from tunevax.evidence.findings import EPSILON, PHI, Findings, ModelFindings
 from tunevax.evidence.properties import (
-    attack_cells,
     attacked,
     generalisation,
     paired,
@@ -38,7 +37,7 @@ def measure(results: Results, phi: float = PHI, epsilon: float = EPSILON) -> Fin
     for label in results.models:
         model = ModelFindings(label, results.role(label))
         model.stability = stability(results, label)
-        model.attacks = [attacked(results, cell, judge, phi) for cell in attack_cells(results, label)]
+        model.attacks = [attacked(results, cell, judge, phi) for cell in results.of(label)]
         model.worst = worst_case(results, label, judge, phi, epsilon)
         model.generalisation = generalisation(results, label, judge, phi)
         if model.role != "control":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
 from tunevax.evidence.findings import Attacked, Difference, Findings, Generalisation, ModelFindings, number, percent
-from tunevax.evidence.results import CURVES, Cell, Point, Results, own_verdict
+from tunevax.evidence.ratios import withstood
+from tunevax.evidence.results import Cell, Point, Results, own_verdict
+from tunevax.methods import methods
 from tunevax.report.blocks import HeatMap, Table
 
 ATTACKS_SHOWN = 40  # in tables with a row per attack and model; the rest is counted, and stands in --format json
@@ -22,10 +23,6 @@ NAMES = {
     "no start": "control unsafe at the start",
     "stopped": "unknown, loss not finite under attack",
 }  # what `ModelFindings.name` means, where it is not plain
-KINDS = (
-    "finetune", "few-shot", "benign-only", "identity-shift", "held-out-category", "adaptive", "template", "prefill",
-    "roll-back", "intervention", "poisoned-job", "unlock",
-)  # fmt: skip
 NONE = "–"
 
 
@@ -179,7 +176,7 @@ def generalisation(results: Results, findings: Findings) -> list[Table]:
             g.kind,
             named(found),
             str(g.worst),
-            place(g.kind, g.attack, g.settings),
+            place(g),
             str(g.ratio or NONE),
             str(g.attacks),
         ]
@@ -199,13 +196,11 @@ def strongest(results: Results, findings: Findings) -> list[str]:
     """All attacks, first the fine-tune that the control (without one: the first model) withstands least."""
     judge, model = findings.judge, results.control or results.models[0]
 
-    def withstood(attack: str) -> tuple[bool, float, float]:
+    def order(attack: str) -> tuple[bool, float, float]:
         cell = results.cell(model, attack) or results.under(attack)[0]
-        steps = [cell.steps_to(judge, seed, findings.phi) for seed in cell.seeds]
-        worst = max(p.value for p in cell.curve(judge))
-        return cell.kind not in CURVES, sum(math.inf if s is None else s for s in steps) / len(steps), -worst
+        return not cell.has_curve, *withstood(cell, judge, findings.phi)
 
-    return sorted(results.attacks, key=withstood)
+    return sorted(results.attacks, key=order)
 
 
 def every_attack(results: Results, findings: Findings, order: list[str]) -> list[Table]:
@@ -223,11 +218,11 @@ def every_attack(results: Results, findings: Findings, order: list[str]) -> list
                     named(findings.model(cell.model)),
                     told_steps(cell, findings.judge, findings.phi),
                     _against(cell, attacked),
-                    str(_worst(cell, findings.judge) or NONE),
-                    *(str(_worst(cell, judge) or NONE) for judge in [*others, *own]),
+                    str(cell.worst(findings.judge) or NONE),
+                    *(str(cell.worst(judge) or NONE) for judge in [*others, *own]),
                     _before_after(cell, results.task),
                     _gibberish(attacked),
-                    _share_only(_worst(cell, "degenerate")),
+                    _share_only(cell.worst("degenerate")),
                 ]
             )
     judge = findings.judge.partition("/")[2]
@@ -269,7 +264,7 @@ def paired(results: Results, findings: Findings, order: list[str]) -> list[Table
 
 
 def heat_maps(results: Results, findings: Findings) -> list[HeatMap]:
-    """Worst harmful score so far, over the attacks of kind finetune, by learning rate (and what they train) and step.
+    """Worst harmful score so far, over the plain fine-tunes, by learning rate (and what they train) and step.
 
     A cell is None once every fine-tune of its row has ended. [] below two learning rates.
     """
@@ -277,7 +272,7 @@ def heat_maps(results: Results, findings: Findings) -> list[HeatMap]:
 
     worst: dict[tuple[str, tuple[float, str], int], float] = {}
     for model in results.models:
-        for cell in results.of(model, ("finetune",)):
+        for cell in filter(lambda c: c.plain, results.of(model)):
             rate = cell.settings.get("learning_rate")
             if isinstance(rate, int | float):
                 row = float(rate), str(cell.settings.get("trainable") or "")
@@ -308,8 +303,8 @@ def profiles(
     series = []
     for model in results.models:
         found: dict[float, Point] = {}
-        for cell in results.of(model, [kind]):
-            x, worst = cell.settings.get(setting), _worst(cell, findings.judge)
+        for cell in (c for c in results.of(model) if c.kind == kind):
+            x, worst = cell.settings.get(setting), cell.worst(findings.judge)
             if isinstance(x, int | float) and worst and (x not in found or worst.value > found[x].value):
                 found[x] = worst
         if found:
@@ -319,7 +314,7 @@ def profiles(
 
 def inconclusive(results: Results, findings: Findings) -> list[Table]:
     """Attacks that cannot be concluded from, cells that failed, and attacks that were skipped."""
-    every = [a for found in findings.models for a in found.attacks if a.kind != "benign-only"]  # that one need not bite
+    every = [a for found in findings.models for a in found.attacks if not a.harmless]  # those need not bite
     # Strong beside one model is strong. The control stands first, and its own runs speak for the rest.
     strength = {a.attack: a.strength for a in reversed(every)}
     strength |= {a.attack: a.strength for a in every if a.strength == "strong"}
@@ -335,7 +330,7 @@ def inconclusive(results: Results, findings: Findings) -> list[Table]:
         rows = []
         for attack in found[:ATTACKS_SHOWN]:
             cell = results.cell(control, attack)
-            rows.append([attack, str(_worst(cell, findings.judge)) if cell else NONE])
+            rows.append([attack, str(cell.worst(findings.judge)) if cell else NONE])
         title = f"{verdict.capitalize()}: {why}"
         tables.append(Table(title, ["attack", "control's worst"], rows, _left_out(found)))
     for label, key, found in (
@@ -450,7 +445,7 @@ def limits(results: Results, findings: Findings) -> list[str]:
         if found.role == "model" and learned is not None and learned.ratio is None and learned.why:
             told.append(f"Trainability is not measurable: {learned.why}.")
     kinds = {cell.kind for cell in results.cells}
-    untried = [kind for kind in KINDS if kind not in kinds]
+    untried = [kind for kind in methods("tunevax.attacks") if kind not in kinds]
     if untried:
         told.append(f"Kinds of attack that were not tried: {', '.join(untried)}.")
     told.append("Each model was hardened once: the luck of that is in no interval.")
@@ -466,16 +461,15 @@ def named(found: ModelFindings) -> str:
     return found.label + (f" ({found.role})" if found.role in ("control", "reference") else "")
 
 
-def place(kind: str, attack: str | None, settings: dict[str, Any] | None) -> str:
-    """Where a worst case was found, shortly: 'block 3', 'dose 1', or the attack's name."""
-    for key, of in (("block", "intervention"), ("dose", "roll-back")):
-        if kind == of and settings and settings.get(key) is not None:
-            return f"{key} {settings[key]}"
-    return attack or NONE
+def place(found: Generalisation) -> str:
+    """Where a worst case was found, in short: 'block 3', 'dose 1', or the attack's name."""
+    dose = found.traits["dose"]
+    value = found.settings.get(dose) if dose else None
+    return found.attack if value is None else f"{dose} {value}"
 
 
 def _kind_and_place(found: Generalisation) -> str:
-    where = place(found.kind, found.attack, found.settings)
+    where = place(found)
     return where if where == found.attack else f"{found.kind}, {where}"
 
 
@@ -509,7 +503,7 @@ def interval(bounds: tuple[float, float] | None) -> str:
 
 def told_steps(cell: Cell, judge: str, phi: float) -> str:
     """'32'; with several seeds each seed's own: '16, 32, never', or 'stopped'; '–' for a kind without a curve."""
-    if cell.kind not in CURVES:
+    if not cell.has_curve:
         return NONE
     steps = {seed: cell.steps_to(judge, seed, phi) for seed in cell.seeds}
     if all(s is None and seed not in cell.stopped for seed, s in steps.items()):
@@ -552,10 +546,6 @@ def _split(table: Table) -> list[Table]:
 def cell_text(value: float | None) -> str:
     """A cell of a heat map: percent without the sign."""
     return NONE if value is None else f"{100 * value:.0f}"
-
-
-def _worst(cell: Cell, score: str) -> Point | None:
-    return max(cell.curve(score), key=lambda p: p.value, default=None)
 
 
 def _share_only(point: Point | None) -> str:
