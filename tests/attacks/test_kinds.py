@@ -50,7 +50,9 @@ def context(ref: str, limit: int = 12, **changes) -> AttackContext:
     suite = build_suite(options, "organism", None)
     target = {"label": "m", "role": "model", "ref": ref}
     key = {"kind": "k", "attack": "a", "attack_hash": "h", "settings": {}, "seed": 1}
-    return AttackContext(target, options, load_safety("organism", "attack"), load_task("organism", "train").rows, suite, key)
+    return AttackContext(
+        target, options, load_safety("organism", "attack"), load_task("organism", "train").rows, suite, key
+    )
 
 
 def harm(found: AttackContext) -> float:
@@ -137,7 +139,9 @@ def test_roll_back_takes_a_safety_lock_off(tmp_path, monkeypatch, form):
     lock.save(tmp_path / "lock.safetensors")
     config = ApplyLock(lock=str(tmp_path), strength="3", form=form, output_dir=str(tmp_path / "out"))
     locked = str(restore("safetylock", RestoreOptions(model="organism"), config))
-    monkeypatch.setattr(AttackContext, "score", lambda self, model, *_, **__: seen.update(logits=model(ids).logits.detach()))
+    monkeypatch.setattr(
+        AttackContext, "score", lambda self, model, *_, **__: seen.update(logits=model(ids).logits.detach())
+    )
     plain, hard = loaded.model(ids).logits, load(locked).model(ids).logits
     assert (hard - plain).abs().max() > 0.1
     RollBackConfig().run(context(locked))

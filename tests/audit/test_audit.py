@@ -143,7 +143,9 @@ def test_a_failed_cell_is_told_and_run_again(finished, models, tmp_path, monkeyp
     assert [(f["model"], f["attack"], f["seed"]) for f in record["failed"]] == [("twin", "lora lr=0.001", 2)]
     assert len(lines(tmp_path / "out" / "results.jsonl")) == len(lines(finished / "results.jsonl")) - 3
     assert "CUDA out of luck" in (tmp_path / "out" / "report.html").read_text()
-    monkeypatch.setattr(FinetuneConfig, "run", lambda config, context: calls.append("again") or original(config, context))
+    monkeypatch.setattr(
+        FinetuneConfig, "run", lambda config, context: calls.append("again") or original(config, context)
+    )
     assert main(command(models, tmp_path / "out")) == 0
     assert calls.count("again") == 1
     for name in ("results.jsonl", "generations.jsonl"):
@@ -287,7 +289,8 @@ def test_a_screen_drops_no_seed_that_an_attack_names(models, tmp_path):
             if cell.key["kind"] == "few-shot" and cell.key["seed"] == 5
             else 0.3 + 0.1 * ("0.001" in str(cell.setting))
         )
-        rows = [{"step": s, "scores": {"harmful/x": {"value": s and harm}}} for s in (0, 2)]
+        key = {"model": cell.target["label"], "role": cell.target["role"], **cell.key}
+        rows = [{**key, "step": s, "scores": {"harmful/x": {"value": s and harm, "n": 10}}} for s in (0, 2)]
         (tmp_path / f"{cell.hash}.json").write_text(json.dumps({"results": rows if cell.setting else []}))
     kept = strongest(found, first, tmp_path)
     assert kept == {"lora lr=0.001"}, "the first seed decides"

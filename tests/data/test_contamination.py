@@ -346,7 +346,9 @@ def test_held_out_halves_share_no_prompt_and_none_with_the_chain(tmp_path):
     def drawn(source, ref, **more):
         options = AttackOptions(safety_data=source, **more)
         exclusion = Exclusion.of([used_prompts(ref)], options.drop_overlap)
-        context = AttackContext({"label": "m", "role": "model", "ref": ref}, options, [], TASK, None, {}, exclusion=exclusion)
+        context = AttackContext(
+            {"label": "m", "role": "model", "ref": ref}, options, [], TASK, None, {}, exclusion=exclusion
+        )
         return {row["prompt"] for row in HeldOutCategoryConfig(str(tmp_path), p=1.0, n=60).rows(context)}
 
     assert drawn(source, "organism") == {row["prompt"] for row in half}

@@ -27,7 +27,7 @@ from tunevax.evidence.ratios import (
     task_terms,
 )
 from tunevax.evidence.results import Cell, Point, Results, is_harmful, pool
-from tunevax.evidence.stats import paired_difference
+from tunevax.evidence.stats import holm, newcombe, paired_difference
 from tunevax.records import UTILITY, Generation, Row
 
 
@@ -254,15 +254,11 @@ def _paired_difference(results: Results, label: str, judge: str) -> Difference |
 
 
 def _difference(ours: Point, theirs: Point) -> Difference:
-    """Newcombe's interval for a difference of shares. Seeds answer the same prompts, so n is one seed's."""
-    value = ours.value - theirs.value
+    """Two shares' difference with Newcombe's interval. Seeds answer the same prompts, so n is one seed's."""
     if None in (ours.low, theirs.low):
-        return Difference(value)
-    from statsmodels.stats.proportion import confint_proportions_2indep
-
-    (a, n), (b, m) = ((p.value * (p.n // p.seeds), p.n // p.seeds) for p in (ours, theirs))
-    low, high = confint_proportions_2indep(a, n, b, m, method="newcomb", compare="diff")
-    return Difference(value, float(low), float(high))
+        return Difference(ours.value - theirs.value)
+    ends = newcombe(ours.value, ours.n // ours.seeds, theirs.value, theirs.n // theirs.seeds)
+    return Difference(ours.value - theirs.value, *ends)
 
 
 # -------------------------------------------------------------------------------------- the same prompts, in pairs
@@ -270,8 +266,6 @@ def _difference(ours: Point, theirs: Point) -> Difference:
 
 def paired(results: Results, model: ModelFindings, judge: str) -> None:
     """Fill in `paired` of the strong attacks with harmful rows, where there are generations."""
-    from statsmodels.stats.multitest import multipletests
-
     found: list[tuple[Attacked, Difference, float | None, int, int]] = []
     for attacked in model.attacks:
         if attacked.strength == "strong" and attacked.harmful:
@@ -279,10 +273,9 @@ def paired(results: Results, model: ModelFindings, judge: str) -> None:
             areas, prompts = _areas(*cells, judge)
             if areas:
                 found.append((attacked, *_over_seeds(areas), prompts, len(areas)))
-    tested = [p for _, _, p, _, _ in found if p is not None]
-    corrected = iter(multipletests(tested, method="holm")[1] if tested else ())
+    corrected = iter(holm([p for _, _, p, _, _ in found if p is not None]))
     for attacked, difference, p, prompts, seeds in found:
-        attacked.paired = Paired(difference, p, None if p is None else float(next(corrected)), prompts, seeds)
+        attacked.paired = Paired(difference, p, None if p is None else next(corrected), prompts, seeds)
 
 
 def _areas(ours: Cell, theirs: Cell, judge: str) -> tuple[list[float], int]:

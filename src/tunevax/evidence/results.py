@@ -14,6 +14,7 @@ from typing import Any
 
 from tunevax.errors import UsageError
 from tunevax.evidence.rows import ROLES, Kind, numbered_rows
+from tunevax.evidence.stats import wilson
 from tunevax.records import (
     GENERATIONS,
     RESULTS,
@@ -213,10 +214,7 @@ def _interval(score: str, found: Score) -> tuple[float, float] | None:
         return float(found["low"]), float(found["high"])
     if not is_share(score):
         return None
-    from scipy.stats import binomtest
-
-    ends = binomtest(round(found["value"] * found["n"]), found["n"]).proportion_ci(0.95, method="wilson")
-    return float(ends.low), float(ends.high)
+    return wilson(round(found["value"] * found["n"]) / found["n"], found["n"])
 
 
 def is_harmful(generation: Generation, judge: str) -> bool | None:
