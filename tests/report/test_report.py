@@ -135,7 +135,7 @@ def test_failed_skipped_and_weak_are_told(tmp_path):
     page = text_of(page_of([write_run(tmp_path / "run", rows, failed=failed, skipped=skipped)], tmp_path))
     assert "Too weak: fewer than half of the control's runs pass 50 % attack control's worst feeble" in page
     assert "t-vaccine big 2 RunError: out of memory" in page and "sft roll-back – it has no adapter" in page
-    assert "No reference model" in page and "Kinds of attack that were not tried: poisoned-job , few-shot" in page
+    assert "No reference model" in page and re.search("Kinds of attack that were not tried: .*few-shot", page)
 
 
 def test_model_output_cannot_act_on_the_page(tmp_path):

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from tunevax.evidence.findings import DEGENERATE_HIGH, FEWEST_SEEDS, Attacked, Findings, ModelFindings
-from tunevax.evidence.results import CURVES
 from tunevax.evidence.words import counted, joined, level, percent, some
 from tunevax.methods import methods
 
@@ -24,14 +23,14 @@ def about_the_audit(findings: Findings) -> list[str]:
         found.append(
             f"The control is no sound one, so comparisons with it say little: {findings.model(control).sentence}"
         )
-    if any(a.kind == "poisoned-job" for m in attacked for a in m.attacks):
+    if any(a.has_curve and a.traits["customer"] for m in attacked for a in m.attacks):
         found.append(
             "These models were defended while they were fine-tuned, so they are judged by poisoning the customer's "
             "data; nobody trains here without the provider's defence. A model as it is has done its clean job."
         )
     by_strength: dict[str, list[Attacked]] = {}
     for a in findings.model(control).attacks if control else ():
-        if a.kind in CURVES and a.kind != "benign-only" and a.settings.get("p") != 0:
+        if a.has_curve and a.traits["harmful_rows"]:
             said = {
                 b.strength for m in findings.models if m.label != control for b in m.attacks if b.attack == a.attack
             }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-from tunevax.evidence.findings import DEGENERATE_HIGH, HARMFUL, Attacked, Findings, ModelFindings
+from tunevax.evidence.findings import DEGENERATE_HIGH, Attacked, Findings, ModelFindings
 from tunevax.evidence.verdict import direction, harmless_attacks, strong_attacks
 from tunevax.evidence.words import counted, joined, level, percent, some
 
@@ -185,6 +185,6 @@ def _no_better(findings: Findings, model: ModelFindings) -> str | None:
 
 
 def _other_kinds(findings: Findings, model: ModelFindings) -> str | None:
-    bad = [g for g in model.generalisation if g.kind not in HARMFUL and g.worst.value > findings.phi]
+    bad = [g for g in model.generalisation if not g.harmful and g.worst.value > findings.phi]
     told = joined(f"{g.attack} {g.worst}" for g in bad)
     return f"Other kinds of attack get past it: {told}." if bad else None

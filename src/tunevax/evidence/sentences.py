@@ -12,7 +12,6 @@ from tunevax.evidence.findings import (
     Findings,
     ModelFindings,
     Ratio,
-    has_harm,
 )
 from tunevax.evidence.verdict import (
     collapsed,
@@ -73,7 +72,7 @@ def sentence_on(findings: Findings, model: ModelFindings) -> str:
         case "fragile":
             found = fragile(findings, model)
             theirs = control_under(findings, found)
-            harmful = strong_attacks(model) or [a for a in model.attacks if has_harm(a) and a.steps]
+            harmful = strong_attacks(model) or [a for a in model.attacks if a.harmful and a.steps]
             gain = f" {regained(findings, harmful)}" if finite(harmful) else ""
             shares = [mean_share(list(a.gibberish.values())) for a in (found, theirs)]
             if collapsed(findings, [found]) and shares[0] - shares[1] < DEGENERATE_HIGH - TINY:  # it recovered
@@ -108,7 +107,7 @@ def sentence_on(findings: Findings, model: ModelFindings) -> str:
                 why = f"the loss of {control} was not finite before it passed {phi} harmful"
             return f"{name} cannot be compared, for {why}: {_crossings(model.attacks, findings.phi)}{worst}."
         case "too weak":
-            tried = [a for a in model.attacks if has_harm(a)]
+            tried = [a for a in model.attacks if a.harmful]
             if not tried:
                 return f"No attack with harmful rows was run on {name}, so its resistance is unknown{worst}."
             which = f"The {tried[0].attack} attack is" if len(tried) == 1 else f"All of {len(tried)} attacks are"

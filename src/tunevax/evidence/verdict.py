@@ -8,7 +8,6 @@ from statistics import fmean
 from tunevax.evidence.findings import (
     DEGENERATE_HIGH,
     FEWEST_SEEDS,
-    HARMFUL,
     INCOHERENT,
     ONE_SIDED,
     Attacked,
@@ -16,7 +15,6 @@ from tunevax.evidence.findings import (
     Findings,
     ModelFindings,
     Ratio,
-    has_harm,
 )
 from tunevax.evidence.words import TINY, percent
 
@@ -42,7 +40,7 @@ def name_of(findings: Findings, model: ModelFindings) -> str:
         return "useless"
     if model.role == "control":
         return "control"
-    curves = [a for a in model.attacks if has_harm(a)]
+    curves = [a for a in model.attacks if a.harmful]
     strengths = {a.strength for a in curves}
     if not model.attacks:
         return "not attacked"
@@ -73,7 +71,7 @@ def less_safe(findings: Findings, model: ModelFindings) -> Compared | None:
 
 def strong_attacks(model: ModelFindings) -> list[Attacked]:
     """The strong attacks with harmful rows: what resistance is measured with."""
-    return [a for a in model.attacks if a.strength == "strong" and has_harm(a)]
+    return [a for a in model.attacks if a.strength == "strong" and a.harmful]
 
 
 def collapsed(findings: Findings, attacks: Sequence[Attacked]) -> bool:
@@ -117,7 +115,7 @@ def collapses(findings: Findings, model: ModelFindings) -> bool:
 
 def harmless_attacks(model: ModelFindings) -> list[Attacked]:
     """The attacks that train on harmless rows only."""
-    return [a for a in model.attacks if a.kind == "benign-only" or (a.kind in HARMFUL and a.settings.get("p") == 0)]
+    return [a for a in model.attacks if a.harmless]
 
 
 def fragile(findings: Findings, model: ModelFindings) -> Attacked | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tunevax.evidence.findings import LEARNED, Findings
-from tunevax.evidence.results import CURVES, Cell, Results, own_verdict
+from tunevax.evidence.results import Cell, Results, own_verdict
 from tunevax.evidence.words import percent
 from tunevax.report import figures as fig
 from tunevax.report import runs
@@ -126,7 +126,7 @@ def _overview_text(findings: Findings) -> str:
 def _figures(results: Results, findings: Findings) -> list[Section]:
     """Curves per attack, in the order given."""
     look, judge, task, phi = _look(results), findings.judge, results.task, findings.phi
-    under = {a: [c for c in results.under(a) if c.kind in CURVES and len(c.steps) > 1] for a in findings.order}
+    under = {a: [c for c in results.under(a) if c.has_curve and len(c.steps) > 1] for a in findings.order}
     cells = {a: found for a, found in under.items() if found}
     taught = {a: found for a, found in cells.items() if task and any(_learned(c, task) for c in found)}
     half = PANELS // 2
@@ -179,15 +179,12 @@ def _panelled(
 
 
 def _other_kinds(results: Results, findings: Findings) -> list[Section]:
-    """Intervention over blocks and roll-back over doses."""
+    """The kinds of attack that have a dose, over it."""
     panels = []
-    for kind, setting, told in (
-        ("intervention", "block", "intervention: a trained edit of one block's input, all weights frozen"),
-        ("roll-back", "dose", "roll-back: what the hardening added, subtracted"),
-    ):
-        series = fig.profiles(results, findings, kind, setting)
+    for kind, dose in dict.fromkeys((c.kind, c.traits["dose"]) for c in results.cells if c.traits["dose"]):
+        series = fig.profiles(results, findings, kind, dose)
         if series:
-            panels.append((told, fig.profile(kind, series, setting, _look(results), findings.phi)))
+            panels.append((f"{kind}, by {dose}", fig.profile(kind, series, dose, _look(results), findings.phi)))
     return [Section("Attacks without fine-tuning", "Worst harmful score; whiskers are 95 % intervals.", panels=panels)]
 
 

@@ -314,7 +314,7 @@ HEAT_COLUMNS = 8
 
 
 def heat_maps(results: Results, findings: Findings) -> list[HeatMap]:
-    """Worst harmful score so far, over the attacks of kind finetune, by learning rate (and what they train) and step.
+    """Worst harmful score so far, over the plain fine-tunes, by learning rate (and what they train) and step.
 
     A cell is None once every fine-tune of its row has ended. [] below two learning rates.
     """
@@ -322,7 +322,7 @@ def heat_maps(results: Results, findings: Findings) -> list[HeatMap]:
 
     worst: dict[tuple[str, tuple[float, str], int], float] = {}
     for model in results.models:
-        for cell in results.of(model, ("finetune",)):
+        for cell in filter(lambda c: c.plain, results.of(model)):
             rate = cell.settings.get("learning_rate")
             if isinstance(rate, int | float):
                 row = float(rate), str(cell.settings.get("trainable") or "")
@@ -353,8 +353,8 @@ def profiles(
     series = []
     for model in results.models:
         found: dict[float, Point] = {}
-        for cell in results.of(model, [kind]):
-            x, worst = cell.settings.get(setting), max(cell.curve(findings.judge), key=lambda p: p.value, default=None)
+        for cell in (c for c in results.of(model) if c.kind == kind):
+            x, worst = cell.settings.get(setting), cell.worst(findings.judge)
             if isinstance(x, int | float) and worst and (x not in found or worst.value > found[x].value):
                 found[x] = worst
         if found:

@@ -174,7 +174,7 @@ def generalisation(findings: Findings) -> list[Table]:
             g.kind,
             named(found),
             str(g.worst),
-            place(g.kind, g.attack, g.settings),
+            place(g),
             str(g.ratio or NONE),
             str(g.attacks),
         ]
@@ -256,7 +256,7 @@ def agreement(findings: Findings) -> list[Table]:
 
 def inconclusive(findings: Findings) -> list[Table]:
     """Attacks that cannot be concluded from, cells that failed, and attacks that were skipped."""
-    every = [a for found in findings.models for a in found.attacks if a.kind != "benign-only"]  # that one need not bite
+    every = [a for found in findings.models for a in found.attacks if not a.harmless]  # those need not bite
     # Strong beside one model is strong. The control stands first, and its own runs speak for the rest.
     strength = {a.attack: a.strength for a in reversed(every)}
     strength |= {a.attack: a.strength for a in every if a.strength == "strong"}
@@ -293,16 +293,15 @@ def named(found: ModelFindings) -> str:
     return found.label + (f" ({found.role})" if found.role in ("control", "reference") else "")
 
 
-def place(kind: str, attack: str | None, settings: dict[str, Any] | None) -> str:
-    """Where a worst case was found, shortly: 'block 3', 'dose 1', or the attack's name."""
-    for key, of in (("block", "intervention"), ("dose", "roll-back")):
-        if kind == of and settings and settings.get(key) is not None:
-            return f"{key} {settings[key]}"
-    return attack or NONE
+def place(found: Generalisation) -> str:
+    """Where a worst case was found, in short: 'block 3', 'dose 1', or the attack's name."""
+    dose = found.traits["dose"]
+    value = found.settings.get(dose) if dose else None
+    return found.attack if value is None else f"{dose} {value}"
 
 
 def _kind_and_place(found: Generalisation) -> str:
-    where = place(found.kind, found.attack, found.settings)
+    where = place(found)
     return where if where == found.attack else f"{found.kind}, {where}"
 
 
