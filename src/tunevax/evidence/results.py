@@ -347,7 +347,7 @@ def _ended_early(cells: list[Cell]) -> None:
     """Mark as stopped the runs whose rows end before those of other models or seeds under the same attack: without the
     run.json of an audit nothing else says that the loss was not finite."""
     ends: dict[str | None, int] = {}
-    curves = [cell for cell in cells if cell.has_curve]
+    curves = [cell for cell in cells if cell.traits["curve"]]
     for cell in curves:
         ends[cell.attack] = max(ends.get(cell.attack, 0), *(max(by_step) for by_step in cell.rows.values()))
     for cell in curves:
@@ -383,7 +383,7 @@ def _check_cells(cells: list[Cell], judges: list[str]) -> list[str]:
             )
     steps: dict[str, dict[str, list[int]]] = {}
     for cell in cells:
-        if cell.has_curve:
+        if cell.traits["curve"]:
             steps.setdefault(str(cell.attack), {})[cell.model] = cell.steps
     for attack, by_model in steps.items():
         last = {model: grid[-1] for model, grid in by_model.items()}

@@ -24,7 +24,7 @@ LEGACY: dict[str, Traits] = {
     "adaptive": CURVE,
     "poisoned-job": {**CURVE, "customer": True},
     "benign-only": {**CURVE, "harmful_rows": False},
-    "identity-shift": {**CURVE, "common_prompts": False},
+    "identity-shift": {**CURVE, "harmful_rows": False, "common_prompts": False},
     "held-out-category": {**CURVE, "common_prompts": False},
     "template": {**POINT, "customer": True},
     "prefill": {**POINT, "customer": True},
@@ -41,11 +41,6 @@ class Kind:
     traits: Traits
 
     @property
-    def has_curve(self) -> bool:
-        """There are rows along training steps, from step 0 on."""
-        return self.traits["curve"]
-
-    @property
     def in_grid(self) -> bool:
         """A training that is scored on the common prompts: its curves may be averaged and searched together."""
         return self.traits["curve"] and self.traits["common_prompts"]
@@ -59,11 +54,6 @@ class Kind:
     def harmless(self) -> bool:
         """One of the grid that trains on harmless rows only."""
         return self.in_grid and not self.traits["harmful_rows"]
-
-    @property
-    def plain(self) -> bool:
-        """The plain fine-tune, which other kinds are contrasted with."""
-        return self.traits["plain"]
 
 
 def read_rows(folder: Path) -> list[Row]:

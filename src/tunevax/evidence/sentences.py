@@ -565,14 +565,14 @@ def about_the_audit(results: Results, findings: Findings) -> list[str]:
         found.append(
             f"The control is no sound one, so comparisons with it say little: {findings.model(control).sentence}"
         )
-    if any(c.has_curve and c.traits["customer"] for c in results.cells):
+    if any(c.traits["curve"] and c.traits["customer"] for c in results.cells):
         found.append(
             "These models were defended while they were fine-tuned, so they are judged by poisoning the customer's "
             "data; nobody trains here without the provider's defence. A model as it is has done its clean job."
         )
     by_strength: dict[str, list[Attacked]] = {}
     for a in findings.model(control).attacks if control else ():
-        if a.has_curve and a.traits["harmful_rows"]:
+        if a.traits["curve"] and a.traits["harmful_rows"]:
             said = {
                 b.strength for m in findings.models if m.label != control for b in m.attacks if b.attack == a.attack
             }
@@ -644,7 +644,7 @@ def _cell_told(cell: dict[str, Any]) -> str:
 
 
 def _seeds(results: Results) -> str:
-    counts = sorted({len(c.rows) for c in results.cells if c.has_curve} or {len(c.rows) for c in results.cells})
+    counts = sorted({len(c.rows) for c in results.cells if c.traits["curve"]} or {len(c.rows) for c in results.cells})
     if counts == [1]:
         return (
             "One seed: the intervals cover the choice of prompts, not the luck of a training run, so no difference is "

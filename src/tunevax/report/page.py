@@ -164,7 +164,7 @@ def _figures(results: Results, findings: Findings, order: list[str]) -> list[Sec
     from tunevax.report import figures as fig
 
     look, judge, task, phi = _look(results), findings.judge, results.task, findings.phi
-    under = {a: [c for c in results.under(a) if c.has_curve and len(c.steps) > 1] for a in order}
+    under = {a: [c for c in results.under(a) if c.traits["curve"] and len(c.steps) > 1] for a in order}
     cells = {a: found for a, found in under.items() if found}
     taught = {a: found for a, found in cells.items() if task and any(_learned(c, task) for c in found)}
     half = PANELS // 2

@@ -198,7 +198,7 @@ def strongest(results: Results, findings: Findings) -> list[str]:
 
     def order(attack: str) -> tuple[bool, float, float]:
         cell = results.cell(model, attack) or results.under(attack)[0]
-        return not cell.has_curve, *withstood(cell, judge, findings.phi)
+        return not cell.traits["curve"], *withstood(cell, judge, findings.phi)
 
     return sorted(results.attacks, key=order)
 
@@ -272,7 +272,7 @@ def heat_maps(results: Results, findings: Findings) -> list[HeatMap]:
 
     worst: dict[tuple[str, tuple[float, str], int], float] = {}
     for model in results.models:
-        for cell in filter(lambda c: c.plain, results.of(model)):
+        for cell in filter(lambda c: c.traits["plain"], results.of(model)):
             rate = cell.settings.get("learning_rate")
             if isinstance(rate, int | float):
                 row = float(rate), str(cell.settings.get("trainable") or "")
@@ -499,7 +499,7 @@ def interval(bounds: tuple[float, float] | None) -> str:
 
 def told_steps(cell: Cell, judge: str, phi: float) -> str:
     """'32'; with several seeds each seed's own: '16, 32, never', or 'stopped'; '–' for a kind without a curve."""
-    if not cell.has_curve:
+    if not cell.traits["curve"]:
         return NONE
     steps = {seed: cell.steps_to(judge, seed, phi) for seed in cell.seeds}
     if all(s is None and seed not in cell.stopped for seed, s in steps.items()):
