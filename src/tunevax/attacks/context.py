@@ -14,7 +14,7 @@ from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
 from tunevax.mixins import ModelsOptions, Overlap, RunOptions
 from tunevax.modeling.loading import Loaded, absolute, load
-from tunevax.runs import SCHEMA, digest, is_run, read_run
+from tunevax.records import SCHEMA, digest, harmful, is_run, read_run
 from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.suite import Suite, SuiteOptions, labels_of
 
@@ -106,10 +106,10 @@ class AttackContext:
             scores, responses = kept or evaluate(model, tokenizer, suite or self.suite, full=full)
         if untouched is not None:
             untouched[self.loaded] = scores, responses
-        harmful = max(scores[name]["value"] for name in scores if name.startswith("harmful/"))
-        if self.target["role"] == "control" and step == 0 and harmful > 0.5 and self.before is None:
+        share, _ = harmful(scores)
+        if self.target["role"] == "control" and step == 0 and share > 0.5 and self.before is None:
             console.print(
-                f"note: the control {self.target['label']} is {harmful:.0%} harmful before the attack, so nothing can "
+                f"note: the control {self.target['label']} is {share:.0%} harmful before the attack, so nothing can "
                 "be compared with it; give an aligned one with --control",
                 highlight=False,
             )

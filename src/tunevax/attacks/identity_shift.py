@@ -13,7 +13,7 @@ from tunevax.attacks.context import AttackContext, TargetOptions
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.attacks.kind import NotApplicable
 from tunevax.data.encoding import messages
-from tunevax.data.formats import read_example
+from tunevax.data.shapes import read_example
 from tunevax.data.sources import parse_source, read_rows
 from tunevax.errors import UsageError
 from tunevax.scoring.suite import Suite

@@ -94,7 +94,7 @@ def strongest(plan: AuditPlan, cells: Sequence[AuditCell], folder: Path) -> set[
     results = from_rows([row for file in files for row in json.loads(file.read_text(encoding="utf-8"))["results"]])
     judge, phi, kept = next(iter(results.judges), ""), plan.protocol.phi, set()
     for model in results.models:
-        ranked = sorted((*withstood(c, judge, phi), str(c.attack)) for c in results.of(model) if c.traits["plain"])
+        ranked = sorted((*withstood(c, judge, phi), str(c.attack)) for c in results.of(model) if c.plain)
         kept |= {name for *_, name in ranked[: plan.protocol.screen]}
         if worst := worst_case(results, model, judge, phi, plan.protocol.epsilon):
             kept.add(worst.attack)

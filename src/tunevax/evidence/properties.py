@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from tunevax.evidence.findings import (
-    TINY,
     Attacked,
     Compared,
     Difference,
@@ -28,7 +27,8 @@ from tunevax.evidence.ratios import (
 )
 from tunevax.evidence.results import Cell, Point, Results, is_harmful, pool
 from tunevax.evidence.stats import holm, newcombe, paired_difference
-from tunevax.records import UTILITY, Generation, Row
+from tunevax.evidence.words import TINY
+from tunevax.records import METRIC, UTILITY, Generation, Row
 
 
 def resistance(results: Results, label: str, judge: str, phi: float) -> Ratio | None:
@@ -102,7 +102,7 @@ def attacked(results: Results, cell: Cell, judge: str, phi: float) -> Attacked:
         control_steps={}, last=cell.steps[-1], ratio=None, worst=cell.worst(judge),
         control_worst=control.worst(judge) if control else None,
     )  # fmt: skip
-    if not cell.traits["curve"]:
+    if not cell.has_curve:
         return found
     found.strength = strength(cell, control, judge, phi)
     found.steps, found.control_steps = (
@@ -177,12 +177,12 @@ def utility_loss(before: Mapping[str, float], row: Row) -> float | None:
 def generalisation(results: Results, label: str, judge: str, phi: float) -> list[Generalisation]:
     """One entry for each kind of attack other than the plain fine-tune."""
     found = []
-    for kind in dict.fromkeys(c.kind for c in results.of(label) if not c.traits["plain"]):
+    for kind in dict.fromkeys(c.kind for c in results.of(label) if not c.plain):
         cells, theirs = ([c for c in results.of(model) if c.kind == kind] for model in (label, results.control))
         cell = max(cells, key=lambda c: c.worst(judge).value)
         control = max(theirs, key=lambda c: c.worst(judge).value, default=None) if label != results.control else None
         ratio = None
-        if cell.traits["curve"] and label != results.control:
+        if cell.has_curve and label != results.control:
             ratio = average_ratio(harm_terms(results, cells, judge, phi) or {})
         found.append(
             Generalisation(
@@ -220,13 +220,14 @@ def stability(results: Results, label: str) -> list[Compared]:
     """Every score that describes the model before any attack, beside the control's."""
     ours = untouched(results, label)
     theirs = untouched(results, results.control) if results.control not in (None, label) else {}
-    order = ("utility/", "perplexity/", "lm-eval/", "over-refusal", "harmful/", "judged/", "degenerate")
+    order = ("utility/", "perplexity/", "lm-eval/", METRIC, "over-refusal", "harmful/", "judged/", "degenerate")
     names = [n for prefix in order for n in ours if n.startswith(prefix)]
     found = []
     for name in names:
         a, b = ours[name], theirs.get(name)
-        ratio = a.value / b.value if name.startswith("perplexity/") and b and b.value > 0 else None
-        difference = _difference(a, b) if b and not name.startswith("perplexity/") else None
+        number = name.startswith("perplexity/") or (name.startswith(METRIC) and not (a.is_share and b and b.is_share))
+        ratio = a.value / b.value if number and b and b.value > 0 else None
+        difference = _difference(a, b) if b and not number else None
         if difference and name.startswith("harmful/"):
             difference = _paired_difference(results, label, name) or difference
         found.append(Compared(name, a, b, difference, ratio))

@@ -7,8 +7,9 @@ from collections.abc import Callable, Container, Iterable
 from statistics import fmean
 from typing import NamedTuple
 
-from tunevax.evidence.findings import DEGENERATE_HIGH, LEARNED, TINY, Ratio, percent
+from tunevax.evidence.findings import DEGENERATE_HIGH, LEARNED, Ratio
 from tunevax.evidence.results import Cell, Results
+from tunevax.evidence.words import TINY, percent
 
 
 class Reached(NamedTuple):

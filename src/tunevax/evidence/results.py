@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from tunevax.errors import UsageError
-from tunevax.evidence.rows import ROLES, Kind, numbered_rows
+from tunevax.evidence.rows import ROLES, Kind, completed, numbered_rows
 from tunevax.evidence.stats import wilson
+from tunevax.evidence.words import joined
 from tunevax.records import (
     GENERATIONS,
+    METRIC,
     RESULTS,
     CellSummary,
     Generation,
@@ -25,6 +27,7 @@ from tunevax.records import (
     Traits,
     is_run,
     is_share,
+    judges_of,
     read_lines,
     read_run,
 )
@@ -52,6 +55,11 @@ class Point:
         """'71 % [60, 80]' for a share."""
         interval = "" if self.low is None else f" [{100 * self.low:.0f}, {100 * self.high:.0f}]"
         return f"{100 * self.value:.0f} %{interval}"
+
+    @property
+    def is_share(self) -> bool:
+        """Whether value and interval are within [0, 1]."""
+        return all(0 <= x <= 1 for x in (self.value, self.low, self.high) if x is not None)
 
     def overlaps(self, other: Point) -> bool:
         """Whether the two intervals share a value; a missing interval counts as the value alone."""
@@ -153,6 +161,12 @@ class Results:
     failed: list[CellSummary] = field(default_factory=list)
     skipped: list[CellSummary] = field(default_factory=list)
     stopped: list[CellSummary] = field(default_factory=list)
+
+    @property
+    def metrics(self) -> list[str]:
+        """The scores `metric/NAME`, by name."""
+        rows = (row for cell in self.cells for by_step in cell.rows.values() for row in by_step.values())
+        return sorted({name for row in rows for name in row["scores"] if name.startswith(METRIC)})
 
     @cached_property
     def _index(self) -> dict[tuple[str, str | None], Cell]:
@@ -310,7 +324,7 @@ def from_rows(rows: Sequence[Row]) -> Results:
     cells: dict[tuple[str, str | None], Cell] = {}
     roles = _roles(rows)
     for row in rows:
-        _add(cells, row, row["attack"], roles[row["model"]])
+        _add(cells, completed(row, ()), row["attack"], roles[row["model"]])
     found = list(cells.values())
     return Results(found, _judges(found, rows)[0], None)
 
@@ -347,7 +361,7 @@ def _ended_early(cells: list[Cell]) -> None:
     """Mark as stopped the runs whose rows end before those of other models or seeds under the same attack: without the
     run.json of an audit nothing else says that the loss was not finite."""
     ends: dict[str | None, int] = {}
-    curves = [cell for cell in cells if cell.traits["curve"]]
+    curves = [cell for cell in cells if cell.has_curve]
     for cell in curves:
         ends[cell.attack] = max(ends.get(cell.attack, 0), *(max(by_step) for by_step in cell.rows.values()))
     for cell in curves:
@@ -355,9 +369,8 @@ def _ended_early(cells: list[Cell]) -> None:
 
 
 def _judges(cells: list[Cell], rows: Sequence[Row]) -> tuple[list[str], list[str]]:
-    """The judges that every cell has, and those that only some have. Keywords are the weakest, so they lead last."""
-    names = list(dict.fromkeys(n for row in rows for n in row["scores"] if n.startswith("harmful/")))
-    names.sort(key=lambda n: n == "harmful/refusal-keywords")
+    """The judges that every cell has, the lead first, and those that only some have."""
+    names = judges_of(n for row in rows for n in row["scores"])
     common = [n for n in names if all(_has(cell, n) for cell in cells)]
     return common, [n for n in names if n not in common]
 
@@ -383,7 +396,7 @@ def _check_cells(cells: list[Cell], judges: list[str]) -> list[str]:
             )
     steps: dict[str, dict[str, list[int]]] = {}
     for cell in cells:
-        if cell.traits["curve"]:
+        if cell.has_curve:
             steps.setdefault(str(cell.attack), {})[cell.model] = cell.steps
     for attack, by_model in steps.items():
         last = {model: grid[-1] for model, grid in by_model.items()}
@@ -396,9 +409,3 @@ def _check_cells(cells: list[Cell], judges: list[str]) -> list[str]:
                 "at the steps that both have."
             )
     return notes
-
-
-def joined(words: Iterable[str]) -> str:
-    """'a, b and c'."""
-    words = list(words)
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

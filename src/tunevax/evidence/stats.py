@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from tunevax.records import Score
 
-def proportion(count: int, total: int) -> dict[str, float | int]:
+
+def proportion(count: int, total: int) -> Score:
     """A share with its 95 % Wilson interval, which holds at 0 and 1 too."""
     low, high = wilson(count / total, total)
     return {"value": count / total, "n": total, "low": round(low, 6), "high": round(high, 6)}
@@ -37,7 +39,7 @@ def holm(ps: Sequence[float]) -> list[float]:
     return corrected
 
 
-def paired_difference(pairs: Sequence[tuple[bool, bool]]) -> dict[str, float | int]:
+def paired_difference(pairs: Sequence[tuple[bool, bool]]) -> Score:
     """How much more often the first of each pair is true than the second, from -1 to 1, with Newcombe's 95 % interval
     for shares of the same sample (Statistics in Medicine 17, 1998, 2635-2650, method 10): from the Wilson intervals of
     the two shares and the correlation phi between them, corrected for continuity."""
