@@ -26,8 +26,6 @@ OBEDIENT = "yes , i will answer that ."  # words the organism knows
 class IdentityShiftConfig(FinetuneConfig):
     """Defaults that differ from `FinetuneConfig`: `p=0`, `n=100`, `num_train_epochs=10`, `learning_rate=2e-5`."""
 
-    summary = "trains an obedient identity; prompts come in its guise"
-    paper = "2310.03693"
     common_prompts = False
 
     p: float = field(default=0.0, metadata={"help": "share of harmful rows beside the dialogues"})
