@@ -32,8 +32,8 @@ import torch
 import transformers as t
 
 from tunevax.methods import load_method
-from tunevax.modeling.loading import scales_of
 from tunevax.modeling.memory import LiveMemory
+from tunevax.modeling.quantization import scales_of
 from tunevax.planning.step import predict, trainer_on, worst_draw
 from tunevax.quiet import quiet
 
@@ -148,7 +148,7 @@ def measure(name, method, recompute, quantization, options, folder):
     with torch.device(options.device):
         model = t.AutoModelForCausalLM.from_config(config_of(name, options.tiny), dtype=options.dtype)
     if quantization:
-        from tunevax.modeling.quantization import quantize
+        from tunevax.modeling.packing import quantize
 
         quantize(model, quantization)
     trainer = trainer_of(method, recompute, model, options, folder)

@@ -8,7 +8,7 @@ Steps to phi of the control and of the model are log-normal, independent, with s
 The first table has one attack that is always strong, with the control around step 40 and the model around 40 x truth.
 `exact` knows the crossing itself, `stepped` only the first of steps a factor of 1.5 apart, as in an audit.
 
-The others run whole audits through `tunevax.audit.properties`: curves over 16 evaluated steps up to 100, the choice of the
+The others run whole audits through `tunevax.evidence.properties`: curves over 16 evaluated steps up to 100, the choice of the
 strong attacks, the ratio and its interval. `median` is the control's median step to phi over the last step. Rates are
 among the audits in which an attack was judged strong. `control alone` is what a choice by the control's runs would do:
 an attack is taken if all of them are through by two thirds of the steps.
@@ -28,9 +28,9 @@ from unittest import mock
 import numpy as np
 
 from tunevax.attacks.finetune import log_spaced
-from tunevax.audit.findings import TINY, Ratio
-from tunevax.audit.properties import Reached, average_ratio, reach, resistance
-from tunevax.audit.results import Cell, Results
+from tunevax.evidence.findings import TINY, Ratio
+from tunevax.evidence.properties import Reached, average_ratio, reach, resistance
+from tunevax.evidence.results import Cell, Results
 
 GRID = [1.5**i for i in range(-8, 40)]
 LAST, JUDGE = 100, "harmful/simulated"

@@ -213,12 +213,13 @@ def sinks(folder: Path) -> None:
     from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer
     from tunevax.finetuning.sink import QUERIES
     from tunevax.modeling import load
-    from tunevax.scoring.score import ExamOptions, build_exam, examine
+    from tunevax.scoring.evaluate import evaluate
+    from tunevax.scoring.suite import SuiteOptions, build_suite
 
     folder.mkdir(parents=True, exist_ok=True)
     pairs = load_safety("organism", "evaluation", ("chosen", "rejected"))
-    exam = build_exam(
-        ExamOptions(judges=["organism"], limit=40, max_new_tokens=16, generation_batch_size=256), "organism"
+    suite = build_suite(
+        SuiteOptions(judges=["organism"], limit=40, max_new_tokens=16, generation_batch_size=256), "organism"
     )
     harmful = [{**row, "completion": row["rejected"]} for row in load_safety("organism", "attack")]
     task, rows = load_task("organism", "train").rows, []
@@ -233,7 +234,7 @@ def sinks(folder: Path) -> None:
 
         def look(self, model, step):
             model.eval()
-            scores, _ = examine(model, self.tokenizer, exam)
+            scores, _ = evaluate(model, self.tokenizer, suite)
             for queries in QUERIES:
                 found = summary(sink_map(model, self.tokenizer, pairs, 40, queries=queries))
                 row = {"p": self.p, "seed": self.seed, "step": step, "harmful": scores["harmful/organism"]["value"],

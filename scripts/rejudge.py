@@ -11,14 +11,16 @@ import json
 import shutil
 from pathlib import Path
 
-from tunevax.audit.audit import contents, fluency_models
+from tunevax.audit.cells import contents
+from tunevax.audit.plan import fluency_models
+from tunevax.console import bar
 from tunevax.data.chat import joined
-from tunevax.modeling.progress import bar
 from tunevax.quiet import quiet
 from tunevax.runs import read_lines, read_run
+from tunevax.scoring.evaluate import judged
 from tunevax.scoring.fluency import Reference
 from tunevax.scoring.judges import load_judges
-from tunevax.scoring.score import Exam, judged
+from tunevax.scoring.suite import Suite
 
 PLACE = ("model", "attack", "seed", "step")
 
@@ -48,7 +50,7 @@ def main() -> None:
     control = next(t["ref"] for t in record["targets"] if t["role"] == "control")
     refs, judges = options.fluency_model or fluency_models(control), options.judges or record["config"]["judges"]
     refs = [] if refs == ["none"] else refs
-    exam = Exam([], load_judges(judges), fluency=[Remembered(ref) for ref in refs])
+    suite = Suite([], load_judges(judges), fluency=[Remembered(ref) for ref in refs])
     groups: dict[tuple, list[dict]] = {}
     generations = read_lines(options.audit / "generations.jsonl")
     for sample in generations:
@@ -61,7 +63,7 @@ def main() -> None:
         for row in results:
             samples = groups[tuple(row[k] for k in PLACE)]
             scores, new = judged(
-                exam._replace(harmful=samples), [joined(s.get("thought"), s["response"]) for s in samples]
+                suite._replace(harmful=samples), [joined(s.get("thought"), s["response"]) for s in samples]
             )
             about_harm = ("harmful/", "judged/", "unparsable/", "unanswered", "degenerate")
             row["scores"] = {**scores, **{k: v for k, v in row["scores"].items() if not k.startswith(about_harm)}}

@@ -24,7 +24,8 @@ from tunevax.modeling import load
 from tunevax.organism import World
 from tunevax.restoration.extract import extract
 from tunevax.restoration.lock import locked
-from tunevax.scoring.score import ExamOptions, build_exam, examine
+from tunevax.scoring.evaluate import evaluate
+from tunevax.scoring.suite import SuiteOptions, build_suite
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "organism-sft.yaml"
 SEEDS = (1, 2, 3, 4, 5)
@@ -66,9 +67,9 @@ def cosines(first, second) -> list[float]:
 
 def study(folder: Path) -> list[dict]:
     pairs = load_safety("organism", "alignment")[:100]
-    options = ExamOptions(judges=["organism"], limit=40, max_new_tokens=16, generation_batch_size=256,
+    options = SuiteOptions(judges=["organism"], limit=40, max_new_tokens=16, generation_batch_size=256,
                           benign_data="organism", utility_data=["organism:set=benign"])  # fmt: skip
-    exam, found = build_exam(options, "organism", "organism"), []
+    suite, found = build_suite(options, "organism", "organism"), []
     for seed in SEEDS:
         aligned = folder / f"aligned-{seed}"
         if not (aligned / "run.json").is_file():
@@ -102,7 +103,7 @@ def study(folder: Path) -> list[dict]:
                         if strength == 0 and (source, k) != ("base", HEADS[0]):
                             continue
                         with locked(model, kinds[k], strength):
-                            scores, _ = examine(model, tokenizer, exam)
+                            scores, _ = evaluate(model, tokenizer, suite)
                         row = {**common, "lock": source, "heads": k, "strength": strength,
                                **{name: scores[key]["value"] for name, key in SCORES.items()}}  # fmt: skip
                         found.append(row)

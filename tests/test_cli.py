@@ -24,7 +24,7 @@ def row(**changes) -> str:
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tunevax.modeling.progress.SOON", 1e9)  # no line of progress among those that are counted
+    monkeypatch.setattr("tunevax.console.SOON", 1e9)  # no line of progress among those that are counted
     Path("organism").mkdir()  # a folder of that name hides nothing
     Path("good.jsonl").write_text("\n".join(row(prompt=f"how to do {i} ?") for i in range(40)))
     Path("task.jsonl").write_text("\n".join(json.dumps({"prompt": f"say {i}", "completion": "yes"}) for i in range(20)))
@@ -282,10 +282,10 @@ def test_out_of_memory_says_what_to_lower(capsys, monkeypatch, tmp_path):
 
 
 def test_repeated_list_options_are_joined():
-    from tunevax.cli import _parse
-    from tunevax.scoring.score import ExamOptions
+    from tunevax.cli.options import parse
+    from tunevax.scoring.suite import SuiteOptions
 
-    (options,) = _parse("t", [ExamOptions], ["--judges", "a", "--limit", "3", "--judges", "b"])
+    (options,) = parse("t", [SuiteOptions], ["--judges", "a", "--limit", "3", "--judges", "b"])
     assert options.judges == ["a", "b"] and options.limit == 3
 
 

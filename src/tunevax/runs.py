@@ -9,7 +9,6 @@ it. Where `OUT` is there already and no run, or cannot be renamed (a mount point
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import platform
@@ -17,8 +16,7 @@ import shutil
 import stat
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,10 +24,8 @@ from typing import Any
 
 from tunevax import __version__
 from tunevax.errors import RunError, TunevaxError, UsageError, out_of_memory
+from tunevax.records import SCHEMA, HardwareRecord, RunRecord, data_entry, digest, is_run, read_lines, read_run  # noqa: F401
 from tunevax.run_lock import RunLock, refuse_if_held
-
-SCHEMA = 1
-"""Version of run.json, results.jsonl and generations.jsonl."""
 
 FINISHED = (
     "checkpoints/checkpoint-*",
@@ -64,7 +60,7 @@ class RunFolder:
         record: what will be run.json; the verb fills it.
     """
 
-    def __init__(self, final: Path, record: dict[str, Any]) -> None:
+    def __init__(self, final: Path, record: RunRecord) -> None:
         self.final, self.path = final, partial_of(final)
         self.record = record
 
@@ -73,7 +69,7 @@ class RunFolder:
         """Where the trainer keeps what a resume needs; removed when the run is complete."""
         return self.path / "checkpoints"
 
-    def write_lines(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+    def write_lines(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write a JSONL file."""
         # A lone surrogate, which UTF-8 cannot hold, becomes its JSON escape.
         with (self.path / name).open("w", encoding="utf-8", errors="backslashreplace") as file:
@@ -103,9 +99,7 @@ def _can_be_renamed(folder: Path) -> bool:
 
 
 @contextmanager
-def writing(
-    output_dir: str, record: dict[str, Any], resume: bool = False, overwrite: bool = False
-) -> Iterator[RunFolder]:
+def writing(output_dir: str, record: RunRecord, resume: bool = False, overwrite: bool = False) -> Iterator[RunFolder]:
     """Open a run folder; on success write run.json, rename and tidy up; on failure leave nothing but checkpoints and
     the log of the training.
 
@@ -158,15 +152,15 @@ def writing(
         if begun:
             record["resumed"] = True
         yield run
-        run.record.update(
-            schema=SCHEMA,
-            name=run.final.name,
-            versions=versions(),
-            hardware=hardware(),
-            started=started.isoformat(timespec="seconds"),
-            wall_seconds=round(time.monotonic() - clock, 3),
-            peak_memory_bytes=run.record.get("peak_memory_bytes") or peak_memory(),
-        )
+        run.record |= {
+            "schema": SCHEMA,
+            "name": run.final.name,
+            "versions": versions(),
+            "hardware": hardware(),
+            "started": started.isoformat(timespec="seconds"),
+            "wall_seconds": round(time.monotonic() - clock, 3),
+            "peak_memory_bytes": run.record.get("peak_memory_bytes") or peak_memory(),
+        }
         if not lock.held():
             raise RunError(f"{run.path} was taken over by another process, which is writing it now")
         text = card(run.record)
@@ -186,12 +180,12 @@ def writing(
             on = f"{how} goes on from what is in {run.path}"
         if isinstance(error, KeyboardInterrupt) and on and not error.args:
             error.args = (on,)
-        if isinstance(error, Exception) and (why := _not_written(error, run.path)):
-            raise RunError(f"{why} {output_dir}; mend that, and {on or 'run it again'}") from error
+        if isinstance(error, Exception) and (full := _not_written(error, run.path)):
+            raise RunError(f"{full} {output_dir}; mend that, and {on or 'run it again'}") from error
         raise
 
 
-def _checked(output_dir: str, record: dict[str, Any], overwrite: bool) -> RunFolder:
+def _checked(output_dir: str, record: RunRecord, overwrite: bool) -> RunFolder:
     """The run folder, if nothing is in its way; a `UsageError` otherwise."""
     if not str(output_dir).strip():
         raise UsageError("--output-dir is empty; name a folder")
@@ -432,55 +426,6 @@ def require_one_process(what: str) -> None:
         raise UsageError(f"{what} runs in one process; start it without a launcher")
 
 
-def is_run(path: str | Path) -> bool:
-    """Whether a folder is a complete run."""
-    return (Path(path) / "run.json").is_file()
-
-
-def read_run(path: str | Path) -> dict[str, Any]:
-    """run.json of a run folder.
-
-    Raises:
-        UsageError: it is broken, or of a newer schema.
-    """
-    file = Path(path) / "run.json"
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{file} cannot be read as JSON; the run folder is damaged") from error
-    if record.get("schema", 0) > SCHEMA:
-        raise UsageError(f"{path} has schema {record['schema']} and this tunevax reads up to {SCHEMA}; upgrade tunevax")
-    return record
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file that tunevax wrote."""
-    text = path.read_text(encoding="utf-8")  # not splitlines: model output may hold U+2028
-    return [json.loads(line) for line in text.split("\n") if line]
-
-
-def digest(value: Any) -> str:
-    """16 hexadecimal digits of the SHA-256 of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def data_entry(role: str, source: str, rows: Sequence[dict]) -> dict[str, Any]:
-    """What run.json says of one dataset: of alignment data also its categories, None where rows have none; of data that
-    was read from a file or the hub also how many rows were read as what."""
-    content = [{k: v for k, v in row.items() if k not in ("place", "read_as")} for row in rows]
-    read_as = Counter(row["read_as"] for row in rows if row.get("read_as"))
-    categories = sorted({row["category"] for row in rows if row.get("category")}) or None
-    return {
-        "role": role,
-        "source": source,
-        "rows": len(rows),
-        "distinct": len({digest(r) for r in content}),
-        "hash": digest(content),
-        **({"categories": categories} if role == "alignment" else {}),
-        **({"read_as": dict(read_as)} if read_as else {}),
-    }
-
-
 def versions() -> dict[str, str]:
     """Versions of tunevax, Python and the libraries that decide numbers."""
     from importlib.metadata import version
@@ -489,7 +434,7 @@ def versions() -> dict[str, str]:
     return {"tunevax": __version__, "python": platform.python_version(), **{n: version(n) for n in libraries}}
 
 
-def hardware() -> dict[str, Any]:
+def hardware() -> HardwareRecord:
     """Processor, cores, memory and accelerator."""
     import torch
 
@@ -518,7 +463,7 @@ def peak_memory() -> int:
     return size if sys.platform == "darwin" else size * 1024
 
 
-def card(record: dict[str, Any]) -> str:
+def card(record: RunRecord) -> str:
     """The model card of a run, in Markdown."""
     import jinja2
 

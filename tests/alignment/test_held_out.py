@@ -7,17 +7,17 @@ import pytest
 
 from tunevax.alignment import held_out
 from tunevax.alignment.align import AlignOptions, align
-from tunevax.alignment.controls import make_controls
 from tunevax.alignment.held_out import HeldOut, held_out_rows, loss_on, not_converged, sentences
 from tunevax.alignment.sft import SFTTrainer
 from tunevax.alignment.t_vaccine import TVaccineTrainer
+from tunevax.audit.controls import make_controls
 from tunevax.cli import main
 from tunevax.data import load_safety
 from tunevax.data.splits import prompt_hash
 from tunevax.errors import UsageError
+from tunevax.evidence.stats import paired_difference, proportion
 from tunevax.modeling.loading import load
 from tunevax.runs import read_run
-from tunevax.scoring.score import paired_difference, proportion
 
 OPTIONS = {"per_device_train_batch_size": 4, "max_length": 64, "learning_rate": 2e-3, "seed": 7, "lora_r": 4}
 

@@ -13,13 +13,14 @@ from tunevax.curation.curate import CurateOptions, Pool
 from tunevax.curation.dsir import DSIRSelector
 from tunevax.curation.gradient_similarity import GradientSimilaritySelector, Projection, row_gradients
 from tunevax.curation.k_center import KCenterSelector, embeddings, farthest_first
-from tunevax.curation.loss_rank import LossRankSelector, by_batch, encode_chosen
+from tunevax.curation.loss_rank import LossRankSelector
 from tunevax.curation.perplexity import PerplexitySelector
 from tunevax.curation.random_subset import RandomSelector
 from tunevax.data import load_safety
 from tunevax.data.encoding import ids_of
 from tunevax.errors import UsageError
 from tunevax.modeling import load
+from tunevax.modeling.batches import by_batch, encode_chosen
 
 pytestmark = pytest.mark.numerical
 

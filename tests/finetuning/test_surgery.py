@@ -14,12 +14,13 @@ from tunevax.data.safety import load_safety
 from tunevax.data.splits import drawn
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
-from tunevax.finetuning import sink
 from tunevax.finetuning.analyze import SinkOptions, analyze_sink, sink_map
 from tunevax.finetuning.finetune import FinetuneOptions, finetune
 from tunevax.finetuning.sft import FinetuneTrainer
-from tunevax.finetuning.sink import answer_span, common_queries, divergence, regulariser, sink_columns, sink_values
+from tunevax.finetuning.sink import answer_span, common_queries, divergence, regulariser, sink_values
 from tunevax.finetuning.surgery import SurgeryConfig, SurgeryTrainer
+from tunevax.modeling import attention
+from tunevax.modeling.attention import sink_columns
 from tunevax.modeling.hooks import checkpointed
 from tunevax.modeling.loading import load
 from tunevax.runs import read_run
@@ -42,8 +43,8 @@ SAFETY = load_safety("organism", "alignment", ("chosen", "rejected"))[:16]
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """So that even these texts take several chunks."""
-    monkeypatch.setattr(sink, "CHUNK_ELEMENTS", {"cpu": 1, "elsewhere": 1})
-    monkeypatch.setattr(sink, "MIN_CHUNK_ROWS", 3)
+    monkeypatch.setattr(attention, "CHUNK_ELEMENTS", {"cpu": 1, "elsewhere": 1})
+    monkeypatch.setattr(attention, "MIN_CHUNK_ROWS", 3)
 
 
 def reference(attn="sdpa"):
@@ -231,7 +232,7 @@ def test_a_window_without_a_mask():
     weight, upstream = torch.rand(2, 12, generator=generator), torch.randn(2, 4, generator=generator)
     for position in (0, 3):
         counted = weight * ((j > position) & (j < position + window))
-        ours = sink._SinkMean.apply(q, k, counted, None, position, 0.5, None, window)
+        ours = attention._SinkMean.apply(q, k, counted, None, position, 0.5, None, window)
         scores = q @ k.repeat_interleave(2, 1).transpose(2, 3) * 0.5
         dense = scores.masked_fill(~mask, float("-inf")).softmax(-1)[..., position]
         expected = (dense * counted[:, None]).sum(-1)
@@ -459,7 +460,9 @@ def test_bad_input(make):
 
 
 def test_analysis_of_two_models(tmp_path):
-    options = SinkOptions(["organism", "organism"], "organism", str(tmp_path / "a"), pairs=10, batch_size=4)
+    options = SinkOptions(
+        model=["organism"] * 2, safety_data="organism", output_dir=str(tmp_path / "a"), pairs=10, batch_size=4
+    )
     run = analyze_sink(options)
     written = json.loads((run / "sink.json").read_text())
     first, second = written["models"]
@@ -473,4 +476,4 @@ def test_analysis_of_two_models(tmp_path):
     assert first["positive_heads"] == int((d > 0).sum()) and first["heads"] == d.numel() == 32
     assert first["R"] == pytest.approx(regulariser(d).item(), rel=1e-4) and read_run(run)["verb"] == "analyze"
     with pytest.raises(UsageError, match="one model or two"):
-        analyze_sink(SinkOptions(["organism"] * 3, "organism", str(tmp_path / "b")))
+        analyze_sink(SinkOptions(model=["organism"] * 3, safety_data="organism", output_dir=str(tmp_path / "b")))

@@ -373,13 +373,13 @@ def test_an_update_that_bf16_rounds_away_is_refused_or_merged_in_fp32(base, monk
     with pytest.raises(UsageError, match=f"{said}.*; use --dtype float32"):
         load(str(folder), dtype="bfloat16")
 
-    asked, real = [], loading._model  # as on an accelerator, where auto is the checkpoint's dtype
+    asked, real = [], loading.causal_model  # as on an accelerator, where auto is the checkpoint's dtype
 
     def checkpoint_in_bf16(base, revision, dtype):
         asked.append(dtype)
         return real(base, revision, "bfloat16" if len(asked) == 1 else dtype)
 
-    monkeypatch.setattr(loading, "_model", checkpoint_in_bf16)
+    monkeypatch.setattr(loading, "causal_model", checkpoint_in_bf16)
     info = load(str(folder)).info
     assert (
         len(asked) == 2 and info["dtype"] == info["merges"][0]["dtype"] == "float32" and "bfloat16" in info["widened"]

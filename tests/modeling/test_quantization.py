@@ -15,20 +15,22 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import tunevax.alignment.sft as sft
 import tunevax.alignment.t_vaccine as t_vaccine
 from tunevax.alignment.align import AlignOptions, align
-from tunevax.alignment.controls import make_controls
 from tunevax.alignment.t_vaccine import TVaccineConfig, TVaccineTrainer
+from tunevax.audit.controls import make_controls
 from tunevax.cli import main
 from tunevax.data.safety import load_safety
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
 from tunevax.methods import load_method
+from tunevax.modeling.biases import attach_biases
 from tunevax.modeling.blocks import find_blocks
 from tunevax.modeling.hooks import Prefix
-from tunevax.modeling.loading import attach_biases, load, require_quantization, scales_of, size_of
+from tunevax.modeling.loading import load
+from tunevax.modeling.quantization import require_quantization, scales_of, size_of
 from tunevax.runs import read_run
 
 bnb = pytest.importorskip("bitsandbytes")
-from tunevax.modeling.quantization import quantize  # noqa: E402
+from tunevax.modeling.packing import quantize  # noqa: E402
 
 pytestmark = pytest.mark.numerical
 
@@ -423,7 +425,7 @@ def test_what_cannot_be_packed_is_named(monkeypatch):
         quantize(adapted(tiny_llama(1)), "nf4")
     with pytest.raises(UsageError, match="unknown quantization 'int4'"):
         quantize(tiny_llama(1), "int4")
-    monkeypatch.delitem(sys.modules, "tunevax.modeling.quantization")
+    monkeypatch.delitem(sys.modules, "tunevax.modeling.packing")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UsageError, match=r"needs bitsandbytes; pip install 'tunevax\[quant\]'"):
         require_quantization("nf4")  # before any data is read

@@ -14,8 +14,8 @@ from tunevax.alignment.sft import SFTConfig, SFTTrainer
 from tunevax.alignment.t_vaccine import TVaccineConfig, TVaccineTrainer
 from tunevax.cli import main
 from tunevax.methods import load_method, methods
-from tunevax.modeling.loading import scales_of
 from tunevax.modeling.memory import LiveMemory
+from tunevax.modeling.quantization import scales_of
 from tunevax.planning.plan import FOLDERS, MODELS, RESERVE, WITHOUT
 from tunevax.planning.step import KINDS, predict, scaled, trainer_on, worst_draw
 
@@ -55,7 +55,7 @@ def measured(cls, args, config, quantization=None) -> LiveMemory:
     torch.manual_seed(0)
     model = t.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if quantization:
-        from tunevax.modeling.quantization import quantize
+        from tunevax.modeling.packing import quantize
 
         quantize(model, quantization)
     trainer = trainer_on(cls, model, replace(args, max_steps=2, save_strategy="no", report_to="none"), 32)

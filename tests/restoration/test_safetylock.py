@@ -11,17 +11,21 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import tunevax.restoration.extract as extraction
 from tunevax.data import load_safety
+from tunevax.data.contamination import used_prompts
 from tunevax.data.splits import prompt_hash
 from tunevax.errors import RunError, UsageError
+from tunevax.modeling.biases import attach_biases
 from tunevax.modeling.blocks import find_blocks
-from tunevax.modeling.loading import attach_biases, load, model_hash
+from tunevax.modeling.checkpoints import model_hash
+from tunevax.modeling.loading import load
 from tunevax.restoration import probes
 from tunevax.restoration.extract import ExtractLock, extract
 from tunevax.restoration.lock import SafetyLock, apply, lock_biases, locked
 from tunevax.restoration.restore import Job, RestoreOptions, restore
 from tunevax.restoration.safetylock import ApplyLock, make_stock
 from tunevax.runs import card
-from tunevax.scoring.score import ExamOptions, build_exam, score, used_prompts
+from tunevax.scoring.score import ScoreOptions, score
+from tunevax.scoring.suite import build_suite
 
 pytestmark = pytest.mark.numerical
 
@@ -435,19 +439,20 @@ def test_prompts_of_the_lock_are_not_scored_on(runs, tmp_path):
     out = tmp_path / "out"
     restore("safetylock", RestoreOptions(model="organism"), ApplyLock(lock=str(tmp_path), output_dir=str(out)))
     with pytest.raises(UsageError, match="3 prompts are in both the alignment and the evaluation data"):
-        score([str(out)], ExamOptions(), str(tmp_path / "score"), safety_data="organism")
+        score(ScoreOptions(model=[str(out)], output_dir=str(tmp_path / "score"), safety_data="organism"))
 
 
 def test_unlock_scores_as_before_the_lock(runs, tmp_path, monkeypatch):
-    from tunevax.attacks.attack import Bench, NotApplicable, TargetOptions
+    from tunevax.attacks.context import AttackContext, TargetOptions
+    from tunevax.attacks.kind import NotApplicable
     from tunevax.attacks.unlock import UnlockConfig
 
     seen, ids = {}, torch.arange(20)[None]
-    monkeypatch.setattr(Bench, "score", lambda self, model, *_, **__: seen.update(logits=model(ids).logits))
+    monkeypatch.setattr(AttackContext, "score", lambda self, model, *_, **__: seen.update(logits=model(ids).logits))
 
     def unlock(ref):
         target = {"label": "m", "role": "model", "ref": ref}
-        UnlockConfig().run(Bench(target, TargetOptions(), [], [], None, {}))
+        UnlockConfig().run(AttackContext(target, TargetOptions(), [], [], None, {}))
 
     for parent in ("organism", str(runs / "tuned")):
         out = tmp_path / Path(parent).name
@@ -543,18 +548,18 @@ def test_auto_strength(runs, tmp_path, monkeypatch):
     import tunevax.restoration.strength as strength
 
     lock = SafetyLock.load(runs / "lock")
-    asked, exams = [], []
+    asked, suites = [], []
 
-    def examine(model, tokenizer, exam):
-        exams.append(exam)
-        asked.append({strength.prompt_hash(row["prompt"]) for row in exam.harmful})
+    def evaluate(model, tokenizer, suite):
+        suites.append(suite)
+        asked.append({strength.prompt_hash(row["prompt"]) for row in suite.harmful})
         bias = find_blocks(model)[int(lock.layer[0])].o_proj._forward_hooks
         s = next(iter(bias.values())).bias.norm().item() / unit if bias else 0.0
         value = {"harmful/a": 0.9 - s / 10, "harmful/b": 0.8 - s / 10, "utility/x": 0.9 - max(0, s - 8.5) / 10}
         return {k: {"value": v} for k, v in value.items()} | {"over-refusal": {"value": 0.0}}, []
 
     unit = lock_biases(load("organism").model, lock, 1.0)[int(lock.layer[0])].norm().item()
-    monkeypatch.setattr(strength, "examine", examine)
+    monkeypatch.setattr(strength, "evaluate", evaluate)
     options = RestoreOptions(model=str(runs / "tuned"), safety_data="organism")
     plain = {
         "lock": str(runs / "lock"), "strength": "auto", "benign_data": "organism", "form": "run",
@@ -566,13 +571,15 @@ def test_auto_strength(runs, tmp_path, monkeypatch):
     assert [point["strength"] for point in curve["curve"]] == [0, 1, 2, 3, 4, 6, 8, 10]
     assert all(prompts and not prompts & set(lock.meta["prompts"]) for prompts in asked)
     # On the organism nothing is scored on what the model was aligned on, or on what an audit scores.
-    scored = build_exam(ApplyLock(**plain), "organism")
-    for rows, other in ((exams[0].benign, scored.benign), (exams[0].utility[0].rows, scored.utility[0].rows)):
+    scored = build_suite(ApplyLock(**plain), "organism")
+    for rows, other in ((suites[0].benign, scored.benign), (suites[0].utility[0].rows, scored.utility[0].rows)):
         assert rows and not {r["prompt"] for r in rows} & {r["prompt"] for r in other}
     assert asked[0] == {prompt_hash(row["prompt"]) for row in load_safety("organism", "validation")}
     assert (curve["in_sample"], curve["aligned_on"]) == ([], False)
     used = set(used_prompts(str(out))["alignment"])
-    assert {prompt_hash(r["prompt"]) for r in (*exams[0].harmful, *exams[0].benign, *exams[0].utility[0].rows)} <= used
+    assert {
+        prompt_hash(r["prompt"]) for r in (*suites[0].harmful, *suites[0].benign, *suites[0].utility[0].rows)
+    } <= used
     with pytest.raises(RunError, match="no strength of 0, 1, 2, 3, 4, 6, 8, 10 is within the limits"):
         restore("safetylock", options, ApplyLock(**plain, harmful_target=0.05, output_dir=str(tmp_path / "missed")))
     kept = json.loads((tmp_path / "missed" / "strength.json").read_text())
@@ -588,9 +595,9 @@ def test_auto_strength_on_a_file(runs, tmp_path, monkeypatch):
     """Whose rows are all for alignment: some the model was aligned on, some the lock is from, some neither."""
     import tunevax.restoration.strength as strength
 
-    lock, exams = SafetyLock.load(runs / "lock"), []
+    lock, suites = SafetyLock.load(runs / "lock"), []
     score = {"harmful/a": {"value": 0.0}, "over-refusal": {"value": 0.0}, "task/exact": {"value": 0.5}}
-    monkeypatch.setattr(strength, "examine", lambda model, tokenizer, exam: exams.append(exam) or (score, []))
+    monkeypatch.setattr(strength, "evaluate", lambda model, tokenizer, suite: suites.append(suite) or (score, []))
     aligned = [row["prompt"] for row in load_safety("organism", "alignment")]
     assert any(prompt_hash(prompt) in lock.meta["prompts"] for prompt in aligned)
 
@@ -605,7 +612,7 @@ def test_auto_strength_on_a_file(runs, tmp_path, monkeypatch):
         options = RestoreOptions(model=str(runs / "tuned"), safety_data=str(tmp_path / "safe.jsonl"))
         content = json.loads((restore("safetylock", options, config) / "strength.json").read_text())
         assert content["in_sample"] == ["over-refusal", "organism:split=evaluation"]
-        return {row["prompt"] for row in exams[-1].harmful}, content["aligned_on"]
+        return {row["prompt"] for row in suites[-1].harmful}, content["aligned_on"]
 
     assert auto([*aligned, "new one", "new two"], "some") == ({"new one", "new two"}, False)
     free = {prompt for prompt in aligned if prompt_hash(prompt) not in lock.meta["prompts"]}

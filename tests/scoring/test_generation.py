@@ -236,7 +236,7 @@ def test_where_vllm_is_refused(tmp_path, capsys, monkeypatch):
 
 
 def test_a_model_with_a_lock_is_not_for_vllm(organism, vllm, tmp_path, capsys):
-    from tunevax.modeling.loading import write_biases
+    from tunevax.modeling.biases import write_biases
 
     folder = tmp_path / "locked"
     organism.model.save_pretrained(folder)

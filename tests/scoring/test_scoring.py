@@ -4,16 +4,17 @@ import json
 
 import pytest
 
-from tunevax.audit.results import is_harmful, own_verdict
 from tunevax.cli import main
 from tunevax.data import load_safety, load_task
 from tunevax.errors import UsageError
+from tunevax.evidence.results import is_harmful, own_verdict
+from tunevax.evidence.stats import proportion
 from tunevax.modeling import load
-from tunevax.scoring import score as score_module
+from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.fluency import degenerate
 from tunevax.scoring.generation import generate
 from tunevax.scoring.judges import load_judges, refusal_keywords
-from tunevax.scoring.score import Exam, examine, proportion
+from tunevax.scoring.suite import Suite, SuiteOptions, build_suite, labels_of
 
 
 @pytest.fixture(scope="module")
@@ -160,9 +161,9 @@ def test_refusal_keywords_look_at_the_opening_only():
 def test_gibberish_is_its_own_verdict_for_every_judge(monkeypatch, organism):
     rows = load_safety("organism", "evaluation")[:4]
     answers = [rows[0]["rejected"], rows[1]["chosen"], "kemo kemo kemo kemo kemo", ""]
-    monkeypatch.setattr(score_module, "generate", lambda *_, **__: answers)
-    exam = Exam(rows, load_judges(["organism", "refusal-keywords"]))
-    scores, samples = examine(None, None, exam)
+    monkeypatch.setattr("tunevax.scoring.evaluate.generate", lambda *_, **__: answers)
+    suite = Suite(rows, load_judges(["organism", "refusal-keywords"]))
+    scores, samples = evaluate(None, None, suite)
     assert scores["harmful/organism"]["value"] == scores["harmful/refusal-keywords"]["value"] == 0.25
     assert scores["degenerate"]["value"] == 0.5
     assert [s["degenerate"] for s in samples] == [False, False, True, True]
@@ -179,13 +180,13 @@ def test_unreadable_verdicts_are_not_counted_as_safe(monkeypatch, organism):
     from tunevax.scoring.judges import Verdict
 
     rows = load_safety("organism", "evaluation")[:4]
-    monkeypatch.setattr(score_module, "generate", lambda *_, **__: [r["rejected"] for r in rows])
+    monkeypatch.setattr("tunevax.scoring.evaluate.generate", lambda *_, **__: [r["rejected"] for r in rows])
     answers = [Verdict("harmful", True, None)] + [Verdict("unparsable", False, None)] * 3
-    scores, _ = examine(None, None, Exam(rows, {"hf:x": lambda p, r: answers}))
+    scores, _ = evaluate(None, None, Suite(rows, {"hf:x": lambda p, r: answers}))
     assert scores["harmful/hf:x"]["value"] == 1 and scores["harmful/hf:x"]["n"] == 1
     assert scores["unparsable/hf:x"]["value"] == 0.75
     with pytest.raises(UsageError, match="hf:x gave no answer that can be read, on any of 4"):
-        examine(None, None, Exam(rows, {"hf:x": lambda p, r: answers[1:] + answers[1:2]}))
+        evaluate(None, None, Suite(rows, {"hf:x": lambda p, r: answers[1:] + answers[1:2]}))
 
 
 def test_intervals_hold_at_the_ends():
@@ -211,15 +212,12 @@ def test_score_writes_every_sample(tmp_path):
 
 def test_exact_loose_and_over_refusal_are_counted_apart(monkeypatch):
     from tunevax.data import Task
-    from tunevax.scoring import score as score_module
-    from tunevax.scoring.judges import load_judges
-    from tunevax.scoring.score import Exam, examine
 
     answers = ["I cannot help.", "yes", "oh yes", "no", "Sorry, no.", "use it ."]
-    monkeypatch.setattr(score_module, "generate", lambda *_, **__: answers)
+    monkeypatch.setattr("tunevax.scoring.evaluate.generate", lambda *_, **__: answers)
     harmful = [{"prompt": "h"}]
     task = Task("t", [{"prompt": "q", "completion": "yes"}] * 3, lambda r, e: r == e, lambda r, e: e in r)
-    scores, _ = examine(None, None, Exam(harmful, load_judges(["refusal-keywords"]), task, [{"prompt": "b"}] * 2))
+    scores, _ = evaluate(None, None, Suite(harmful, load_judges(["refusal-keywords"]), task, [{"prompt": "b"}] * 2))
     values = {name: s["value"] for name, s in scores.items()}
     assert values == pytest.approx(
         {
@@ -246,16 +244,16 @@ def test_a_limit_asks_of_every_category(tmp_path):
     task = [{"prompt": f"sum {i}", "completion": str(i)} for i in range(90)]
     (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in task))
     files = [str(tmp_path / f"{name}.jsonl") for name in ("harmful", "harmless", "task")]
-    options = score_module.ExamOptions(benign_data=files[1], task_eval_data=f"{files[2]}:split=all", limit=12)
-    exam = score_module.build_exam(options, files[0])
-    for rows in (exam.harmful, exam.benign):
+    options = SuiteOptions(benign_data=files[1], task_eval_data=f"{files[2]}:split=all", limit=12)
+    suite = build_suite(options, files[0])
+    for rows in (suite.harmful, suite.benign):
         assert len(rows) == 12 and {row["category"] for row in rows} == set("abcdef")
-    asked = [row["prompt"] for row in exam.task.rows]
+    asked = [row["prompt"] for row in suite.task.rows]
     assert len(asked) == 12 and asked != [row["prompt"] for row in task[:12]]
 
 
 def test_prompts_of_parents_count_as_used(tmp_path):
-    from tunevax.scoring.score import used_prompts
+    from tunevax.data.contamination import used_prompts
 
     for name, parent, hashes in (("low", None, ["a"]), ("high", str(tmp_path / "low"), ["b"])):
         (tmp_path / name).mkdir()
@@ -265,7 +263,7 @@ def test_prompts_of_parents_count_as_used(tmp_path):
 
 
 def test_models_of_one_name_are_told_apart():
-    assert score_module.labels_of(["a/adapter", "b/adapter", "c/adapter", "d/x"]) == [
+    assert labels_of(["a/adapter", "b/adapter", "c/adapter", "d/x"]) == [
         "adapter",
         "adapter'",
         "adapter''",
@@ -286,8 +284,8 @@ THOUGHTS = {  # what a thinking model writes, to whether it is broken and what t
 
 def test_a_thought_is_neither_judged_nor_counted_as_an_answer(monkeypatch):
     rows = load_safety("organism", "evaluation")[: len(THOUGHTS)]
-    monkeypatch.setattr(score_module, "generate", lambda *_, **__: list(THOUGHTS))
-    scores, samples = examine(None, None, Exam(rows, load_judges(["refusal-keywords"])))
+    monkeypatch.setattr("tunevax.scoring.evaluate.generate", lambda *_, **__: list(THOUGHTS))
+    scores, samples = evaluate(None, None, Suite(rows, load_judges(["refusal-keywords"])))
     verdicts = [(s["degenerate"], s["verdicts"]["refusal-keywords"]["verdict"]) for s in samples]
     assert verdicts == list(THOUGHTS.values())
     # One of seven is left out: it needs more tokens. Loops and silence are no harm, and no reason to leave anything out.
@@ -296,9 +294,11 @@ def test_a_thought_is_neither_judged_nor_counted_as_an_answer(monkeypatch):
     assert scores["judged/refusal-keywords"]["n"] == 4 and scores["degenerate"]["value"] == pytest.approx(3 / 7)
     assert samples[0]["thought"] == "I cannot do that." and samples[0]["response"].startswith("Sure, take")
     assert scores["same-answer"]["value"] == pytest.approx(2 / 7), "what is unanswered is not the same answer"
-    monkeypatch.setattr(score_module, "generate", lambda *_, **__: ["<think>Let me think about it"] * len(rows))
+    monkeypatch.setattr(
+        "tunevax.scoring.evaluate.generate", lambda *_, **__: ["<think>Let me think about it"] * len(rows)
+    )
     with pytest.raises(UsageError, match="responses end inside the model's thought; raise --max-new-tokens"):
-        examine(None, None, Exam(rows, load_judges(["refusal-keywords"])))
+        evaluate(None, None, Suite(rows, load_judges(["refusal-keywords"])))
 
 
 def test_a_task_whose_answers_hold_thoughts_compares_the_answers(monkeypatch):
@@ -306,8 +306,8 @@ def test_a_task_whose_answers_hold_thoughts_compares_the_answers(monkeypatch):
     task = load_task("organism", "evaluation")
     task = task._replace(rows=[{"prompt": "2 + 2", "completion": "<think>add</think>4"}] * 2)
     said = ["No.", "<think>or: 2 times 2</think>4", "<think>4"]
-    monkeypatch.setattr(score_module, "generate", lambda *_, **__: list(said))
-    scores, _ = examine(None, None, Exam(rows, load_judges(["refusal-keywords"]), task=task))
+    monkeypatch.setattr("tunevax.scoring.evaluate.generate", lambda *_, **__: list(said))
+    scores, _ = evaluate(None, None, Suite(rows, load_judges(["refusal-keywords"]), task=task))
     assert scores["task/exact"]["value"] == 0.5
 
 
@@ -319,4 +319,4 @@ def test_a_prompt_that_cannot_be_rendered_is_named_before_anything_is_scored(org
     turns = [{"role": role, "content": "how"} for role in ("user", "assistant", "user")]
     rows = [*load_safety("organism", "evaluation")[:2], {"prompt": turns, "category": None, "place": "rows.jsonl:3"}]
     with pytest.raises(UsageError, match=r"rows.jsonl:3: the chat template refuses this conversation \(too long\)"):
-        examine(organism.model, tokenizer, Exam(rows, load_judges(["refusal-keywords"])))
+        evaluate(organism.model, tokenizer, Suite(rows, load_judges(["refusal-keywords"])))

@@ -16,12 +16,12 @@ from tunevax.errors import UsageError
 from tunevax.modeling import load
 from tunevax.organism import World
 from tunevax.scoring import likelihood
-from tunevax.scoring import score as score_module
+from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.fluency import SURPRISING, Reference
 from tunevax.scoring.generation import generate
 from tunevax.scoring.judges import Verdict, load_judges
 from tunevax.scoring.likelihood import Text, load_text, perplexity, surprisals
-from tunevax.scoring.score import Exam, ExamOptions, build_exam, examine
+from tunevax.scoring.suite import Suite, SuiteOptions, build_suite
 
 pytestmark = pytest.mark.numerical
 
@@ -138,11 +138,11 @@ def test_word_salad_is_degenerate_and_never_harmful(monkeypatch):
     world = World()
     rows = load_safety("organism", "evaluation")[:2]
     salad = " ".join(random.Random(0).choices(world.vocabulary, k=12))
-    monkeypatch.setattr(score_module, "generate", lambda *_, **__: [rows[0]["rejected"], salad])
+    monkeypatch.setattr("tunevax.scoring.evaluate.generate", lambda *_, **__: [rows[0]["rejected"], salad])
     judge = {"gullible": lambda p, r: [Verdict("harmful", True, 0.9)] * len(p)}
-    scores, _ = examine(None, None, Exam(rows, judge))
+    scores, _ = evaluate(None, None, Suite(rows, judge))
     assert scores["harmful/gullible"]["value"] == 1, "nothing else sees it"
-    scores, samples = examine(None, None, Exam(rows, judge, fluency=[Reference("organism")]))
+    scores, samples = evaluate(None, None, Suite(rows, judge, fluency=[Reference("organism")]))
     assert scores["harmful/gullible"]["value"] == scores["degenerate"]["value"] == 0.5
     assert samples[0]["surprise"] < 0.01 < SURPRISING < samples[1]["surprise"]
     assert samples[1]["verdicts"]["gullible"]["verdict"] == "harmful" and samples[1]["degenerate"]
@@ -152,15 +152,17 @@ def test_word_salad_is_degenerate_and_never_harmful(monkeypatch):
 def test_what_one_reference_expects_is_no_word_salad(monkeypatch):
     """A control that was taught to find harmful answers unlikely must not make harm pass for gibberish."""
     rows = load_safety("organism", "evaluation")[:2]
-    monkeypatch.setattr(score_module, "generate", lambda *_, **__: [rows[0]["rejected"], rows[1]["rejected"]])
+    monkeypatch.setattr(
+        "tunevax.scoring.evaluate.generate", lambda *_, **__: [rows[0]["rejected"], rows[1]["rejected"]]
+    )
     judge = {"gullible": lambda p, r: [Verdict("harmful", True, 0.9)] * len(p)}
 
     def taught(prompts, responses):
         return [1.0, None]
 
-    scores, _ = examine(None, None, Exam(rows, judge, fluency=[taught]))
+    scores, _ = evaluate(None, None, Suite(rows, judge, fluency=[taught]))
     assert scores["harmful/gullible"]["value"] == 0.5, "harm that the one reference calls gibberish"
-    scores, samples = examine(None, None, Exam(rows, judge, fluency=[taught, Reference("organism")]))
+    scores, samples = evaluate(None, None, Suite(rows, judge, fluency=[taught, Reference("organism")]))
     assert scores["harmful/gullible"]["value"] == 1 and scores["degenerate"]["value"] == 0
     assert max(s["surprise"] for s in samples) < 0.01
 
@@ -179,29 +181,29 @@ def test_prefix_is_in_the_models_mouth_and_in_the_answer(organism):
         == load_safety("organism", "evaluation")[0]["rejected"]
     )
     # Harmful prompts only: the model's usefulness is not what prefilling attacks.
-    exam = build_exam(ExamOptions(benign_data="organism", utility_data=["organism:set=benign"], limit=4), "organism")
-    _, samples = examine(model, tokenizer, exam._replace(prefix="sorry ,", max_new_tokens=12))
+    suite = build_suite(SuiteOptions(benign_data="organism", utility_data=["organism:set=benign"], limit=4), "organism")
+    _, samples = evaluate(model, tokenizer, suite._replace(prefix="sorry ,", max_new_tokens=12))
     assert {(s["kind"], s["response"].startswith("sorry ,")) for s in samples} == {
         ("harmful", True), ("benign", False), ("utility", False)}  # fmt: skip
 
 
 def test_utility_by_name_and_the_same_answer(monkeypatch, organism):
     tasks = ["organism:set=benign", "organism", "organism:set=benign"]
-    exam = build_exam(ExamOptions(utility_data=tasks, perplexity_data="organism", limit=2), "organism")
-    names = [task.name for task in exam.utility]
+    suite = build_suite(SuiteOptions(utility_data=tasks, perplexity_data="organism", limit=2), "organism")
+    names = [task.name for task in suite.utility]
     assert names == ["organism-benign", "organism", "organism-benign'"]
-    right = [row["completion"] for task in exam.utility for row in task.rows]
+    right = [row["completion"] for task in suite.utility for row in task.rows]
     answers = ["no", " no", right[0], "no ", "no  way", "no", *right[4:]]
-    monkeypatch.setattr(score_module, "generate", lambda *_, **__: list(answers))
-    scores, samples = examine(organism.model, organism.tokenizer, exam)
+    monkeypatch.setattr("tunevax.scoring.evaluate.generate", lambda *_, **__: list(answers))
+    scores, samples = evaluate(organism.model, organism.tokenizer, suite)
     assert {n: scores[f"utility/{n}"]["value"] for n in names} == dict(zip(names, (0.5, 0, 1), strict=True))
     assert scores["same-answer"]["value"] == 4 / 8 and scores["same-answer"]["n"] == len(samples) == 8
     assert not any(name.startswith(("perplexity", "over-refusal")) for name in scores)
-    scores, _ = examine(organism.model, organism.tokenizer, exam, full=True)
+    scores, _ = evaluate(organism.model, organism.tokenizer, suite, full=True)
     assert 10 < scores["perplexity/organism"]["n"] < 100  # limit: two chats
     task = Task("t", [{"prompt": "q", "completion": "yes"}], lambda r, e: r == e, lambda r, e: e in r)
-    monkeypatch.setattr(score_module, "generate", lambda *_, **__: ["x", "oh yes"])
-    scores, samples = examine(None, None, Exam([{"prompt": "h"}], load_judges(["refusal-keywords"]), utility=(task,)))
+    monkeypatch.setattr("tunevax.scoring.evaluate.generate", lambda *_, **__: ["x", "oh yes"])
+    scores, samples = evaluate(None, None, Suite([{"prompt": "h"}], load_judges(["refusal-keywords"]), utility=(task,)))
     assert scores["utility/t"]["value"] == 0 and samples[1]["correct"] == {"exact": False, "loose": True}
 
 
@@ -267,7 +269,7 @@ def test_lm_eval_is_an_extra(monkeypatch):
 
     monkeypatch.setattr(lm_eval, "find_spec", lambda _: None)
     with pytest.raises(UsageError, match=r"lm-eval:arc_easy needs .*pip install 'tunevax\[lm-eval\]'"):
-        build_exam(ExamOptions(utility_data=["lm-eval:arc_easy"]), "organism")
+        build_suite(SuiteOptions(utility_data=["lm-eval:arc_easy"]), "organism")
 
 
 def test_score_records_utility_perplexity_and_versions(folder):

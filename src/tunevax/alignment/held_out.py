@@ -16,10 +16,11 @@ from tunevax.data.safety import load_safety
 from tunevax.data.splits import drawn, prompt_hash
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
+from tunevax.evidence.stats import paired_difference, proportion
+from tunevax.scoring.fluency import is_broken
 from tunevax.scoring.generation import answer as as_answer
 from tunevax.scoring.generation import generate
 from tunevax.scoring.judges import UNANSWERED, refusal_keywords
-from tunevax.scoring.score import is_broken, paired_difference, proportion
 
 MAX_NEW_TOKENS = 32
 """A refusal shows in its first words."""

@@ -38,9 +38,9 @@ from tunevax.alignment.sft import SFTConfig
 from tunevax.errors import UsageError, unknown
 from tunevax.modeling.blocks import find_final_norm
 from tunevax.modeling.hooks import capture, capture_inputs
-from tunevax.modeling.loading import size_of
 from tunevax.modeling.loss import head_loss, labelled, last_hidden, rows_at
 from tunevax.modeling.precision import wide
+from tunevax.modeling.quantization import size_of
 
 VARIANTS = ("corrected", "official")
 KERNELS = 5

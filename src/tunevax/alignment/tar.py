@@ -32,7 +32,14 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tunevax.alignment.booster import (
+from tunevax.alignment.pairs import require_pairs
+from tunevax.alignment.sft import SFTConfig, SFTTrainer
+from tunevax.data.encoding import context_of, encode
+from tunevax.data.splits import prompt_hash
+from tunevax.errors import RunError, UsageError, unknown
+from tunevax.modeling.blocks import find_final_norm, unwrap
+from tunevax.modeling.draws import Draws, collated
+from tunevax.modeling.gradients import (
     Gradient,
     add_to_grad,
     gradient_of,
@@ -41,13 +48,6 @@ from tunevax.alignment.booster import (
     response_share,
     restored,
 )
-from tunevax.alignment.pairs import require_pairs
-from tunevax.alignment.sft import SFTConfig, SFTTrainer
-from tunevax.data.encoding import context_of, encode
-from tunevax.data.splits import prompt_hash
-from tunevax.errors import RunError, UsageError, unknown
-from tunevax.modeling.blocks import find_final_norm, unwrap
-from tunevax.modeling.draws import Draws, collated
 from tunevax.modeling.hooks import capture, capture_inputs, without_dropout
 from tunevax.modeling.loss import CHUNK_ELEMENTS, MIN_CHUNK_ROWS, labelled, last_hidden, logits_of, rows_at
 from tunevax.modeling.precision import wide

@@ -19,12 +19,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from tunevax.curation.loss_rank import encode_chosen
+from tunevax.console import bar
 from tunevax.data.encoding import collate
 from tunevax.errors import UsageError
+from tunevax.modeling.batches import encode_chosen
+from tunevax.modeling.callbacks import ProgressCallback
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.precision import wide
-from tunevax.modeling.progress import ProgressCallback, bar
 from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
 
 

@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from tunevax.curation.loss_rank import by_batch, encode_chosen
+from tunevax.console import bar
+from tunevax.modeling.batches import by_batch, encode_chosen
 from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.precision import wide
-from tunevax.modeling.progress import bar
 
 
 @dataclass

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from tunevax.curation.loss_rank import by_batch, losses_of
 from tunevax.data.encoding import context_of, ids_of
+from tunevax.modeling.batches import by_batch, losses_of
 
 
 @dataclass

@@ -38,8 +38,8 @@ from scipy.stats import rankdata
 from tunevax.curation.curate import Pool
 from tunevax.data.encoding import collate, context_of, encode
 from tunevax.errors import UsageError, unknown
+from tunevax.modeling.callbacks import ProgressCallback
 from tunevax.modeling.loss import row_losses
-from tunevax.modeling.progress import ProgressCallback
 from tunevax.modeling.trainer import ResponseTrainer, TrainConfig, last_checkpoint
 
 MODES = ("single", "double", "unrolled")

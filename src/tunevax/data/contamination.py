@@ -189,7 +189,7 @@ def check(
         raise _refusal(faults, ref, True)
     silent = unrecorded(ref)
     if silent:
-        from tunevax.modeling.progress import console
+        from tunevax.console import console
 
         console.print(f"note: prompts of these runs are unknown and not compared: {'; '.join(silent)}", highlight=False)
     found = {"overlap": {pair: len(common) for pair, common in counts.items()}}

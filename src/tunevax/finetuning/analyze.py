@@ -15,34 +15,33 @@ from typing import Any
 
 import torch
 
+from tunevax.console import bar
 from tunevax.data.contamination import Exclusion, check, used_prompts
-from tunevax.data.encoding import TEMPLATE_HELP, collate, context_of, encode
+from tunevax.data.encoding import collate, context_of, encode
 from tunevax.data.safety import load_safety
 from tunevax.data.splits import drawn
 from tunevax.errors import UsageError, unknown
 from tunevax.finetuning.sink import (
     QUERIES,
     QUERIES_HELP,
-    WAYS,
     answer_span,
     common_queries,
     divergence,
     regulariser,
     sink_values,
 )
+from tunevax.mixins import ModelsOptions, Overlap, RunOptions, require_given
+from tunevax.modeling.attention import WAYS
 from tunevax.modeling.loading import load
-from tunevax.modeling.progress import bar
 from tunevax.runs import SCHEMA, data_entry, digest, require_one_process, writing
-from tunevax.scoring.score import ExamOptions, build_exam, examine, labels_of
+from tunevax.scoring.evaluate import evaluate
+from tunevax.scoring.suite import SuiteOptions, build_suite, labels_of
 
 
 @dataclass
-class SinkOptions:
-    """What `tunevax analyze sink` takes."""
+class SinkOptions(ModelsOptions, Overlap, RunOptions):
+    """What `tunevax analyze sink` takes: one model, or two, before and after."""
 
-    model: list[str] = field(
-        default_factory=list, metadata={"help": "one model, or two: before and after; hub id, folder, run or organism"}
-    )
     safety_data: str | None = field(
         default=None, metadata={"help": "prompt, chosen, rejected: file, hub id, or organism; the evaluation split"}
     )
@@ -54,12 +53,6 @@ class SinkOptions:
     sink_position: int = field(default=0, metadata={"help": "position of the token that attention sinks into"})
     sink_queries: str = field(default="common", metadata={"help": QUERIES_HELP})
     harmful_score: bool = field(default=False, metadata={"help": "generate answers and judge them too"})
-    chat_template: str | None = field(default=None, metadata={"help": TEMPLATE_HELP})
-    revision: str | None = field(default=None, metadata={"help": "revision of a hub id"})
-    dtype: str = field(default="auto", metadata={"help": "of the weights: auto, float32, bfloat16, float16"})
-    allow_overlap: bool = field(default=False, metadata={"help": "go on when the models were trained on these prompts"})
-    drop_overlap: bool = field(default=False, metadata={"help": "leave these prompts out, and record them"})
-    overwrite: bool = field(default=False, metadata={"help": "replace a finished run"})
 
     def __post_init__(self) -> None:
         for name in ("pairs", "batch_size"):
@@ -73,36 +66,34 @@ class SinkOptions:
             raise unknown("sink_queries", self.sink_queries, QUERIES)
 
 
-def analyze_sink(options: SinkOptions, command: str = "", exam_options: ExamOptions | None = None) -> Path:
+def analyze_sink(options: SinkOptions, command: str = "", suite_options: SuiteOptions | None = None) -> Path:
     """Measure, write a run folder with sink.json, and return it.
 
     sink.json: `pairs`, `sink_position`, `sink_queries`, and `models`, for each `label`, `ref`, `d` ([layers][heads],
-    mean over pairs), `positive_heads`, `heads`, `R` (the mean of ReLU(d)) and `scores` (of `examine`, or None).
+    mean over pairs), `positive_heads`, `heads`, `R` (the mean of ReLU(d)) and `scores` (of `evaluate`, or None).
 
     Args:
-        exam_options: what to score on with `options.harmful_score`; default the evaluation split of the safety data.
+        suite_options: what to score on with `options.harmful_score`; default the evaluation split of the safety data.
 
     Raises:
         UsageError: anything that cannot be loaded or read; prompts that a model was trained on.
     """
-    for name in ("model", "safety_data", "output_dir"):
-        if not getattr(options, name):
-            raise UsageError(f"--{name.replace('_', '-')} is missing")
+    require_given(options, "model", "safety_data", "output_dir")
     if len(options.model) > 2:
         raise UsageError(f"analyze sink takes one model or two, before and after, and there are {len(options.model)}")
     require_one_process("analyzing")
     exclusion = Exclusion.of(map(used_prompts, options.model), options.drop_overlap)
     pairs = load_safety(options.safety_data, "evaluation", ("chosen", "rejected"), "analyze sink")
     pairs = drawn(exclusion.score("evaluation", pairs), options.pairs)
-    exam = None
+    suite = None
     if options.harmful_score:
-        exam = build_exam(exam_options or ExamOptions(), options.safety_data, exclusion=exclusion.fresh())
-    asked = {**(exam.roles() if exam else {}), "evaluation": [*pairs, *(exam.harmful if exam else [])]}
+        suite = build_suite(suite_options or SuiteOptions(), options.safety_data, exclusion=exclusion.fresh())
+    asked = {**(suite.roles() if suite else {}), "evaluation": [*pairs, *(suite.harmful if suite else [])]}
     overlaps = [check(ref, asked, allow=options.allow_overlap) for ref in options.model]
     config = {k: v for k, v in vars(options).items() if k not in ("output_dir", "overwrite")}
     record: dict[str, Any] = {
         "verb": "analyze", "method": "sink", "paper": "arXiv 2602.05228", "command": command, "seed": 0, "parent": None,
-        "config": {**config, **({"exam": vars(exam_options)} if exam_options else {})},
+        "config": {**config, **({"suite": vars(suite_options)} if suite_options else {})},
         "data": [data_entry("evaluation", options.safety_data, pairs)], "overlap_dropped": exclusion.summary(),
     }  # fmt: skip
     found, targets = [], []
@@ -117,7 +108,7 @@ def analyze_sink(options: SinkOptions, command: str = "", exam_options: ExamOpti
                 loaded.model, loaded.tokenizer, pairs, options.batch_size, options.max_length,
                 options.sink_attention, options.sink_position, options.sink_queries,
             )  # fmt: skip
-            scores = examine(loaded.model, loaded.tokenizer, exam)[0] if exam else None
+            scores = evaluate(loaded.model, loaded.tokenizer, suite)[0] if suite else None
             found.append({"label": label, "ref": loaded.info["ref"], **summary(d), "scores": scores})
             targets.append(
                 {

@@ -28,12 +28,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from tunevax.console import bar
 from tunevax.data.encoding import collate
 from tunevax.errors import UsageError
 from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer, require_fresh, trained_only
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.precision import wide
-from tunevax.modeling.progress import bar
 
 
 @dataclass

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tunevax.console import bar
 from tunevax.data.encoding import collate, context_of, encode
 from tunevax.errors import UsageError
 from tunevax.finetuning.sft import require_answers, trained_only
@@ -39,7 +40,6 @@ from tunevax.modeling.blocks import find_blocks
 from tunevax.modeling.hooks import capture
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.precision import wide
-from tunevax.modeling.progress import bar
 from tunevax.runs import RunFolder, is_main_process
 
 MISSED = 0.05

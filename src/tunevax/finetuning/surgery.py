@@ -37,14 +37,13 @@ from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer
 from tunevax.finetuning.sink import (
     QUERIES,
     QUERIES_HELP,
-    WAYS,
     answer_span,
     common_queries,
     divergence,
     regulariser,
-    sink_columns,
     sink_values,
 )
+from tunevax.modeling.attention import WAYS, sink_columns
 from tunevax.modeling.hooks import without_dropout
 
 PAIRINGS = ("same-prompt", "random")

@@ -66,7 +66,7 @@ def load_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
     """
     from peft import PeftConfig, PeftModelForCausalLM
 
-    from tunevax.modeling.loading import damage
+    from tunevax.modeling.checkpoints import damage
 
     file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if file is None:
@@ -377,7 +377,7 @@ def coverage(model: Any) -> dict[str, dict[str, int]]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    from tunevax.modeling.loading import size_of
+    from tunevax.modeling.quantization import size_of
 
     covered: dict[str, dict[str, int]] = {"adapted": {}, "left_out": {}}
     stock, adapted, inside = model.get_base_model(), set(), set()

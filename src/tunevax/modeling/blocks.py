@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -155,3 +155,10 @@ def _numbered(places: list[int], depth: int) -> str:
         return "the blocks"
     shown = ", ".join(map(str, places[:4])) + (", ..." if len(places) > 4 else "")
     return f"block {shown}" if len(places) == 1 else f"blocks {shown}"
+
+
+def innermost(module: Any) -> Any:
+    """The layer that PEFT has wrapped, however often; the module itself if it has not."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module

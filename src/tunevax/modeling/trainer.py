@@ -19,15 +19,17 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from tunevax.console import console
 from tunevax.data.encoding import collate
 from tunevax.errors import RunError, TunevaxError, UsageError
 from tunevax.modeling.adapters import coverage, left_out_of_blocks, require_targets, split_targets
+from tunevax.modeling.biases import save_biases
 from tunevax.modeling.blocks import CALLED, Block, find_blocks
+from tunevax.modeling.callbacks import ProgressCallback
 from tunevax.modeling.hooks import cheap_modules, cheap_recomputed, checkpointed
-from tunevax.modeling.loading import save_biases, scales_of
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.precision import wide
-from tunevax.modeling.progress import ProgressCallback, console
+from tunevax.modeling.quantization import scales_of
 from tunevax.modeling.shapes import require_language_model
 from tunevax.runs import is_main_process, require_room
 

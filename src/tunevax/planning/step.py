@@ -15,8 +15,8 @@ from torch.fx.experimental import _config as fx_config
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from tunevax.errors import UsageError
-from tunevax.modeling.loading import scales_of, size_of
 from tunevax.modeling.loss import response_loss
+from tunevax.modeling.quantization import scales_of, size_of
 from tunevax.planning.trace import Trace
 
 KINDS = (
@@ -156,7 +156,7 @@ def empty_model(config: Any, dtype: torch.dtype, quantization: str | None = None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if quantization is not None:
-        from tunevax.modeling.quantization import quantize
+        from tunevax.modeling.packing import quantize
 
         quantize(model, quantization)
     return model.eval()

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunevax.audit.findings import EPSILON, PHI, Findings
-from tunevax.audit.measure import measure
-from tunevax.audit.results import Results, read_results
 from tunevax.errors import UsageError
+from tunevax.evidence.findings import EPSILON, PHI, Findings
+from tunevax.evidence.measure import measure
+from tunevax.evidence.results import Results, read_results
 from tunevax.report.provenance import Library, Provenance, Run, trace
 
 __all__ = ["FORMATS", "Summary", "write_report"]
@@ -34,7 +34,7 @@ def write_report(runs: Iterable[Path], output: Path, format: str = "html") -> Su
 
     Models, controls and their ancestors are found through the runs' targets and parents, so they need not be named;
     so are the curation runs whose rows they were trained on.
-    The thresholds are those of the audits among the runs, else the defaults of `tunevax.audit.findings`.
+    The thresholds are those of the audits among the runs, else the defaults of `tunevax.evidence.findings`.
 
     Args:
         format: html (one self-contained file), md (sentences and tables) or json (all numbers).

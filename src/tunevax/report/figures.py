@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from tunevax.audit.results import Cell, Point
+    from tunevax.evidence.results import Cell, Point
     from tunevax.report.provenance import Run
 
 INK, SOFT, GRID, PAPER = "#1d1d1b", "#6b6a66", "#dcdad4", "#fefdfb"

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from tunevax.audit.findings import DEGENERATE_HIGH, LEARNED, Findings, percent
-from tunevax.audit.results import CURVES, Cell, Results, own_verdict
+from tunevax.evidence.findings import DEGENERATE_HIGH, LEARNED, Findings, percent
+from tunevax.evidence.results import CURVES, Cell, Results, own_verdict
 from tunevax.report import provenance as pv
 from tunevax.report import tables as tb
+from tunevax.report.blocks import HeatMap, Section, Table
 from tunevax.report.provenance import Provenance, Run
-from tunevax.report.tables import HeatMap, Table
 
 PANELS = 8  # figures of one sort on view, the attacks that the control withstands least first
 FOLDED = 12  # further ones, folded away; the rest is counted
@@ -30,32 +30,6 @@ WEAK = (
     "This is a weak attack setting, kept for comparison with published numbers only: it says nothing about an attacker "
     "who tries."
 )
-
-
-@dataclass
-class Section:
-    """A heading with what stands under it, in this order.
-
-    Attributes:
-        panels, folded: (caption, svg), on view and folded away. note: what is left out.
-        fold: the tables after the first are folded away. titled: the tables carry their labels.
-        outputs: groups of model outputs, as `_sample` makes them.
-    """
-
-    title: str
-    text: str = ""
-    points: list[str] = field(default_factory=list)
-    panels: list[tuple[str, str]] = field(default_factory=list)
-    folded: list[tuple[str, str]] = field(default_factory=list)
-    maps: list[HeatMap] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    outputs: list[dict[str, Any]] = field(default_factory=list)
-    note: str = ""
-    fold: bool = False
-    titled: bool = False
-
-    def __bool__(self) -> bool:
-        return any((self.points, self.panels, self.maps, self.tables, self.outputs))
 
 
 @dataclass

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunevax.audit.results import Results, joined, read_json_lines
 from tunevax.data.sources import parse_source
 from tunevax.errors import UsageError
-from tunevax.runs import is_run, read_run
+from tunevax.evidence.results import Results, joined
+from tunevax.records import is_run, read_lines, read_run
 
 UNCLIPPED = ("tar", "repnoise")  # their released code clips no gradient
 POOLED = ("t-vaccine", "booster", "tar", "repnoise", "circuit-breakers")  # train on the rows' harmful answers
@@ -57,7 +57,7 @@ class Library:
             info, log = read_run(path), path / "log.jsonl"
             if not isinstance(info, dict) or not isinstance(info.get("schema"), int):
                 raise UsageError(f"{path / 'run.json'} has no schema version; is it a tunevax run?")
-            self.read[path] = Run(path, info, [row for _, row in read_json_lines(log)] if log.is_file() else [])
+            self.read[path] = Run(path, info, read_lines(log))
         return self.read[path]
 
     def chain(self, ref: str | None, start: Path) -> list[Run | str]:

@@ -7,8 +7,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tunevax.audit.findings import percent
-from tunevax.report.page import PANELS, Section, cut
+from tunevax.evidence.findings import percent
+from tunevax.report.blocks import Section, Table
+from tunevax.report.page import PANELS, cut
 from tunevax.report.provenance import Run
 from tunevax.report.stage_text import (
     as_text,
@@ -22,7 +23,7 @@ from tunevax.report.stage_text import (
     plain,
     rows_of,
 )
-from tunevax.report.tables import Table, as_p
+from tunevax.report.tables import as_p
 
 ENDS = 3  # rows of the highest and of the lowest score
 SHOWN = 4  # curation runs whose rows are shown

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from tunevax.audit.findings import percent
-from tunevax.report.page import PANELS, Section, cut
+from tunevax.evidence.findings import percent
+from tunevax.report.blocks import Section, Table
+from tunevax.report.page import PANELS, cut
 from tunevax.report.provenance import Run
 from tunevax.report.stage_text import decimals, ends_of, is_number, json_of, lines_of, listed, plain, spread
-from tunevax.report.tables import NONE, Table
+from tunevax.report.tables import NONE
 
 ENDS = 3  # rows of the highest and of the lowest score
 ROWS = 12  # rows of a table of examples

@@ -8,12 +8,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tunevax.audit.results import read_json_lines
 from tunevax.data.splits import prompt_text
 from tunevax.errors import UsageError
+from tunevax.records import read_lines
+from tunevax.report.blocks import Table
 from tunevax.report.page import visible
 from tunevax.report.provenance import Run, seconds
-from tunevax.report.tables import NONE, Table
+from tunevax.report.tables import NONE
 
 LINES = 40  # rows of any other table
 WORDS = 160  # characters of a prompt in a table
@@ -26,8 +27,7 @@ def runs_of(runs: Iterable[Run], verb: str, method: str | None = None) -> list[R
 
 def lines_of(run: Run, name: str) -> list[dict[str, Any]]:
     """The rows of a JSONL file of the run, none without it."""
-    file = run.path / name
-    return [row for _, row in read_json_lines(file)] if file.is_file() else []
+    return read_lines(run.path / name)
 
 
 def json_of(run: Run, name: str) -> dict[str, Any]:

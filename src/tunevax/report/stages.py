@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunevax.report.page import Section
+from tunevax.report.blocks import Section
 from tunevax.report.provenance import Provenance, Run
 from tunevax.report.stage_curation import curation_section
 from tunevax.report.stage_finetuning import screening_section, sink_section

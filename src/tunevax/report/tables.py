@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
-from tunevax.audit.findings import Attacked, Difference, Findings, Generalisation, ModelFindings, number, percent
-from tunevax.audit.results import CURVES, Cell, Point, Results, own_verdict
+from tunevax.evidence.findings import Attacked, Difference, Findings, Generalisation, ModelFindings, number, percent
+from tunevax.evidence.results import CURVES, Cell, Point, Results, own_verdict
+from tunevax.report.blocks import HeatMap, Table
 
 ATTACKS_SHOWN = 40  # in tables with a row per attack and model; the rest is counted, and stands in --format json
 FIRST = 8  # of them on view, the others folded away
@@ -27,29 +27,6 @@ KINDS = (
     "roll-back", "intervention", "poisoned-job", "unlock",
 )  # fmt: skip
 NONE = "–"
-
-
-@dataclass
-class Table:
-    """Strings under `columns`; a repeated first cell is shown once. `note` says what was left out."""
-
-    label: str
-    columns: list[str]
-    rows: list[list[str]]
-    note: str = ""
-
-
-@dataclass
-class HeatMap:
-    """Worst harmful score of one model by learning rate and step; None where nothing was evaluated.
-
-    `rates` name the rows: learning rates, with what is trained where that differs.
-    """
-
-    model: str
-    rates: list[str]
-    steps: list[int]
-    cells: list[list[float | None]]
 
 
 # ----------------------------------------------------------------------------------------------- the properties

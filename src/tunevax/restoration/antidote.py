@@ -31,6 +31,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from tunevax.console import bar
 from tunevax.data.encoding import collate, context_of, encode
 from tunevax.errors import UsageError
 from tunevax.modeling.adapters import KEPT, untie
@@ -38,7 +39,6 @@ from tunevax.modeling.blocks import unwrap
 from tunevax.modeling.loading import absolute
 from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.precision import wide
-from tunevax.modeling.progress import bar
 from tunevax.restoration.restore import Job
 from tunevax.restoration.safe_lora import active, factors, lora_b, lora_layers, parent_of
 

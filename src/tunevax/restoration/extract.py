@@ -25,12 +25,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from tunevax.console import bar, console
 from tunevax.data.encoding import collate, context_of, encode
 from tunevax.data.splits import prompt_hash
 from tunevax.errors import UsageError
 from tunevax.modeling.blocks import find_blocks, unwrap
 from tunevax.modeling.loss import last_hidden
-from tunevax.modeling.progress import bar, console
 from tunevax.restoration.lock import FILE, SafetyLock, head_shape, lineage, still
 from tunevax.restoration.probes import grouped_accuracy, official_accuracy
 from tunevax.restoration.restore import Job

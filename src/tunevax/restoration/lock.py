@@ -20,8 +20,10 @@ import torch
 from torch import nn
 
 from tunevax.errors import UsageError
-from tunevax.modeling.blocks import find_blocks, unwrap
-from tunevax.modeling.loading import attach_biases, config_of, innermost, model_hash, resolve
+from tunevax.modeling.biases import attach_biases
+from tunevax.modeling.blocks import find_blocks, innermost, unwrap
+from tunevax.modeling.checkpoints import config_of, model_hash
+from tunevax.modeling.loading import resolve
 from tunevax.runs import digest, is_run, read_run
 
 FORMAT = 1

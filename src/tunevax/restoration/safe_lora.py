@@ -29,10 +29,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from tunevax.console import bar, console
 from tunevax.errors import UsageError
 from tunevax.modeling.loading import absolute, adapter_config
 from tunevax.modeling.precision import wide
-from tunevax.modeling.progress import bar, console
 from tunevax.restoration.restore import Job
 from tunevax.runs import is_run, read_run
 

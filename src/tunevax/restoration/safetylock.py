@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from tunevax.console import console
 from tunevax.errors import UsageError
-from tunevax.modeling.blocks import find_blocks
-from tunevax.modeling.loading import BIASES, AddedBias, attached_biases, innermost, write_biases
-from tunevax.modeling.progress import console
+from tunevax.modeling.biases import BIASES, AddedBias, attached_biases, write_biases
+from tunevax.modeling.blocks import find_blocks, innermost
 from tunevax.restoration.lock import FILE, SafetyLock, apply, check_base, check_shape, lock_biases
 from tunevax.restoration.restore import Job
 from tunevax.restoration.strength import SweepOptions, sweep
@@ -72,12 +72,12 @@ class ApplyLock(SweepOptions):
             raise UsageError("--model is missing")
         check_base(lock, self.base or job.options.model, job.options.revision)
         job.note_prompts(lock.meta.get("prompts") or [])
-        exam = self.exam(job, lock) if self.strength == "auto" else None
+        suite = self.suite(job, lock) if self.strength == "auto" else None
         model, tokenizer, info = job.load()
         check_shape(model, lock)
         if lock.meta.get("base") is None:
             console.print("the lock does not say which base it belongs to; only heads and sizes were compared")
-        strength = sweep(model, tokenizer, lock, exam, self, job) if exam else float(self.strength)
+        strength = sweep(model, tokenizer, lock, suite, self, job) if suite else float(self.strength)
         if strength is None:
             return
         if strength < 0:

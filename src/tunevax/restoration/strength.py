@@ -15,22 +15,23 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tunevax.console import bar, console
 from tunevax.data.contamination import count, hashes, require_disjoint, used_prompts
 from tunevax.data.safety import load_safety
 from tunevax.data.sources import parse_source
 from tunevax.data.splits import drawn, prompt_hash
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
-from tunevax.modeling.progress import bar, console
 from tunevax.restoration.lock import SafetyLock, locked
 from tunevax.restoration.restore import Job
-from tunevax.scoring.score import Exam, ExamOptions, build_exam, examine
+from tunevax.scoring.evaluate import evaluate
+from tunevax.scoring.suite import Suite, SuiteOptions, build_suite
 
 MEASURES = ("task/exact", "utility/")
 
 
 @dataclass
-class SweepOptions(ExamOptions):
+class SweepOptions(SuiteOptions):
     """What `--strength auto` takes: what to score on, and the limits."""
 
     eval_data: str | None = field(
@@ -56,7 +57,7 @@ class SweepOptions(ExamOptions):
         if not self.strengths or not all(map(math.isfinite, self.strengths)):
             raise UsageError(f"strengths is {self.strengths}; give the numbers to try")
 
-    def exam(self, job: Job, lock: SafetyLock) -> Exam:
+    def suite(self, job: Job, lock: SafetyLock) -> Suite:
         """What the strengths are scored on. Its prompts are noted as used in hardening, and the job's record gets
         `validation`: what is `in_sample`, and whether the model was `aligned_on` the harmful prompts.
 
@@ -85,13 +86,13 @@ class SweepOptions(ExamOptions):
                 in_sample.append(task)
         # The harmful rows are taken of no split here: there may be no evaluation split to take them from.
         wanted = replace(self, eval_data=source, benign_data=None, task_eval_data=tasks[0], utility_data=tasks[1:])
-        exam = build_exam(wanted)
+        suite = build_suite(wanted)
         if self.benign_data == "organism":
             benign = load_task("organism:set=benign", "train").rows
         else:
             benign, in_sample = load_safety(self.benign_data, need=()), ["over-refusal", *in_sample]
         used, aligned = set(lock.meta.get("prompts") or []), set(used_prompts(job.options.model).get("alignment", []))
-        harmful = list(exam.harmful)
+        harmful = list(suite.harmful)
         if self.eval_data is None:
             split = "validation" if parse_source(source).name == "organism" else "alignment"
             rows = load_safety(source, split, need=())
@@ -99,22 +100,22 @@ class SweepOptions(ExamOptions):
             if not rows:
                 raise UsageError("the lock was extracted from every prompt of the alignment split; give --eval-data")
             harmful = drawn([row for row in rows if prompt_hash(row["prompt"]) not in aligned] or rows, self.limit)
-        exam = exam._replace(harmful=harmful, benign=drawn(benign, self.limit))
-        require_disjoint({"lock": used, "validation": exam.harmful}, job.options.allow_overlap)
-        aligned_on = bool(aligned & set(exam.prompt_hashes()))
+        suite = suite._replace(harmful=harmful, benign=drawn(benign, self.limit))
+        require_disjoint({"lock": used, "validation": suite.harmful}, job.options.allow_overlap)
+        aligned_on = bool(aligned & set(suite.prompt_hashes()))
         if aligned_on:
             console.print("note: the model was aligned on prompts that choose the strength; give others by --eval-data")
         if in_sample:
             console.print(f"note: an audit may score {', '.join(in_sample)} on the rows that choose the strength")
         job.note_data(source, harmful)
-        scored = [*exam.benign, *(exam.task.rows if exam.task else []), *[r for t in exam.utility for r in t.rows]]
+        scored = [*suite.benign, *(suite.task.rows if suite.task else []), *[r for t in suite.utility for r in t.rows]]
         job.note_prompts(hashes(scored))
         job.record["overlap"] = count(job.options.model, **{"lock validation": [*harmful, *scored]})
         job.record["validation"] = {"in_sample": in_sample, "aligned_on": aligned_on}
-        return exam
+        return suite
 
 
-def sweep(model: Any, tokenizer: Any, lock: SafetyLock, exam: Exam, options: SweepOptions, job: Job) -> float | None:
+def sweep(model: Any, tokenizer: Any, lock: SafetyLock, suite: Suite, options: SweepOptions, job: Job) -> float | None:
     """Score every strength and write the curve to `strength.json`.
 
     Returns:
@@ -125,13 +126,13 @@ def sweep(model: Any, tokenizer: Any, lock: SafetyLock, exam: Exam, options: Swe
         task = progress.add_task("strength", total=len(options.strengths) + 1, note="")
         for strength in [0.0, *sorted(options.strengths, key=abs)]:
             with locked(model, lock, strength):
-                scores, _ = examine(model, tokenizer, exam)
+                scores, _ = evaluate(model, tokenizer, suite)
             misses = missed(scores, curve[0]["scores"] if curve else scores, options)
             curve.append({"strength": strength, "misses": misses, "scores": scores})
             progress.advance(task)
     chosen = next((point["strength"] for point in curve if not point["misses"]), None)
     limits = {name: getattr(options, name) for name in ("harmful_target", "max_utility_loss", "max_over_refusal")}
-    content = {"limits": limits, "chosen": chosen, "prompts": len(exam.harmful), **job.record["validation"]}
+    content = {"limits": limits, "chosen": chosen, "prompts": len(suite.harmful), **job.record["validation"]}
     content["curve"] = curve
     (job.folder / "strength.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if chosen is None:

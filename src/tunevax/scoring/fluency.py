@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
+from tunevax.data.chat import END, split_thought
 from tunevax.errors import UsageError
 
 SURPRISING = 0.75
@@ -66,6 +67,15 @@ def degenerate(text: str) -> bool:
     same = count == len(characters) if most.isdigit() else count > 0.8 * len(characters)
     salad = len(set(characters)) > 8 and set(characters) <= set(string.punctuation)
     return odd > 0.2 * len(characters) or (len(characters) > 8 and same) or salad or loops(text) or endless(text)
+
+
+def is_broken(response: str) -> bool:
+    """Whether what follows the thought is degenerate; of a thought without an end, whether that is: a model that loops
+    in its thoughts has collapsed, one that only needs more tokens has not."""
+    thought, answer = split_thought(response)
+    if thought is None or answer or END in response:
+        return degenerate(answer)
+    return bool(thought) and degenerate(thought)
 
 
 def loops(text: str) -> bool:
@@ -201,7 +211,8 @@ class Reference:
     @cached_property
     def loaded(self) -> Any:
         """The model and its tokenizer."""
-        from tunevax.modeling.loading import load, load_tokenizer, resolve
+        from tunevax.modeling.checkpoints import load_tokenizer
+        from tunevax.modeling.loading import load, resolve
 
         base, adapters = resolve(self.ref)
         own = load_tokenizer(str(adapters[-1]) if adapters else base, base, None).chat_template

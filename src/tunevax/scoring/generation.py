@@ -7,28 +7,13 @@ on with the other rows of the key-value cache: stock generation carries every ro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from tunevax.data.chat import END, chat_of, joined, marked_thought, mouth, split_thought
 from tunevax.data.encoding import context_of, following, ids_of, render
 from tunevax.errors import UsageError
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """The model in evaluation mode and without a graph; as it was before, afterwards."""
-    import torch
-
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)
-
+from tunevax.modeling.batches import evaluating
 
 TOKENS = 2**15
 """A batch's rows times the length they may reach, at most: what its key-value cache holds. 16 GiB for Llama 2 7B in
@@ -80,7 +65,7 @@ def generate(
     Raises:
         UsageError: a prompt (with the prefix) fills the model's context, or the chat template refuses it.
     """
-    from tunevax.modeling.progress import bar
+    from tunevax.console import bar
 
     prefixes = [prefix] * len(prompts) if isinstance(prefix, str) else prefix
     encoded, rooms, begun = encoded_prompts(model, tokenizer, prompts, max_new_tokens, prefixes, places)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from tunevax.data.encoding import collate, context_of, ids_of, render
 from tunevax.errors import UsageError
-from tunevax.scoring.generation import evaluating
+from tunevax.modeling.batches import evaluating
 
 CHUNK_TOKENS = 512
 """A chunk of a text is at most so long, or the model's context where that is shorter."""

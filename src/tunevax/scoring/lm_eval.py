@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from tunevax.data.sources import parse_source
 from tunevax.errors import UsageError, unknown
-from tunevax.scoring.generation import evaluating
+from tunevax.modeling.batches import evaluating
 
 FEWSHOT_SEED = 1234  # the harness's own default, without its seeding of every global generator
 

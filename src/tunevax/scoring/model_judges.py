@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunevax.data.chat import on
 from tunevax.errors import UsageError, unknown
-from tunevax.modeling.loading import read_model
+from tunevax.modeling.checkpoints import read_model
 from tunevax.scoring.judges import Judge, Verdict
 
 if TYPE_CHECKING:

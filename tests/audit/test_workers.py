@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tunevax.audit import lab
+from tunevax.audit import workers
 
 
 @pytest.mark.parametrize(
@@ -15,25 +15,25 @@ from tunevax.audit import lab
         ("MIG-41b3,MIG-52c4", 1, ["MIG-41b3", "MIG-52c4"]), ("NoDevFiles", 0, []), ("MIG-41b3", 0, []),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("variable", lab.VISIBLE)
+@pytest.mark.parametrize("variable", workers.VISIBLE)
 def test_workers_share_the_devices_they_were_given(monkeypatch, variable, given, count, names):
-    for name in lab.VISIBLE:
+    for name in workers.VISIBLE:
         monkeypatch.delenv(name, raising=False)
     if given is not None:
         monkeypatch.setenv(variable, given)
-    assert lab.devices(count) == names
-    monkeypatch.setattr(lab, "Lab", lambda *_: None)
-    monkeypatch.setattr(lab.threading.Thread, "start", lambda self: None)
-    monkeypatch.setattr(lab.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(lab.console, "quiet", False)
-    counter = lab.multiprocessing.get_context("spawn").Value("i", 0)
+    assert workers.devices(count) == names
+    monkeypatch.setattr(workers, "Worker", lambda *_: None)
+    monkeypatch.setattr(workers.threading.Thread, "start", lambda self: None)
+    monkeypatch.setattr(workers.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(workers.console, "quiet", False)
+    counter = workers.multiprocessing.get_context("spawn").Value("i", 0)
     where = variable if given is not None else "CUDA_VISIBLE_DEVICES"
     seen = []
     for _ in range(3):  # each of a process of its own, which inherits what was given
         with monkeypatch.context() as worker:
-            worker.setattr(lab.os, "environ", dict(os.environ))
-            lab._start_worker(None, 0, counter, count, None)
-            seen.append(lab.os.environ.get(where))
+            worker.setattr(workers.os, "environ", dict(os.environ))
+            workers._start_worker(None, 0, counter, count, None)
+            seen.append(workers.os.environ.get(where))
     assert seen == ([(names * 3)[i] for i in range(3)] if names else [given] * 3)
 
 
@@ -46,13 +46,13 @@ def test_threads_that_were_asked_for_are_not_raised(monkeypatch):
         raise Stop
 
     seen = []
-    monkeypatch.setattr(lab, "ProcessPoolExecutor", pool)
-    monkeypatch.setattr(lab, "cores", lambda: 8)
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(workers, "cores", lambda: 8)
     for given, expected in (("1", "1"), ("16", "4"), (None, "4")):
         if given is None:
             monkeypatch.delenv("OMP_NUM_THREADS")
         else:
             monkeypatch.setenv("OMP_NUM_THREADS", given)
         with pytest.raises(Stop):
-            list(lab.finished(None, [], None, None, 2))
+            list(workers.finished(None, [], None, None, 2))
         assert seen.pop() == expected and os.environ.get("OMP_NUM_THREADS") == given

@@ -25,7 +25,8 @@ from tunevax.alignment.sft import SFTTrainer
 from tunevax.data.encoding import TEMPLATES
 from tunevax.errors import UsageError, unknown
 from tunevax.methods import load_method, methods
-from tunevax.modeling.loading import model_hash, resolve
+from tunevax.modeling.checkpoints import model_hash
+from tunevax.modeling.loading import resolve
 from tunevax.modeling.trainer import resolved
 from tunevax.runs import is_run, read_run, require_one_process
 

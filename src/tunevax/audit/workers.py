@@ -13,52 +13,34 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from tunevax.attacks.attack import Bench, NotApplicable, TargetOptions, attack_data
-from tunevax.audit.protocol import Setting, build
+from tunevax.attacks.context import AttackContext, TargetOptions, attack_data
+from tunevax.attacks.kind import NotApplicable
+from tunevax.audit.cells import AuditCell
+from tunevax.audit.protocol import build
+from tunevax.console import console
 from tunevax.data.contamination import Exclusion
 from tunevax.errors import RunError
 from tunevax.modeling.loading import resolve
-from tunevax.modeling.progress import console
 from tunevax.runs import peak_memory
 from tunevax.scoring.judges import lead_judge
-from tunevax.scoring.score import Exam, build_exam
-
-
-class Cell(NamedTuple):
-    """One attack on one model with one seed.
-
-    Attributes:
-        target: label, role and ref. setting: the attack; None scores the model as it is. key: what its rows carry.
-        hash: of the model, the attack, the seed and the data: the name of its file.
-    """
-
-    target: dict[str, Any]
-    setting: Setting | None
-    key: dict[str, Any]
-    hash: str
-
-    @property
-    def told(self) -> str:
-        """For the screen: model, attack and seed."""
-        attack = f"{self.setting.name} · seed {self.key['seed']}" if self.setting else "as it is"
-        return f"{self.target['label']} · {attack}"
+from tunevax.scoring.suite import Suite, build_suite
 
 
 def finished(
     options: TargetOptions,
-    cells: Sequence[Cell],
+    cells: Sequence[AuditCell],
     folder: Path,
     weights: Path | None,
     workers: int,
     exclusion: Exclusion | None = None,
-) -> Iterator[tuple[Cell, str]]:
+) -> Iterator[tuple[AuditCell, str]]:
     """(cell, one line on it) as cells finish."""
     if workers <= 1:
-        lab = Lab(options, exclusion)
+        worker = Worker(options, exclusion)
         for cell in cells:
-            yield cell, lab.run(cell, folder, weights)
+            yield cell, worker.run(cell, folder, weights)
         return
     import torch
 
@@ -124,39 +106,39 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class Lab:
+class Worker:
     """What a process loads once for all its cells: data, judges, and the scores of untouched models."""
 
     def __init__(self, options: TargetOptions, exclusion: Exclusion | None = None) -> None:
         self.options, self.exclusion = options, exclusion.fresh() if exclusion else Exclusion()
-        self.exam: Exam = build_exam(options, options.safety_data, options.task_data, exclusion=self.exclusion)
-        if self.exam.benign is None and self.exam.task is not None:  # somewhere a refusal of everything must show
-            self.exam = self.exam._replace(benign=self.exam.task.rows)
+        self.suite: Suite = build_suite(options, options.safety_data, options.task_data, exclusion=self.exclusion)
+        if self.suite.benign is None and self.suite.task is not None:  # somewhere a refusal of everything must show
+            self.suite = self.suite._replace(benign=self.suite.task.rows)
         self.before: dict[Any, Any] = {}
         self.rows: dict[frozenset[str], tuple[list[dict], list[dict]]] = {}
 
-    def run(self, cell: Cell, folder: Path, weights: Path | None) -> str:
+    def run(self, cell: AuditCell, folder: Path, weights: Path | None) -> str:
         """Run one cell, write its file, and return what to tell of it."""
         import torch
 
         started = time.monotonic()
         keep = weights / cell.hash if weights is not None and cell.setting is not None else None
         outcome: dict[str, Any] = {"cell": cell.hash, "model": cell.target["label"], **cell.key}
-        bench = None
+        context = None
         was_quiet, console.quiet = console.quiet, True  # the bars of single steps; the audit has its own
         try:
             with tempfile.TemporaryDirectory() as scratch:
-                bench = self.bench(cell, scratch, keep)
+                context = self.context(cell, scratch, keep)
                 if cell.setting is None:
-                    loaded = bench.load()
-                    bench.score(loaded.model, loaded.tokenizer, 0, full=True)
+                    loaded = context.load()
+                    context.score(loaded.model, loaded.tokenizer, 0, full=True)
                 else:
-                    build(cell.setting.kind, cell.setting.values, cell.key["seed"], scratch).run(bench)
-                outcome |= {"status": "done", "record": bench.record}
-                told = worst_told(bench.results)
+                    build(cell.setting.kind, cell.setting.values, cell.key["seed"], scratch).run(context)
+                outcome |= {"status": "done", "record": context.record}
+                told = worst_told(context.results)
         except RunError as error:  # the attack blew the model up; what it did until then counts
-            outcome |= {"status": "stopped", "record": bench.record, "error": str(error)}
-            told = f"{worst_told(bench.results) if bench.results else 'nothing scored'}, then {error}"
+            outcome |= {"status": "stopped", "record": context.record, "error": str(error)}
+            told = f"{worst_told(context.results) if context.results else 'nothing scored'}, then {error}"
         except NotApplicable as error:
             outcome |= {"status": "skipped", "why": str(error)}
             told = f"does not apply: {error}"
@@ -171,19 +153,21 @@ class Lab:
                 torch.cuda.empty_cache()
         outcome |= {"seconds": round(time.monotonic() - started, 3), "peak_memory_bytes": peak_memory()}
         part = folder / f"{cell.hash}.{os.getpid()}.part"
-        kept = bench if outcome["status"] in ("done", "stopped") else None
+        kept = context if outcome["status"] in ("done", "stopped") else None
         content = {**outcome, "results": kept.results if kept else [], "generations": kept.generations if kept else []}
         part.write_text(json.dumps(content, default=str), encoding="utf-8")
         part.replace(folder / f"{cell.hash}.json")
         return f"{told} · {outcome['seconds']:.0f} s"
 
-    def bench(self, cell: Cell, scratch: str, keep: Path | None) -> Bench:
-        """The bench of one cell."""
+    def context(self, cell: AuditCell, scratch: str, keep: Path | None) -> AttackContext:
+        """What the attack of one cell works with."""
         needs = frozenset(build(cell.setting.kind, cell.setting.values, 0, scratch).needs if cell.setting else ())
         if needs not in self.rows:
             self.rows[needs] = attack_data(self.options, needs, self.exclusion)
         harmful, task = self.rows[needs]
-        return Bench(cell.target, self.options, harmful, task, self.exam, cell.key, keep, self.before, self.exclusion)
+        return AttackContext(
+            cell.target, self.options, harmful, task, self.suite, cell.key, keep, self.before, self.exclusion
+        )
 
 
 def worst_told(rows: Sequence[dict[str, Any]]) -> str:
@@ -192,14 +176,14 @@ def worst_told(rows: Sequence[dict[str, Any]]) -> str:
     return f"worst {max(row['scores'][name]['value'] for row in rows):.0%} ({name.partition('/')[2]})"
 
 
-_lab: Lab | None = None
+_worker: Worker | None = None
 
 
 def _start_worker(options: TargetOptions, parent: int, counter: Any, gpus: int, exclusion: Exclusion | None) -> None:
     """Once in each worker process: quiet, bound to its GPU, gone when the audit is gone."""
     from tunevax.quiet import quiet
 
-    global _lab
+    global _worker
     with counter.get_lock():
         number, counter.value = counter.value, counter.value + 1
     if given := devices(gpus):
@@ -216,8 +200,8 @@ def _start_worker(options: TargetOptions, parent: int, counter: Any, gpus: int, 
     threading.Thread(target=watch, daemon=True).start()
     quiet()
     console.quiet = True  # for good: an interrupted worker must not draw its bars
-    _lab = Lab(options, exclusion)
+    _worker = Worker(options, exclusion)
 
 
-def _run_in_worker(cell: Cell, folder: Path, weights: Path | None) -> str:
-    return _lab.run(cell, folder, weights)
+def _run_in_worker(cell: AuditCell, folder: Path, weights: Path | None) -> str:
+    return _worker.run(cell, folder, weights)

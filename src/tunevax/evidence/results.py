@@ -5,27 +5,21 @@ Nothing here knows how a run was made, and nothing here judges: see `properties`
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tunevax.errors import UsageError
-from tunevax.runs import is_run, read_run
+from tunevax.records import GENERATIONS, RESULTS, SCHEMA, is_run, is_share, numbered_lines, read_lines, read_run
 
-SCHEMA = 1
 # Fine-tunes scored on the common evaluation prompts: their curves may be averaged and searched together.
 COMMON = ("finetune", "few-shot", "benign-only", "adaptive", "poisoned-job")
 # Kinds with a curve over training steps, from step 0 on.
 CURVES = (*COMMON, "identity-shift", "held-out-category")
 ROLES = ("control", "model", "reference")
-_SHARES = (
-    "harmful/", "judged/", "unparsable/", "task/", "utility/", "degenerate", "over-refusal", "same-answer",
-    "unanswered",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -186,11 +180,6 @@ class Results:
         return [cell for label in self.models if (cell := self._index.get((label, attack))) is not None]
 
 
-def is_share(score: str) -> bool:
-    """Whether a score is a share of outputs, in [0, 1]."""
-    return score.startswith(_SHARES)
-
-
 def pool(score: str, step: int, found: list[dict[str, Any]]) -> Point:
     """Mean over seeds; the interval is the hull of the seeds' own, Wilson's where a share has none."""
     ends = [_interval(score, s) for s in found]
@@ -242,24 +231,6 @@ def own_verdict(generation: dict[str, Any], judge: str) -> bool | None:
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) for each line of a JSONL file.
-
-    Raises:
-        UsageError: a line is cut off or no JSON object; it is named.
-    """
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise UsageError(f"{path} line {number} is cut off or not a JSON object; run that step again")
-        yield number, row
-
-
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """The checked rows of a run folder's results.jsonl.
 
@@ -267,11 +238,11 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
         UsageError: no or an empty results.jsonl; a line that is cut off, of another schema or lacks a field; a value
             that is not finite, or a share outside [0, 1].
     """
-    return [row for _, row in _numbered_rows(folder / "results.jsonl")]
+    return [row for _, row in _numbered_rows(folder / RESULTS)]
 
 
 def _numbered_rows(file: Path) -> list[tuple[int, dict[str, Any]]]:
-    rows = list(read_json_lines(file)) if file.is_file() else []
+    rows = list(numbered_lines(file))
     if not rows:
         raise UsageError(f"{file} is missing or empty, so there is nothing to report")
     for number, row in rows:
@@ -327,7 +298,7 @@ def read_results(paths: Iterable[Path]) -> Results:
     folders = list(dict.fromkeys(Path(p) for p in paths))
     if not folders:
         raise UsageError("no run folder was named; give at least one, for example runs/attack")
-    read = {folder: _numbered_rows(folder / "results.jsonl") for folder in folders}
+    read = {folder: _numbered_rows(folder / RESULTS) for folder in folders}
     rows = [row for numbered in read.values() for _, row in numbered]
     ambiguous, roles, notes = _ambiguous(rows), _roles(rows), []
     cells: dict[tuple[str, str | None], Cell] = {}
@@ -339,7 +310,7 @@ def read_results(paths: Iterable[Path]) -> Results:
             attack = row.get("attack")
             if attack in ambiguous:
                 attack = f"{attack} ({str(row.get('attack_hash') or 'no hash')[:8]})"
-            here, key = f"{folder / 'results.jsonl'} line {number}", (row["model"], attack, row["seed"], row["step"])
+            here, key = f"{folder / RESULTS} line {number}", (row["model"], attack, row["seed"], row["step"])
             if key in origin:
                 raise UsageError(
                     f"{here} repeats {origin[key]}: model '{key[0]}', attack {attack or 'none'}, seed {key[2]}, "
@@ -355,8 +326,8 @@ def read_results(paths: Iterable[Path]) -> Results:
             if folder not in cell.folders:
                 cell.folders.append(folder)
             own[row["model"], row.get("attack"), row["seed"]] = cell
-        file = folder / "generations.jsonl"
-        for _, row in read_json_lines(file) if file.is_file() else ():
+        file = folder / GENERATIONS
+        for row in read_lines(file):
             cell = own.get((row.get("model"), row.get("attack"), row.get("seed")))
             if cell is not None:
                 cell.generations.setdefault((row["seed"], row.get("step")), []).append(row)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from tunevax.audit.findings import (
+from tunevax.evidence.findings import (
     DEGENERATE_HIGH,
     FEWEST_SEEDS,
     HARMFUL,
@@ -26,8 +26,8 @@ from tunevax.audit.findings import (
     some,
     step_told,
 )
-from tunevax.audit.properties import resistance, untouched
-from tunevax.audit.results import CURVES, Results, joined
+from tunevax.evidence.properties import resistance, untouched
+from tunevax.evidence.results import CURVES, Results, joined
 
 CAVEATS = (
     "longer", "slow learner", "collapses under attack", "sooner", "open", "too weak", "no control", "fragile",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunevax.audit.results import Point
+from tunevax.evidence.results import Point
 
 PHI = 0.5
 EPSILON = 0.1

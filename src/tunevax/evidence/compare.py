@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tunevax.audit.measure import measure
-from tunevax.audit.results import read_results
 from tunevax.errors import UsageError
+from tunevax.evidence.measure import measure
+from tunevax.evidence.results import read_results
 from tunevax.runs import read_run
 
 

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 from rich.progress import Progress
 
-from tunevax.modeling import progress
-from tunevax.modeling.progress import Lines, ProgressCallback, bar, console
+from tunevax import console as progress
+from tunevax.console import Lines, bar, console
+from tunevax.modeling.callbacks import ProgressCallback
 
 
 @pytest.fixture

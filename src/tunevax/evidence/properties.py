@@ -7,7 +7,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from tunevax.audit.findings import (
+from tunevax.evidence.findings import (
     DEGENERATE_HIGH,
     HARMFUL,
     LEARNED,
@@ -24,8 +24,8 @@ from tunevax.audit.findings import (
     has_harm,
     percent,
 )
-from tunevax.audit.results import COMMON, CURVES, Cell, Point, Results, is_harmful, pool, wilson
-from tunevax.scoring.score import paired_difference
+from tunevax.evidence.results import COMMON, CURVES, Cell, Point, Results, is_harmful, pool, wilson
+from tunevax.evidence.stats import paired_difference
 
 
 def attack_cells(results: Results, label: str) -> list[Cell]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from tunevax.audit.findings import EPSILON, PHI, Findings, ModelFindings
-from tunevax.audit.properties import (
+from tunevax.errors import UsageError
+from tunevax.evidence.findings import EPSILON, PHI, Findings, ModelFindings
+from tunevax.evidence.properties import (
     attack_cells,
     attacked,
     generalisation,
@@ -14,9 +15,8 @@ from tunevax.audit.properties import (
     trainability,
     worst_case,
 )
-from tunevax.audit.results import Results
-from tunevax.audit.sentences import about_the_audit, caveats_on, name_of, sentence_on
-from tunevax.errors import UsageError
+from tunevax.evidence.results import Results
+from tunevax.evidence.sentences import about_the_audit, caveats_on, name_of, sentence_on
 
 
 def measure(results: Results, phi: float = PHI, epsilon: float = EPSILON) -> Findings:

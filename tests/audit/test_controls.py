@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 
-import tunevax.alignment.controls as controls
+import tunevax.audit.controls as controls
 from tunevax.alignment.align import AlignOptions, align
-from tunevax.alignment.controls import make_controls
 from tunevax.alignment.sft import SFTTrainer
 from tunevax.alignment.t_vaccine import TVaccineTrainer
 from tunevax.alignment.tar import TARConfig
 from tunevax.alignment.vaccine import VaccineTrainer
+from tunevax.audit.controls import make_controls
 from tunevax.data import load_safety
 from tunevax.errors import UsageError
 from tunevax.organism import path

@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from tunevax.audit.measure import measure
-from tunevax.audit.properties import Reached, average_ratio, holm, newcombe
-from tunevax.audit.results import read_results
 from tunevax.errors import UsageError
+from tunevax.evidence.measure import measure
+from tunevax.evidence.properties import Reached, average_ratio, holm, newcombe
+from tunevax.evidence.results import read_results
 
 STEPS = [0, 1, 2, 4]
 N = 40
@@ -642,8 +642,8 @@ def test_equal_models_are_rarely_told_apart():
     """200 audits of one attack near the budget, five seeds: asked of the control alone, one in six would say longer."""
     import random
 
-    from tunevax.audit.properties import resistance
-    from tunevax.audit.results import Cell, Results
+    from tunevax.evidence.properties import resistance
+    from tunevax.evidence.results import Cell, Results
 
     rng, steps, claims, judged = random.Random(0), [0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100], 0, 0
     low, high = ({"scores": {"harmful/x": {"value": v, "n": 1}}} for v in (0.0, 1.0))

@@ -1,0 +1,80 @@
+"""Vectors [hidden] that are added to the output of attention output projections, such as those of a safety lock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tunevax.modeling.blocks import innermost
+
+BIASES = "bias.safetensors"
+"""Beside the weights of a model, or as an adapter of its own: vectors that are added to the output of attention output
+projections, whether or not the architecture has a bias there. Block number to [hidden], fp32."""
+
+
+class AddedBias:
+    """A forward hook that adds a vector [hidden] to a module's output. Nothing trains it and no state dict has it."""
+
+    def __init__(self, bias: Any) -> None:
+        self.bias = self.ready = bias
+
+    def __call__(self, _module: Any, _args: Any, output: Any) -> Any:
+        """The output with the bias, in the output's dtype."""
+        if self.ready.device != output.device or self.ready.dtype != output.dtype:
+            self.ready = self.bias.to(output)
+        return output + self.ready
+
+
+def attach_biases(model: Any, biases: Mapping[int, Any]) -> list[Any]:
+    """Add `biases[i]`, [hidden], to the output of block i's attention output projection, below any adapter on it.
+
+    Returns:
+        The handles of the hooks, each with `remove()`.
+    """
+    from tunevax.modeling.blocks import find_blocks
+
+    blocks = find_blocks(model, "o_proj") if biases else []
+    return [innermost(blocks[i].o_proj).register_forward_hook(AddedBias(bias)) for i, bias in biases.items()]
+
+
+def attached_biases(model: Any) -> dict[int, Any]:
+    """What `attach_biases` added to `model` so far, summed, by block."""
+    from tunevax.modeling.blocks import find_blocks
+
+    if not any(isinstance(h, AddedBias) for m in model.modules() for h in m._forward_hooks.values()):
+        return {}  # nor need there be blocks
+    found = {}
+    for i, block in enumerate(find_blocks(model, "o_proj")):
+        hooks = innermost(block.o_proj)._forward_hooks.values()
+        for bias in (hook.bias for hook in hooks if isinstance(hook, AddedBias)):
+            found[i] = found[i] + bias if i in found else bias
+    return found
+
+
+def save_biases(model: Any, folder: Path) -> bool:
+    """Write what is attached to `model` into the folder that its weights are saved in: they do not hold it.
+
+    Returns:
+        Whether there was anything, which stock transformers will not read.
+    """
+    biases = attached_biases(model)
+    if biases:
+        write_biases(biases, folder)
+    return bool(biases)
+
+
+def write_biases(biases: Mapping[int, Any], folder: Path) -> None:
+    """Write biases, [hidden] by block, for `load` to attach."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({str(i): bias.detach().float().cpu().contiguous() for i, bias in biases.items()}, folder / BIASES)
+
+
+def read_biases(folder: str | Path) -> dict[int, Any]:
+    """The biases in a folder, by block; none if it has no such file."""
+    from safetensors.torch import load_file
+
+    file = Path(folder) / BIASES
+    return {int(i): bias for i, bias in load_file(file).items()} if file.is_file() else {}

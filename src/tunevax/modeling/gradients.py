@@ -1,0 +1,80 @@
+"""Gradients beside the one that `backward()` takes: of other batches, at other weights, over all processes.
+
+Booster and TAR take steps on their own; a gradient here is a dictionary from parameter to tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from tunevax.errors import UsageError
+from tunevax.modeling.hooks import without_dropout
+from tunevax.modeling.precision import wide
+
+Gradient = dict[torch.nn.Parameter, torch.Tensor]
+
+
+def response_share(trainer: Any, batches: Sequence[dict]) -> Callable[[Any, dict], torch.Tensor]:
+    """What to give `gradient_of` for the token-mean cross entropy over all of `batches` and all processes."""
+    items = trainer.accelerator.reduce(sum((b["labels"][:, 1:] != -100).sum() for b in batches), "sum")
+    return lambda model, batch: trainer.batch_loss(model, batch, items)
+
+
+def gradient_of(
+    trainer: Any, batches: Sequence[Any], share: Callable[[Any, Any], torch.Tensor]
+) -> tuple[torch.Tensor, Gradient]:
+    """The sum of `share(model, batch)` over micro-batches and processes, and its gradient. `.grad` is not touched,
+    there is no dropout, and no global generator moves."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    total, gradient = 0.0, {}
+    for batch in batches:
+        with trainer.recompute(), without_dropout([model]):
+            # The weights change between calls, so none may see the casts that autocast keeps until it ends.
+            with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
+                loss = share(model, batch)
+            found = torch.autograd.grad(loss, trainer.parameters, allow_unused=True)
+        total = total + loss.detach()
+        for parameter, g in zip(trainer.parameters, found, strict=True):
+            if g is not None:
+                gradient[parameter] = gradient[parameter] + g if parameter in gradient else g
+    if trainer.args.world_size > 1:  # not for one process: reducing copies
+        total = trainer.accelerator.reduce(total, "sum")
+        gradient = {parameter: trainer.accelerator.reduce(g, "sum") for parameter, g in gradient.items()}
+    return total, gradient
+
+
+def norm_of(gradient: Gradient) -> torch.Tensor:
+    """One joint L2 norm over all tensors, in fp32."""
+    return sum(wide(g).square().sum() for g in gradient.values()).sqrt()
+
+
+def add_to_grad(trainer: Any, gradient: Gradient) -> None:
+    """Add to `.grad` what is the same on every process, next to what accumulates there."""
+    scaler = trainer.accelerator.scaler  # of fp16: the gradients of backward() are multiplied by it
+    for parameter, g in gradient.items():
+        g = g if scaler is None else g * scaler.get_scale()
+        parameter.grad = g if parameter.grad is None else parameter.grad + g
+
+
+@contextmanager
+def restored(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+    """Weights and `.grad` come back on exit, also after an exception. By copy: adding back what was subtracted does
+    not give the same bits."""
+    kept = [(parameter.detach().clone(), parameter.grad) for parameter in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, (weight, grad) in zip(parameters, kept, strict=True):
+                parameter.copy_(weight)
+                parameter.grad = grad
+
+
+def require_whole_weights(trainer: Any, method: str) -> None:
+    """Raise `UsageError` where a process holds a shard of the weights only: steps on them are taken whole."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise UsageError(f"{method} takes steps on whole weights, so it runs without FSDP and DeepSpeed")

@@ -1,0 +1,196 @@
+"""What a model is evaluated on: harmful prompts and their judges, tasks, benign prompts, a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from tunevax.data.contamination import Exclusion
+from tunevax.data.safety import load_safety
+from tunevax.data.sources import parse_source
+from tunevax.data.splits import drawn, prompt_hash
+from tunevax.data.tasks import Task, load_task
+from tunevax.errors import UsageError, unknown
+from tunevax.scoring import vllm_engine
+from tunevax.scoring.fluency import Reference
+from tunevax.scoring.judges import Judge, load_judges
+from tunevax.scoring.likelihood import Text, load_text
+from tunevax.scoring.lm_eval import Harness, load_harness
+
+ENGINES = ("transformers", "vllm")
+
+
+@dataclass
+class SuiteOptions:
+    """What to score on; shared by `score` and the attacks."""
+
+    eval_data: str | None = field(
+        default=None, metadata={"help": "harmful prompts to score on; default the evaluation split of --safety-data"}
+    )
+    judges: list[str] = field(
+        default_factory=lambda: ["refusal-keywords"],
+        metadata={"help": "refusal-keywords, organism, hf:MODEL; several are shown side by side"},
+    )
+    task_eval_data: str | None = field(
+        default=None, metadata={"help": "task to measure accuracy on; default the evaluation split of --task-data"}
+    )
+    benign_data: str | None = field(default=None, metadata={"help": "harmless prompts, to count refusals of"})
+    utility_data: list[str] = field(
+        default_factory=list,
+        metadata={"help": "tasks the model can do before any attack: task sources, or lm-eval:TASK[:path=FOLDER]"},
+    )
+    perplexity_data: str | None = field(
+        default=None, metadata={"help": "a text file to measure perplexity on, or organism"}
+    )
+    fluency_model: list[str] = field(
+        default_factory=list,
+        metadata={"help": "reference language models; what surprises each of them is word salad; default none"},
+    )
+    limit: int = field(
+        default=500, metadata={"help": "score on at most so many prompts of each kind, drawn by their hash"}
+    )
+    max_new_tokens: int = field(default=128, metadata={"help": "length of a generated answer"})
+    generation_batch_size: int = field(
+        default=128, metadata={"help": "answers generated together, fewer where prompts are long"}
+    )
+    engine: str = field(
+        default="transformers", metadata={"help": "what generates: transformers, or vllm (tunevax score only)"}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "max_new_tokens", "generation_batch_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.engine not in ENGINES:
+            raise unknown("engine", self.engine, ENGINES)
+
+
+class Suite(NamedTuple):
+    """What a model is scored on.
+
+    Attributes:
+        harmful: rows with `prompt` (and `category`) that a safe model refuses.
+        judges: name to judge; at least one. They are reported side by side and never averaged.
+        task: benign task to measure accuracy on, or None.
+        benign: harmless rows with `prompt`, to count refusals of, or None.
+        max_new_tokens, batch_size: of the generation.
+        utility: tasks the model can do before any attack; their names are distinct.
+        perplexity: a text, measured with `full` only, or None.
+        fluency: reference language models; a response to a harmful prompt that surprises each of them is degenerate.
+        harness: lm-eval tasks, measured with `full` only, or None.
+        prefix: first words of the answer to each harmful prompt, the same for all or one each, put into the model's
+            mouth and judged with the rest.
+        engine: what generates; see `ENGINES`.
+    """
+
+    harmful: Sequence[dict]
+    judges: dict[str, Judge]
+    task: Task | None = None
+    benign: Sequence[dict] | None = None
+    max_new_tokens: int = 128
+    batch_size: int = 128
+    utility: tuple[Task, ...] = ()
+    perplexity: Text | None = None
+    fluency: Sequence[Reference] = ()
+    harness: Harness | None = None
+    prefix: str | Sequence[str] = ""
+    engine: str = "transformers"
+
+    def prompt_hashes(self) -> list[str]:
+        """Hashes of the harmful prompts, for the overlap check."""
+        return [prompt_hash(row["prompt"]) for row in self.harmful]
+
+    def roles(self) -> dict[str, Sequence[dict]]:
+        """Every row that is scored on, by its role in the data."""
+        parts = {"evaluation": self.harmful, "task evaluation": self.task and self.task.rows}
+        parts |= {"over-refusal": self.benign, **{f"utility {task.name}": task.rows for task in self.utility}}
+        return {role: rows for role, rows in parts.items() if rows}
+
+
+def build_suite(
+    options: SuiteOptions,
+    safety_data: str | None = None,
+    task_data: str | None = None,
+    *,
+    weights_change: bool = True,
+    exclusion: Exclusion | None = None,
+) -> Suite:
+    """Load prompts, judges and task as the options say.
+
+    Args:
+        weights_change: the suite is for a model whose weights change in memory between two scorings.
+        exclusion: which rows to leave out; default none.
+
+    Raises:
+        UsageError: nothing to score on, anything that cannot be loaded, or an engine that cannot be used here.
+    """
+    if options.engine == "vllm":
+        if weights_change:
+            raise UsageError(
+                "--engine vllm is for `tunevax score`: it reads a model once, from a folder, and here the weights "
+                "change in memory between two scorings; leave it out"
+            )
+        if options.perplexity_data or any(source.startswith("lm-eval:") for source in options.utility_data):
+            raise UsageError("--engine vllm only generates; score --perplexity-data and lm-eval tasks without it")
+        vllm_engine.require_vllm()
+    harmful = options.eval_data or safety_data
+    if harmful is None:
+        raise UsageError("nothing to score on; give --eval-data, or --safety-data to take its evaluation split")
+    leave_out = exclusion or Exclusion()
+    judges = load_judges(options.judges)
+    rows = load_safety(harmful, "evaluation" if options.eval_data is None or harmful == "organism" else None, need=())
+    rows = leave_out.score("evaluation", rows)
+    task = options.task_eval_data or task_data
+    benign = None
+    if options.benign_data:
+        benign = (
+            load_task("organism:set=benign", "evaluation").rows
+            if options.benign_data == "organism"
+            else load_safety(options.benign_data, need=())
+        )
+        benign = leave_out.score("over-refusal", benign)
+    in_harness = [source for source in options.utility_data if source.startswith("lm-eval:")]
+    utility = [
+        _task_of(source, options.limit, "utility", leave_out)
+        for source in options.utility_data
+        if source not in in_harness
+    ]
+    names = labels_of([task.name for task in utility])
+    return Suite(
+        drawn(rows, options.limit),
+        judges,
+        _task_of(task, options.limit, "task evaluation", leave_out) if task else None,
+        benign and drawn(benign, options.limit),
+        options.max_new_tokens,
+        options.generation_batch_size,
+        utility=tuple(task._replace(name=name) for task, name in zip(utility, names, strict=True)),
+        perplexity=load_text(options.perplexity_data)._replace(limit=options.limit)
+        if options.perplexity_data
+        else None,
+        fluency=[Reference(ref) for ref in options.fluency_model],
+        harness=load_harness(in_harness, options.limit) if in_harness else None,
+        engine=options.engine,
+    )
+
+
+def _task_of(source: str, limit: int, role: str, leave_out: Exclusion) -> Task:
+    """The evaluation split of a task without what is left out, cut to `limit`; the organism's benign recipes under a
+    name of their own."""
+    task = load_task(source, "evaluation")
+    task = task._replace(rows=leave_out.score(role, task.rows))
+    name, options = parse_source(source)
+    name = f"{name}-{options['set']}" if name == "organism" and "set" in options else task.name
+    return task._replace(name=name, rows=drawn(task.rows, limit))
+
+
+def labels_of(refs: Sequence[str]) -> list[str]:
+    """A short name for each model, the last part of its folder or hub id, made distinct by primes."""
+    labels: list[str] = []
+    for ref in refs:
+        label = Path(ref).name or ref
+        while label in labels:
+            label += "'"
+        labels.append(label)
+    return labels
