@@ -64,7 +64,7 @@ def hashed(text: str, buckets: int) -> np.ndarray:
 
 @cache
 def murmur3(text: str) -> int:
-    """MurmurHash3 (x86, 32 bits, seed 0) of the UTF-8 bytes, signed. Unlike Python's `hash`, it is the same everywhere."""
+    """MurmurHash3 (x86, 32 bits, seed 0) of the UTF-8 bytes, signed. Python's `hash` is another in every process."""
     data, mask, value = text.encode(), 2**32 - 1, 0
     for at in range(0, len(data), 4):
         block = int.from_bytes(data[at : at + 4], "little") * 0xCC9E2D51 & mask
