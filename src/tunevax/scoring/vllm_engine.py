@@ -18,7 +18,8 @@ from tunevax.scoring.generation import FROM_THE_FIRST, answer, encoded_prompts, 
 NOT_HANDED_ON = {
     **{name: off for name, off in FROM_THE_FIRST.items() if name != "min_new_tokens"}, "begin_suppress_tokens": (None,),
     "sequence_bias": (None,), "bad_words_ids": (None,), "forced_bos_token_id": (None,), "suppress_tokens": (None,),
-    "stop_strings": (None, []), "watermarking_config": (None,), "no_repeat_ngram_size": (None, 0), "encoder_no_repeat_ngram_size": (None, 0),
+    "stop_strings": (None, []), "watermarking_config": (None,), "no_repeat_ngram_size": (None, 0),
+    "encoder_no_repeat_ngram_size": (None, 0),
 }  # fmt: skip
 """Settings of a generation config that change greedy text in transformers, and the values with which they do not."""
 
