@@ -273,7 +273,7 @@ def test_stock_peft_loads_what_tunevax_saves(tmp_path):
 
 RESUMED = [
     "align", "t-vaccine", "--model", "organism", "--safety-data", "organism", "--task-data", "organism", "--max-length", "64",
-    "--gamma", "3", "--sample-interval", "3", "--probe-interval", "7", "--lora-dropout", "0.1", "--max-steps", "40",
+    "--gamma", "3", "--sample-interval", "3", "--probe-interval", "7", "--lora-dropout", "0.1", "--max-steps", "20",
     "--save-steps", "5", "--per-device-train-batch-size", "4", "--gradient-accumulation-steps", "2",
 ]  # fmt: skip
 
@@ -302,7 +302,7 @@ def test_killed_and_resumed_gives_the_same_bits(tmp_path):
     process = subprocess.run(command, capture_output=True, text=True)
     assert process.returncode == -signal.SIGKILL, process.stderr[-3000:]
     checkpoints = tmp_path / "killed.partial" / "checkpoints"
-    assert not target.exists() and sorted(c.name for c in checkpoints.iterdir()) == ["checkpoint-10", "checkpoint-5"]
+    assert not target.exists() and [c.name for c in checkpoints.iterdir()] == ["checkpoint-10"]
     assert main([*RESUMED, "--output-dir", str(target), "--resume"]) == 0
     adapters = [(tmp_path / n / "adapter" / "adapter_model.safetensors").read_bytes() for n in ("whole", "killed")]
     assert adapters[0] == adapters[1]
@@ -310,7 +310,7 @@ def test_killed_and_resumed_gives_the_same_bits(tmp_path):
         [json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()]
         for n in ("whole", "killed")
     ]
-    assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == list(range(1, 41))
+    assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == list(range(1, 21))
 
 
 def test_a_resumed_run_must_be_the_same_run(tmp_path, capsys):
