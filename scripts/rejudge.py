@@ -16,7 +16,7 @@ from tunevax.audit.plan import fluency_models
 from tunevax.console import bar
 from tunevax.data.chat import joined
 from tunevax.quiet import quiet
-from tunevax.runs import read_lines, read_run
+from tunevax.records import read_lines, read_run
 from tunevax.scoring.evaluate import judged
 from tunevax.scoring.fluency import Reference
 from tunevax.scoring.judges import load_judges

@@ -21,6 +21,8 @@ SCHEMA = 1
 
 RUN, RESULTS, GENERATIONS, LOG = "run.json", "results.jsonl", "generations.jsonl", "log.jsonl"
 """The files of a run folder that more than one verb writes."""
+PROMPTS = "prompts.json"
+"""Hashes of the prompts that a run used, `{role: [hash, ...]}`."""
 
 # --- scores ----------------------------------------------------------------------------------------------------------
 
@@ -458,6 +460,17 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not isinstance(row, dict):
             raise UsageError(f"{path} line {number} is cut off or not a JSON object; run that step again")
         yield number, row
+
+
+def read_prompts(folder: Path) -> dict[str, list[str]]:
+    """prompts.json of a folder; nothing without that file."""
+    file = folder / PROMPTS
+    if not file.is_file():
+        return {}
+    try:
+        return {role: list(hashes) for role, hashes in json.loads(file.read_text(encoding="utf-8")).items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UsageError(f"{file} cannot be read as JSON; the run folder is damaged") from error
 
 
 # --- identities ------------------------------------------------------------------------------------------------------

@@ -24,7 +24,19 @@ from typing import Any
 
 from tunevax import __version__
 from tunevax.errors import RunError, TunevaxError, UsageError, out_of_memory
-from tunevax.records import SCHEMA, HardwareRecord, RunRecord, data_entry, digest, is_run, read_lines, read_run  # noqa: F401
+from tunevax.lineage import Lineage
+from tunevax.records import (  # noqa: F401
+    PROMPTS,
+    SCHEMA,
+    HardwareRecord,
+    RunRecord,
+    data_entry,
+    digest,
+    is_run,
+    read_lines,
+    read_prompts,
+    read_run,
+)
 from tunevax.run_lock import RunLock, refuse_if_held
 
 FINISHED = (
@@ -74,6 +86,14 @@ class RunFolder:
         # A lone surrogate, which UTF-8 cannot hold, becomes its JSON escape.
         with (self.path / name).open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def record_prompts(folder: Path, **roles: Iterable[str]) -> None:
+    """Add prompt hashes to prompts.json in `folder`, by role."""
+    known = read_prompts(folder)
+    for role, more in roles.items():
+        known[role] = sorted({*known.get(role, []), *more})
+    (folder / PROMPTS).write_text(json.dumps(known), encoding="utf-8")
 
 
 def partial_of(final: Path) -> Path:
@@ -218,16 +238,14 @@ def _refuse_to_lose(run: RunFolder, place: Path) -> None:
     """Raise `UsageError` if the run to be replaced is what the new one starts from, or is compared with."""
     for name, value in run.record.get("config", {}).items():
         for ref in value if isinstance(value, list) else [value]:
-            before = ref
-            while isinstance(before, str) and before and "\0" not in before:
-                path = Path(before.partition(":")[0]).expanduser()
-                if path.absolute().resolve().is_relative_to(place):
+            if not isinstance(ref, str) or not ref or "\0" in ref:
+                continue
+            for before in Lineage.of(ref.partition(":")[0]).history:
+                if Path(before.ref).expanduser().absolute().resolve().is_relative_to(place):
                     raise UsageError(
                         f"{run.final} is what --{name.replace('_', '-')} {ref} needs, and --overwrite would remove it; "
                         "choose another --output-dir"
                     )
-                record = read_run(path) if is_run(path) else {}
-                before = record.get("parent") or (record.get("model") or {}).get("ref")
 
 
 def _try_to_finish(folder: Path) -> None:

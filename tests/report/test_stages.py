@@ -8,8 +8,8 @@ import pytest
 
 from tunevax.cli import main
 from tunevax.organism.world import World
+from tunevax.records import read_lines
 from tunevax.report import collect, write_report
-from tunevax.runs import read_lines
 
 EVIL = "<script>alert(1)</script> **b** | [x](http://e.vil) $\\frac$ \u202eabc \x07"
 

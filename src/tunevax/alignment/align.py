@@ -8,7 +8,7 @@ from typing import Any
 
 from tunevax.alignment.held_out import evaluate, fitting, held_out_rows, loss_on
 from tunevax.alignment.sft import SFTConfig
-from tunevax.data.contamination import chosen_with, count, hashes, record_prompts
+from tunevax.data.contamination import chosen_with, count, hashes
 from tunevax.data.encoding import TEMPLATE_HELP
 from tunevax.data.safety import load_safety
 from tunevax.data.tasks import load_task
@@ -18,7 +18,7 @@ from tunevax.modeling.loading import load
 from tunevax.modeling.memory import StepMemory
 from tunevax.modeling.quantization import require_quantization
 from tunevax.modeling.trainer import final_loss, last_checkpoint, rehearse, resolved, save_weights
-from tunevax.runs import data_entry, digest, is_main_process, is_run, writing
+from tunevax.runs import data_entry, digest, is_main_process, is_run, record_prompts, writing
 
 
 @dataclass

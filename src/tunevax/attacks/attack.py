@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from tunevax.console import console
-from tunevax.data.contamination import Exclusion, Rows, check, recorded_prompts, used_prompts
+from tunevax.data.contamination import Exclusion, Rows, check
 from tunevax.data.encoding import TEMPLATE_HELP
 from tunevax.data.safety import load_safety
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
-from tunevax.modeling.loading import Loaded, absolute, load
-from tunevax.runs import SCHEMA, RunFolder, data_entry, digest, is_run, read_run, require_one_process, writing
+from tunevax.lineage import Lineage, absolute
+from tunevax.modeling.loading import Loaded, load
+from tunevax.records import SCHEMA, data_entry, digest, is_run, read_prompts, read_run
+from tunevax.runs import RunFolder, require_one_process, writing
 from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.suite import Suite, SuiteOptions, build_suite, labels_of
 
@@ -88,7 +90,7 @@ OPEN_TO_CUSTOMERS = ("poisoned-job", "prefill", "template")
 def beside_the_job(ref: str, kind: str) -> str | None:
     """Why a kind of attack says nothing of a model, if that was defended while it was fine-tuned: the defence is in the
     provider's training, and an attacker who trains without it has the weights, which such a defence does not give."""
-    record = read_run(ref) if is_run(ref) else {}
+    record = Lineage.of(ref).record
     if record.get("verb") != "finetune" or kind in OPEN_TO_CUSTOMERS:
         return None
     if record["method"] == "sft" and record["config"].get("screen") != "drop":
@@ -262,7 +264,7 @@ def attack(method: str, options: AttackOptions, config: Any, command: str = "") 
 
 def use_data_of_run(options: TargetOptions) -> None:
     """Safety and task data that were not named: those that the first model was hardened with."""
-    config = read_run(options.model[0])["config"] if is_run(options.model[0]) else {}
+    config = Lineage.of(options.model[0]).record.get("config", {})
     told = []
     for name in ("safety_data", "task_data"):
         source = config.get(name)
@@ -323,11 +325,11 @@ def rows_of_its_own(config: Any, options: TargetOptions, exclusion: Exclusion) -
 def trained_on(method: str, ref: str) -> dict[str, list[str]]:
     """Hashes of the prompts that the model was trained on which `method` attacks, by role. A poisoned job begins below
     the recorded one: of the rows of that, only the provider's safety rows are used again."""
-    record = read_run(ref) if is_run(ref) else {}
-    if method != "poisoned-job" or record.get("verb") != "finetune":
-        return used_prompts(ref)
-    below = used_prompts(record.get("parent") or record["model"]["ref"])
-    safety = {*below.get("alignment", []), *recorded_prompts(Path(ref)).get("alignment", [])}
+    lineage = Lineage.of(ref)
+    if method != "poisoned-job" or lineage.record.get("verb") != "finetune":
+        return lineage.prompts
+    below = Lineage.of(str(lineage.parent)).prompts
+    safety = {*below.get("alignment", []), *read_prompts(Path(ref)).get("alignment", [])}
     return {**below, **({"alignment": sorted(safety)} if safety else {})}
 
 
@@ -346,8 +348,7 @@ def find_targets(models: Sequence[str], control: str | None) -> list[dict[str, A
         control: a model, `none`, or None for what the first model was hardened from.
     """
     if control is None and is_run(models[0]):
-        record = read_run(models[0])
-        control = record.get("parent") or record.get("model", {}).get("ref")
+        control = Lineage.of(models[0]).parent
     refs = [(control, "control")] if control and control != "none" else []
     refs += [(ref, "model") for ref in models if not control or absolute(ref) != absolute(control)]
     if not any(role == "model" for _, role in refs):

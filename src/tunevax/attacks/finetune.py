@@ -14,13 +14,15 @@ from typing import Any
 from transformers import TrainerCallback
 
 from tunevax.attacks.attack import Bench, NotApplicable
-from tunevax.data.contamination import hashes, record_prompts, used_prompts
+from tunevax.data.contamination import hashes
 from tunevax.data.encoding import context_of, encode
 from tunevax.data.mixing import mix
 from tunevax.errors import UsageError
+from tunevax.lineage import Lineage
 from tunevax.modeling.callbacks import ProgressCallback
 from tunevax.modeling.trainer import ResponseTrainer, TrainConfig, rehearse, save_weights
-from tunevax.runs import is_run
+from tunevax.records import is_run
+from tunevax.runs import record_prompts
 from tunevax.scoring.suite import Suite
 
 ORDERS = ("shuffled", "fixed", "benign-first", "harmful-first")
@@ -105,7 +107,9 @@ class FinetuneConfig(TrainConfig):
             ref = bench.target["ref"]
             save_weights(trainer, bench.folder, base)
             harmful, benign = ([row for row in rows if bool(row.get("harmful")) is h] for h in (True, False))
-            below = {} if is_run(ref) and not self.full_weights else used_prompts(ref)  # a folder of weights names none
+            below = (
+                {} if is_run(ref) and not self.full_weights else Lineage.of(ref).prompts
+            )  # a folder of weights names none
             record_prompts(bench.folder, **below)
             record_prompts(bench.folder, attack=hashes(harmful), task=hashes(benign))
 

@@ -17,9 +17,10 @@ from tunevax.attacks.finetune import Curve
 from tunevax.data.mixing import mix
 from tunevax.data.safety import load_safety
 from tunevax.errors import UsageError
+from tunevax.lineage import Lineage
 from tunevax.methods import load_method
 from tunevax.modeling.callbacks import ProgressCallback
-from tunevax.runs import data_entry, is_run, read_run
+from tunevax.records import data_entry
 
 
 @dataclass
@@ -48,7 +49,7 @@ class PoisonedJobConfig(AttackConfig):
         Raises:
             NotApplicable: it is no fine-tuning job, or one that cannot be run again as it was.
         """
-        record = read_run(ref) if is_run(ref) else {}
+        record = Lineage.of(ref).record
         if record.get("verb") != "finetune":
             raise NotApplicable(
                 f"{ref} is no fine-tuning job that could be run again; make one with `tunevax finetune METHOD`"
@@ -78,7 +79,7 @@ class PoisonedJobConfig(AttackConfig):
             if data_entry("alignment", source, safety)["hash"] != known:
                 raise NotApplicable(f"{source} is no longer what {bench.target['ref']} was defended with; put it back")
         how = {k: record["config"].get(k) for k in ("dtype", "revision", "quantization")}
-        loaded = bench.load(ref=record["parent"] or record["model"]["ref"], **how)
+        loaded = bench.load(ref=Lineage.of(bench.target["ref"]).parent, **how)
         curve = Curve(bench, loaded.tokenizer, self.points, 0, args)
         callbacks = [ProgressCallback(f"attack {bench.target['label']}"), curve]
         trainer = trainer_class(loaded.model, args, rows, loaded.tokenizer, safety, callbacks)
@@ -106,14 +107,14 @@ TRAINING = (
 def require_like_jobs(models: Sequence[str], control: str) -> None:
     """Raise `UsageError` unless the control is a job, and trained as the models' jobs are: another learning rate would
     pass for a defence."""
-    theirs = read_run(control) if is_run(control) else {}
+    theirs = Lineage.of(control).record
     if theirs.get("verb") != "finetune":
         raise UsageError(
             f"{control} is no fine-tuning job, and a poisoned job is compared with one: give --control a run of "
             "`tunevax finetune sft` on the same data"
         )
     for ref in models:
-        ours = read_run(ref)["config"] if is_run(ref) else {}
+        ours = Lineage.of(ref).record.get("config", {})
         for key in TRAINING if ours else ():
             if ours.get(key) != theirs["config"].get(key):
                 raise UsageError(

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tunevax.attacks.attack import AttackConfig, Bench, NotApplicable
-from tunevax.runs import is_run, read_run
+from tunevax.lineage import Lineage
 
 
 @dataclass
@@ -23,12 +23,11 @@ class UnlockConfig(AttackConfig):
         ref = bench.target["ref"]
         if not has_lock(ref):
             raise NotApplicable(f"{ref} has no safety lock to take off")
-        record = read_run(ref)
-        loaded = bench.load(ref=record["parent"] or record["model"]["ref"])
+        loaded = bench.load(ref=Lineage.of(ref).parent)
         bench.score(loaded.model, loaded.tokenizer, 0)
 
 
 def has_lock(ref: str) -> bool:
     """Whether a model is a run of `tunevax restore safetylock`."""
-    record = read_run(ref) if is_run(ref) else {}
+    record = Lineage.of(ref).record
     return (record.get("verb"), record.get("method")) == ("restore", "safetylock")

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 from tunevax import __version__
 from tunevax.attacks.attack import setting_hash
-from tunevax.audit.plan import AuditPlan, identity
+from tunevax.audit.plan import AuditPlan
 from tunevax.audit.protocol import Setting, build
 from tunevax.data.sources import parse_source
-from tunevax.modeling.checkpoints import model_hash
-from tunevax.runs import digest, is_run
+from tunevax.files import model_hash
+from tunevax.lineage import Lineage
+from tunevax.records import digest, is_run
 
 
 class AuditCell(NamedTuple):
@@ -67,7 +68,7 @@ def contents(value: Any) -> Any:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     if is_run(path):
         log = path / "log.jsonl"
-        return [identity(str(path)), hashlib.sha256(log.read_bytes()).hexdigest() if log.is_file() else None]
+        return [Lineage.of(path).identity, hashlib.sha256(log.read_bytes()).hexdigest() if log.is_file() else None]
     return model_hash(value.removeprefix("hf:")) or value
 
 

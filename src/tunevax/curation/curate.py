@@ -19,15 +19,17 @@ from typing import Any
 
 import numpy as np
 
-from tunevax.data.contamination import hashes, record_prompts, require_disjoint
+from tunevax.data.contamination import hashes, require_disjoint
 from tunevax.data.encoding import TEMPLATE_HELP
 from tunevax.data.safety import load_safety
 from tunevax.data.sources import parse_source
 from tunevax.data.splits import normalise, prompt_hash, prompt_text, take_split
 from tunevax.errors import UsageError
+from tunevax.lineage import Lineage
 from tunevax.modeling.checkpoints import config_of
-from tunevax.modeling.loading import Loaded, load, resolve
-from tunevax.runs import data_entry, is_run, require_one_process, writing
+from tunevax.modeling.loading import Loaded, load
+from tunevax.records import data_entry, is_run
+from tunevax.runs import record_prompts, require_one_process, writing
 
 DUPLICATES = ("keep", "exact", "near")
 NOT_CONFIG = ("resume", "overwrite", "output_dir", "run_name")
@@ -134,7 +136,7 @@ def curate(method: str, options: CurateOptions, config: Any, command: str = "") 
     if options.safety_data is None:
         raise UsageError("--safety-data is missing")
     if options.model is not None:
-        config_of(resolve(options.model)[0], options.revision)  # a typing error, also where no model is needed
+        config_of(Lineage.of(options.model).base, options.revision)  # a typing error, also where no model is needed
     if "model" in config.needs and options.model is None:
         raise UsageError(f"--model is missing: {method} scores with a model")
     if "validation" in config.needs and options.validation_data is None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tunevax.console import bar
-from tunevax.data.contamination import Exclusion, check, used_prompts
+from tunevax.data.contamination import Exclusion, check
 from tunevax.data.encoding import TEMPLATE_HELP, collate, context_of, encode
 from tunevax.data.safety import load_safety
 from tunevax.data.splits import drawn
@@ -30,9 +30,11 @@ from tunevax.finetuning.sink import (
     regulariser,
     sink_values,
 )
+from tunevax.lineage import Lineage
 from tunevax.modeling.attention import WAYS
 from tunevax.modeling.loading import load
-from tunevax.runs import SCHEMA, data_entry, digest, require_one_process, writing
+from tunevax.records import SCHEMA, data_entry, digest
+from tunevax.runs import require_one_process, writing
 from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.suite import SuiteOptions, build_suite, labels_of
 
@@ -92,7 +94,7 @@ def analyze_sink(options: SinkOptions, command: str = "", suite_options: SuiteOp
     if len(options.model) > 2:
         raise UsageError(f"analyze sink takes one model or two, before and after, and there are {len(options.model)}")
     require_one_process("analyzing")
-    exclusion = Exclusion.of(map(used_prompts, options.model), options.drop_overlap)
+    exclusion = Exclusion.of([Lineage.of(ref).prompts for ref in options.model], options.drop_overlap)
     pairs = load_safety(options.safety_data, "evaluation", ("chosen", "rejected"), "analyze sink")
     pairs = drawn(exclusion.score("evaluation", pairs), options.pairs)
     suite = None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunevax.data.contamination import chosen_with, count, hashes, record_prompts
+from tunevax.data.contamination import chosen_with, count, hashes
 from tunevax.data.encoding import TEMPLATE_HELP
 from tunevax.data.safety import load_safety
 from tunevax.data.sources import parse_source
@@ -19,7 +19,7 @@ from tunevax.modeling.loading import load
 from tunevax.modeling.memory import StepMemory
 from tunevax.modeling.quantization import require_quantization
 from tunevax.modeling.trainer import final_loss, last_checkpoint, rehearse, resolved, save_weights
-from tunevax.runs import data_entry, digest, is_run, writing
+from tunevax.runs import data_entry, digest, is_run, record_prompts, writing
 
 SCREENS = ("off", "report", "drop", "fail")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,10 +9,11 @@ from typing import Any, NamedTuple
 from tunevax.data.chat import recorded
 from tunevax.data.encoding import set_chat_template
 from tunevax.errors import UsageError
-from tunevax.modeling.biases import BIASES, attach_biases, read_biases
-from tunevax.modeling.checkpoints import causal_model, damage, load_tokenizer, model_hash, require_finite
+from tunevax.files import BIASES, model_hash
+from tunevax.lineage import Lineage, absolute
+from tunevax.modeling.biases import attach_biases, read_biases
+from tunevax.modeling.checkpoints import causal_model, load_tokenizer, require_finite
 from tunevax.modeling.quantization import dequantize, require_quantization, saved_quantization, size_of
-from tunevax.runs import is_run, read_run
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -80,7 +80,8 @@ def load(
     require_quantization(quantization)
     if quantization is not None:
         from tunevax.modeling.packing import quantize
-    base, adapters = resolve(ref)
+    lineage = Lineage.of(ref)
+    base, adapters = lineage.base, lineage.adapters
     require_same_base(base, adapters)
     if device is None:  # under a launcher each process has its own
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
@@ -157,7 +158,7 @@ def load(
 def require_same_base(base: str, adapters: list[Path]) -> None:
     """Raise `UsageError` if a run of the chain was trained on other weights than are below its adapter now."""
     for i, adapter in enumerate(adapters):
-        known = read_run(adapter.parent).get("model", {}) if is_run(adapter.parent) else {}
+        known = Lineage.of(adapter).record.get("model") or {}
         hashes = dict(zip(known.get("adapters", []), known.get("adapter_hashes", []), strict=False))
         hashes[known.get("base")] = known.get("hash")
         for below in (base, *adapters[:i]):
@@ -167,54 +168,3 @@ def require_same_base(base: str, adapters: list[Path]) -> None:
                     f"{below} has changed since {adapter.parent} was trained on it, so its adapter belongs to another "
                     "model; put the old one back, or train again"
                 )
-
-
-def absolute(ref: str) -> str:
-    """`ref` as it stays true in another working directory: an absolute path, a hub id, or `organism`."""
-    return str(Path(ref).absolute()) if ref != "organism" and Path(ref).exists() else ref
-
-
-def resolve(ref: str) -> tuple[str, list[Path]]:
-    """The base model of `ref` and the adapters to apply to it, lowest first."""
-    if ref == "organism":
-        from tunevax.organism import path as shipped
-
-        return str(shipped()), []
-    path = Path(ref)
-    if is_run(path):
-        record = read_run(path)
-        if (path / "model" / "config.json").is_file():
-            return str(path / "model"), []
-        if not any((path / "adapter" / name).is_file() for name in ("adapter_config.json", BIASES)):
-            why = (
-                "its attacked weights were deleted; attack again with --keep-weights"
-                if record["verb"] == "attack"
-                else "it holds no weights"
-            )
-            raise UsageError(f"{ref} cannot be loaded as a model: {why}")
-        base, adapters = resolve(record.get("adapter_on") or record["parent"] or record["model"]["ref"])
-        return base, [*adapters, path / "adapter"]
-    if (path / "adapter_config.json").is_file():
-        base = adapter_config(path).get("base_model_name_or_path")
-        if not base:
-            raise UsageError(f"{ref} is an adapter that does not name its base model")
-        below, adapters = resolve(base)
-        return below, [*adapters, path]
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise UsageError(f"{ref} is neither a model folder (no config.json) nor a finished run (no run.json)")
-    return ref, []
-
-
-def adapter_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of an adapter folder.
-
-    Raises:
-        UsageError: it cannot be read.
-    """
-    file = folder / "adapter_config.json"
-    if why := damage(file):
-        raise UsageError(why)
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"{file} cannot be read as a JSON object; save the adapter again") from error

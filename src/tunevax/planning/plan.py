@@ -124,13 +124,13 @@ def plan(options: PlanOptions, method: Any, args: Any) -> Plan:
     """
     from tunevax.alignment.sft import SFTConfig, SFTTrainer
     from tunevax.console import bar
+    from tunevax.lineage import Lineage
     from tunevax.modeling.checkpoints import config_of
-    from tunevax.modeling.loading import resolve
     from tunevax.planning.step import predict, predict_forward, scaled
 
     if options.method in WITHOUT:
         raise UsageError(f"{options.method} needs no model, so there is nothing to plan")
-    base, _ = resolve(options.model)
+    base = Lineage.of(options.model).base
     config = config_of(base, options.revision)
     where = {"device": options.device, "dtype": dtype_of(options.dtype), "response_length": options.response_length}
     limit = options.memory()

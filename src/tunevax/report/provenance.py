@@ -10,6 +10,7 @@ from typing import Any
 from tunevax.data.sources import parse_source
 from tunevax.errors import UsageError
 from tunevax.evidence.results import Results, joined
+from tunevax.lineage import Lineage, find_run
 from tunevax.records import is_run, read_lines, read_run
 
 UNCLIPPED = ("tar", "repnoise")  # their released code clips no gradient
@@ -63,15 +64,10 @@ class Library:
     def chain(self, ref: str | None, start: Path) -> list[Run | str]:
         """A model's run and the run's ancestors, youngest first; a string is a model that is no readable run."""
         links: list[Run | str] = []
-        while ref:
-            folder = _find(ref, start)
-            if folder is None:
-                return [*links, ref]
-            run = self.load(folder)
-            if run in links:
-                break
-            links.append(run)
-            ref, start = run.info.get("parent") or (run.info.get("model") or {}).get("ref"), folder
+        for link in Lineage.of(ref, start).history if ref else ():
+            if not link.record:
+                return [*links, link.ref]
+            links.append(self.load(link.path))
         return links
 
 
@@ -183,7 +179,7 @@ def trace(library: Library, runs: list[Run], results: Results | None) -> Provena
         labels = list(dict.fromkeys(c.model for c in cells))
         targets = run.info.get("targets") or []
         refs = {t["label"]: t.get("ref") for t in targets if isinstance(t, dict) and "label" in t}
-        own = run.info.get("parent") or (run.info.get("model") or {}).get("ref")
+        own = Lineage.of(run.path).parent
         for label in labels:
             found = library.chain(refs.get(label) or (own if not targets and len(labels) == 1 else None), run.path)
             if found and found not in chains[label]:
@@ -225,19 +221,10 @@ def _inputs(library: Library, run: Run) -> list[Run]:
         if not isinstance(ref, str) or not ref:
             continue
         path = Path(parse_source(ref).name if verb == "curate" else ref)
-        folder = _find(str(path.parent if path.name in ("data.jsonl", "lock.safetensors") else path), run.path)
+        folder = find_run(str(path.parent if path.name in ("data.jsonl", "lock.safetensors") else path), run.path)
         if folder and folder != run.path and library.load(folder).info.get("verb") == verb:
             found.append(library.load(folder))
     return found
-
-
-def _find(ref: str, start: Path) -> Path | None:
-    """The run folder `ref` names: absolute, or relative to the working folder or a folder above `start`."""
-    for base in (Path(), *start.resolve().parents):
-        folder = (base / Path(ref).expanduser()).resolve()
-        if is_run(folder):
-            return folder
-    return None
 
 
 # ------------------------------------------------------------------------------------------------------ facts

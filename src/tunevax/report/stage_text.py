@@ -10,6 +10,7 @@ from typing import Any
 
 from tunevax.data.splits import prompt_text
 from tunevax.errors import UsageError
+from tunevax.lineage import Lineage
 from tunevax.records import read_lines
 from tunevax.report.blocks import Table
 from tunevax.report.page import visible
@@ -51,8 +52,8 @@ def rows_of(run: Run, role: str) -> int:
 
 def model_of(run: Run) -> str:
     """A short name of the model a run started from."""
-    ref = run.info.get("parent") or (run.info.get("model") or {}).get("ref")
-    return Path(str(ref)).name if ref else "a model that is not recorded"
+    ref = Lineage.of(run.path).parent
+    return Path(ref).name if ref else "a model that is not recorded"
 
 
 def spread(found: list[Any], most: int) -> list[Any]:

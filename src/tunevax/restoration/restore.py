@@ -12,13 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunevax.data.contamination import chosen_with, hashes, record_prompts, used_prompts
+from tunevax.data.contamination import chosen_with, hashes
 from tunevax.data.encoding import TEMPLATE_HELP
 from tunevax.data.safety import load_safety
 from tunevax.errors import RunError, UsageError
+from tunevax.lineage import Lineage
 from tunevax.modeling.biases import save_biases
 from tunevax.modeling.loading import Loaded, load
-from tunevax.runs import data_entry, digest, is_run, require_one_process, writing
+from tunevax.records import data_entry, digest, is_run
+from tunevax.runs import record_prompts, require_one_process, writing
 
 
 @dataclass
@@ -66,7 +68,7 @@ class Job:
         options |= {"dtype": self.options.dtype, "chat_template": self.options.chat_template, **how}
         loaded = load(ref, **options)
         if not own:  # its weights go into the result too
-            record_prompts(self.folder, **used_prompts(ref))
+            record_prompts(self.folder, **Lineage.of(ref).prompts)
         if own:
             self.record.update(model=loaded.info, template_hash=digest(loaded.tokenizer.chat_template))
         return loaded

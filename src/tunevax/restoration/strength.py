@@ -16,12 +16,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tunevax.console import bar, console
-from tunevax.data.contamination import count, hashes, require_disjoint, used_prompts
+from tunevax.data.contamination import count, hashes, require_disjoint
 from tunevax.data.safety import load_safety
 from tunevax.data.sources import parse_source
 from tunevax.data.splits import drawn, prompt_hash
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
+from tunevax.lineage import Lineage
 from tunevax.restoration.lock import SafetyLock, locked
 from tunevax.restoration.restore import Job
 from tunevax.scoring.evaluate import evaluate
@@ -91,7 +92,10 @@ class SweepOptions(SuiteOptions):
             benign = load_task("organism:set=benign", "train").rows
         else:
             benign, in_sample = load_safety(self.benign_data, need=()), ["over-refusal", *in_sample]
-        used, aligned = set(lock.meta.get("prompts") or []), set(used_prompts(job.options.model).get("alignment", []))
+        used, aligned = (
+            set(lock.meta.get("prompts") or []),
+            set(Lineage.of(job.options.model).prompts.get("alignment", [])),
+        )
         harmful = list(suite.harmful)
         if self.eval_data is None:
             split = "validation" if parse_source(source).name == "organism" else "alignment"

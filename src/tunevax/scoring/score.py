@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tunevax.data.contamination import Exclusion, check, used_prompts
+from tunevax.data.contamination import Exclusion, check
 from tunevax.errors import UsageError
+from tunevax.lineage import Lineage
 from tunevax.scoring import vllm_engine
 from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.suite import SuiteOptions, build_suite, labels_of
@@ -33,10 +34,11 @@ def score(
         UsageError: anything that cannot be loaded, or prompts to score on that a model was trained on.
     """
     from tunevax.modeling.loading import load
-    from tunevax.runs import SCHEMA, data_entry, digest, require_one_process, writing
+    from tunevax.records import SCHEMA, data_entry, digest
+    from tunevax.runs import require_one_process, writing
 
     require_one_process("scoring")
-    exclusion = Exclusion.of(map(used_prompts, models), drop_overlap)
+    exclusion = Exclusion.of([Lineage.of(ref).prompts for ref in models], drop_overlap)
     suite = build_suite(options, safety_data, task_data, weights_change=False, exclusion=exclusion)
     overlaps = [check(ref, suite.roles(), allow=allow_overlap) for ref in models]
     record = {

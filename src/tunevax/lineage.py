@@ -1,0 +1,267 @@
+"""What a model was made from.
+
+A run names what it started from (`parent`, or the model it loaded), which is its history. The weights may sit on
+another model (`adapter_on`): an adapter that was worked out anew belongs on what its first version was trained on. An
+adapter folder that is no run has the base that it names below it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tunevax.errors import UsageError
+from tunevax.files import ADAPTER, BIASES, damage, model_hash
+from tunevax.records import PROMPTS, RunRecord, digest, is_run, read_prompts, read_run
+
+ORGANISM = "organism"
+"""The name of the model that comes with tunevax."""
+
+
+class Ancestor(NamedTuple):
+    """A model, or one that it was made from.
+
+    Attributes:
+        ref: its name: as it was given, or as its run or adapter named it.
+        path: the run, also of `RUN/adapter` and `RUN/model`; of no run, its name as a path.
+        folder: where its records are, `path` or the folder around it; None if it is no folder here.
+        record: its run.json, empty if it is no run.
+        parent: what it was made from, or None.
+        adapter_on: what its adapter sits on, mostly the parent, or None.
+    """
+
+    ref: str
+    path: Path
+    folder: Path | None
+    record: RunRecord
+    parent: str | None
+    adapter_on: str | None
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """A model and what it was made from. Nothing is read before it is asked for.
+
+    Attributes:
+        ref: a hub id, a folder with a model, a folder with an adapter, a run folder, or `organism`.
+        start: a folder that `ref` may be relative to, as may the folders above it, besides the working folder.
+    """
+
+    ref: str
+    start: Path | None = None
+
+    @classmethod
+    def of(cls, ref: str | Path, start: Path | None = None) -> Lineage:
+        """Of a model, by its reference."""
+        return cls(str(ref), start)
+
+    @cached_property
+    def own(self) -> Ancestor:
+        """The model itself."""
+        return _ancestor(_named(self.ref, self.start))
+
+    @property
+    def record(self) -> RunRecord:
+        """run.json, empty if it is no run."""
+        return self.own.record
+
+    @property
+    def parent(self) -> str | None:
+        """What it was made from, or None."""
+        return self.own.parent
+
+    @property
+    def adapter_on(self) -> str | None:
+        """What its adapter sits on, or None."""
+        return self.own.adapter_on
+
+    @cached_property
+    def history(self) -> list[Ancestor]:
+        """The model, what it was made from, and so on, youngest first."""
+        return list(self._walk(lambda link: [link.parent]))
+
+    @property
+    def origin(self) -> str:
+        """The model at the start of its history, for example the public base; the model itself if it has none."""
+        return self.history[-1].ref
+
+    @property
+    def defences(self) -> list[str]:
+        """The methods in its history, youngest first, without plain fine-tuning and attacks."""
+        known = [link.record for link in self.history if link.record.get("verb") != "attack"]
+        return [method for record in known if (method := record.get("method")) and method != "sft"]
+
+    @cached_property
+    def ancestors(self) -> list[Ancestor]:
+        """The model and all that went into it, by history or by weights, the model first."""
+        return list(self._walk(lambda link: [link.adapter_on, link.parent]))
+
+    @property
+    def gone(self) -> list[str]:
+        """The folders among its ancestors that are not there any more."""
+        missing = (link.ref for link in self.ancestors if link.folder is None and Path(link.ref).is_absolute())
+        return list(dict.fromkeys(missing))
+
+    @cached_property
+    def prompts(self) -> dict[str, list[str]]:
+        """Hashes of the prompts that it and its ancestors used, by role; empty for a plain model."""
+        used: dict[str, set[str]] = {}
+        for link in self.ancestors:
+            for role, hashes in read_prompts(link.folder).items() if link.folder else ():
+                used.setdefault(role, set()).update(hashes)
+        return {role: sorted(hashes) for role, hashes in used.items()}
+
+    @property
+    def categories(self) -> set[str]:
+        """The categories of harm that it and its ancestors were aligned with."""
+        entries = [entry for link in self.ancestors for entry in link.record.get("data") or []]
+        return {c for entry in entries if entry.get("role") == "alignment" for c in entry.get("categories") or []}
+
+    @property
+    def base(self) -> str:
+        """The folder or hub id of the model below its adapters. Raises as `adapters` does."""
+        return self._weights[0]
+
+    @property
+    def adapters(self) -> list[Path]:
+        """The folders of the adapters on the base, lowest first.
+
+        Raises:
+            UsageError: there are no weights, or they sit on one another.
+        """
+        return self._weights[1]
+
+    @property
+    def identity(self) -> str:
+        """16 hexadecimal digits that tell it from a model that was trained anew into the same folder."""
+        return digest(_hashes(self.base, self.adapters, None))
+
+    def identities(
+        self, revision: str | None = None, commit_of: Callable[[str, str | None], str | None] | None = None
+    ) -> dict[str, str]:
+        """Identity to name of the model and of every model below its weights, itself first.
+
+        Args:
+            revision: of the base, if that is a hub id and no run pinned it.
+            commit_of: the commit of a hub id at a revision.
+        """
+        named: dict[str, str] = {}
+        lineage, bases = self, set[str]()
+        while lineage.base not in bases:
+            base, adapters = lineage.base, lineage.adapters
+            bases.add(base)
+            if adapters:  # what its base was pinned to, whatever is pinned now
+                revision = _revision(_ancestor(str(adapters[0])).record) or revision
+            commit = commit_of(base, revision) if commit_of and not Path(base).is_dir() else None
+            hashes = _hashes(base, adapters, commit)
+            names = [base, *(str(a.parent if a.name == "adapter" else a) for a in adapters)]
+            named |= {digest(hashes[: i + 1]): names[i] for i in reversed(range(len(names)))}
+            made = _ancestor(base)  # whole weights of a run were trained or merged from something
+            if not made.record or not made.parent:
+                break
+            lineage, revision = Lineage(made.parent), _revision(made.record)
+            try:
+                lineage.base  # noqa: B018
+            except UsageError:  # gone by now: what is below it is unknown
+                break
+        return named
+
+    def _walk(self, edges: Callable[[Ancestor], list[str | None]]) -> Iterator[Ancestor]:
+        """The model and what `edges` lead to, the nearest first, each folder once."""
+        todo, seen = [self.ref], set[Path | str]()
+        while todo:
+            link = _ancestor(todo.pop(0)) if seen else self.own
+            key = link.folder.resolve() if link.folder else link.ref
+            if key not in seen:
+                seen.add(key)
+                yield link
+                todo += [below for below in edges(link) if below]
+
+    @cached_property
+    def _weights(self) -> tuple[str, list[Path]]:
+        adapters: list[Path] = []
+        for link in self._walk(lambda link: [link.adapter_on]):
+            path = link.path
+            if link.ref == ORGANISM:
+                from tunevax.organism import path as shipped
+
+                return str(shipped()), adapters
+            if link.record:
+                if (path / "model" / "config.json").is_file():
+                    return str(path / "model"), adapters
+                if not any((path / "adapter" / name).is_file() for name in (ADAPTER, BIASES)):
+                    deleted = link.record.get("verb") == "attack"
+                    why = "its attacked weights were deleted; attack again with --keep-weights" if deleted else None
+                    raise UsageError(f"{link.ref} cannot be loaded as a model: {why or 'it holds no weights'}")
+                adapters.insert(0, path / "adapter")
+            elif (path / ADAPTER).is_file():
+                if not link.adapter_on:
+                    raise UsageError(f"{link.ref} is an adapter that does not name its base model")
+                adapters.insert(0, path)
+            elif path.is_dir() and not (path / "config.json").is_file():
+                raise UsageError(
+                    f"{link.ref} is neither a model folder (no config.json) nor a finished run (no run.json)"
+                )
+            else:
+                return link.ref, adapters
+        raise UsageError(f"{self.ref} cannot be loaded: the runs below it lead back to {adapters[0].parent}")
+
+
+def absolute(ref: str) -> str:
+    """`ref` as it stays true in another working directory: an absolute path, a hub id, or `organism`."""
+    return str(Path(ref).absolute()) if ref != ORGANISM and Path(ref).exists() else ref
+
+
+def find_run(ref: str, start: Path | None = None) -> Path | None:
+    """The run folder that `ref` names, relative to the working folder or to a folder above `start`; None if it names
+    none. `RUN/adapter` and `RUN/model` name the run."""
+    if ref == ORGANISM:
+        return None
+    for above in (Path(), *(start.resolve().parents if start else ())):
+        path = above / Path(ref).expanduser()
+        for folder in (path, *([path.parent] if path.name in ("adapter", "model") else [])):
+            if is_run(folder):
+                return folder
+    return None
+
+
+def _named(ref: str, start: Path | None) -> str:
+    """`ref`, or where the run is that it names from `start`."""
+    run = None if Path(ref).exists() else find_run(ref, start)
+    return str(run) if run else ref
+
+
+def _ancestor(ref: str) -> Ancestor:
+    path, run = Path(ref), find_run(ref)
+    if run is not None:
+        record = read_run(run)
+        parent = record.get("parent") or (record.get("model") or {}).get("ref")
+        sits_on = record.get("adapter_on") or parent
+        return Ancestor(ref, run, run, record, parent and _named(parent, run), sits_on and _named(sits_on, run))
+    beside = path.parent if path.name in ("adapter", "model") and (path.parent / PROMPTS).is_file() else path
+    configs = [file for file in (path / ADAPTER, beside / "adapter" / ADAPTER) if file.is_file()]
+    base = _base_of(configs[0]) if configs else None
+    return Ancestor(ref, path, beside if beside.is_dir() and ref != ORGANISM else None, {}, base, base)
+
+
+def _revision(record: RunRecord) -> str | None:
+    return (record.get("model") or {}).get("revision")
+
+
+def _base_of(config: Path) -> str | None:
+    """The model that an adapter_config.json names as its base."""
+    if why := damage(config):
+        raise UsageError(why)
+    try:
+        return dict(json.loads(config.read_text(encoding="utf-8"))).get("base_model_name_or_path")
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{config} cannot be read as a JSON object; save the adapter again") from error
+
+
+def _hashes(base: str, adapters: list[Path], commit: str | None) -> list[Any]:
+    """What identifies the base and each adapter: the content, of a hub id name and commit."""
+    return [model_hash(base) or [base, commit], *(model_hash(str(adapter)) for adapter in adapters)]
