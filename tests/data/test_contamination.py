@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tunevax.attacks.attack import AttackOptions, Bench, NotApplicable, attack
+from tunevax.attacks.attack import AttackOptions, attack
 from tunevax.attacks.benign_only import BenignOnlyConfig
+from tunevax.attacks.context import AttackContext
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.attacks.held_out_category import HeldOutCategoryConfig
+from tunevax.attacks.kind import AttackKind, NotApplicable
 from tunevax.audit.cells import cells_of
 from tunevax.audit.plan import AuditOptions, plan
 from tunevax.audit.workers import Worker
@@ -23,8 +25,7 @@ from tunevax.lineage import Lineage
 from tunevax.organism import path as organism
 from tunevax.records import read_run
 from tunevax.runs import record_prompts
-from tunevax.scoring.score import score
-from tunevax.scoring.suite import SuiteOptions
+from tunevax.scoring.score import ScoreOptions, score
 
 ROWS = [{"prompt": f"How to do {i}?", "chosen": f"No, not {i}.", "rejected": f"Sure, {i}."} for i in range(60)]
 TASK = [{"prompt": f"Say {i}", "completion": f"ok {i}"} for i in range(60)]
@@ -50,7 +51,7 @@ def run_of(folder, parent=None, verb="align", weights=True, **roles):
 
 
 @dataclass
-class Spy:
+class Spy(AttackKind):
     """An attack that trains nothing and keeps what it was given."""
 
     output_dir: str
@@ -59,10 +60,10 @@ class Spy:
     full_weights = False
     seen: list = field(default_factory=list)
 
-    def run(self, bench):
-        rows = {"attack": bench.harmful, "task": bench.task, **bench.suite.roles()}
+    def run(self, context):
+        rows = {"attack": context.harmful, "task": context.task, **context.suite.roles()}
         self.seen.append({role: [row["prompt"] for row in found] for role, found in rows.items()})
-        bench.record.update(steps=0, template_hash="x")
+        context.record.update(steps=0, template_hash="x")
 
 
 # --- the hash -------------------------------------------------------------------------------------------------------
@@ -320,13 +321,13 @@ def test_every_cell_of_an_audit_leaves_out_the_same(tmp_path):
     assert not any(n for t in found.targets for pair, n in t["overlap"].items() if pair.endswith("evaluation"))
     lab = Worker(found.options, found.exclusion)
     cells = cells_of(found, found.grid, True, True)
-    benches = [lab.bench(cell, str(tmp_path), None) for cell in cells]
-    for bench in benches:
-        assert rows["evaluation"][0] not in bench.suite.harmful and bench.suite.harmful
-        asked = {row["prompt"] for row in (*bench.suite.harmful, *bench.suite.task.rows)}
-        drawn = {row["prompt"] for row in (*bench.harmful, *bench.task)}
+    contexts = [lab.context(cell, str(tmp_path), None) for cell in cells]
+    for context in contexts:
+        assert rows["evaluation"][0] not in context.suite.harmful and context.suite.harmful
+        asked = {row["prompt"] for row in (*context.suite.harmful, *context.suite.task.rows)}
+        drawn = {row["prompt"] for row in (*context.harmful, *context.task)}
         assert not asked & drawn and not {row["prompt"] for row in rows["attack"][:2]} & drawn
-    own = BenignOnlyConfig(str(tmp_path / "x"), n=40, benign_rows=benign).rows(benches[0])
+    own = BenignOnlyConfig(str(tmp_path / "x"), n=40, benign_rows=benign).rows(contexts[0])
     assert not asked & {row["prompt"] for row in own} and found.exclusion.summary()["benign rows"]["rows"] >= 2
     other = cells_of(planned(allow_overlap=True), found.grid, True, True)
     assert not {cell.hash for cell in cells} & {cell.hash for cell in other}
@@ -341,8 +342,10 @@ def test_held_out_halves_share_no_prompt_and_none_with_the_chain(tmp_path):
     def drawn(source, ref, **more):
         options = AttackOptions(safety_data=source, **more)
         exclusion = Exclusion.of([Lineage.of(ref).prompts], options.drop_overlap)
-        bench = Bench({"label": "m", "role": "model", "ref": ref}, options, [], TASK, None, {}, exclusion=exclusion)
-        return {row["prompt"] for row in HeldOutCategoryConfig(str(tmp_path), p=1.0, n=60).rows(bench)}
+        context = AttackContext(
+            {"label": "m", "role": "model", "ref": ref}, options, [], TASK, None, {}, exclusion=exclusion
+        )
+        return {row["prompt"] for row in HeldOutCategoryConfig(str(tmp_path), p=1.0, n=60).rows(context)}
 
     assert drawn(source, "organism") == {row["prompt"] for row in half}
     with pytest.raises(NotApplicable, match=r"held-out prompts are both trained and scored on .*; leave split= out"):
@@ -372,8 +375,11 @@ def test_a_job_is_not_scored_on_its_rows(tmp_path, monkeypatch, capsys):
     assert ", and 2 in both the benign and the task evaluation data," in told
     assert main([*call, "--utility-data", "t.jsonl", "--output-dir", "bad"]) == 2
     assert "utility t.jsonl data" in capsys.readouterr().err
-    suite = SuiteOptions(eval_data="s.jsonl:split=evaluation", max_new_tokens=1)
-    record = read_run(score(["job"], suite, "good", task_data="t.jsonl", drop_overlap=True))
+    options = ScoreOptions(
+        model=["job"], eval_data="s.jsonl:split=evaluation", max_new_tokens=1, output_dir="good", task_data="t.jsonl",
+        drop_overlap=True,
+    )  # fmt: skip
+    record = read_run(score(options))
     asked = {json.loads(line)["prompt"] for line in Path("good/generations.jsonl").read_text().splitlines()}
     gone = {row["prompt"] for row in load_task("t.jsonl", "evaluation").rows} & {row["prompt"] for row in TASK[:20]}
     assert gone and not asked & gone and record["overlap_dropped"]["task evaluation"]["rows"] == len(gone)
@@ -391,4 +397,4 @@ def test_kept_weights_of_an_attack_say_what_they_were_trained_on(tmp_path):
              {"attack": load_safety("organism", "attack"), "task": load_task("organism", "train").rows}.items()}  # fmt: skip
     assert all(len(used[role]) == 4 and set(used[role]) <= known[role] for role in known)
     with pytest.raises(UsageError, match="in both the attack and the evaluation data"):
-        score([ref], SuiteOptions(eval_data="organism:split=attack"), str(tmp_path / "s"))
+        score(ScoreOptions(model=[ref], eval_data="organism:split=attack", output_dir=str(tmp_path / "s")))
