@@ -1,12 +1,16 @@
-"""The files of models and adapters: their names, what is wrong with one, and the hash of their content."""
+"""The files of models and adapters: names, damage, the hash of their content, and room for them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import zipfile
 from functools import lru_cache
 from pathlib import Path
+
+from tunevax.console import as_bytes
+from tunevax.errors import UsageError
 
 ADAPTER = "adapter_config.json"
 """What makes a folder a PEFT adapter."""
@@ -72,3 +76,26 @@ def _content_hash(file: Path, _size: int, _modified: int, _changed: int) -> byte
     """SHA-256 of a file, read again only when it has changed."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").digest()
+
+
+def require_room(folder: Path, needed: int, largest: int, hint: str) -> None:
+    """Raise `UsageError` if `needed` more bytes in `folder`, `largest` of them in one file, do not fit; `hint` says
+    what to do besides choosing another."""
+    free, limit = shutil.disk_usage(folder).free, _file_size_limit()
+    if needed > free:
+        why = f"{as_bytes(free)} are free there"
+    elif limit is not None and largest > limit:
+        why = f"one of them has {as_bytes(largest)}, and no file may have more than {as_bytes(limit)} (ulimit -f)"
+    else:
+        return
+    raise UsageError(f"{folder} needs {as_bytes(needed)} for its files, and {why}; {hint}choose another --output-dir")
+
+
+def _file_size_limit() -> int | None:
+    """Bytes that one file of this process may have, or None."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return None if limit == resource.RLIM_INFINITY else limit

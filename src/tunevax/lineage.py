@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tunevax.errors import UsageError
 from tunevax.files import ADAPTER, BIASES, damage, model_hash
@@ -21,15 +21,19 @@ from tunevax.records import PROMPTS, RunRecord, digest, is_run, read_prompts, re
 ORGANISM = "organism"
 """The name of the model that comes with tunevax."""
 
+PARTS = ("adapter", "model")
+"""Where a run keeps its weights."""
 
-class Ancestor(NamedTuple):
-    """A model, or one that it was made from.
+
+@dataclass(frozen=True)
+class Lineage:
+    """A model and what it was made from.
 
     Attributes:
-        ref: its name: as it was given, or as its run or adapter named it.
-        path: the run, also of `RUN/adapter` and `RUN/model`; of no run, its name as a path.
+        ref: a hub id, a folder with a model, a folder with an adapter, a run folder, or `organism`.
+        path: `ref` as a path; of `RUN/adapter` and `RUN/model`, the run.
         folder: where its records are, `path` or the folder around it; None if it is no folder here.
-        record: its run.json, empty if it is no run.
+        record: run.json, empty if it is no run.
         parent: what it was made from, or None.
         adapter_on: what its adapter sits on, mostly the parent, or None.
     """
@@ -41,46 +45,27 @@ class Ancestor(NamedTuple):
     parent: str | None
     adapter_on: str | None
 
-
-@dataclass(frozen=True)
-class Lineage:
-    """A model and what it was made from. Nothing is read before it is asked for.
-
-    Attributes:
-        ref: a hub id, a folder with a model, a folder with an adapter, a run folder, or `organism`.
-        start: a folder that `ref` may be relative to, as may the folders above it, besides the working folder.
-    """
-
-    ref: str
-    start: Path | None = None
-
     @classmethod
     def of(cls, ref: str | Path, start: Path | None = None) -> Lineage:
-        """Of a model, by its reference."""
-        return cls(str(ref), start)
+        """The lineage of the model that `ref` names, a run as `find_run` finds it.
+
+        Raises:
+            UsageError: its run.json or adapter_config.json is damaged.
+        """
+        ref = _named(str(ref), start)
+        path, run = Path(ref), find_run(ref)
+        if run is not None:
+            record = read_run(run)
+            parent = record.get("parent") or (record.get("model") or {}).get("ref")
+            sits_on = record.get("adapter_on") or parent
+            return cls(ref, run, run, record, parent and _named(parent, run), sits_on and _named(sits_on, run))
+        beside = path.parent if path.name in PARTS and (path.parent / PROMPTS).is_file() else path
+        configs = [file for file in (path / ADAPTER, beside / "adapter" / ADAPTER) if file.is_file()]
+        base = _base_of(configs[0]) if configs else None
+        return cls(ref, path, beside if beside.is_dir() and ref != ORGANISM else None, {}, base, base)
 
     @cached_property
-    def own(self) -> Ancestor:
-        """The model itself."""
-        return _ancestor(_named(self.ref, self.start))
-
-    @property
-    def record(self) -> RunRecord:
-        """run.json, empty if it is no run."""
-        return self.own.record
-
-    @property
-    def parent(self) -> str | None:
-        """What it was made from, or None."""
-        return self.own.parent
-
-    @property
-    def adapter_on(self) -> str | None:
-        """What its adapter sits on, or None."""
-        return self.own.adapter_on
-
-    @cached_property
-    def history(self) -> list[Ancestor]:
+    def history(self) -> list[Lineage]:
         """The model, what it was made from, and so on, youngest first."""
         return list(self._walk(lambda link: [link.parent]))
 
@@ -96,7 +81,7 @@ class Lineage:
         return [method for record in known if (method := record.get("method")) and method != "sft"]
 
     @cached_property
-    def ancestors(self) -> list[Ancestor]:
+    def ancestors(self) -> list[Lineage]:
         """The model and all that went into it, by history or by weights, the model first."""
         return list(self._walk(lambda link: [link.adapter_on, link.parent]))
 
@@ -150,36 +135,32 @@ class Lineage:
             commit_of: the commit of a hub id at a revision.
         """
         named: dict[str, str] = {}
-        lineage, bases = self, set[str]()
-        while lineage.base not in bases:
-            base, adapters = lineage.base, lineage.adapters
-            bases.add(base)
+        for model in self._walk(lambda link: [Lineage.of(link.base).parent]):  # whole weights were made from something
+            try:
+                base, adapters = model.base, model.adapters
+            except UsageError:
+                if model is self:
+                    raise
+                break  # gone by now: what is below it is unknown
             if adapters:  # what its base was pinned to, whatever is pinned now
-                revision = _revision(_ancestor(str(adapters[0])).record) or revision
+                revision = _revision(Lineage.of(adapters[0])) or revision
             commit = commit_of(base, revision) if commit_of and not Path(base).is_dir() else None
             hashes = _hashes(base, adapters, commit)
             names = [base, *(str(a.parent if a.name == "adapter" else a) for a in adapters)]
             named |= {digest(hashes[: i + 1]): names[i] for i in reversed(range(len(names)))}
-            made = _ancestor(base)  # whole weights of a run were trained or merged from something
-            if not made.record or not made.parent:
-                break
-            lineage, revision = Lineage(made.parent), _revision(made.record)
-            try:
-                lineage.base  # noqa: B018
-            except UsageError:  # gone by now: what is below it is unknown
-                break
+            revision = _revision(Lineage.of(base))
         return named
 
-    def _walk(self, edges: Callable[[Ancestor], list[str | None]]) -> Iterator[Ancestor]:
+    def _walk(self, edges: Callable[[Lineage], list[str | None]]) -> Iterator[Lineage]:
         """The model and what `edges` lead to, the nearest first, each folder once."""
-        todo, seen = [self.ref], set[Path | str]()
+        todo, seen = [self], set[Path | str]()
         while todo:
-            link = _ancestor(todo.pop(0)) if seen else self.own
+            link = todo.pop(0)
             key = link.folder.resolve() if link.folder else link.ref
             if key not in seen:
                 seen.add(key)
                 yield link
-                todo += [below for below in edges(link) if below]
+                todo += [Lineage.of(below) for below in edges(link) if below]
 
     @cached_property
     def _weights(self) -> tuple[str, list[Path]]:
@@ -223,7 +204,7 @@ def find_run(ref: str, start: Path | None = None) -> Path | None:
         return None
     for above in (Path(), *(start.resolve().parents if start else ())):
         path = above / Path(ref).expanduser()
-        for folder in (path, *([path.parent] if path.name in ("adapter", "model") else [])):
+        for folder in (path, *([path.parent] if path.name in PARTS else [])):
             if is_run(folder):
                 return folder
     return None
@@ -235,21 +216,8 @@ def _named(ref: str, start: Path | None) -> str:
     return str(run) if run else ref
 
 
-def _ancestor(ref: str) -> Ancestor:
-    path, run = Path(ref), find_run(ref)
-    if run is not None:
-        record = read_run(run)
-        parent = record.get("parent") or (record.get("model") or {}).get("ref")
-        sits_on = record.get("adapter_on") or parent
-        return Ancestor(ref, run, run, record, parent and _named(parent, run), sits_on and _named(sits_on, run))
-    beside = path.parent if path.name in ("adapter", "model") and (path.parent / PROMPTS).is_file() else path
-    configs = [file for file in (path / ADAPTER, beside / "adapter" / ADAPTER) if file.is_file()]
-    base = _base_of(configs[0]) if configs else None
-    return Ancestor(ref, path, beside if beside.is_dir() and ref != ORGANISM else None, {}, base, base)
-
-
-def _revision(record: RunRecord) -> str | None:
-    return (record.get("model") or {}).get("revision")
+def _revision(model: Lineage) -> str | None:
+    return (model.record.get("model") or {}).get("revision")
 
 
 def _base_of(config: Path) -> str | None:

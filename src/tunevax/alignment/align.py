@@ -11,6 +11,7 @@ from tunevax.alignment.sft import SFTConfig
 from tunevax.data.contamination import chosen_with, count, hashes
 from tunevax.data.safety import load_safety
 from tunevax.data.tasks import load_task
+from tunevax.environment import is_main_process
 from tunevax.errors import UsageError, shortened
 from tunevax.mixins import AllowOverlap, ResumableRunOptions, TrainedModelOptions, require_given
 from tunevax.modeling.callbacks import LogCallback, ProgressCallback
@@ -19,7 +20,7 @@ from tunevax.modeling.memory import StepMemory
 from tunevax.modeling.quantization import require_quantization
 from tunevax.modeling.trainer import final_loss, last_checkpoint, rehearse, resolved, save_weights
 from tunevax.records import data_entry, digest, is_run
-from tunevax.runs import is_main_process, record_prompts, writing
+from tunevax.runs import record_prompts, writing
 
 
 @dataclass

@@ -16,7 +16,7 @@ from tunevax.attacks.context import AttackContext, TargetOptions
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.attacks.kind import NotApplicable
 from tunevax.modeling.trainer import ResponseTrainer
-from tunevax.runs import is_run, read_lines, read_run
+from tunevax.records import is_run, read_lines, read_run
 
 
 @dataclass

@@ -18,9 +18,11 @@ from tunevax.attacks.context import (
 )
 from tunevax.attacks.kind import AttackKind
 from tunevax.data.contamination import Exclusion, check
+from tunevax.environment import require_one_process
 from tunevax.errors import UsageError
 from tunevax.mixins import require_given
-from tunevax.runs import RunFolder, data_entry, is_run, require_one_process, writing
+from tunevax.records import data_entry, is_run
+from tunevax.runs import RunFolder, writing
 from tunevax.scoring.suite import build_suite
 
 

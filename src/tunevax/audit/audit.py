@@ -17,11 +17,13 @@ from tunevax.audit.cells import AuditCell, cells_of, contents
 from tunevax.audit.plan import AuditPlan
 from tunevax.audit.workers import count_workers, finished
 from tunevax.console import bar, console
+from tunevax.environment import require_one_process
 from tunevax.errors import UsageError
 from tunevax.evidence.properties import utility_loss
 from tunevax.evidence.results import COMMON
+from tunevax.records import is_run, read_lines, read_run
 from tunevax.run_lock import refuse_if_held
-from tunevax.runs import clear, is_run, partial_of, read_lines, read_run, require_one_process, writing
+from tunevax.runs import clear, partial_of, writing
 from tunevax.scoring.judges import lead_judge
 
 

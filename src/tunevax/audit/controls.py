@@ -23,13 +23,13 @@ from typing import Any, NamedTuple
 from tunevax.alignment.align import AlignOptions, align, read_data
 from tunevax.alignment.sft import SFTTrainer
 from tunevax.data.encoding import TEMPLATES
+from tunevax.environment import require_one_process
 from tunevax.errors import UsageError, unknown
 from tunevax.files import model_hash
 from tunevax.lineage import Lineage
 from tunevax.methods import load_method, methods
 from tunevax.modeling.trainer import resolved
 from tunevax.records import is_run, read_run
-from tunevax.runs import require_one_process
 
 KINDS = ("undefended", "equal-compute", "equal-steps", "equal-updates", "random-perturbation")
 

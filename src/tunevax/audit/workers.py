@@ -21,9 +21,9 @@ from tunevax.audit.cells import AuditCell
 from tunevax.audit.protocol import build
 from tunevax.console import console
 from tunevax.data.contamination import Exclusion
+from tunevax.environment import peak_memory
 from tunevax.errors import RunError
 from tunevax.lineage import Lineage
-from tunevax.runs import peak_memory
 from tunevax.scoring.judges import lead_judge
 from tunevax.scoring.suite import Suite, build_suite
 

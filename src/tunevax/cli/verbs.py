@@ -350,7 +350,7 @@ def _finish(done: Callable[[], list[str]]) -> None:
 
     import torch
 
-    from tunevax.runs import is_main_process
+    from tunevax.environment import is_main_process
 
     main = is_main_process()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -366,7 +366,7 @@ def _command(verb: str, arguments: list[str]) -> str:
 
 
 def _record(out: Path) -> dict[str, Any]:
-    from tunevax.runs import read_run
+    from tunevax.records import read_run
 
     return read_run(out)
 

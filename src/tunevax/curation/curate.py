@@ -23,13 +23,14 @@ from tunevax.data.contamination import hashes, require_disjoint
 from tunevax.data.safety import load_safety
 from tunevax.data.sources import parse_source
 from tunevax.data.splits import normalise, prompt_hash, prompt_text, take_split
+from tunevax.environment import require_one_process
 from tunevax.errors import UsageError
 from tunevax.lineage import Lineage
 from tunevax.mixins import AllowOverlap, ModelOptions, ResumableRunOptions, require_given
 from tunevax.modeling.checkpoints import config_of
 from tunevax.modeling.loading import Loaded, load
 from tunevax.records import data_entry, is_run
-from tunevax.runs import record_prompts, require_one_process, writing
+from tunevax.runs import record_prompts, writing
 
 DUPLICATES = ("keep", "exact", "near")
 NOT_CONFIG = ("resume", "overwrite", "output_dir", "run_name")

@@ -30,7 +30,7 @@ SOURCES = {
 }  # fmt: skip
 """The option that names another source for a role."""
 
-Rows = Sequence[dict[str, Any]]
+Rows = Sequence[Mapping[str, Any]]
 
 
 def _option(role: str) -> str | None:
@@ -159,7 +159,7 @@ def require_disjoint(roles: Mapping[str, Rows | Iterable[str]], allow: bool = Fa
     Raises:
         UsageError: two roles share a prompt and `allow` is False.
     """
-    content = {role: list(items) for role, items in roles.items()}
+    content: dict[str, list[Mapping[str, Any] | str]] = {role: list(items) for role, items in roles.items()}
     known = {role: {h for item in items for h in _marks_of(item)} for role, items in content.items()}
     names, counts = list(content), {}
     for i, first in enumerate(names):
@@ -168,19 +168,21 @@ def require_disjoint(roles: Mapping[str, Rows | Iterable[str]], allow: bool = Fa
             distinct = {item if isinstance(item, str) else prompt_hash(item["prompt"]) for item in common}
             counts[f"{first}/{second}"] = len(distinct)
             if common and not allow:
-                if not isinstance(common[0], dict):  # the first role may be able to name them
+                if isinstance(common[0], str):  # the first role may be able to name them
                     common = [item for item in content[first] if _marks_of(item) & known[second]]
                 raise _refusal([Fault(first, second, common, True)], None, False)
     return counts
 
 
-def _marks_of(item: dict[str, Any] | str) -> set[str]:
+def _marks_of(item: Mapping[str, Any] | str) -> set[str]:
     return {item} if isinstance(item, str) else marks(item["prompt"])
 
 
-def named(rows: Sequence[dict[str, Any] | str], most: int = 3) -> str:
+def named(rows: Sequence[Mapping[str, Any] | str], most: int = 3) -> str:
     """The first prompts of rows for a message: 'How do I ...' (FILE:LINE), each distinct one once."""
-    distinct = list({prompt_hash(row["prompt"]): row for row in reversed(rows) if isinstance(row, dict)}.values())[::-1]
+    distinct = list({prompt_hash(row["prompt"]): row for row in reversed(rows) if not isinstance(row, str)}.values())[
+        ::-1
+    ]
     shown = []
     for row in distinct[:most]:
         words = " ".join(user_words(row["prompt"]).split())

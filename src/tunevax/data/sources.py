@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tunevax.errors import UsageError, nearby, unknown
-from tunevax.runs import is_run, read_run
+from tunevax.records import is_run, read_run
 
 KEYS = (
     "split", "revision", "config", "rows", "path", "set", "held_out",

@@ -8,7 +8,7 @@ from typing import Any
 from tunevax.errors import UsageError
 from tunevax.evidence.measure import measure
 from tunevax.evidence.results import read_results
-from tunevax.runs import read_run
+from tunevax.records import read_run
 
 
 def compare(first: Path, second: Path) -> str:

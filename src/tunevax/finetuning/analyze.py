@@ -20,6 +20,7 @@ from tunevax.data.contamination import Exclusion, check
 from tunevax.data.encoding import collate, context_of, encode
 from tunevax.data.safety import load_safety
 from tunevax.data.splits import drawn
+from tunevax.environment import require_one_process
 from tunevax.errors import UsageError, unknown
 from tunevax.finetuning.sink import (
     QUERIES,
@@ -35,7 +36,7 @@ from tunevax.mixins import ModelsOptions, Overlap, RunOptions, require_given
 from tunevax.modeling.attention import WAYS
 from tunevax.modeling.loading import load
 from tunevax.records import SCHEMA, data_entry, digest
-from tunevax.runs import require_one_process, writing
+from tunevax.runs import writing
 from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.suite import SuiteOptions, build_suite, labels_of
 

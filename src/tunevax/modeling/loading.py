@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from tunevax.data.chat import recorded
 from tunevax.data.encoding import set_chat_template
@@ -14,6 +14,10 @@ from tunevax.lineage import Lineage, absolute
 from tunevax.modeling.biases import attach_biases, read_biases
 from tunevax.modeling.checkpoints import causal_model, load_tokenizer, require_finite
 from tunevax.modeling.quantization import dequantize, require_quantization, saved_quantization, size_of
+from tunevax.records import ModelInfo
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -24,17 +28,12 @@ class Loaded(NamedTuple):
     Attributes:
         model: the transformers model; a `PeftModel` if the last adapter was not merged.
         tokenizer: its tokenizer, with a chat template and a padding token.
-        info: what run.json records: ref, base, revision, hash, class, parameters, dtype, quantization, adapters with
-            their hashes (`adapter_hashes`), how each merge of one went (`merges`: the dtype, the share `kept` of the
-            update after rounding, how far `off` the logits are, in units of what the adapter moves them, and how far
-            `along` that move), why the weights are in float32 where the checkpoint's dtype could not hold a merge
-            (`widened`), the kind of quantisation that the base was saved in (`saved_in`), and whether biases are
-            attached (`attached`), which no stock checkpoint of the model holds.
+        info: what run.json records of it.
     """
 
     model: Any
     tokenizer: Any
-    info: dict[str, Any]
+    info: ModelInfo
 
 
 def load(
@@ -100,7 +99,7 @@ def load(
     set_chat_template(tokenizer, chat_template)
     if quantization is None:  # merges, and what they are checked by, run where the model will
         model.to(device)
-    merges = []
+    merges, why = [], ""
     try:
         for adapter, lock, merged in zip(adapters, locks, merging, strict=True):
             if lock:
@@ -121,8 +120,6 @@ def load(
         if dtype != "auto":
             raise UsageError(f"{error}; use --dtype float32") from error
         why = str(error)
-    else:
-        why = None
     if why:  # out of the handler, which would keep the first model
         del model
         again = load(
@@ -133,8 +130,8 @@ def load(
         return again
     settle_tokens(model, tokenizer, ref)
     require_language_model(model)
-    stock = model.get_base_model() if isinstance(model, PeftModel) else model
-    info = {
+    stock = cast("PreTrainedModel", model.get_base_model() if isinstance(model, PeftModel) else model)
+    info: ModelInfo = {
         "ref": absolute(ref),
         "base": base if not Path(base).exists() else str(Path(base).absolute()),
         "revision": getattr(stock.config, "_commit_hash", None) or revision,
@@ -150,7 +147,7 @@ def load(
         "merges": merges,
         "widened": None,
         "chat": recorded(tokenizer),
-        "attached": any((Path(folder) / BIASES).is_file() for folder in (base, *adapters)),
+        "attached": any((folder / BIASES).is_file() for folder in (Path(base), *adapters)),
     }
     return Loaded(model, tokenizer, info)
 
@@ -160,9 +157,9 @@ def require_same_base(base: str, adapters: list[Path]) -> None:
     for i, adapter in enumerate(adapters):
         known = Lineage.of(adapter).record.get("model") or {}
         hashes = dict(zip(known.get("adapters", []), known.get("adapter_hashes", []), strict=False))
-        hashes[known.get("base")] = known.get("hash")
-        for below in (base, *adapters[:i]):
-            place = str(Path(below).absolute())
+        hashes[str(known.get("base"))] = known.get("hash")
+        for below in (Path(base), *adapters[:i]):
+            place = str(below.absolute())
             if hashes.get(place) and hashes[place] != model_hash(place):
                 raise UsageError(
                     f"{below} has changed since {adapter.parent} was trained on it, so its adapter belongs to another "

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from tunevax.console import as_bytes, as_time
 from tunevax.evidence.findings import DEGENERATE_HIGH, LEARNED, Findings, percent
 from tunevax.evidence.results import CURVES, Cell, Results, own_verdict
 from tunevax.report import provenance as pv
@@ -267,9 +268,9 @@ def _bar(label: str, run: Run, key: str) -> tuple[str, float | None, str]:
     if not isinstance(value, int | float):
         return label, None, "not measured"
     if key == "peak_memory_bytes":
-        return label, value, pv.size(value)
+        return label, value, as_bytes(value)
     steps = run.info.get("steps")
-    return label, value, pv.seconds(value) + (f", {steps:,} steps" if isinstance(steps, int) else "")
+    return label, value, as_time(value) + (f", {steps:,} steps" if isinstance(steps, int) else "")
 
 
 def _hardware_differs(runs: list[Run]) -> str:

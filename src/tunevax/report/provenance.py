@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tunevax.console import as_bytes, as_time
 from tunevax.data.sources import parse_source
 from tunevax.errors import UsageError
 from tunevax.evidence.results import Results, joined
 from tunevax.lineage import Lineage, find_run
-from tunevax.records import is_run, read_lines, read_run
+from tunevax.records import RunRecord, is_run, read_lines, read_run
 
 UNCLIPPED = ("tar", "repnoise")  # their released code clips no gradient
 POOLED = ("t-vaccine", "booster", "tar", "repnoise", "circuit-breakers")  # train on the rows' harmful answers
@@ -23,7 +24,7 @@ class Run:
     """One run folder: run.json as `info`, log.jsonl as `log` (empty without that file)."""
 
     path: Path
-    info: dict[str, Any]
+    info: RunRecord
     log: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -237,7 +238,8 @@ def links(chain: Iterable[Run | str]) -> list[dict[str, Any]]:
 
 def facts(run: Run) -> dict[str, Any]:
     """One run as a title and (name, value) pairs; what the run did not record is not shown."""
-    info, model, hardware = run.info, run.info.get("model") or {}, run.info.get("hardware") or {}
+    info, model = run.info, run.info.get("model") or {}
+    hardware: Mapping[str, object] = info.get("hardware") or {}
     trained = [f"{model[k]:,} {k}" for k in ("parameters", "trainable") if isinstance(model.get(k), int)]
     wall, peak = info.get("wall_seconds"), info.get("peak_memory_bytes")
     protocol = (info.get("config") or {}).get("protocol")
@@ -253,8 +255,8 @@ def facts(run: Run) -> dict[str, Any]:
         ("steps", info.get("steps")),
         ("cells", info.get("cells")),
         ("started", info.get("started")),
-        ("wall time", seconds(wall) if wall is not None else None),
-        ("peak memory", size(peak) if peak is not None else None),
+        ("wall time", as_time(wall) if wall is not None else None),
+        ("peak memory", as_bytes(peak) if peak is not None else None),
         ("hardware", " · ".join(f"{k.replace('_', ' ')} {v}" for k, v in hardware.items() if v is not None)),
         ("versions", " · ".join(f"{k} {v}" for k, v in (info.get("versions") or {}).items())),
     ]
@@ -279,16 +281,3 @@ def facts(run: Run) -> dict[str, Any]:
         "facts": [(k, v) for k, v in pairs if v not in (None, "")],
         "config": info.get("config"),
     }
-
-
-def seconds(value: float) -> str:
-    """'4 min 2 s'."""
-    if value < 60:
-        return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
-    minutes, rest = divmod(round(value), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def size(value: float) -> str:
-    """'1.25 GiB', '900 MiB'."""
-    return f"{value / 2**30:.2f} GiB" if value >= 2**29 else f"{value / 2**20:.0f} MiB"

@@ -7,13 +7,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from tunevax.console import as_time
 from tunevax.evidence.findings import percent
 from tunevax.report.blocks import Section, Table
 from tunevax.report.page import PANELS, cut
 from tunevax.report.provenance import Run
 from tunevax.report.stage_text import (
     as_text,
-    as_time,
     as_words,
     cut_table,
     decimals,

@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from tunevax.console import as_bytes, as_time
 from tunevax.evidence.findings import percent
 from tunevax.report.blocks import Section, Table
 from tunevax.report.page import PANELS, cut
 from tunevax.report.provenance import Run
-from tunevax.report.stage_text import as_bytes, as_time, cut_table, decimals, ends_of, json_of, listed, model_of, plain
+from tunevax.report.stage_text import cut_table, decimals, ends_of, json_of, listed, model_of, plain
 from tunevax.report.tables import NONE
 
 LINES = 40  # rows of any other table

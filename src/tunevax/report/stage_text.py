@@ -14,7 +14,7 @@ from tunevax.lineage import Lineage
 from tunevax.records import read_lines
 from tunevax.report.blocks import Table
 from tunevax.report.page import visible
-from tunevax.report.provenance import Run, seconds
+from tunevax.report.provenance import Run
 from tunevax.report.tables import NONE
 
 LINES = 40  # rows of any other table
@@ -110,18 +110,3 @@ def decimals(value: float | None, digits: int) -> str:
 def ends_of(score: dict[str, float]) -> str:
     """'88, 100', the interval of a score in percent."""
     return ", ".join(f"{100 * score.get(end, score['value']):.0f}" for end in ("low", "high"))
-
-
-def as_time(value: float | None) -> str:
-    """'15.8 ms', '4 min 2 s'."""
-    if value is None:
-        return "an unknown time"
-    return seconds(value) if value >= 1 else f"{1000 * value:.3g} ms"
-
-
-def as_bytes(value: int | None) -> str:
-    """'2.7 KiB'."""
-    if value is None:
-        return "of unknown size"
-    scale = next((i for i in (3, 2, 1) if value >= 1024**i), 0)
-    return f"{value / 1024**scale:.1f} {('', 'KiB', 'MiB', 'GiB')[scale]}" if scale else f"{value} bytes"

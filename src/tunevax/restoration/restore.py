@@ -14,13 +14,14 @@ from typing import Any
 
 from tunevax.data.contamination import chosen_with, hashes
 from tunevax.data.safety import load_safety
+from tunevax.environment import require_one_process
 from tunevax.errors import RunError, UsageError
 from tunevax.lineage import Lineage
 from tunevax.mixins import AllowOverlap, ModelOptions, RunOptions
 from tunevax.modeling.biases import save_biases
 from tunevax.modeling.loading import Loaded, load
 from tunevax.records import data_entry, digest, is_run
-from tunevax.runs import record_prompts, require_one_process, writing
+from tunevax.runs import record_prompts, writing
 
 
 @dataclass

@@ -30,9 +30,10 @@ def score(options: ScoreOptions, command: str = "") -> Path:
     Raises:
         UsageError: anything that cannot be loaded, or prompts to score on that a model was trained on.
     """
+    from tunevax.environment import require_one_process
     from tunevax.modeling.loading import load
     from tunevax.records import SCHEMA, data_entry, digest
-    from tunevax.runs import require_one_process, writing
+    from tunevax.runs import writing
 
     require_given(options, "model", "output_dir")
     models = options.model
