@@ -19,10 +19,13 @@ from tunevax.errors import UsageError
 SCHEMA = 1
 """Version of run.json, results.jsonl, generations.jsonl and the files of cells."""
 
-RUN, RESULTS, GENERATIONS, LOG = "run.json", "results.jsonl", "generations.jsonl", "log.jsonl"
-"""The files of a run folder that more than one verb writes."""
-PROMPTS = "prompts.json"
-"""Hashes of the prompts that a run used, `{role: [hash, ...]}`."""
+RUN, RESULTS, GENERATIONS = "run.json", "results.jsonl", "generations.jsonl"
+"""A `RunRecord`, `Row`s and `Generation`s."""
+PROMPTS, DROPPED, LOG = "prompts.json", "dropped.jsonl", "log.jsonl"
+"""Hashes of the prompts that a run used, `{role: [hash, ...]}`; `DroppedRow`s; what training logged, a line a step."""
+DATA, SCORES, SCREEN, SINK, STRENGTH = "data.jsonl", "scores.jsonl", "screen.jsonl", "sink.json", "strength.json"
+"""Of single verbs and methods: the `Example`s that a curation kept, and all of them with their scores; the screening of
+a customer's rows; what `analyze sink` measured; the choice of a lock's strength."""
 
 # --- scores ----------------------------------------------------------------------------------------------------------
 
@@ -429,15 +432,25 @@ def read_run(path: str | Path) -> RunRecord:
     Raises:
         UsageError: it is broken, or of a newer schema.
     """
-    file = Path(path) / RUN
+    record = cast(RunRecord, read_object(Path(path) / RUN))
+    if record.get("schema", 0) > SCHEMA:
+        raise UsageError(f"{path} has schema {record['schema']} and this tunevax reads up to {SCHEMA}; upgrade tunevax")
+    return record
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file that tunevax wrote.
+
+    Raises:
+        UsageError: it is gone, or no JSON object.
+    """
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        schema = record.get("schema", 0)
-    except (OSError, ValueError, AttributeError) as error:
-        raise UsageError(f"{file} cannot be read as JSON; the run folder is damaged") from error
-    if schema > SCHEMA:
-        raise UsageError(f"{path} has schema {schema} and this tunevax reads up to {SCHEMA}; upgrade tunevax")
-    return cast(RunRecord, record)
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        value = None
+    if not isinstance(value, dict):
+        raise UsageError(f"{file} cannot be read as a JSON object; the run folder is damaged")
+    return value
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -466,13 +479,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def read_prompts(folder: Path) -> dict[str, list[str]]:
     """prompts.json of a folder; nothing without that file."""
-    file = folder / PROMPTS
-    if not file.is_file():
-        return {}
-    try:
-        return {role: list(hashes) for role, hashes in json.loads(file.read_text(encoding="utf-8")).items()}
-    except (ValueError, AttributeError, TypeError) as error:
-        raise UsageError(f"{file} cannot be read as JSON; the run folder is damaged") from error
+    return read_object(folder / PROMPTS) if (folder / PROMPTS).is_file() else {}
 
 
 # --- identities ------------------------------------------------------------------------------------------------------

@@ -24,7 +24,9 @@ from tunevax.environment import hardware, is_main_process, peak_memory, versions
 from tunevax.errors import DENIED, RunError, UsageError, not_written
 from tunevax.lineage import Lineage
 from tunevax.records import (  # noqa: F401
+    LOG,
     PROMPTS,
+    RUN,
     SCHEMA,
     HardwareRecord,
     RunRecord,
@@ -186,11 +188,11 @@ def writing(output_dir: str, record: RunRecord, resume: bool = False, overwrite:
         if (run.path / "adapter").is_dir():  # in place of PEFT's empty form
             (run.path / "adapter" / "README.md").write_text(text, encoding="utf-8", errors="replace")
         content = json.dumps(run.record, indent=1, default=str) + "\n"
-        (run.path / "run.json").write_text(content, encoding="utf-8")
+        (run.path / RUN).write_text(content, encoding="utf-8")
         _finish(run)
         lock.release(run.final)
     except BaseException as error:
-        kept = _discard(run, missing, CHECKPOINTS if isinstance(error, UsageError) else (*FINISHED, "log.jsonl"))
+        kept = _discard(run, missing, CHECKPOINTS if isinstance(error, UsageError) else (*FINISHED, LOG))
         lock.release()
         on = ""
         if kept and _left(run.path, FINISHED):
@@ -267,7 +269,7 @@ def clear(final: Path) -> None:
     like a run."""
     place = final.resolve()
     if partial_of(final).parent == place:
-        (place / "run.json").unlink()
+        (place / RUN).unlink()
         for entry in list(place.iterdir()):
             if entry.name not in (INSIDE, *NOT_OURS):
                 _remove(entry)
@@ -287,7 +289,7 @@ def _finish(run: RunFolder) -> None:
             old.mkdir()
             for entry in earlier:
                 entry.rename(old / entry.name)
-        last = ("cells", "run.json")  # without the one an audit could not go on, with the other the folder is a run
+        last = ("cells", RUN)  # without the one an audit could not go on, with the other the folder is a run
         for entry in sorted(run.path.iterdir(), key=lambda p: last.index(p.name) if p.name in last else -1):
             if entry.name not in SCRATCH:
                 entry.rename(place / entry.name)

@@ -190,7 +190,7 @@ def test_what_a_run_does_not_say_is_noted(tmp_path, capsys):
     assert "are unknown and not compared" in " ".join(capsys.readouterr().err.split())
     assert unrecorded(run_of(tmp_path / "new", alignment=ROWS[:2])) == []
     (tmp_path / "new" / "prompts.json").write_text("{")
-    with pytest.raises(UsageError, match="prompts.json cannot be read as JSON"):
+    with pytest.raises(UsageError, match="prompts.json cannot be read as a JSON object"):
         assert Lineage.of(str(tmp_path / "new")).prompts
 
 

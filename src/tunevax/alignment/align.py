@@ -19,7 +19,7 @@ from tunevax.modeling.loading import load
 from tunevax.modeling.memory import StepMemory
 from tunevax.modeling.quantization import require_quantization
 from tunevax.modeling.trainer import final_loss, last_checkpoint, rehearse, resolved, save_weights
-from tunevax.records import data_entry, digest, is_run
+from tunevax.records import LOG, data_entry, digest, is_run
 from tunevax.runs import record_prompts, writing
 
 
@@ -79,7 +79,7 @@ def align(trainer_class: type, method: str, options: AlignOptions, config: SFTCo
             held_out = fitting(held_out, loaded.model, loaded.tokenizer, config.max_length)
             loss_before = loss_on(loaded.model, held_out.harmful, loaded.tokenizer, config.max_length)
         memory = StepMemory()
-        callbacks = [ProgressCallback(f"align {method}"), LogCallback(run.path / "log.jsonl"), memory]
+        callbacks = [ProgressCallback(f"align {method}"), LogCallback(run.path / LOG), memory]
         trainer = trainer_class(loaded.model, config, safety, loaded.tokenizer, task, callbacks)
         trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         base = record["parent"] or loaded.info["base"]

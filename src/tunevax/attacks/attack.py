@@ -21,7 +21,7 @@ from tunevax.data.contamination import Exclusion, check
 from tunevax.environment import require_one_process
 from tunevax.errors import UsageError
 from tunevax.mixins import require_given
-from tunevax.records import data_entry, is_run
+from tunevax.records import DROPPED, GENERATIONS, RESULTS, data_entry, is_run, read_object
 from tunevax.runs import RunFolder, writing
 from tunevax.scoring.suite import build_suite
 
@@ -94,7 +94,7 @@ def attack(method: str, options: AttackOptions, config: AttackKind, command: str
         config.output_dir = str(run.checkpoints)
         keep_finished(run)
         if exclusion.dropped:
-            run.write_lines("dropped.jsonl", exclusion.dropped)
+            run.write_lines(DROPPED, exclusion.dropped)
         for target in targets:
             done = run.path / f"{target['label']}.done.json"
             if not done.exists():
@@ -103,7 +103,7 @@ def attack(method: str, options: AttackOptions, config: AttackKind, command: str
                 config.run(context)
                 context.write(run.path)
                 done.write_text(json.dumps(context.record), encoding="utf-8")
-            info = json.loads(done.read_text(encoding="utf-8"))
+            info = read_object(done)
             record["steps"], target["template_hash"] = info.pop("steps"), info.pop("template_hash")
             if target["role"] == "model":
                 record.setdefault("model", info)
@@ -116,7 +116,7 @@ def attack(method: str, options: AttackOptions, config: AttackKind, command: str
 def keep_finished(run: RunFolder) -> None:
     """Drop what a killed run wrote of a model it had not finished; its last line may have been cut in the middle."""
     finished = {path.name.removesuffix(".done.json") for path in run.path.glob("*.done.json")}
-    for name in ("results.jsonl", "generations.jsonl"):
+    for name in (RESULTS, GENERATIONS):
         if (run.path / name).exists():
             kept = []
             for line in (run.path / name).read_text(encoding="utf-8", errors="replace").split("\n"):

@@ -16,7 +16,7 @@ from tunevax.errors import UsageError
 from tunevax.lineage import Lineage, absolute
 from tunevax.mixins import ModelsOptions, Overlap, RunOptions
 from tunevax.modeling.loading import Loaded, load
-from tunevax.records import SCHEMA, digest, is_run, read_run
+from tunevax.records import GENERATIONS, RESULTS, SCHEMA, digest, is_run, read_run
 from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.suite import Suite, SuiteOptions, labels_of
 
@@ -119,7 +119,7 @@ class AttackContext:
 
     def write(self, folder: Path) -> None:
         """Append the rows to results.jsonl and generations.jsonl."""
-        for name, lines in (("results.jsonl", self.results), ("generations.jsonl", self.generations)):
+        for name, lines in ((RESULTS, self.results), (GENERATIONS, self.generations)):
             with (folder / name).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 

@@ -29,7 +29,7 @@ from tunevax.lineage import Lineage
 from tunevax.mixins import AllowOverlap, ModelOptions, ResumableRunOptions, require_given
 from tunevax.modeling.checkpoints import config_of
 from tunevax.modeling.loading import Loaded, load
-from tunevax.records import data_entry, is_run
+from tunevax.records import DATA, SCORES, data_entry, is_run
 from tunevax.runs import record_prompts, writing
 
 DUPLICATES = ("keep", "exact", "near")
@@ -160,9 +160,9 @@ def curate(method: str, options: CurateOptions, config: Any, command: str = "") 
             record["agreement"] = agreement(scores, scored(config, target), options.keep)
         kept, why = choose(rows, scores, options)
         rank = ranks(scores)
-        run.write_lines("data.jsonl", [content(rows[i]) for i in sorted(kept)])
+        run.write_lines(DATA, [content(rows[i]) for i in sorted(kept)])
         run.write_lines(
-            "scores.jsonl",
+            SCORES,
             [
                 {"row": i, **content(row), "place": row.get("place"), "corruption": row.get("corruption"),
                  "score": float(scores[i]), "rank": int(rank[i]), "kept": i in kept, "why": why.get(i)}

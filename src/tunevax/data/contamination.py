@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from tunevax.data.splits import marks, prompt_hash, user_words
 from tunevax.errors import UsageError
 from tunevax.lineage import Lineage
-from tunevax.records import read_prompts
+from tunevax.records import DATA, read_prompts
 
 TRAINED = ("alignment", "benign", "task", "attack")
 """The roles of data, in run.json and prompts.json, that a model is trained on."""
@@ -59,7 +59,7 @@ def chosen_with(source: str) -> set[str]:
     from tunevax.data.sources import parse_source
 
     path = Path(parse_source(source).name)
-    return set(read_prompts(path.parent if path.name == "data.jsonl" else path).get("validation", []))
+    return set(read_prompts(path.parent if path.name == DATA else path).get("validation", []))
 
 
 def unrecorded(ref: str) -> list[str]:

@@ -35,7 +35,7 @@ from tunevax.lineage import Lineage
 from tunevax.mixins import ModelsOptions, Overlap, RunOptions, require_given
 from tunevax.modeling.attention import WAYS
 from tunevax.modeling.loading import load
-from tunevax.records import SCHEMA, data_entry, digest
+from tunevax.records import DROPPED, SCHEMA, SINK, data_entry, digest
 from tunevax.runs import writing
 from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.suite import SuiteOptions, build_suite, labels_of
@@ -102,7 +102,7 @@ def analyze_sink(options: SinkOptions, command: str = "", suite_options: SuiteOp
     found, targets = [], []
     with writing(options.output_dir, record, overwrite=options.overwrite) as run:
         if exclusion.dropped:
-            run.write_lines("dropped.jsonl", exclusion.dropped)
+            run.write_lines(DROPPED, exclusion.dropped)
         for ref, label, overlap in zip(options.model, labels_of(options.model), overlaps, strict=True):
             loaded = load(
                 ref, revision=options.revision, dtype=options.dtype, chat_template=options.chat_template
@@ -126,7 +126,7 @@ def analyze_sink(options: SinkOptions, command: str = "", suite_options: SuiteOp
         record["targets"] = targets
         read = {"sink_position": options.sink_position, "sink_queries": options.sink_queries}
         written = {"schema": SCHEMA, "pairs": len(pairs), **read, "models": found}
-        (run.path / "sink.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+        (run.path / SINK).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     return run.final
 
 

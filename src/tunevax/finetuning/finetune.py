@@ -19,7 +19,7 @@ from tunevax.modeling.loading import load
 from tunevax.modeling.memory import StepMemory
 from tunevax.modeling.quantization import require_quantization
 from tunevax.modeling.trainer import final_loss, last_checkpoint, rehearse, resolved, save_weights
-from tunevax.records import data_entry, digest, is_run
+from tunevax.records import LOG, data_entry, digest, is_run
 from tunevax.runs import record_prompts, writing
 
 SCREENS = ("off", "report", "drop", "fail")
@@ -108,7 +108,7 @@ def finetune(
             task, record["screen"] = act(found, task, options.screen, options.task_data, run)
         config.output_dir = str(run.checkpoints)
         memory = StepMemory()
-        callbacks = [ProgressCallback(f"finetune {method}"), LogCallback(run.path / "log.jsonl"), memory]
+        callbacks = [ProgressCallback(f"finetune {method}"), LogCallback(run.path / LOG), memory]
         trainer = trainer_class(
             loaded.model, config, task, loaded.tokenizer, safety if trainer_class.needs else None, callbacks
         )

@@ -41,6 +41,7 @@ from tunevax.modeling.blocks import find_blocks
 from tunevax.modeling.hooks import capture
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.precision import wide
+from tunevax.records import SCREEN
 from tunevax.runs import RunFolder
 
 MISSED = 0.05
@@ -233,7 +234,7 @@ def act(
             }
             for i in range(len(task))
         ]
-        run.write_lines("screen.jsonl", lines)
+        run.write_lines(SCREEN, lines)
     return kept, {
         "action": action,
         "rows": len(task),

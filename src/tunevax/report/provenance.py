@@ -12,7 +12,7 @@ from tunevax.data.sources import parse_source
 from tunevax.errors import UsageError
 from tunevax.evidence.results import Results, joined
 from tunevax.lineage import Lineage, find_run
-from tunevax.records import RunRecord, is_run, read_lines, read_run
+from tunevax.records import DATA, LOG, RESULTS, RunRecord, is_run, read_lines, read_run
 
 UNCLIPPED = ("tar", "repnoise")  # their released code clips no gradient
 POOLED = ("t-vaccine", "booster", "tar", "repnoise", "circuit-breakers")  # train on the rows' harmful answers
@@ -35,7 +35,7 @@ class Run:
     @property
     def measures(self) -> bool:
         """Whether it holds results: an attack, a score or an audit."""
-        return self.info.get("verb") in ("attack", "score", "audit") or (self.path / "results.jsonl").exists()
+        return self.info.get("verb") in ("attack", "score", "audit") or (self.path / RESULTS).exists()
 
 
 class Library:
@@ -56,8 +56,8 @@ class Library:
                 inside = sorted(p.parent.name for p in path.glob("*/run.json"))
                 hint = f"; it contains runs, name those: {', '.join(inside[:8])}" if inside else ""
                 raise UsageError(f"{path} is not a run folder (no run.json){hint}")
-            info, log = read_run(path), path / "log.jsonl"
-            if not isinstance(info, dict) or not isinstance(info.get("schema"), int):
+            info, log = read_run(path), path / LOG
+            if not isinstance(info.get("schema"), int):
                 raise UsageError(f"{path / 'run.json'} has no schema version; is it a tunevax run?")
             self.read[path] = Run(path, info, read_lines(log))
         return self.read[path]
@@ -222,7 +222,7 @@ def _inputs(library: Library, run: Run) -> list[Run]:
         if not isinstance(ref, str) or not ref:
             continue
         path = Path(parse_source(ref).name if verb == "curate" else ref)
-        folder = find_run(str(path.parent if path.name in ("data.jsonl", "lock.safetensors") else path), run.path)
+        folder = find_run(str(path.parent if path.name in (DATA, "lock.safetensors") else path), run.path)
         if folder and folder != run.path and library.load(folder).info.get("verb") == verb:
             found.append(library.load(folder))
     return found

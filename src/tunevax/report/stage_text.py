@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tunevax.data.splits import prompt_text
-from tunevax.errors import UsageError
 from tunevax.lineage import Lineage
-from tunevax.records import read_lines
+from tunevax.records import read_lines, read_object
 from tunevax.report.blocks import Table
 from tunevax.report.page import visible
 from tunevax.report.provenance import Run
@@ -33,16 +31,7 @@ def lines_of(run: Run, name: str) -> list[dict[str, Any]]:
 
 def json_of(run: Run, name: str) -> dict[str, Any]:
     """A JSON file of the run, {} without it."""
-    file = run.path / name
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{file} is damaged ({error}); run that step again") from error
-    if not isinstance(found, dict):
-        raise UsageError(f"{file} is damaged (not a JSON object); run that step again")
-    return found
+    return read_object(run.path / name) if (run.path / name).is_file() else {}
 
 
 def rows_of(run: Run, role: str) -> int:

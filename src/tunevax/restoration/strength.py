@@ -23,6 +23,7 @@ from tunevax.data.splits import drawn, prompt_hash
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
 from tunevax.lineage import Lineage
+from tunevax.records import STRENGTH
 from tunevax.restoration.lock import SafetyLock, locked
 from tunevax.restoration.restore import Job
 from tunevax.scoring.evaluate import evaluate
@@ -138,7 +139,7 @@ def sweep(model: Any, tokenizer: Any, lock: SafetyLock, suite: Suite, options: S
     limits = {name: getattr(options, name) for name in ("harmful_target", "max_utility_loss", "max_over_refusal")}
     content = {"limits": limits, "chosen": chosen, "prompts": len(suite.harmful), **job.record["validation"]}
     content["curve"] = curve
-    (job.folder / "strength.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (job.folder / STRENGTH).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if chosen is None:
         tried = ", ".join(f"{point['strength']:g}" for point in curve)
         best = min(curve, key=lambda point: len(point["misses"]))

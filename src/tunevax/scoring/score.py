@@ -9,6 +9,7 @@ from tunevax.data.contamination import Exclusion, check
 from tunevax.errors import UsageError
 from tunevax.lineage import Lineage
 from tunevax.mixins import ModelsOptions, Overlap, RunOptions, require_given
+from tunevax.records import DROPPED, GENERATIONS, RESULTS
 from tunevax.scoring import vllm_engine
 from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.suite import SuiteOptions, build_suite, labels_of
@@ -50,7 +51,7 @@ def score(options: ScoreOptions, command: str = "") -> Path:
     results, generations, targets = [], [], []
     with writing(options.output_dir, record, overwrite=options.overwrite) as run:
         if exclusion.dropped:
-            run.write_lines("dropped.jsonl", exclusion.dropped)
+            run.write_lines(DROPPED, exclusion.dropped)
         for ref, label, overlap in zip(models, labels_of(models), overlaps, strict=True):
             how = (
                 vllm_engine.loading(ref, options.revision, options.dtype)
@@ -89,6 +90,6 @@ def score(options: ScoreOptions, command: str = "") -> Path:
         record["targets"] = targets
         if suite.harness:
             record["lm_eval"] = suite.harness.versions
-        run.write_lines("results.jsonl", results)
-        run.write_lines("generations.jsonl", generations)
+        run.write_lines(RESULTS, results)
+        run.write_lines(GENERATIONS, generations)
     return run.final
