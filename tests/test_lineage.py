@@ -49,6 +49,8 @@ def test_weights_go_by_what_an_adapter_sits_on_and_history_by_what_a_run_started
     assert names(lineage.history) == ["mended", "job", "hard", "base"] and lineage.origin == "me/base"
     assert (lineage.parent, lineage.adapter_on) == (str(tmp_path / "job"), str(tmp_path / "hard"))
     assert lineage.defences == ["safe-lora", "tar"]  # the job was plain
+    attacked = run_of(tmp_path / "attacked", verb="attack", method="few-shot", parent=family)
+    assert Lineage.of(attacked).defences == ["safe-lora", "tar"]
     assert names(lineage.ancestors) == ["mended", "hard", "job", "base"]
     assert lineage.prompts == {"alignment": ["a", "b"], "task": ["t"]} and lineage.categories == {"toxins", "fraud"}
     assert lineage.record["method"] == "safe-lora" and Lineage.of("me/base").record == {}

@@ -180,8 +180,6 @@ class Lineage:
                     raise UsageError(f"{link.ref} cannot be loaded as a model: {why or 'it holds no weights'}")
                 adapters.insert(0, path / "adapter")
             elif (path / ADAPTER).is_file():
-                if not link.adapter_on:
-                    raise UsageError(f"{link.ref} is an adapter that does not name its base model")
                 adapters.insert(0, path)
             elif path.is_dir() and not (path / "config.json").is_file():
                 raise UsageError(
@@ -189,6 +187,8 @@ class Lineage:
                 )
             else:
                 return link.ref, adapters
+            if not link.adapter_on:
+                raise UsageError(f"{link.ref} is an adapter that does not name its base model")
         raise UsageError(f"{self.ref} cannot be loaded: the runs below it lead back to {adapters[0].parent}")
 
 

@@ -23,19 +23,14 @@ from typing import Any
 from tunevax.environment import hardware, is_main_process, peak_memory, versions
 from tunevax.errors import DENIED, RunError, UsageError, not_written
 from tunevax.lineage import Lineage
-from tunevax.records import (  # noqa: F401
+from tunevax.records import (
     LOG,
     PROMPTS,
     RUN,
     SCHEMA,
-    HardwareRecord,
     RunRecord,
-    data_entry,
-    digest,
     is_run,
-    read_lines,
     read_prompts,
-    read_run,
 )
 from tunevax.run_lock import RunLock, refuse_if_held
 
