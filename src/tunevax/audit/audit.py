@@ -52,7 +52,7 @@ def audit(plan: AuditPlan, command: str = "") -> Path:
         folder = run.path / "cells"
         folder.mkdir(exist_ok=True)
         if plan.exclusion.dropped:
-            run.write_lines("dropped.jsonl", plan.exclusion.dropped)
+            run.write_lines(DROPPED, plan.exclusion.dropped)
         grid = plan.grid
         cells = cells_of(plan, grid, True, protocol.screen == 0)
         run_cells(plan, cells, folder, run.path / "weights")

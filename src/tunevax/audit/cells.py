@@ -67,7 +67,7 @@ def contents(value: Any) -> Any:
     if path.is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()
     if is_run(path):
-        log = path / "log.jsonl"
+        log = path / LOG
         return [Lineage.of(path).identity, hashlib.sha256(log.read_bytes()).hexdigest() if log.is_file() else None]
     return model_hash(value.removeprefix("hf:")) or value
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tunevax.data.contamination import chosen_with, hashes, record_prompts, used_prompts
+from tunevax.data.roles import load_rows
 from tunevax.data.contamination import chosen_with, hashes
 from tunevax.data.safety import load_safety
 from tunevax.environment import require_one_process
@@ -73,7 +75,7 @@ class Job:
         source = self.options.safety_data
         if source is None:
             raise UsageError(f"--safety-data is missing: {self.method} needs {' and '.join(need)}")
-        rows = load_safety(source, "alignment", need, purpose=self.method)
+        rows = load_rows("alignment", source, need, self.method)
         self.note_data(source, rows)
         return rows
 

@@ -33,7 +33,7 @@ def summary(run: Run) -> str:
 
 def measured(run: Run) -> dict[str, Any]:
     """What the run's files hold."""
-    return {"strength": json_of(run, "strength.json")}
+    return {"strength": json_of(run, STRENGTH)}
 
 
 def sections(provenance: Provenance, figures: bool) -> list[Section]:
@@ -59,7 +59,7 @@ def _locks(runs: list[Run], figures: bool) -> Section | None:
     drawn = set()
     for i, run in enumerate(runs):
         points.append(_locked(run))
-        lock, content = run.info.get("lock") or {}, json_of(run, "strength.json")
+        lock, content = run.info.get("lock") or {}, json_of(run, STRENGTH)
         heads = [tuple(pair) for pair in lock.get("heads") or []]
         every = lock.get("accuracy_of_all") or known.get((lock.get("base") or {}).get("identity") or "") or []
         if heads and not figures:
@@ -93,7 +93,7 @@ def _locks(runs: list[Run], figures: bool) -> Section | None:
 def _locked(run: Run) -> str:
     """The sentence on one run that extracted, converted or applied a lock."""
     info, lock, method = run.info, run.info.get("lock") or {}, run.info.get("method")
-    heads, content = len(lock.get("heads") or []), json_of(run, "strength.json")
+    heads, content = len(lock.get("heads") or []), json_of(run, STRENGTH)
     layers = len({x for x, _ in lock.get("heads") or []})
     where = f"{heads} heads in {layers} layer{'s' * (layers != 1)}"
     swept = ""
