@@ -8,11 +8,8 @@ from typing import Any
 
 from tunevax.alignment.held_out import evaluate, fitting, held_out_rows, loss_on
 from tunevax.alignment.sft import SFTConfig
-from tunevax.data.contamination import chosen_with, count, hashes, record_prompts
-from tunevax.data.roles import load_rows
 from tunevax.data.contamination import chosen_with, count, hashes
-from tunevax.data.safety import load_safety
-from tunevax.data.tasks import load_task
+from tunevax.data.roles import load_rows
 from tunevax.environment import is_main_process
 from tunevax.errors import UsageError, shortened
 from tunevax.mixins import AllowOverlap, ResumableRunOptions, TrainedModelOptions, require_given

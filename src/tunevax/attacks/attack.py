@@ -20,8 +20,8 @@ from tunevax.data.contamination import Exclusion, check
 from tunevax.environment import require_one_process
 from tunevax.errors import UsageError
 from tunevax.mixins import require_given
-from tunevax.records import GENERATIONS, RESULTS, Generation, Row
-from tunevax.runs import data_entry, is_run, require_one_process, writing
+from tunevax.records import DROPPED, GENERATIONS, RESULTS, Generation, Row, data_entry, is_run
+from tunevax.runs import writing
 from tunevax.scoring.suite import build_suite
 
 

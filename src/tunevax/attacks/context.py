@@ -13,7 +13,7 @@ from tunevax.data.roles import load_rows
 from tunevax.errors import UsageError
 from tunevax.lineage import Lineage, absolute
 from tunevax.mixins import ModelsOptions, Overlap, RunOptions
-from tunevax.modeling.loading import Loaded, absolute, load
+from tunevax.modeling.loading import Loaded, load
 from tunevax.records import SCHEMA, digest, harmful, is_run, read_run
 from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.suite import Suite, SuiteOptions, labels_of

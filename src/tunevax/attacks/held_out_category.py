@@ -12,9 +12,7 @@ from typing import Any
 from tunevax.attacks.context import AttackContext
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.attacks.kind import NotApplicable
-from tunevax.data.contamination import ancestors, marks, named, used_prompts
 from tunevax.data.contamination import marks, named
-from tunevax.data.mixing import mix
 from tunevax.data.safety import load_safety
 from tunevax.data.splits import drawn
 from tunevax.errors import UsageError

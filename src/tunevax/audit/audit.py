@@ -22,7 +22,7 @@ from tunevax.errors import UsageError
 from tunevax.evidence.properties import worst_case
 from tunevax.evidence.ratios import withstood
 from tunevax.evidence.results import from_rows
-from tunevax.records import is_run, read_lines, read_run
+from tunevax.records import DROPPED, is_run, read_lines, read_run
 from tunevax.run_lock import refuse_if_held
 from tunevax.runs import clear, partial_of, writing
 

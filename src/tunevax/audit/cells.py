@@ -13,7 +13,7 @@ from tunevax.audit.protocol import Setting, build
 from tunevax.data.sources import parse_source
 from tunevax.files import model_hash
 from tunevax.lineage import Lineage
-from tunevax.records import Traits, digest, is_run
+from tunevax.records import LOG, Traits, digest, is_run
 
 
 class AuditCell(NamedTuple):

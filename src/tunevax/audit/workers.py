@@ -23,11 +23,8 @@ from tunevax.console import console
 from tunevax.data.contamination import Exclusion
 from tunevax.environment import peak_memory
 from tunevax.errors import RunError
-from tunevax.modeling.loading import resolve
-from tunevax.records import Row, harmful
-from tunevax.runs import peak_memory
 from tunevax.lineage import Lineage
-from tunevax.records import lead_judge
+from tunevax.records import Row, harmful
 from tunevax.scoring.suite import Suite, build_suite
 
 

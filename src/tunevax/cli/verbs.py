@@ -18,8 +18,7 @@ from tunevax.cli.options import Parser, parse, print_help, value_of
 from tunevax.errors import RunError, UsageError, unknown
 from tunevax.methods import load_method, methods
 from tunevax.quiet import quiet
-from tunevax.records import RESULTS, harmful, read_lines
-from tunevax.records import RESULTS, SINK, read_lines, read_object, read_run
+from tunevax.records import RESULTS, SINK, harmful, read_lines, read_object, read_run
 
 
 class Verb(NamedTuple):

@@ -19,9 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from tunevax.data.contamination import hashes, record_prompts, require_disjoint
-from tunevax.data.roles import load_rows
 from tunevax.data.contamination import hashes, require_disjoint
+from tunevax.data.roles import load_rows
 from tunevax.data.safety import load_safety
 from tunevax.data.sources import parse_source
 from tunevax.data.splits import normalise, prompt_hash, prompt_text, take_split

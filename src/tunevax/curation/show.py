@@ -9,6 +9,7 @@ from typing import Any
 
 from tunevax.console import as_time
 from tunevax.evidence.words import percent
+from tunevax.records import SCORES
 from tunevax.report.blocks import PANELS, Section, Table, cut
 from tunevax.report.provenance import Provenance, Run
 from tunevax.report.text import (

@@ -7,12 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunevax.data.contamination import chosen_with, count, hashes, record_prompts
-from tunevax.data.roles import load_rows
 from tunevax.data.contamination import chosen_with, count, hashes
-from tunevax.data.safety import load_safety
-from tunevax.data.sources import parse_source
-from tunevax.data.tasks import NAMED, load_task
+from tunevax.data.roles import load_rows
 from tunevax.errors import UsageError, unknown
 from tunevax.finetuning.sft import FinetuneConfig
 from tunevax.mixins import ResumableRunOptions, TrainedModelOptions, require_given

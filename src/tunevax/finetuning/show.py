@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tunevax.evidence.words import percent
+from tunevax.records import SCREEN, SINK
 from tunevax.report.blocks import PANELS, Section, Table, cut
 from tunevax.report.provenance import Provenance, Run
 from tunevax.report.text import (

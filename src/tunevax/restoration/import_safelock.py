@@ -33,8 +33,6 @@ import numpy as np
 import torch
 
 from tunevax.errors import UsageError, shortened
-from tunevax.restoration.lock import FILE, SafetyLock, check_shape, head_shape, lineage
-from tunevax.errors import UsageError
 from tunevax.restoration.lock import FILE, SafetyLock, check_shape, head_shape, identities
 from tunevax.restoration.restore import Job
 

@@ -12,10 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunevax.data.contamination import chosen_with, hashes, record_prompts, used_prompts
-from tunevax.data.roles import load_rows
 from tunevax.data.contamination import chosen_with, hashes
-from tunevax.data.safety import load_safety
+from tunevax.data.roles import load_rows
 from tunevax.environment import require_one_process
 from tunevax.errors import RunError, UsageError
 from tunevax.lineage import Lineage

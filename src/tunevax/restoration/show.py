@@ -10,6 +10,7 @@ from typing import Any
 
 from tunevax.console import as_bytes, as_time
 from tunevax.evidence.words import percent
+from tunevax.records import STRENGTH
 from tunevax.report.blocks import PANELS, Section, Table, cut
 from tunevax.report.provenance import Provenance, Run
 from tunevax.report.text import NONE, cut_table, decimals, ends_of, json_of, listed, model_of, plain, runs_of

@@ -16,10 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tunevax.console import bar, console
-from tunevax.data.contamination import count, hashes, require_disjoint, used_prompts
-from tunevax.data.roles import load_rows
 from tunevax.data.contamination import count, hashes, require_disjoint
-from tunevax.data.safety import load_safety
+from tunevax.data.roles import load_rows
 from tunevax.data.sources import parse_source
 from tunevax.data.splits import drawn, prompt_hash
 from tunevax.errors import UsageError
@@ -86,7 +84,10 @@ class SweepOptions(SuiteOptions):
         in_sample = [task for task in tasks if parse_source(task).options.get("split", "train") != "train"]
         if self.benign_data != "organism":
             in_sample = ["over-refusal", *in_sample]
-        used, aligned = set(lock.meta.get("prompts") or []), set(Lineage.of(job.options.model).prompts.get("alignment", []))
+        used, aligned = (
+            set(lock.meta.get("prompts") or []),
+            set(Lineage.of(job.options.model).prompts.get("alignment", [])),
+        )
         if self.eval_data is None:
             rows = [row for row in load_rows("choice", source) if prompt_hash(row["prompt"]) not in used]
             if not rows:
