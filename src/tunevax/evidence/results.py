@@ -315,8 +315,7 @@ def from_rows(rows: Sequence[Row]) -> Results:
     roles = _roles(rows)
     for row in rows:
         _add(cells, completed(row, ()), row["attack"], roles[row["model"]])
-    found = list(cells.values())
-    return Results(found, _judges(found, rows)[0], None)
+    return Results([*cells.values()], _judges([*cells.values()], rows)[0], None)
 
 
 def _add(cells: dict[tuple[str, str | None], Cell], row: Row, attack: str | None, role: str) -> Cell:
