@@ -6,6 +6,7 @@ FILE:held_out=CATEGORY+CATEGORY`; half of their prompts are the attacker's, the 
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ class HeldOutCategoryConfig(FinetuneConfig):
     common_prompts = False
 
     @property
-    def needs(self) -> set[str]:
+    def needs(self) -> Set[str]:
         """The data it draws from: the held-out rows are read apart."""
         return super().needs - {"harmful"}
 

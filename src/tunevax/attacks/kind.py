@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -131,7 +130,7 @@ class AttackKind:
 
     def values(self) -> dict[str, Any]:
         """Its options as plain values, without what says only where to write."""
-        values = self.to_dict() if hasattr(self, "to_dict") else dataclasses.asdict(self)
+        values = self.to_dict() if hasattr(self, "to_dict") else vars(self)
         return {k: v for k, v in values.items() if k not in ("output_dir", "run_name")}
 
     def setting_hash(self, method: str, drawn_from: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any]) -> str:
