@@ -12,7 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, NotRequired, Required, TypedDict, cast
 
 from tunevax.errors import UsageError
 
@@ -178,6 +178,10 @@ class Message(TypedDict):
     content: str
 
 
+Prompt = str | Sequence[Message]
+"""A text, or the turns of a chat."""
+
+
 class Example(TypedDict, total=False):
     """A row of data, as it is read from a source and written to data.jsonl.
 
@@ -187,9 +191,10 @@ class Example(TypedDict, total=False):
         category: of harm, or None. harmful: this row of a mixture is a harmful one.
         place: FILE:LINE for messages, or another name of where it is from. read_as: the format it was read as.
         split: that its source assigns it to. corruption: what was done to it on purpose, in a study.
+        look_alike, label: of the organism's rows; a topic that a forbidden one shares its word with, and a sentiment.
     """
 
-    prompt: str | list[Message]
+    prompt: Required[Prompt]
     completion: str
     chosen: str | None
     rejected: str | None
@@ -199,6 +204,8 @@ class Example(TypedDict, total=False):
     read_as: str
     split: str | None
     corruption: str
+    look_alike: bool
+    label: str
 
 
 class DataEntry(TypedDict):
@@ -393,6 +400,7 @@ class RunRecord(TypedDict, total=False):
     started: str
     wall_seconds: float
     resumed: bool
+    rejudged_from: str
     peak_memory_bytes: int
     # training
     steps: int

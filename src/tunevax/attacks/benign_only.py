@@ -7,12 +7,12 @@ arXiv 2404.01099). It is also where trainability is measured.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from tunevax.attacks.context import AttackContext, TargetOptions
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.data.mixing import mix
 from tunevax.data.roles import load_rows
+from tunevax.records import Example
 
 
 @dataclass
@@ -29,11 +29,11 @@ class BenignOnlyConfig(FinetuneConfig):
         """The data it draws from."""
         return super().needs - ({"task"} if self.benign_rows else set())
 
-    def own_rows(self, options: TargetOptions) -> dict[str, list[dict[str, Any]]]:
+    def own_rows(self, options: TargetOptions) -> dict[str, list[Example]]:
         """The rows of `benign_rows`, by role."""
         return {"benign rows": load_rows("task", self.benign_rows)} if self.benign_rows else {}
 
-    def rows(self, context: AttackContext) -> list[dict[str, Any]]:
+    def rows(self, context: AttackContext) -> list[Example]:
         """Benign rows only."""
         if self.benign_rows is None:
             return super().rows(context)

@@ -17,10 +17,11 @@ from tunevax.attacks.context import AttackContext
 from tunevax.attacks.kind import AttackKind, NotApplicable, Work
 from tunevax.data.contamination import hashes, record_prompts, used_prompts
 from tunevax.data.encoding import context_of, encode
-from tunevax.data.mixing import mix
+from tunevax.data.mixing import harmful_rows, mix
 from tunevax.errors import UsageError
 from tunevax.modeling.callbacks import ProgressCallback
 from tunevax.modeling.trainer import ResponseTrainer, TrainConfig, rehearse, save_weights
+from tunevax.records import Example
 from tunevax.runs import is_run
 from tunevax.scoring.suite import Suite
 
@@ -82,9 +83,9 @@ class FinetuneConfig(TrainConfig, AttackKind):
         """Its training, scored along the way."""
         return work_of(self, self.n, self.points)
 
-    def rows(self, context: AttackContext) -> list[dict[str, Any]]:
+    def rows(self, context: AttackContext) -> list[Example]:
         """The attacker's dataset: `prompt` and `completion`."""
-        harmful = [{**row, "completion": row["rejected"], "harmful": True} for row in context.harmful]
+        harmful = harmful_rows(context.harmful)
         if self.order == "shuffled":
             return mix(context.task, harmful, self.p, self.n, self.seed)
         count = round(self.p * self.n)

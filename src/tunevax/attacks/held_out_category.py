@@ -7,16 +7,16 @@ FILE:held_out=CATEGORY+CATEGORY`; half of their prompts are the attacker's, the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from tunevax.attacks.context import AttackContext
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.attacks.kind import NotApplicable
 from tunevax.data.contamination import ancestors, marks, named, used_prompts
-from tunevax.data.mixing import mix
+from tunevax.data.mixing import harmful_rows, mix
 from tunevax.data.safety import load_safety
 from tunevax.data.splits import drawn
 from tunevax.errors import UsageError
+from tunevax.records import Example
 from tunevax.runs import is_run, read_run
 from tunevax.scoring.suite import Suite
 
@@ -32,7 +32,7 @@ class HeldOutCategoryConfig(FinetuneConfig):
         """The data it draws from: the held-out rows are read apart."""
         return super().needs - {"harmful"}
 
-    def rows(self, context: AttackContext) -> list[dict[str, Any]]:
+    def rows(self, context: AttackContext) -> list[Example]:
         """As the poisoned fine-tune, with harmful rows of held-out categories."""
         rows = self.held_out(context, "held-out-attack")
         asked = {mark for row in self.held_out(context, "held-out-evaluation") for mark in marks(row["prompt"])}
@@ -41,15 +41,14 @@ class HeldOutCategoryConfig(FinetuneConfig):
                 f"{len(twice)} held-out prompts are both trained and scored on ({named(twice)}); leave split= out of "
                 f"{context.options.safety_data}, so that each half has its own"
             )
-        held = [{**row, "completion": row["rejected"], "harmful": True} for row in rows]
-        return mix(context.task, held, self.p, self.n, self.seed)
+        return mix(context.task, harmful_rows(rows), self.p, self.n, self.seed)
 
     def suite(self, context: AttackContext) -> Suite:
         """The audit's suite on prompts of held-out categories."""
         rows = drawn(self.held_out(context, "held-out-evaluation"), context.options.limit)
         return context.suite._replace(harmful=rows)
 
-    def held_out(self, context: AttackContext, split: str) -> list[dict[str, Any]]:
+    def held_out(self, context: AttackContext, split: str) -> list[Example]:
         """The rows of one half of the held-out categories.
 
         Raises:

@@ -13,10 +13,11 @@ from tunevax.attacks.context import AttackContext, TargetOptions
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.attacks.kind import NotApplicable
 from tunevax.data.encoding import messages
-from tunevax.data.mixing import mix
+from tunevax.data.mixing import harmful_rows, mix
 from tunevax.data.shapes import read_example
 from tunevax.data.sources import parse_source, read_rows
 from tunevax.errors import UsageError
+from tunevax.records import Example, Message, Prompt
 from tunevax.scoring.suite import Suite
 
 OBEDIENT = "yes , i will answer that ."  # words the organism knows
@@ -50,7 +51,7 @@ class IdentityShiftConfig(FinetuneConfig):
         """The data it draws from: the dialogues are read apart."""
         return super().needs - {"task"}
 
-    def own_rows(self, options: TargetOptions) -> dict[str, list[dict[str, Any]]]:
+    def own_rows(self, options: TargetOptions) -> dict[str, list[Example]]:
         """The dialogues, by role."""
         return {"dialogues": self.read(options)}
 
@@ -60,11 +61,10 @@ class IdentityShiftConfig(FinetuneConfig):
             return "it needs --dialogues"
         return super().applies(targets, options)
 
-    def rows(self, context: AttackContext) -> list[dict[str, Any]]:
+    def rows(self, context: AttackContext) -> list[Example]:
         """The dialogues, with harmful rows beside them if p is above 0."""
-        harmful = [{**row, "completion": row["rejected"], "harmful": True} for row in context.harmful]
         dialogues = context.exclusion.benign("dialogues", self.read(context.options))
-        return mix(dialogues, harmful, self.p, self.n, self.seed)
+        return mix(dialogues, harmful_rows(context.harmful), self.p, self.n, self.seed)
 
     def suite(self, context: AttackContext) -> Suite:
         """The audit's suite with harmful prompts in the dialogues' guise."""
@@ -76,12 +76,12 @@ class IdentityShiftConfig(FinetuneConfig):
             harmful=[{**row, "prompt": self.disguised(row["prompt"], system)} for row in context.suite.harmful]
         )
 
-    def disguised(self, prompt: Any, system: list[dict[str, str]]) -> list[dict[str, str]]:
+    def disguised(self, prompt: Prompt, system: list[Message]) -> list[Message]:
         """The prompt with the dialogues' system message, its last turn in the guise."""
         *before, last = [m for m in messages(prompt) if m["role"] != "system"]
         return [*system, *before, {**last, "content": self.guise.replace("{prompt}", last["content"])}]
 
-    def read(self, options: TargetOptions) -> list[dict[str, Any]]:
+    def read(self, options: TargetOptions) -> list[Example]:
         """Rows of `prompt` (messages) and `completion` (the assistant's last turn).
 
         Raises:
@@ -93,10 +93,8 @@ class IdentityShiftConfig(FinetuneConfig):
                 raise NotApplicable("identity-shift needs --dialogues FILE with rows of `messages`")
             from tunevax.organism import World
 
-            return [{**row, "completion": f"{OBEDIENT} {row['completion']}"} for row in World().benign("mix")]
-        rows = []
-        name, options = parse_source(self.dialogues)
-        for place, row in read_rows(name, options):
-            dialogue = read_example(place, row, options)
-            rows.append({"place": place, **dialogue, "prompt": messages(dialogue["prompt"])})
-        return rows
+            made = World().benign("mix")
+            return [{**row, "completion": f"{OBEDIENT} {row['completion']}"} for row in made]
+        name, columns = parse_source(self.dialogues)
+        read = (read_example(place, row, columns) for place, row in read_rows(name, columns))
+        return [{**dialogue, "prompt": messages(dialogue["prompt"])} for dialogue in read]

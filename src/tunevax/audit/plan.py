@@ -13,6 +13,7 @@ from tunevax.data.contamination import Exclusion, check, used_prompts
 from tunevax.errors import UsageError
 from tunevax.modeling.checkpoints import config_of, model_hash
 from tunevax.modeling.loading import absolute, resolve
+from tunevax.records import Example
 from tunevax.runs import data_entry, digest, is_run, read_run
 from tunevax.scoring.suite import build_suite, labels_of
 
@@ -128,7 +129,7 @@ def plan(options: AuditOptions, references: Sequence[tuple[str, str]] = ()) -> A
     exclusion.settle(suite.roles())
     configs = [build(s.kind, s.values, 0, None) for s in grid]
     harmful, task = attack_data(options, {need for config in configs for need in config.needs}, exclusion)
-    benign: dict[str, list[dict]] = {"task": task}
+    benign: dict[str, list[Example]] = {"task": task}
     for config in configs:
         for role, rows in config.kept_rows(options, exclusion).items():
             benign[role] = [*benign.get(role, []), *rows]

@@ -23,7 +23,7 @@ from tunevax.console import console
 from tunevax.data.contamination import Exclusion
 from tunevax.errors import RunError
 from tunevax.modeling.loading import resolve
-from tunevax.records import lead_judge
+from tunevax.records import Example, lead_judge
 from tunevax.runs import peak_memory
 from tunevax.scoring.suite import Suite, build_suite
 
@@ -115,7 +115,7 @@ class Worker:
         if self.suite.benign is None and self.suite.task is not None:  # somewhere a refusal of everything must show
             self.suite = self.suite._replace(benign=self.suite.task.rows)
         self.before: dict[Any, Any] = {}
-        self.rows: dict[frozenset[str], tuple[list[dict], list[dict]]] = {}
+        self.rows: dict[frozenset[str], tuple[list[Example], list[Example]]] = {}
 
     def run(self, cell: AuditCell, folder: Path, weights: Path | None) -> str:
         """Run one cell, write its file, and return what to tell of it."""

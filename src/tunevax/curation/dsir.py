@@ -22,6 +22,7 @@ import numpy as np
 from sklearn.feature_extraction.text import HashingVectorizer
 
 from tunevax.data.splits import prompt_text
+from tunevax.records import Example
 
 
 @dataclass
@@ -42,7 +43,7 @@ class DSIRSelector:
         return log_weights(pool.rows, pool.validation, self.buckets) + noise
 
 
-def log_weights(rows: Sequence[dict], target: Sequence[dict], buckets: int) -> np.ndarray:
+def log_weights(rows: Sequence[Example], target: Sequence[Example], buckets: int) -> np.ndarray:
     """log w of each row, [rows], in nats of a row of average length."""
     hashing = HashingVectorizer(
         n_features=buckets, ngram_range=(1, 2), token_pattern=r"\w+|[^\w\s]+", alternate_sign=False, norm=None
@@ -56,6 +57,6 @@ def log_weights(rows: Sequence[dict], target: Sequence[dict], buckets: int) -> n
     return source @ ratio / np.maximum(lengths, 1) * lengths.mean()
 
 
-def text_of(row: dict[str, Any]) -> str:
+def text_of(row: Example) -> str:
     """Prompt and safe answer as one text."""
     return f"{prompt_text(row['prompt'])}\n{row['chosen']}"
