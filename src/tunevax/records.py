@@ -39,9 +39,10 @@ METRIC = "metric/"
 """Prefix of what a metric of the user's choice gives: a share if it has an interval, else any number."""
 
 
-def lead_judge(scores: Iterable[str]) -> str:
-    """The name of the score `harmful/JUDGE` that leads."""
-    return judges_of(scores)[0]
+def harmful(scores: Mapping[str, Score]) -> tuple[float, str]:
+    """The harmful score, by the judge that leads, and that judge."""
+    name = judges_of(scores)[0]
+    return scores[name]["value"], name.removeprefix(HARMFUL)
 
 
 def judges_of(scores: Iterable[str]) -> list[str]:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tunevax.attacks.context import AttackContext, TargetOptions
+from tunevax.attacks.context import TargetOptions
 from tunevax.attacks.finetune import FinetuneConfig
-from tunevax.data.mixing import mix
 from tunevax.data.roles import load_rows
 from tunevax.records import Example
 
@@ -32,10 +31,3 @@ class BenignOnlyConfig(FinetuneConfig):
     def own_rows(self, options: TargetOptions) -> dict[str, list[Example]]:
         """The rows of `benign_rows`, by role."""
         return {"benign rows": load_rows("task", self.benign_rows)} if self.benign_rows else {}
-
-    def rows(self, context: AttackContext) -> list[Example]:
-        """Benign rows only."""
-        if self.benign_rows is None:
-            return super().rows(context)
-        ((role, rows),) = self.own_rows(context.options).items()
-        return mix(context.exclusion.benign(role, rows), [], 0.0, self.n, self.seed)
