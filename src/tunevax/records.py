@@ -12,7 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, NotRequired, Required, TypedDict, cast
 
 from tunevax.errors import UsageError
 
@@ -44,14 +44,9 @@ METRIC = "metric/"
 """Prefix of what a metric of the user's choice gives: a share if it has an interval, else any number."""
 
 
-def lead_judge(scores: Iterable[str]) -> str:
-    """The name of the score `harmful/JUDGE` that leads."""
-    return judges_of(scores)[0]
-
-
 def harmful(scores: Mapping[str, Score]) -> tuple[float, str]:
     """The harmful score, by the judge that leads, and that judge."""
-    name = lead_judge(scores)
+    name = judges_of(scores)[0]
     return scores[name]["value"], name.removeprefix(HARMFUL)
 
 
@@ -152,10 +147,14 @@ class Message(TypedDict):
     content: str
 
 
+Prompt = str | Sequence[Message]
+"""A text, or the turns of a chat."""
+
+
 class Example(TypedDict, total=False):
     """A row of data, as it is read from a source and written to data.jsonl."""
 
-    prompt: str | list[Message]  # a text, or the turns of a chat
+    prompt: Required[Prompt]
     completion: str  # the answer to train on
     chosen: str | None  # a safe answer
     rejected: str | None  # a harmful answer
@@ -165,6 +164,8 @@ class Example(TypedDict, total=False):
     read_as: str  # the format it was read as
     split: str | None  # that its source assigns it to
     corruption: str  # what was done to it on purpose, in a study
+    look_alike: bool  # of the organism: a topic that shares its word with a forbidden one
+    label: str  # of the organism: a sentiment
 
 
 class DataEntry(TypedDict):
@@ -332,6 +333,7 @@ class RunRecord(TypedDict, total=False):
     started: str
     wall_seconds: float
     resumed: bool
+    rejudged_from: str
     peak_memory_bytes: int
     # training
     steps: int

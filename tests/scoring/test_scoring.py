@@ -7,7 +7,7 @@ import pytest
 from tunevax.cli import main
 from tunevax.data import load_safety, load_task
 from tunevax.errors import UsageError
-from tunevax.evidence.results import is_harmful, own_verdict
+from tunevax.evidence.rows import is_harmful, own_verdict
 from tunevax.evidence.stats import proportion
 from tunevax.modeling import load
 from tunevax.scoring.evaluate import evaluate

@@ -84,11 +84,13 @@ def attack(method: str, options: AttackOptions, config: AttackKind, command: str
         "config": {**vars(options), **values}, "parent": first if is_run(first) else None,
         "overlap_dropped": exclusion.summary(),
     }  # fmt: skip
-    for key in ("resume", "overwrite", "name"):
-        record["config"].pop(key)
+    for option in ("resume", "overwrite", "name"):
+        record["config"].pop(option)
     setting = config.setting_hash(method, drawn_from, evaluation)
-    key = {"kind": method, "attack": name, "attack_hash": setting, "settings": {}, "traits": config.traits}
-    key["seed"] = config.seed
+    key = {
+        "kind": method, "attack": name, "attack_hash": setting, "settings": {}, "traits": config.traits,
+        "seed": config.seed,
+    }  # fmt: skip
     with writing(config.output_dir, record, options.resume, options.overwrite) as run:
         config.output_dir = str(run.checkpoints)
         if exclusion.dropped:

@@ -14,7 +14,7 @@ from tunevax.errors import UsageError
 from tunevax.lineage import Lineage, absolute
 from tunevax.mixins import ModelsOptions, Overlap, RunOptions
 from tunevax.modeling.loading import Loaded, load
-from tunevax.records import SCHEMA, digest, harmful, is_run, read_run
+from tunevax.records import SCHEMA, Example, digest, harmful, is_run, read_run
 from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.suite import Suite, SuiteOptions, labels_of
 
@@ -61,8 +61,8 @@ class AttackContext:
 
     target: dict[str, Any]
     options: TargetOptions
-    harmful: Sequence[dict]
-    task: Sequence[dict]
+    harmful: Sequence[Example]
+    task: Sequence[Example]
     suite: Suite
     key: dict[str, Any]
     folder: Path | None = None
@@ -137,7 +137,7 @@ def use_data_of_run(options: TargetOptions) -> None:
 
 def attack_data(
     options: TargetOptions, needs: Collection[str], exclusion: Exclusion | None = None
-) -> tuple[list[dict], list[dict]]:
+) -> tuple[list[Example], list[Example]]:
     """The harmful and the benign rows that an attack draws from; what is not in `needs` is empty.
 
     Args:
@@ -147,8 +147,8 @@ def attack_data(
         UsageError: a source is missing, or no row is left.
     """
     leave_out = exclusion or Exclusion()
-    harmful: list[dict] = []
-    task: list[dict] = []
+    harmful: list[Example] = []
+    task: list[Example] = []
     if "harmful" in needs:
         if options.safety_data is None:
             raise UsageError("--safety-data is missing: this attack needs harmful rows")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from tunevax.data.contamination import Exclusion, Rows
 from tunevax.errors import UsageError
 from tunevax.lineage import Lineage
-from tunevax.records import Traits, digest
+from tunevax.records import Example, Traits, digest
 
 if TYPE_CHECKING:
     from tunevax.attacks.context import AttackContext, TargetOptions
@@ -109,7 +108,7 @@ class AttackKind:
         """
         return None if self.customer else only_through_the_service(targets)
 
-    def own_rows(self, options: TargetOptions) -> dict[str, list[dict[str, Any]]]:
+    def own_rows(self, options: TargetOptions) -> dict[str, list[Example]]:
         """Harmless rows that it reads itself, by role."""
         return {}
 
@@ -131,7 +130,7 @@ class AttackKind:
 
     def values(self) -> dict[str, Any]:
         """Its options as plain values, without what says only where to write."""
-        values = self.to_dict() if hasattr(self, "to_dict") else dataclasses.asdict(self)
+        values = self.to_dict() if hasattr(self, "to_dict") else vars(self)
         return {k: v for k, v in values.items() if k not in ("output_dir", "run_name")}
 
     def setting_hash(self, method: str, drawn_from: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from tunevax.attacks.context import AttackContext, TargetOptions
 from tunevax.attacks.finetune import Curve, work_of
 from tunevax.attacks.kind import AttackConfig, NotApplicable, Work
-from tunevax.data.mixing import mix
+from tunevax.data.mixing import harmful_rows, mix
 from tunevax.data.roles import load_rows
 from tunevax.errors import UsageError
 from tunevax.lineage import Lineage
@@ -92,8 +92,7 @@ class PoisonedJobConfig(AttackConfig):
     def run(self, context: AttackContext) -> None:
         """Run the job again on poisoned rows, and score along the way."""
         record, trainer_class, args, count = self.job(context.target["ref"])
-        harmful = [{**row, "completion": row["rejected"], "harmful": True} for row in context.harmful]
-        rows = mix(context.task, harmful, self.p, count, self.seed)
+        rows = mix(context.task, harmful_rows(context.harmful), self.p, count, self.seed)
         safety = None
         if trainer_class.needs:
             source = record["config"]["safety_data"]

@@ -13,7 +13,7 @@ from tunevax.data.contamination import Exclusion, check
 from tunevax.errors import UsageError
 from tunevax.lineage import Lineage, absolute
 from tunevax.modeling.checkpoints import config_of
-from tunevax.records import data_entry
+from tunevax.records import Example, data_entry
 from tunevax.scoring.suite import build_suite, labels_of
 
 
@@ -128,7 +128,7 @@ def plan(options: AuditOptions, references: Sequence[tuple[str, str]] = ()) -> A
     exclusion.settle(suite.roles())
     configs = [build(s.kind, s.values, 0, None) for s in grid]
     harmful, task = attack_data(options, {need for config in configs for need in config.needs}, exclusion)
-    benign: dict[str, list[dict]] = {"task": task}
+    benign: dict[str, list[Example]] = {"task": task}
     for config in configs:
         for role, rows in config.kept_rows(options, exclusion).items():
             benign[role] = [*benign.get(role, []), *rows]

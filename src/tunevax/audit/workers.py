@@ -24,7 +24,7 @@ from tunevax.data.contamination import Exclusion
 from tunevax.environment import peak_memory
 from tunevax.errors import RunError
 from tunevax.lineage import Lineage
-from tunevax.records import Row, harmful
+from tunevax.records import Example, Row, harmful
 from tunevax.scoring.suite import Suite, build_suite
 
 
@@ -115,7 +115,7 @@ class Worker:
         if self.suite.benign is None and self.suite.task is not None:  # somewhere a refusal of everything must show
             self.suite = self.suite._replace(benign=self.suite.task.rows)
         self.before: dict[Any, Any] = {}
-        self.rows: dict[frozenset[str], tuple[list[dict], list[dict]]] = {}
+        self.rows: dict[frozenset[str], tuple[list[Example], list[Example]]] = {}
 
     def run(self, cell: AuditCell, folder: Path, weights: Path | None) -> str:
         """Run one cell, write its file, and return what to tell of it."""

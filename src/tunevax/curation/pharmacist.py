@@ -36,11 +36,13 @@ import torch
 from scipy.stats import rankdata
 
 from tunevax.curation.curate import Pool
+from tunevax.data.chat import Answer
 from tunevax.data.encoding import collate, context_of, encode
 from tunevax.errors import UsageError, unknown
 from tunevax.modeling.callbacks import ProgressCallback
 from tunevax.modeling.loss import row_losses
 from tunevax.modeling.trainer import ResponseTrainer, TrainConfig, last_checkpoint
+from tunevax.records import Example
 
 MODES = ("single", "double", "unrolled")
 Loss = tuple[torch.Tensor, list[torch.Tensor]]
@@ -140,8 +142,8 @@ class PharmacistTrainer(ResponseTrainer):
         self,
         model: Any,
         args: PharmacistConfig,
-        rows: Sequence[dict],
-        validation: Sequence[dict],
+        rows: Sequence[Example],
+        validation: Sequence[Example],
         processing_class: Any,
         callbacks: list | None = None,
     ) -> None:
@@ -151,7 +153,7 @@ class PharmacistTrainer(ResponseTrainer):
                 "--per-device-train-batch-size, or give more"
             )
 
-        def encoded(rows: Sequence[dict], answer: str) -> list[dict]:
+        def encoded(rows: Sequence[Example], answer: Answer) -> list[dict]:
             return encode(rows, processing_class, args.max_length, args.loss_on, context_of(model), answer)
 
         self.validation = encoded(validation, "chosen")

@@ -32,7 +32,7 @@ from tunevax.data.splits import prompt_hash
 from tunevax.errors import UsageError
 from tunevax.modeling.blocks import find_blocks, unwrap
 from tunevax.modeling.loss import last_hidden
-from tunevax.records import digest
+from tunevax.records import Example, digest
 from tunevax.restoration.lock import FILE, SafetyLock, head_shape, identities, still
 from tunevax.restoration.probes import grouped_accuracy, official_accuracy
 from tunevax.restoration.restore import Job
@@ -100,7 +100,7 @@ class Measured(NamedTuple):
     cut: int = 0
 
 
-def extract(model: Any, tokenizer: Any, pairs: Sequence[dict[str, Any]], **options: Any) -> SafetyLock:
+def extract(model: Any, tokenizer: Any, pairs: Sequence[Example], **options: Any) -> SafetyLock:
     """A lock from `pairs`, rows with `prompt`, `chosen` (safe) and `rejected` (unsafe).
 
     Args:
@@ -121,7 +121,7 @@ def settings(config: ExtractLock) -> dict[str, Any]:
     return {name: getattr(config, name) for name in ("r", "probe", "seed", "max_length")}
 
 
-def describe(loaded: Any, identity: str, pairs: Sequence[dict[str, Any]], config: ExtractLock) -> dict[str, Any]:
+def describe(loaded: Any, identity: str, pairs: Sequence[Example], config: ExtractLock) -> dict[str, Any]:
     """Where a lock comes from, for its metadata."""
     return {
         "base": {**{k: loaded.info[k] for k in ("ref", "base", "revision")}, "identity": identity},
@@ -154,7 +154,7 @@ def build(found: Measured, config: ExtractLock, meta: dict[str, Any]) -> SafetyL
 
 
 @torch.no_grad()
-def measure(model: Any, tokenizer: Any, pairs: Sequence[dict[str, Any]], config: ExtractLock) -> Measured:
+def measure(model: Any, tokenizer: Any, pairs: Sequence[Example], config: ExtractLock) -> Measured:
     """Run both answers of every pair through the model and reduce each head's activations to what a lock needs. The
     model's modes are left as they are."""
     rows = answers(model, tokenizer, pairs, config)
@@ -193,7 +193,7 @@ def measure(model: Any, tokenizer: Any, pairs: Sequence[dict[str, Any]], config:
     return Measured(u, sigma, np.stack(accuracy), cut)
 
 
-def answers(model: Any, tokenizer: Any, pairs: Sequence[dict[str, Any]], config: ExtractLock) -> list[dict[str, Any]]:
+def answers(model: Any, tokenizer: Any, pairs: Sequence[Example], config: ExtractLock) -> list[dict[str, Any]]:
     """Both answers of each pair as token ids, labels only at the last r content tokens: an end-of-turn token and
     white space after the answer say nothing of it.
 

@@ -7,7 +7,7 @@ from the `Job`, writes into its folder and says in its record what was done.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from tunevax.lineage import Lineage
 from tunevax.mixins import AllowOverlap, ModelOptions, RunOptions
 from tunevax.modeling.biases import save_biases
 from tunevax.modeling.loading import Loaded, load
-from tunevax.records import data_entry, digest, is_run
+from tunevax.records import Example, data_entry, digest, is_run
 from tunevax.runs import record_prompts, writing
 
 
@@ -68,7 +68,7 @@ class Job:
             self.record.update(model=loaded.info, template_hash=digest(loaded.tokenizer.chat_template))
         return loaded
 
-    def pairs(self, need: tuple[str, ...] = ("chosen", "rejected")) -> list[dict[str, Any]]:
+    def pairs(self, need: tuple[str, ...] = ("chosen", "rejected")) -> list[Example]:
         """The safety data's alignment split, recorded in the run and its prompts kept for later overlap checks."""
         source = self.options.safety_data
         if source is None:
@@ -77,7 +77,7 @@ class Job:
         self.note_data(source, rows)
         return rows
 
-    def note_data(self, source: str, rows: list[dict[str, Any]]) -> None:
+    def note_data(self, source: str, rows: Sequence[Example]) -> None:
         """Record that these rows of `source` were used in hardening."""
         entry = data_entry("alignment", source, rows)
         if entry not in self.record["data"]:

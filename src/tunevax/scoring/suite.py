@@ -14,7 +14,7 @@ from tunevax.data.tasks import Task, load_task
 from tunevax.errors import UsageError, unknown
 from tunevax.records import Example
 from tunevax.scoring import vllm_engine
-from tunevax.scoring.fluency import Reference
+from tunevax.scoring.fluency import Reference, Surprise
 from tunevax.scoring.judges import Judge, load_judges
 from tunevax.scoring.likelihood import Text, load_text
 from tunevax.scoring.lm_eval import Harness, load_harness
@@ -98,7 +98,7 @@ class Suite(NamedTuple):
     batch_size: int = 128
     utility: tuple[Task, ...] = ()
     perplexity: Text | None = None
-    fluency: Sequence[Reference] = ()
+    fluency: Sequence[Surprise] = ()
     harness: Harness | None = None
     prefix: str | Sequence[str] = ""
     engine: str = "transformers"
