@@ -7,10 +7,12 @@ method's own files beside the method.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
@@ -21,6 +23,8 @@ SCHEMA = 1
 
 RUN, RESULTS, GENERATIONS, LOG = "run.json", "results.jsonl", "generations.jsonl", "log.jsonl"
 """The files of a run folder that more than one verb writes."""
+CELLS = "cells"
+"""The folder of an audit with two files for each cell: NAME.json (`CellRecord`) and NAME.jsonl.gz (its `Generation`s)."""
 
 # --- scores ----------------------------------------------------------------------------------------------------------
 
@@ -142,13 +146,12 @@ class Sample(TypedDict, total=False):
 
 
 class Generation(Sample, total=False):
-    """A line of generations.jsonl: a response, and the row of results.jsonl that it is behind."""
+    """A line of generations.jsonl, or of a cell's responses: a response, and the row of results.jsonl it is behind."""
 
     model: str
     attack: str | None
     seed: int
     step: int
-    cell: str
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -301,7 +304,7 @@ class HardwareRecord(TypedDict):
 
 
 class CellSummary(TypedDict, total=False):
-    """A line of cells.jsonl, and an entry of `failed`, `stopped` and `skipped` in run.json.
+    """How a cell of an audit ended: an entry of `failed`, `stopped` and `skipped` in run.json.
 
     Attributes:
         cell: name of its file. model, kind, attack, attack_hash, settings, seed: as in `Row`.
@@ -327,10 +330,9 @@ class CellSummary(TypedDict, total=False):
 
 
 class CellRecord(CellSummary, total=False):
-    """The file of a cell of an audit, with its rows and responses."""
+    """The file of a cell of an audit: how it ended, and its rows."""
 
     results: list[Row]
-    generations: list[Generation]
 
 
 class RunRecord(TypedDict, total=False):
@@ -349,7 +351,8 @@ class RunRecord(TypedDict, total=False):
 
         steps, final_loss, compute, updates_per_block, held_out, screen: of training. Steps are the optimiser's, the
             loss is in nats per token, updates are a mean over blocks.
-        attack, targets, failed, stopped, skipped, cells, cell_seconds, lm_eval, fluency_hash: of what measures models.
+        attack, targets, failed, stopped, skipped, cells, cell_seconds, lm_eval, scoring: of what measures models;
+            scoring holds the options that decide scores, as contents.
         score, kept, elsewhere, spoilt_kept, passes, dropped, seconds_scoring, agreement: of a curation.
         lock, layers, rows, validation, finding: of a restoration; a finding is why it came to no model.
     """
@@ -393,7 +396,8 @@ class RunRecord(TypedDict, total=False):
     cells: int
     cell_seconds: float
     lm_eval: dict[str, Any] | None
-    fluency_hash: Any
+    scoring: dict[str, Any]
+    fluency_hash: Any  # of older audits
     # curate
     score: str
     kept: int
@@ -446,8 +450,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) for each line of a JSONL file; as `read_lines`."""
+    """(line number, object) for each line of a JSONL file, compressed if its name ends in .gz; as `read_lines`."""
     content = path.read_bytes() if path.is_file() else b""
+    if content and path.suffix == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UsageError(f"{path} is cut off or not compressed by gzip; run that step again") from error
     for number, line in enumerate(content.split(b"\n"), start=1):  # not splitlines: model output may hold U+2028
         if not line.strip():
             continue
@@ -458,6 +467,18 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not isinstance(row, dict):
             raise UsageError(f"{path} line {number} is cut off or not a JSON object; run that step again")
         yield number, row
+
+
+def read_generations(folder: Path, rows: Iterable[Row]) -> Iterator[Generation]:
+    """The responses of a run: of generations.jsonl, or of an audit those of one cell after the other.
+
+    Args:
+        rows: those of its results.jsonl, which name the cells.
+    """
+    cells = dict.fromkeys(row.get("cell") for row in rows)
+    whole = folder / GENERATIONS  # of the other verbs, and of older audits
+    for file in [whole] if whole.is_file() else [folder / CELLS / f"{cell}.jsonl.gz" for cell in cells]:
+        yield from cast(list[Generation], read_lines(file))
 
 
 # --- identities ------------------------------------------------------------------------------------------------------

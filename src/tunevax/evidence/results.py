@@ -1,4 +1,4 @@
-"""Reading what attacks, scores and audits measured: results.jsonl and generations.jsonl of run folders, grouped.
+"""Reading what attacks, scores and audits measured: rows and responses of run folders, grouped.
 
 Nothing here knows how a run was made, and nothing here judges: see `properties` for that.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tunevax.errors import UsageError
-from tunevax.records import GENERATIONS, RESULTS, SCHEMA, is_run, is_share, numbered_lines, read_lines, read_run
+from tunevax.records import RESULTS, SCHEMA, is_run, is_share, numbered_lines, read_generations, read_run
 
 # Fine-tunes scored on the common evaluation prompts: their curves may be averaged and searched together.
 COMMON = ("finetune", "few-shot", "benign-only", "adaptive", "poisoned-job")
@@ -286,7 +286,7 @@ def read_results(paths: Iterable[Path]) -> Results:
     """Read run folders of attacks, scores and audits, and group their rows.
 
     Raises:
-        UsageError: as in `read_rows`; a damaged generations.jsonl; two rows for the same (model, attack, seed, step);
+        UsageError: as in `read_rows`; a damaged file of responses; two rows for the same (model, attack, seed, step);
             cells without a judge or without an evaluated step in common.
     """
     folders = list(dict.fromkeys(Path(p) for p in paths))
@@ -320,8 +320,7 @@ def read_results(paths: Iterable[Path]) -> Results:
             if folder not in cell.folders:
                 cell.folders.append(folder)
             own[row["model"], row.get("attack"), row["seed"]] = cell
-        file = folder / GENERATIONS
-        for row in read_lines(file):
+        for row in read_generations(folder, (row for _, row in numbered)):
             cell = own.get((row.get("model"), row.get("attack"), row.get("seed")))
             if cell is not None:
                 cell.generations.setdefault((row["seed"], row.get("step")), []).append(row)
