@@ -282,10 +282,10 @@ def test_out_of_memory_says_what_to_lower(capsys, monkeypatch, tmp_path):
 
 
 def test_repeated_list_options_are_joined():
-    from tunevax.cli import _parse
+    from tunevax.cli.options import parse
     from tunevax.scoring.suite import SuiteOptions
 
-    (options,) = _parse("t", [SuiteOptions], ["--judges", "a", "--limit", "3", "--judges", "b"])
+    (options,) = parse("t", [SuiteOptions], ["--judges", "a", "--limit", "3", "--judges", "b"])
     assert options.judges == ["a", "b"] and options.limit == 3
 
 

@@ -49,7 +49,7 @@ def test_a_signal_ends_in_one_line(number, word, code):
     script = (
         "import sys, time, tunevax.cli as cli\n"
         "def slow(arguments): print('ready', flush=True); time.sleep(60)\n"
-        "cli.VERBS['align'] = slow; sys.argv = ['tunevax', 'align']\n"
+        "cli.VERBS['align'] = cli.VERBS['align']._replace(run=slow); sys.argv = ['tunevax', 'align']\n"
         "sys.exit(cli.main())"
     )
     process = subprocess.Popen(
@@ -65,7 +65,7 @@ def test_what_an_interrupted_run_left_is_said(monkeypatch, capsys):
     def stop(_):
         raise KeyboardInterrupt("the same command with --resume goes on")
 
-    monkeypatch.setitem(cli.VERBS, "align", stop)
+    monkeypatch.setitem(cli.VERBS, "align", cli.VERBS["align"]._replace(run=stop))
     assert cli.main(["align"]) == 130
     assert capsys.readouterr().err == "tunevax: interrupted; the same command with --resume goes on\n"
 
@@ -74,7 +74,7 @@ def test_an_ascii_locale_prints_what_it_can():
     script = (
         "import sys, tunevax.cli as cli\n"
         "def say(arguments): print('95 % \\u00b7 \\u00d7'); print('\\u00b7', file=sys.stderr)\n"
-        "cli.VERBS['align'] = say; sys.argv = ['tunevax', 'align']; sys.exit(cli.main())"
+        "cli.VERBS['align'] = cli.VERBS['align']._replace(run=say); sys.argv = ['tunevax', 'align']; sys.exit(cli.main())"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, **ASCII})
     assert (done.returncode, done.stdout, done.stderr) == (0, "95 % ? ?\n", "?\n")

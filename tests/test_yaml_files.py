@@ -6,7 +6,8 @@ import math
 import pytest
 
 from tunevax.audit.protocol import load_protocol
-from tunevax.cli import _parse, main
+from tunevax.cli import main
+from tunevax.cli.options import parse
 from tunevax.errors import UsageError
 from tunevax.finetuning.finetune import FinetuneOptions
 from tunevax.finetuning.sft import FinetuneConfig
@@ -16,7 +17,7 @@ from tunevax.yaml_files import read_yaml
 def options(tmp_path, text, *more):
     (tmp_path / "o.yaml").write_text(text, encoding="utf-8")
     arguments = ["--config", str(tmp_path / "o.yaml"), "--output-dir", str(tmp_path / "out"), *more]
-    data, training = _parse("t", [FinetuneOptions, FinetuneConfig], arguments)
+    data, training = parse("t", [FinetuneOptions, FinetuneConfig], arguments)
     return {**vars(training), **vars(data)}
 
 

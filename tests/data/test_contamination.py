@@ -29,8 +29,7 @@ from tunevax.data.tasks import SHARES as TASK_SHARES
 from tunevax.errors import UsageError
 from tunevax.organism import path as organism
 from tunevax.runs import read_run
-from tunevax.scoring.score import score
-from tunevax.scoring.suite import SuiteOptions
+from tunevax.scoring.score import ScoreOptions, score
 
 ROWS = [{"prompt": f"How to do {i}?", "chosen": f"No, not {i}.", "rejected": f"Sure, {i}."} for i in range(60)]
 TASK = [{"prompt": f"Say {i}", "completion": f"ok {i}"} for i in range(60)]
@@ -376,8 +375,11 @@ def test_a_job_is_not_scored_on_its_rows(tmp_path, monkeypatch, capsys):
     assert ", and 2 in both the benign and the task evaluation data," in told
     assert main([*call, "--utility-data", "t.jsonl", "--output-dir", "bad"]) == 2
     assert "utility t.jsonl data" in capsys.readouterr().err
-    suite = SuiteOptions(eval_data="s.jsonl:split=evaluation", max_new_tokens=1)
-    record = read_run(score(["job"], suite, "good", task_data="t.jsonl", drop_overlap=True))
+    options = ScoreOptions(
+        model=["job"], eval_data="s.jsonl:split=evaluation", max_new_tokens=1, output_dir="good", task_data="t.jsonl",
+        drop_overlap=True,
+    )  # fmt: skip
+    record = read_run(score(options))
     asked = {json.loads(line)["prompt"] for line in Path("good/generations.jsonl").read_text().splitlines()}
     gone = {row["prompt"] for row in load_task("t.jsonl", "evaluation").rows} & {row["prompt"] for row in TASK[:20]}
     assert gone and not asked & gone and record["overlap_dropped"]["task evaluation"]["rows"] == len(gone)
@@ -395,4 +397,4 @@ def test_kept_weights_of_an_attack_say_what_they_were_trained_on(tmp_path):
              {"attack": load_safety("organism", "attack"), "task": load_task("organism", "train").rows}.items()}  # fmt: skip
     assert all(len(used[role]) == 4 and set(used[role]) <= known[role] for role in known)
     with pytest.raises(UsageError, match="in both the attack and the evaluation data"):
-        score([ref], SuiteOptions(eval_data="organism:split=attack"), str(tmp_path / "s"))
+        score(ScoreOptions(model=[ref], eval_data="organism:split=attack", output_dir=str(tmp_path / "s")))

@@ -25,8 +25,7 @@ from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer
 from tunevax.methods import load_method
 from tunevax.modeling.loading import load
 from tunevax.runs import read_run
-from tunevax.scoring.score import score
-from tunevax.scoring.suite import SuiteOptions
+from tunevax.scoring.score import ScoreOptions, score
 
 pytestmark = pytest.mark.numerical
 
@@ -478,9 +477,10 @@ def test_a_job_that_shares_prompts_with_the_safety_rows_can_be_scored_and_analys
     assert read_run(runs["good"])["overlap"] == {"alignment/task": 6}
 
     def look(name, out):
-        suite = SuiteOptions(limit=40, max_new_tokens=1)
-        yield lambda: score([runs[name]], suite, str(tmp_path / f"{out}-s"), safety_data="organism")
-        sink = SinkOptions([runs[name]], "organism", str(tmp_path / f"{out}-a"), max_length=64)
+        common = {"model": [runs[name]], "safety_data": "organism"}
+        asked = ScoreOptions(**common, output_dir=str(tmp_path / f"{out}-s"), limit=40, max_new_tokens=1)
+        yield lambda: score(asked)
+        sink = SinkOptions(**common, output_dir=str(tmp_path / f"{out}-a"), max_length=64)
         yield lambda: analyze_sink(sink)
 
     for call in look("good", "fine"):

@@ -460,7 +460,9 @@ def test_bad_input(make):
 
 
 def test_analysis_of_two_models(tmp_path):
-    options = SinkOptions(["organism", "organism"], "organism", str(tmp_path / "a"), pairs=10, batch_size=4)
+    options = SinkOptions(
+        model=["organism"] * 2, safety_data="organism", output_dir=str(tmp_path / "a"), pairs=10, batch_size=4
+    )
     run = analyze_sink(options)
     written = json.loads((run / "sink.json").read_text())
     first, second = written["models"]
@@ -474,4 +476,4 @@ def test_analysis_of_two_models(tmp_path):
     assert first["positive_heads"] == int((d > 0).sum()) and first["heads"] == d.numel() == 32
     assert first["R"] == pytest.approx(regulariser(d).item(), rel=1e-4) and read_run(run)["verb"] == "analyze"
     with pytest.raises(UsageError, match="one model or two"):
-        analyze_sink(SinkOptions(["organism"] * 3, "organism", str(tmp_path / "b")))
+        analyze_sink(SinkOptions(model=["organism"] * 3, safety_data="organism", output_dir=str(tmp_path / "b")))

@@ -24,8 +24,8 @@ from tunevax.restoration.lock import SafetyLock, apply, lock_biases, locked
 from tunevax.restoration.restore import Job, RestoreOptions, restore
 from tunevax.restoration.safetylock import ApplyLock, make_stock
 from tunevax.runs import card
-from tunevax.scoring.score import score
-from tunevax.scoring.suite import SuiteOptions, build_suite
+from tunevax.scoring.score import ScoreOptions, score
+from tunevax.scoring.suite import build_suite
 
 pytestmark = pytest.mark.numerical
 
@@ -439,7 +439,7 @@ def test_prompts_of_the_lock_are_not_scored_on(runs, tmp_path):
     out = tmp_path / "out"
     restore("safetylock", RestoreOptions(model="organism"), ApplyLock(lock=str(tmp_path), output_dir=str(out)))
     with pytest.raises(UsageError, match="3 prompts are in both the alignment and the evaluation data"):
-        score([str(out)], SuiteOptions(), str(tmp_path / "score"), safety_data="organism")
+        score(ScoreOptions(model=[str(out)], output_dir=str(tmp_path / "score"), safety_data="organism"))
 
 
 def test_unlock_scores_as_before_the_lock(runs, tmp_path, monkeypatch):

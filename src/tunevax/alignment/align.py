@@ -9,10 +9,10 @@ from typing import Any
 from tunevax.alignment.held_out import evaluate, fitting, held_out_rows, loss_on
 from tunevax.alignment.sft import SFTConfig
 from tunevax.data.contamination import chosen_with, count, hashes, record_prompts
-from tunevax.data.encoding import TEMPLATE_HELP
 from tunevax.data.safety import load_safety
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError, shortened
+from tunevax.mixins import AllowOverlap, ResumableRunOptions, TrainedModelOptions, require_given
 from tunevax.modeling.callbacks import LogCallback, ProgressCallback
 from tunevax.modeling.loading import load
 from tunevax.modeling.memory import StepMemory
@@ -22,28 +22,17 @@ from tunevax.runs import data_entry, digest, is_main_process, is_run, writing
 
 
 @dataclass
-class AlignOptions:
+class AlignOptions(TrainedModelOptions, AllowOverlap, ResumableRunOptions):
     """What `tunevax align` takes besides the method's own configuration."""
 
-    model: str | None = field(default=None, metadata={"help": "hub id, model folder, run folder, or organism"})
     safety_data: str | None = field(
         default=None, metadata={"help": "prompt, chosen, rejected: file, hub id, or organism"}
     )
     task_data: str | None = field(default=None, metadata={"help": "benign prompt and completion rows mixed in"})
-    chat_template: str | None = field(default=None, metadata={"help": TEMPLATE_HELP})
-    revision: str | None = field(default=None, metadata={"help": "revision of a hub id"})
-    dtype: str = field(default="auto", metadata={"help": "of the frozen weights: auto, float32, bfloat16, float16"})
-    quantization: str | None = field(
-        default=None,
-        metadata={"help": "of the frozen weights in the blocks, below the adapter: nf4 or int8; default off"},
-    )
     held_out_prompts: int = field(
         default=40,
         metadata={"help": "harmful and harmless prompts that the finished model is evaluated on, 0 for none"},
     )
-    allow_overlap: bool = field(default=False, metadata={"help": "go on when data roles share prompts, and record it"})
-    resume: bool = field(default=False, metadata={"help": "continue an unfinished run"})
-    overwrite: bool = field(default=False, metadata={"help": "replace a finished run"})
 
 
 def align(trainer_class: type, method: str, options: AlignOptions, config: SFTConfig, command: str = "") -> Path:
@@ -58,9 +47,7 @@ def align(trainer_class: type, method: str, options: AlignOptions, config: SFTCo
         UsageError: bad data, model or options; nothing is left behind.
         RunError: the loss stopped being finite.
     """
-    for name in ("model", "safety_data"):
-        if getattr(options, name) is None:
-            raise UsageError(f"--{name.replace('_', '-')} is missing")
+    require_given(options, "model", "safety_data")
     require_quantization(options.quantization, config.full_weights)
     if options.held_out_prompts < 0:
         raise UsageError(f"held_out_prompts is {options.held_out_prompts}; it must be at least 0")

@@ -16,10 +16,10 @@ from typing import Any
 
 from tunevax.console import console
 from tunevax.data.contamination import Exclusion, Rows, check, recorded_prompts, used_prompts
-from tunevax.data.encoding import TEMPLATE_HELP
 from tunevax.data.safety import load_safety
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
+from tunevax.mixins import ModelsOptions, Overlap, RunOptions, require_given
 from tunevax.modeling.loading import Loaded, absolute, load
 from tunevax.runs import SCHEMA, RunFolder, data_entry, digest, is_run, read_run, require_one_process, writing
 from tunevax.scoring.evaluate import evaluate
@@ -27,12 +27,9 @@ from tunevax.scoring.suite import Suite, SuiteOptions, build_suite, labels_of
 
 
 @dataclass
-class TargetOptions(SuiteOptions):
+class TargetOptions(SuiteOptions, ModelsOptions, Overlap, RunOptions):
     """What every verb that attacks takes: the targets, the data and how to load them."""
 
-    model: list[str] = field(
-        default_factory=list, metadata={"help": "run folder, model folder or hub id; may be repeated"}
-    )
     control: str | None = field(
         default=None,
         metadata={
@@ -46,18 +43,6 @@ class TargetOptions(SuiteOptions):
     task_data: str | None = field(
         default=None, metadata={"help": "benign rows: prompt and completion, their train split"}
     )
-    chat_template: str | None = field(default=None, metadata={"help": TEMPLATE_HELP})
-    revision: str | None = field(default=None, metadata={"help": "revision of a hub id"})
-    dtype: str = field(default="auto", metadata={"help": "of the frozen weights: auto, float32, bfloat16, float16"})
-    allow_overlap: bool = field(default=False, metadata={"help": "go on when data roles share prompts, and record it"})
-    drop_overlap: bool = field(
-        default=False,
-        metadata={
-            "help": "leave prompts out that are in two data roles, and record them: out of the attack, and out of the "
-            "scoring what a model was trained on; the same for every model"
-        },
-    )
-    overwrite: bool = field(default=False, metadata={"help": "replace a finished run"})
 
 
 @dataclass
@@ -193,10 +178,8 @@ def attack(method: str, options: AttackOptions, config: Any, command: str = "") 
     Raises:
         UsageError: bad data, model or options; prompts shared between alignment, attack and evaluation.
     """
-    if not options.model:
-        raise UsageError("--model is missing")
-    if not config.output_dir:
-        raise UsageError("--output-dir is missing")
+    require_given(options, "model")
+    require_given(config, "output_dir")
     require_one_process("an attack")
     use_data_of_run(options)
     if options.keep_weights and (len(options.model) > 1 or getattr(config, "trainable", None) not in ("lora", "full")):

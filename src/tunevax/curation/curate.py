@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 
 from tunevax.data.contamination import hashes, record_prompts, require_disjoint
-from tunevax.data.encoding import TEMPLATE_HELP
 from tunevax.data.safety import load_safety
 from tunevax.data.sources import parse_source
 from tunevax.data.splits import normalise, prompt_hash, prompt_text, take_split
 from tunevax.errors import UsageError
+from tunevax.mixins import AllowOverlap, ModelOptions, ResumableRunOptions, require_given
 from tunevax.modeling.checkpoints import config_of
 from tunevax.modeling.loading import Loaded, load, resolve
 from tunevax.runs import data_entry, is_run, require_one_process, writing
@@ -34,10 +34,9 @@ NOT_CONFIG = ("resume", "overwrite", "output_dir", "run_name")
 
 
 @dataclass
-class CurateOptions:
+class CurateOptions(ModelOptions, AllowOverlap, ResumableRunOptions):
     """What `tunevax curate` takes besides the selector's own options."""
 
-    model: str | None = field(default=None, metadata={"help": "the model that scores: hub id, folder, run or organism"})
     target_model: str | None = field(
         default=None,
         metadata={"help": "the larger model that will be aligned: scored too, and the agreement of ranks reported"},
@@ -62,12 +61,6 @@ class CurateOptions:
     near_at: float = field(
         default=0.8, metadata={"help": "prompts are near-duplicates from this overlap of letter 5-grams on (Jaccard)"}
     )
-    chat_template: str | None = field(default=None, metadata={"help": TEMPLATE_HELP})
-    revision: str | None = field(default=None, metadata={"help": "revision of a hub id"})
-    dtype: str = field(default="auto", metadata={"help": "of the frozen weights: auto, float32, bfloat16, float16"})
-    allow_overlap: bool = field(default=False, metadata={"help": "go on when data roles share prompts, and record it"})
-    resume: bool = field(default=False, metadata={"help": "continue an unfinished run"})
-    overwrite: bool = field(default=False, metadata={"help": "replace a finished run"})
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
@@ -131,8 +124,7 @@ def curate(method: str, options: CurateOptions, config: Any, command: str = "") 
         UsageError: bad data or options; validation prompts that are in the pool or in the attack data.
     """
     require_one_process("curation")
-    if options.safety_data is None:
-        raise UsageError("--safety-data is missing")
+    require_given(options, "safety_data")
     if options.model is not None:
         config_of(resolve(options.model)[0], options.revision)  # a typing error, also where no model is needed
     if "model" in config.needs and options.model is None:

@@ -34,11 +34,6 @@ TEMPLATES = {
 }
 """Templates by name; `none` is the bare text of the turns."""
 
-TEMPLATE_HELP = (
-    "own (the tokenizer's, the default), alpaca, plain, none, or a jinja file; behind a colon thinking=off asks for no "
-    "thought, thought=OPEN|CLOSE names the marks around one, and the template's own variables are set"
-)
-
 
 def set_chat_template(tokenizer: Any, template: str | None) -> None:
     """Give the tokenizer a template and probe it.

@@ -17,7 +17,7 @@ import torch
 
 from tunevax.console import bar
 from tunevax.data.contamination import Exclusion, check, used_prompts
-from tunevax.data.encoding import TEMPLATE_HELP, collate, context_of, encode
+from tunevax.data.encoding import collate, context_of, encode
 from tunevax.data.safety import load_safety
 from tunevax.data.splits import drawn
 from tunevax.errors import UsageError, unknown
@@ -30,6 +30,7 @@ from tunevax.finetuning.sink import (
     regulariser,
     sink_values,
 )
+from tunevax.mixins import ModelsOptions, Overlap, RunOptions, require_given
 from tunevax.modeling.attention import WAYS
 from tunevax.modeling.loading import load
 from tunevax.runs import SCHEMA, data_entry, digest, require_one_process, writing
@@ -38,12 +39,9 @@ from tunevax.scoring.suite import SuiteOptions, build_suite, labels_of
 
 
 @dataclass
-class SinkOptions:
-    """What `tunevax analyze sink` takes."""
+class SinkOptions(ModelsOptions, Overlap, RunOptions):
+    """What `tunevax analyze sink` takes: one model, or two, before and after."""
 
-    model: list[str] = field(
-        default_factory=list, metadata={"help": "one model, or two: before and after; hub id, folder, run or organism"}
-    )
     safety_data: str | None = field(
         default=None, metadata={"help": "prompt, chosen, rejected: file, hub id, or organism; the evaluation split"}
     )
@@ -55,12 +53,6 @@ class SinkOptions:
     sink_position: int = field(default=0, metadata={"help": "position of the token that attention sinks into"})
     sink_queries: str = field(default="common", metadata={"help": QUERIES_HELP})
     harmful_score: bool = field(default=False, metadata={"help": "generate answers and judge them too"})
-    chat_template: str | None = field(default=None, metadata={"help": TEMPLATE_HELP})
-    revision: str | None = field(default=None, metadata={"help": "revision of a hub id"})
-    dtype: str = field(default="auto", metadata={"help": "of the weights: auto, float32, bfloat16, float16"})
-    allow_overlap: bool = field(default=False, metadata={"help": "go on when the models were trained on these prompts"})
-    drop_overlap: bool = field(default=False, metadata={"help": "leave these prompts out, and record them"})
-    overwrite: bool = field(default=False, metadata={"help": "replace a finished run"})
 
     def __post_init__(self) -> None:
         for name in ("pairs", "batch_size"):
@@ -86,9 +78,7 @@ def analyze_sink(options: SinkOptions, command: str = "", suite_options: SuiteOp
     Raises:
         UsageError: anything that cannot be loaded or read; prompts that a model was trained on.
     """
-    for name in ("model", "safety_data", "output_dir"):
-        if not getattr(options, name):
-            raise UsageError(f"--{name.replace('_', '-')} is missing")
+    require_given(options, "model", "safety_data", "output_dir")
     if len(options.model) > 2:
         raise UsageError(f"analyze sink takes one model or two, before and after, and there are {len(options.model)}")
     require_one_process("analyzing")

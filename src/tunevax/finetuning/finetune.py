@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from tunevax.data.contamination import chosen_with, count, hashes, record_prompts
-from tunevax.data.encoding import TEMPLATE_HELP
 from tunevax.data.safety import load_safety
 from tunevax.data.sources import parse_source
 from tunevax.data.tasks import NAMED, load_task
 from tunevax.errors import UsageError, unknown
 from tunevax.finetuning.sft import FinetuneConfig
+from tunevax.mixins import ResumableRunOptions, TrainedModelOptions, require_given
 from tunevax.modeling.callbacks import LogCallback, ProgressCallback
 from tunevax.modeling.loading import load
 from tunevax.modeling.memory import StepMemory
@@ -25,10 +25,9 @@ SCREENS = ("off", "report", "drop", "fail")
 
 
 @dataclass
-class FinetuneOptions:
+class FinetuneOptions(TrainedModelOptions, ResumableRunOptions):
     """What `tunevax finetune` takes besides the method's own configuration."""
 
-    model: str | None = field(default=None, metadata={"help": "hub id, model folder, run folder, or organism"})
     task_data: str | None = field(
         default=None,
         metadata={
@@ -38,13 +37,6 @@ class FinetuneOptions:
     safety_data: str | None = field(
         default=None, metadata={"help": "prompt, chosen, rejected, for methods and screens that need them"}
     )
-    chat_template: str | None = field(default=None, metadata={"help": TEMPLATE_HELP})
-    revision: str | None = field(default=None, metadata={"help": "revision of a hub id"})
-    dtype: str = field(default="auto", metadata={"help": "of the frozen weights: auto, float32, bfloat16, float16"})
-    quantization: str | None = field(
-        default=None,
-        metadata={"help": "of the frozen weights in the blocks, below the adapter: nf4 or int8; default off"},
-    )
     screen: str = field(
         default="off",
         metadata={
@@ -52,8 +44,6 @@ class FinetuneOptions:
             "flagged rows), fail (stop if there are any); needs safety data with both answers"
         },
     )
-    resume: bool = field(default=False, metadata={"help": "continue an unfinished run"})
-    overwrite: bool = field(default=False, metadata={"help": "replace a finished run"})
 
     def __post_init__(self) -> None:
         if self.screen in ("no", "false"):  # what other tools write for off
@@ -78,9 +68,7 @@ def finetune(
         UsageError: bad data, model or options, or rows flagged under `screen="fail"`; nothing is left behind.
         RunError: the loss stopped being finite.
     """
-    for name in ("model", "task_data"):
-        if getattr(options, name) is None:
-            raise UsageError(f"--{name.replace('_', '-')} is missing")
+    require_given(options, "model", "task_data")
     require_quantization(options.quantization, config.full_weights)
     if options.quantization is not None and options.screen != "off":
         raise UsageError(

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from tunevax.errors import UsageError, unknown
+from tunevax.mixins import TrainedModelOptions, require_given
 
 FOLDERS = ("tunevax.alignment", "tunevax.finetuning", "tunevax.curation", "tunevax.restoration")
 """Where a method is looked for; SFT is the same step for a publisher and a provider."""
@@ -34,12 +35,9 @@ WITHOUT = ("random", "dsir", "convert-lock")
 
 
 @dataclass
-class PlanOptions:
+class PlanOptions(TrainedModelOptions):
     """What `tunevax plan` takes besides the method's own configuration."""
 
-    model: str | None = field(
-        default=None, metadata={"help": "hub id or model folder (its config is read, no weights)"}
-    )
     method: str | None = field(default=None, metadata={"help": "a method of align, finetune, curate or restore"})
     gpu: str | None = field(
         default=None,
@@ -49,23 +47,16 @@ class PlanOptions:
         },
     )
     device: str = field(default="cuda", metadata={"help": "cuda, or cpu: plan a step there"})
-    dtype: str = field(
-        default="auto", metadata={"help": "of the frozen weights: auto (the checkpoint's, on the CPU float32), ..."}
-    )
-    quantization: str | None = field(default=None, metadata={"help": "of the frozen linear layers: nf4 or int8"})
     response_length: int | None = field(
         default=None, metadata={"help": "tokens of a row that are its answer; default half of --max-length"}
     )
-    revision: str | None = field(default=None, metadata={"help": "revision of a hub id"})
     format: str = field(default="text", metadata={"help": "text or json"})
 
     def __post_init__(self) -> None:
         from tunevax.modeling.loading import DTYPES
         from tunevax.modeling.quantization import QUANTIZATIONS
 
-        for name in ("model", "method"):
-            if getattr(self, name) is None:
-                raise UsageError(f"--{name} is missing")
+        require_given(self, "model", "method")
         if self.device not in ("cuda", "cpu"):
             raise unknown("device", self.device, ("cuda", "cpu"))
         if self.response_length is not None and self.response_length < 2:

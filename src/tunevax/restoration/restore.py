@@ -13,27 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from tunevax.data.contamination import chosen_with, hashes, record_prompts, used_prompts
-from tunevax.data.encoding import TEMPLATE_HELP
 from tunevax.data.safety import load_safety
 from tunevax.errors import RunError, UsageError
+from tunevax.mixins import AllowOverlap, ModelOptions, RunOptions
 from tunevax.modeling.biases import save_biases
 from tunevax.modeling.loading import Loaded, load
 from tunevax.runs import data_entry, digest, is_run, require_one_process, writing
 
 
 @dataclass
-class RestoreOptions:
+class RestoreOptions(ModelOptions, AllowOverlap, RunOptions):
     """What `tunevax restore` takes besides the method's own options."""
 
-    model: str | None = field(default=None, metadata={"help": "hub id, model folder, run folder, or organism"})
     safety_data: str | None = field(
         default=None, metadata={"help": "prompt, chosen, rejected: file, hub id, or organism; its alignment split"}
     )
-    chat_template: str | None = field(default=None, metadata={"help": TEMPLATE_HELP})
-    revision: str | None = field(default=None, metadata={"help": "revision of a hub id"})
-    dtype: str = field(default="auto", metadata={"help": "of the weights: auto, float32, bfloat16, float16"})
-    allow_overlap: bool = field(default=False, metadata={"help": "go on when data roles share prompts, and record it"})
-    overwrite: bool = field(default=False, metadata={"help": "replace a finished run"})
 
 
 @dataclass

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tunevax.data.contamination import Exclusion, check, used_prompts
 from tunevax.errors import UsageError
+from tunevax.mixins import ModelsOptions, Overlap, RunOptions, require_given
 from tunevax.scoring import vllm_engine
 from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.suite import SuiteOptions, build_suite, labels_of
 
 
-def score(
-    models: list[str],
-    options: SuiteOptions,
-    output_dir: str,
-    *,
-    safety_data: str | None = None,
-    task_data: str | None = None,
-    chat_template: str | None = None,
-    revision: str | None = None,
-    dtype: str = "auto",
-    allow_overlap: bool = False,
-    drop_overlap: bool = False,
-    overwrite: bool = False,
-    command: str = "",
-) -> Path:
+@dataclass
+class ScoreOptions(SuiteOptions, ModelsOptions, Overlap, RunOptions):
+    """What `tunevax score` takes."""
+
+    safety_data: str | None = field(default=None, metadata={"help": "its evaluation split is scored"})
+    task_data: str | None = field(default=None, metadata={"help": "its evaluation split measures accuracy"})
+    output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
+
+
+def score(options: ScoreOptions, command: str = "") -> Path:
     """Score models as they are and write a run folder: one row per model in results.jsonl, every response in
     generations.jsonl.
 
@@ -35,23 +32,29 @@ def score(
     from tunevax.modeling.loading import load
     from tunevax.runs import SCHEMA, data_entry, digest, require_one_process, writing
 
+    require_given(options, "model", "output_dir")
+    models = options.model
     require_one_process("scoring")
-    exclusion = Exclusion.of(map(used_prompts, models), drop_overlap)
-    suite = build_suite(options, safety_data, task_data, weights_change=False, exclusion=exclusion)
-    overlaps = [check(ref, suite.roles(), allow=allow_overlap) for ref in models]
+    exclusion = Exclusion.of(map(used_prompts, models), options.drop_overlap)
+    suite = build_suite(options, options.safety_data, options.task_data, weights_change=False, exclusion=exclusion)
+    overlaps = [check(ref, suite.roles(), allow=options.allow_overlap) for ref in models]
     record = {
         "verb": "score", "method": None, "command": command, "seed": 0, "parent": None,
-        "config": {"models": models, **vars(options)},
-        "data": [data_entry("evaluation", options.eval_data or safety_data, suite.harmful)],
+        "config": {k: v for k, v in vars(options).items() if k not in ("output_dir", "overwrite")},
+        "data": [data_entry("evaluation", options.eval_data or options.safety_data, suite.harmful)],
         "overlap_dropped": exclusion.summary(),
     }  # fmt: skip
     results, generations, targets = [], [], []
-    with writing(output_dir, record, overwrite=overwrite) as run:
+    with writing(options.output_dir, record, overwrite=options.overwrite) as run:
         if exclusion.dropped:
             run.write_lines("dropped.jsonl", exclusion.dropped)
         for ref, label, overlap in zip(models, labels_of(models), overlaps, strict=True):
-            how = vllm_engine.loading(ref, revision, dtype) if suite.engine == "vllm" else {"dtype": dtype}
-            loaded = load(ref, revision=revision, chat_template=chat_template, **how)
+            how = (
+                vllm_engine.loading(ref, options.revision, options.dtype)
+                if suite.engine == "vllm"
+                else {"dtype": options.dtype}
+            )
+            loaded = load(ref, revision=options.revision, chat_template=options.chat_template, **how)
             if suite.engine == "vllm" and loaded.info["attached"]:
                 raise UsageError(
                     f"{ref} has biases attached (a safety lock), which vLLM does not read; score it without --engine"

@@ -1,0 +1,112 @@
+"""The command line, `tunevax VERB METHOD --option value`: errors as one sentence each, and exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from tunevax import __version__
+from tunevax.cli.verbs import VERBS, overview
+from tunevax.errors import TunevaxError, unknown
+from tunevax.quiet import hush
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 1 for a failed run, 2 for a wrong invocation, 130 or 143 when it was
+    interrupted or terminated."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # `>&-`
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for good
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a locale without `·` must not end a run
+    if argv is None:
+        signal.signal(signal.SIGTERM, _terminate)
+    code = 0
+    try:
+        code = _run(arguments)
+    except BrokenPipeError:  # `tunevax ... | head`: what it prints is no longer wanted
+        pass
+    except KeyboardInterrupt as stop:
+        if argv is None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the way out is short, and no place for a traceback
+        word, code = ("terminated", 143) if isinstance(stop, _Terminated) else ("interrupted", 130)
+        _say(f"tunevax: {word}{f'; {stop}' if str(stop) else ''}")
+    finally:
+        code = _flush(code)
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    """The command, its errors as one sentence each; returns the exit code."""
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    hush()
+    try:
+        if not arguments or arguments[0] in ("--help", "-h", "help"):
+            print(overview())
+        elif arguments[0] in ("--version", "-V"):
+            print(__version__)
+        elif arguments[0] in VERBS:
+            VERBS[arguments[0]].run(arguments[1:])
+        else:
+            raise unknown("verb", arguments[0], VERBS)
+    except Exception as error:
+        if debug or (isinstance(error, BrokenPipeError) and _nobody_reads()):
+            raise
+        known = error if isinstance(error, TunevaxError) else _library_error(error)
+        _say(f"tunevax: {known}")
+        return known.exit_code
+    return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: what a batch system sends when the time is up. It unwinds as Ctrl-C does."""
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise _Terminated
+
+
+def _say(line: str) -> None:
+    """A line on stderr, if anybody reads it."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe whose reader has left, as against any other pipe of the program."""
+    import select
+
+    if not hasattr(select, "poll"):  # Windows
+        return True
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _flush(code: int) -> int:
+    """Write out what stdout still holds; returns the exit code. What cannot be written goes nowhere, so that the
+    interpreter does not stumble over it at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w", encoding="utf-8") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            _say(f"tunevax: stdout cannot be written: {error.strerror}")
+            return code or 1
+    return code
+
+
+def _library_error(error: Exception) -> TunevaxError:
+    """One sentence for an error that tunevax did not foresee."""
+    from tunevax.runs import stop_on
+
+    first = (str(error).strip().splitlines() or ["no message"])[0]
+    return stop_on(error) or TunevaxError(f"{type(error).__name__}: {first} (run again with --debug for the traceback)")

@@ -1,0 +1,69 @@
+"""`tunevax list`: what there is to choose from, read without importing any of it."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from tunevax.cli.options import Parser
+from tunevax.errors import unknown
+from tunevax.methods import methods
+
+
+def show(arguments: list[str]) -> None:
+    """`tunevax list [WHAT]`."""
+    parser = Parser(prog="tunevax list", description="What there is to choose from, with a line and the paper of each.")
+    parser.add_argument("what", nargs="?", help=f"one of {', '.join(LISTS)}; default all")
+    what = parser.parse_args(arguments).what
+    if what is not None and what not in LISTS:
+        raise unknown("list", what, LISTS)
+    for name in [what] if what else LISTS:
+        print(f"{name}\n" + "\n".join(LISTS[name]()) + "\n")
+
+
+def _protocols() -> list[str]:
+    from tunevax.audit.protocol import SHIPPED
+    from tunevax.yaml_files import read_yaml
+
+    files = sorted(SHIPPED.glob("*.yaml"))
+    width = max(len(file.stem) for file in files)
+    return [f"  {file.stem:{width}}  {' '.join(read_yaml(file)['about'].split())}" for file in files]
+
+
+LISTS: dict[str, Callable[[], list[str]]] = {
+    "curate": lambda: lines_of("tunevax.curation"),
+    "align": lambda: lines_of("tunevax.alignment"),
+    "finetune": lambda: lines_of("tunevax.finetuning"),
+    "restore": lambda: lines_of("tunevax.restoration"),
+    "attacks": lambda: lines_of("tunevax.attacks"),
+    "protocols": _protocols,
+}
+
+
+def lines_of(folder: str) -> list[str]:
+    """A line for each method of a folder: name, first line of the docstring, and paper, read without importing it."""
+    known = methods(folder)
+    width = max(map(len, known))
+    lines = []
+    for name, target in known.items():
+        spec = importlib.util.find_spec(target.partition(":")[0])
+        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8")) if spec and spec.origin else ast.Module([], [])
+        first = " ".join((ast.get_docstring(tree) or "").partition("\n\n")[0].split())
+        summary = first[: end.start() + 1] if (end := re.search(r"(?<!al)\. ", first)) else first
+        paper = next(filter(None, map(_paper, ast.walk(tree))), "")
+        number = re.search(r"\d{4}\.\d{5}", paper)
+        lines.append(
+            f"  {name:{width}}  {summary}" + (f" [{paper}]" if paper and not (number and number[0] in summary) else "")
+        )
+    return lines
+
+
+def _paper(node: ast.AST) -> str:
+    """The string that a class names as its `paper`."""
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    named = any(isinstance(target, ast.Name) and target.id == "paper" for target in targets)
+    value = getattr(node, "value", None)
+    return str(value.value) if named and isinstance(value, ast.Constant) else ""

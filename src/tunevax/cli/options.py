@@ -1,0 +1,197 @@
+"""Options: dataclasses from the command line over `--config FILE`, and the page that `--help` shows of them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tunevax.errors import UsageError, unknown
+from tunevax.yaml_files import meant, read_yaml
+
+Fields = Mapping[str, dataclasses.Field]
+
+HIDDEN = (
+    "logging_nan_inf_filter", "disable_tqdm", "remove_unused_columns", "ddp_find_unused_parameters", "logging_steps",
+)  # fmt: skip
+"""Defaults that tunevax sets for itself, which the page leaves out."""
+PLAIN = {
+    "output_dir": "the run folder to write",
+    "seed": "of data order, adapter start and every named generator",
+    "max_steps": "optimiser steps; overrides --num-train-epochs",
+    "gradient_accumulation_steps": "micro-batches per optimiser step",
+    "bf16": "mixed precision on an accelerator",
+}
+"""What the page says of these options in place of transformers' own words."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are `UsageError`s."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise it."""
+        raise UsageError(f"{self.prog}: {message}")
+
+
+def parse(
+    title: str,
+    classes: Sequence[type],
+    arguments: Sequence[str],
+    below: Mapping[str, Any] | None = None,
+    ignored: Collection[str] = (),
+) -> tuple[Any, ...]:
+    """Instances of the dataclasses from the command line over `--config FILE` over `below` over their defaults.
+
+    Args:
+        title: what the command is called in messages, such as `align vaccine`.
+        ignored: names of further options that may stand there and change nothing.
+
+    Raises:
+        UsageError: an unknown option or key (with the nearest known one), or a value of the wrong type.
+    """
+    fields = {f.name: f for cls in classes for f in dataclasses.fields(cls) if f.init}
+    if "--help" in arguments or "-h" in arguments:
+        print_help(title, classes)
+        raise SystemExit(0)
+    from transformers.hf_argparser import HfArgumentParser
+
+    class DataclassParser(HfArgumentParser, Parser):
+        pass
+
+    parser = DataclassParser(classes, allow_abbrev=False, prog=f"tunevax {title}")
+    if "--help-all" in arguments:
+        parser.print_help()
+        raise SystemExit(0)
+    pairs = zip([None, *arguments], arguments, strict=False)
+    typed = [token for before, token in pairs if _name(token) != "config" and before != "--config"]
+    tokens = _from_files(arguments, fields, ignored) + _without(ignored, _gathered(typed, fields))
+    given = set(map(_name, tokens))
+    tokens = _tokens({k: v for k, v in (below or {}).items() if k not in given}, fields) + tokens
+    for token in tokens:
+        if (name := _name(token)) and name not in fields and name.removeprefix("no_") not in fields:
+            raise unknown("option", token.partition("=")[0], {f"--{known.replace('_', '-')}" for known in fields})
+    if "output_dir" in fields and "output_dir" not in set(map(_name, tokens)):
+        raise UsageError("--output-dir is missing")
+    *parsed, rest = parser.parse_args_into_dataclasses(tokens, look_for_args_file=False, return_remaining_strings=True)
+    if rest:
+        raise UsageError(f"{title}: what is {rest[0]!r}? Options are written --name value")
+    return tuple(parsed)
+
+
+def value_of(name: str, arguments: Sequence[str]) -> str | None:
+    """The value of an option that decides which others there are, from the command line or its --config."""
+    in_file = None
+    for token, following in zip(arguments, [*arguments[1:], None], strict=True):
+        value = token.partition("=")[2] if "=" in token else following
+        if _name(token) == "config" and value and Path(value).is_file() and in_file is None:
+            content = read_yaml(value, words=True)
+            in_file = content.get(name, content.get(name.replace("_", "-"))) if isinstance(content, dict) else None
+        if _name(token) == name:
+            return value
+    return in_file if in_file is None else str(in_file)
+
+
+def _name(token: str) -> str:
+    """The option that a token names, with underscores; empty if it is a value."""
+    return token[2:].partition("=")[0].replace("-", "_") if token.startswith("--") else ""
+
+
+def _without(names: Collection[str], tokens: Sequence[str]) -> list[str]:
+    """The tokens without these options and their values."""
+    kept, dropping = [], False
+    for token in tokens:
+        if token.startswith("--"):
+            dropping = _name(token) in names or _name(token).removeprefix("no_") in names
+        if not dropping:
+            kept.append(token)
+    return kept
+
+
+def _gathered(arguments: Sequence[str], fields: Fields) -> list[str]:
+    """The command line with repeated list options joined (`--model A --model B`)."""
+    tokens: list[str] = []
+    lists: dict[str, list[str]] = {}
+    current = tokens
+    for token in arguments:
+        if token.startswith("--"):
+            flag, equals, value = token.partition("=")
+            current = tokens
+            if _name(token) in fields and _is_list(fields[_name(token)]):
+                current = lists.setdefault(flag, [])
+                current += [value] if equals else []
+                continue
+        current.append(token)
+    return tokens + [token for flag, values in lists.items() for token in (flag, *values)]
+
+
+def _is_list(option: dataclasses.Field) -> bool:
+    return "list" in str(option.type)
+
+
+def _from_files(arguments: Sequence[str], fields: Fields, ignored: Collection[str]) -> list[str]:
+    """The options of every `--config FILE` that the command line does not give, as its tokens."""
+    paths = [a.partition("=")[2] for a in arguments if a.startswith("--config=")]
+    paths += [b for a, b in zip(arguments, arguments[1:], strict=False) if a == "--config"]
+    given = set(map(_name, arguments))
+    tokens: list[str] = []
+    for path in paths:
+        content, typed = read_yaml(path, words=True), read_yaml(path)
+        if not isinstance(content, dict):
+            raise UsageError(f"{path} must hold `option: value` lines")
+        for key, value in content.items():
+            name = str(key).replace("-", "_")
+            if name in ignored:
+                continue
+            if name not in fields:
+                raise UsageError(f"{path}: {unknown('key', str(key), fields)}")
+            if value is None and fields[name].default is not None:
+                raise UsageError(f"{path}: {key} has no value; give it one, or leave the line out for the default")
+            if name not in given:
+                tokens += _tokens({name: typed[key] if isinstance(value, dict) else value}, fields)
+    return tokens
+
+
+def _tokens(options: Mapping[str, Any], fields: Fields) -> list[str]:
+    """Option values from YAML as command-line tokens, so that one parser converts every value."""
+    tokens: list[str] = []
+    for name, value in options.items():
+        if value is None:
+            continue
+        option = fields.get(name)
+        kind = option.type if option else str
+        values = [meant(v, name, kind) for v in (value if isinstance(value, list) else [value])]
+        words = [json.dumps(v) if isinstance(v, bool | dict) else str(v) for v in values]
+        if isinstance(value, list) and option and _is_list(option):
+            tokens += [f"--{name}", *words]
+        else:  # `=`, since a value may begin with a dash; names in a list, where an option takes them with commas
+            tokens.append(f"--{name}={','.join(words)}")
+    return tokens
+
+
+def print_help(title: str, classes: Sequence[type]) -> None:
+    """The options that tunevax declares: the model, the method's own, then those of training in general."""
+    from rich.console import Console
+    from rich.table import Table
+
+    class Page(Console):
+        def on_broken_pipe(self) -> None:
+            """As `print` does, and not rich's exit with 1."""
+            raise
+
+    fields = {f.name: f for cls in reversed(classes) for f in dataclasses.fields(cls) if f.init}
+    own = [base for cls in classes for base in cls.__mro__ if base.__name__ != "TrainingArguments"]
+    names = ["model", *[name for cls in own for name in cls.__dict__.get("__annotations__", {})], *PLAIN]
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    for name in dict.fromkeys(n for n in names if n in fields and n not in HIDDEN):  # no class variables
+        field = fields[name]
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        shown = " ".join(map(str, default)) if isinstance(default, list) else "" if default is None else str(default)
+        table.add_row(
+            f"--{name.replace('_', '-')}", PLAIN.get(name) or field.metadata.get("help", ""), f"[dim]{shown}[/dim]"
+        )
+    Page().print(f"tunevax {title}\n", table, sep="\n", highlight=False)
+    if "max_steps" in fields:
+        print("\nand every field of transformers.TrainingArguments; `--help-all` shows them.")
