@@ -1,23 +1,35 @@
-"""Options that several verbs take: each says once what it is called, what it is by default and what it does."""
+"""Options that several verbs take: each says once what it is called, what it is by default and what it does.
+
+The metadata `decides` of an option of an audit says how far it goes: see `DECIDES`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 from tunevax.errors import UsageError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 TEMPLATE_HELP = (
     "own (the tokenizer's, the default), alpaca, plain, none, or a jinja file; behind a colon thinking=off asks for no "
     "thought, thought=OPEN|CLOSE names the marks around one, and the template's own variables are set"
 )
 
+DECIDES = ("nothing", "cells", "rows", "scores")
+"""What an option decides at most: `nothing` that an audit finds (where and how fast it runs); which `cells` there are;
+the `rows` of a cell, whose cause run.json holds as a hash, so that two audits may name it differently; or how they are
+scored. An option without a mark decides the scores: a mark that is forgotten makes cells run again, never stale."""
+
 
 @dataclass
 class LoadOptions:
     """How to load a model."""
 
-    chat_template: str | None = field(default=None, metadata={"help": TEMPLATE_HELP})
-    revision: str | None = field(default=None, metadata={"help": "revision of a hub id"})
+    chat_template: str | None = field(default=None, metadata={"help": TEMPLATE_HELP, "decides": "rows"})
+    revision: str | None = field(default=None, metadata={"help": "revision of a hub id", "decides": "rows"})
     dtype: str = field(default="auto", metadata={"help": "of the weights: auto, float32, bfloat16, float16"})
 
 
@@ -33,7 +45,8 @@ class ModelsOptions(LoadOptions):
     """Which models, and how to load them."""
 
     model: list[str] = field(
-        default_factory=list, metadata={"help": "hub id, model folder or run folder; may be repeated"}
+        default_factory=list,
+        metadata={"help": "hub id, model folder or run folder; may be repeated", "decides": "cells"},
     )
 
 
@@ -51,7 +64,9 @@ class TrainedModelOptions(ModelOptions):
 class AllowOverlap:
     """What to do when data roles share prompts: stop, or go on."""
 
-    allow_overlap: bool = field(default=False, metadata={"help": "go on when data roles share prompts, and record it"})
+    allow_overlap: bool = field(
+        default=False, metadata={"help": "go on when data roles share prompts, and record it", "decides": "cells"}
+    )
 
 
 @dataclass
@@ -62,7 +77,8 @@ class Overlap(AllowOverlap):
         default=False,
         metadata={
             "help": "leave prompts out that are in two data roles, and record them: out of an attack, and out of the "
-            "scoring what a model was trained on; the same for every model"
+            "scoring what a model was trained on; the same for every model",
+            "decides": "cells",
         },
     )
 
@@ -71,7 +87,7 @@ class Overlap(AllowOverlap):
 class RunOptions:
     """The run folder."""
 
-    overwrite: bool = field(default=False, metadata={"help": "replace a finished run"})
+    overwrite: bool = field(default=False, metadata={"help": "replace a finished run", "decides": "nothing"})
 
 
 @dataclass
@@ -79,6 +95,12 @@ class ResumableRunOptions(RunOptions):
     """The folder of a run that can be continued."""
 
     resume: bool = field(default=False, metadata={"help": "continue an unfinished run"})
+
+
+def deciding(options: DataclassInstance, least: str) -> dict[str, Any]:
+    """The options that decide at least so much, of `DECIDES`."""
+    marks = {f.name: f.metadata.get("decides", DECIDES[-1]) for f in fields(options)}
+    return {name: getattr(options, name) for name, mark in marks.items() if DECIDES.index(mark) >= DECIDES.index(least)}
 
 
 def require_given(options: object, *names: str) -> None:

@@ -24,7 +24,7 @@ SCHEMA = 1
 RUN, RESULTS, GENERATIONS, LOG = "run.json", "results.jsonl", "generations.jsonl", "log.jsonl"
 """The files of a run folder that more than one verb writes."""
 CELLS = "cells"
-"""The folder of an audit with two files for each cell: NAME.json (`CellRecord`) and NAME.jsonl.gz (its `Generation`s)."""
+"""The folder of an audit with two files for each cell: NAME.json (`CellRecord`) and NAME.jsonl.gz (`Generation`s)."""
 
 # --- scores ----------------------------------------------------------------------------------------------------------
 

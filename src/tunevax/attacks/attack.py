@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tunevax.console import console
 from tunevax.data.contamination import Exclusion, Rows, check, recorded_prompts, used_prompts
@@ -21,6 +21,7 @@ from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
 from tunevax.mixins import ModelsOptions, Overlap, RunOptions, require_given
 from tunevax.modeling.loading import Loaded, absolute, load
+from tunevax.records import Target
 from tunevax.runs import SCHEMA, RunFolder, data_entry, digest, is_run, read_run, require_one_process, writing
 from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.suite import Suite, SuiteOptions, build_suite, labels_of
@@ -34,15 +35,21 @@ class TargetOptions(SuiteOptions, ModelsOptions, Overlap, RunOptions):
         default=None,
         metadata={
             "help": "the model to compare with, attacked identically; default what --model was hardened from; "
-            "none for no control"
+            "none for no control",
+            "decides": "cells",
         },
     )
     safety_data: str | None = field(
-        default=None, metadata={"help": "harmful rows: prompt and rejected, their attack split"}
+        default=None,
+        metadata={"help": "harmful rows: prompt and rejected, their attack split", "decides": "rows"},
     )
     task_data: str | None = field(
-        default=None, metadata={"help": "benign rows: prompt and completion, their train split"}
+        default=None,
+        metadata={"help": "benign rows: prompt and completion, their train split", "decides": "rows"},
     )
+
+
+Options = TypeVar("Options", bound=TargetOptions)
 
 
 @dataclass
@@ -181,11 +188,11 @@ def attack(method: str, options: AttackOptions, config: Any, command: str = "") 
     require_given(options, "model")
     require_given(config, "output_dir")
     require_one_process("an attack")
-    use_data_of_run(options)
+    options = use_data_of_run(options)
     if options.keep_weights and (len(options.model) > 1 or getattr(config, "trainable", None) not in ("lora", "full")):
         raise UsageError("--keep-weights takes one --model, and --trainable lora or full")
     if method == "poisoned-job" and options.control is None:
-        options.control = "none"  # what the job started from is no job
+        options = dataclasses.replace(options, control="none")  # what the job started from is no job
     targets = find_targets(options.model, options.control)
     for target in targets:
         if why := beside_the_job(target["ref"], method):
@@ -196,7 +203,7 @@ def attack(method: str, options: AttackOptions, config: Any, command: str = "") 
     exclusion.settle(suite.roles())
     harmful, task = attack_data(options, config.needs, exclusion)
     own = rows_of_its_own(config, options, exclusion)
-    use_saved_template(options, targets)
+    options = use_saved_template(options, targets)
     for target, before in zip(targets, used, strict=True):
         target |= check(
             target["ref"], suite.roles(), harmful, {"task": task, **own}, options.allow_overlap, used=before
@@ -243,19 +250,20 @@ def attack(method: str, options: AttackOptions, config: Any, command: str = "") 
     return run.final
 
 
-def use_data_of_run(options: TargetOptions) -> None:
-    """Safety and task data that were not named: those that the first model was hardened with."""
+def use_data_of_run(options: Options) -> Options:
+    """The options with those that the first model was hardened with where safety or task data were not named."""
     config = read_run(options.model[0])["config"] if is_run(options.model[0]) else {}
-    told = []
+    used = {}
     for name in ("safety_data", "task_data"):
         source = config.get(name)
         while name == "safety_data" and source and is_run(source):  # curated rows: the attack needs what they are from
             source = read_run(source)["config"]["safety_data"]
         if getattr(options, name) is None and source:
-            setattr(options, name, source)
-            told.append(f"--{name.replace('_', '-')} {source}")
-    if told:
-        console.print(f"data as {options.model[0]} was hardened with: {' '.join(told)}", highlight=False)
+            used[name] = source
+    if used:
+        named = " ".join(f"--{name.replace('_', '-')} {source}" for name, source in used.items())
+        console.print(f"data as {options.model[0]} was hardened with: {named}", highlight=False)
+    return dataclasses.replace(options, **used)
 
 
 def values_of(config: Any) -> dict[str, Any]:
@@ -314,15 +322,16 @@ def trained_on(method: str, ref: str) -> dict[str, list[str]]:
     return {**below, **({"alignment": sorted(safety)} if safety else {})}
 
 
-def use_saved_template(options: TargetOptions, targets: Sequence[dict[str, Any]]) -> None:
-    """Ask every target in the words of the first hardened model, also the control that has no template."""
+def use_saved_template(options: Options, targets: Sequence[Target]) -> Options:
+    """The options that ask every target by the template of the first hardened model, also a control without one."""
     first = next(t["ref"] for t in targets if t["role"] == "model")
     saved = [p for p in (Path(first, d, "chat_template.jinja") for d in ("adapter", "model", "")) if p.is_file()]
     if options.chat_template is None and saved:
-        options.chat_template = str(saved[0])
+        return dataclasses.replace(options, chat_template=str(saved[0]))
+    return options
 
 
-def find_targets(models: Sequence[str], control: str | None) -> list[dict[str, Any]]:
+def find_targets(models: Sequence[str], control: str | None) -> list[Target]:
     """The models to attack and the control, with a label each, the control first.
 
     Args:

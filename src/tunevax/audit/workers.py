@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import gc
-import json
 import multiprocessing
 import os
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tunevax.attacks.attack import Bench, NotApplicable, TargetOptions, attack_data
-from tunevax.audit.cells import AuditCell
+from tunevax.attacks.attack import Bench, NotApplicable, attack_data
+from tunevax.audit.cells import AuditCell, write_cell
+from tunevax.audit.plan import AuditOptions, AuditPlan
 from tunevax.audit.protocol import build
 from tunevax.console import console
 from tunevax.data.contamination import Exclusion
@@ -26,20 +27,16 @@ from tunevax.runs import peak_memory
 from tunevax.scoring.judges import lead_judge
 from tunevax.scoring.suite import Suite, build_suite
 
+Run = Callable[[Sequence[AuditCell]], Iterator[tuple[AuditCell, str]]]
+"""Runs cells, and gives each with one line on it as they finish."""
 
-def finished(
-    options: TargetOptions,
-    cells: Sequence[AuditCell],
-    folder: Path,
-    weights: Path | None,
-    workers: int,
-    exclusion: Exclusion | None = None,
-) -> Iterator[tuple[AuditCell, str]]:
-    """(cell, one line on it) as cells finish."""
+
+@contextmanager
+def pool(plan: AuditPlan, folder: Path, weights: Path | None, workers: int) -> Iterator[Run]:
+    """Processes that run the cells of a plan, one suite each; with one worker it is this process, with the plan's."""
     if workers <= 1:
-        worker = Worker(options, exclusion)
-        for cell in cells:
-            yield cell, worker.run(cell, folder, weights)
+        worker = Worker(plan.options, plan.suite, plan.exclusion)
+        yield lambda cells: ((cell, worker.run(cell, folder, weights)) for cell in cells)
         return
     import torch
 
@@ -54,14 +51,18 @@ def finished(
             workers,
             context,
             _start_worker,
-            (options, os.getpid(), context.Value("i", 0), torch.cuda.device_count(), exclusion),
-        ) as pool:
-            futures = {pool.submit(_run_in_worker, cell, folder, weights): cell for cell in cells}
-            try:
+            (plan.options, os.getpid(), context.Value("i", 0), torch.cuda.device_count(), plan.exclusion),
+        ) as processes:
+
+            def run(cells: Sequence[AuditCell]) -> Iterator[tuple[AuditCell, str]]:
+                futures = {processes.submit(_run_in_worker, cell, folder, weights): cell for cell in cells}
                 for future in as_completed(futures):
                     yield futures[future], future.result()
+
+            try:
+                yield run
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                processes.shutdown(wait=False, cancel_futures=True)
                 for worker in multiprocessing.active_children():  # not when their cells are done, which takes minutes
                     worker.terminate()
                 raise
@@ -106,13 +107,12 @@ def cores() -> int:
 
 
 class Worker:
-    """What a process loads once for all its cells: data, judges, and the scores of untouched models."""
+    """What a process loads once for all its cells: suite, data, and the scores of untouched models."""
 
-    def __init__(self, options: TargetOptions, exclusion: Exclusion | None = None) -> None:
-        self.options, self.exclusion = options, exclusion.fresh() if exclusion else Exclusion()
-        self.suite: Suite = build_suite(options, options.safety_data, options.task_data, exclusion=self.exclusion)
-        if self.suite.benign is None and self.suite.task is not None:  # somewhere a refusal of everything must show
-            self.suite = self.suite._replace(benign=self.suite.task.rows)
+    def __init__(self, options: AuditOptions, suite: Suite, exclusion: Exclusion) -> None:
+        self.options, self.suite, self.exclusion = options, suite, exclusion.fresh()
+        if suite.benign is None and suite.task is not None:  # somewhere a refusal of everything must show
+            self.suite = suite._replace(benign=suite.task.rows)
         self.before: dict[Any, Any] = {}
         self.rows: dict[frozenset[str], tuple[list[dict], list[dict]]] = {}
 
@@ -151,11 +151,8 @@ class Worker:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         outcome |= {"seconds": round(time.monotonic() - started, 3), "peak_memory_bytes": peak_memory()}
-        part = folder / f"{cell.hash}.{os.getpid()}.part"
         kept = bench if outcome["status"] in ("done", "stopped") else None
-        content = {**outcome, "results": kept.results if kept else [], "generations": kept.generations if kept else []}
-        part.write_text(json.dumps(content, default=str), encoding="utf-8")
-        part.replace(folder / f"{cell.hash}.json")
+        write_cell(folder, {**outcome, "results": kept.results if kept else []}, kept.generations if kept else [])
         return f"{told} · {outcome['seconds']:.0f} s"
 
     def bench(self, cell: AuditCell, scratch: str, keep: Path | None) -> Bench:
@@ -176,7 +173,7 @@ def worst_told(rows: Sequence[dict[str, Any]]) -> str:
 _worker: Worker | None = None
 
 
-def _start_worker(options: TargetOptions, parent: int, counter: Any, gpus: int, exclusion: Exclusion | None) -> None:
+def _start_worker(options: AuditOptions, parent: int, counter: Any, gpus: int, exclusion: Exclusion) -> None:
     """Once in each worker process: quiet, bound to its GPU, gone when the audit is gone."""
     from tunevax.quiet import quiet
 
@@ -197,7 +194,8 @@ def _start_worker(options: TargetOptions, parent: int, counter: Any, gpus: int, 
     threading.Thread(target=watch, daemon=True).start()
     quiet()
     console.quiet = True  # for good: an interrupted worker must not draw its bars
-    _worker = Worker(options, exclusion)
+    suite = build_suite(options, options.safety_data, options.task_data, exclusion=exclusion.fresh())
+    _worker = Worker(options, suite, exclusion)
 
 
 def _run_in_worker(cell: AuditCell, folder: Path, weights: Path | None) -> str:

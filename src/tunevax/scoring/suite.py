@@ -27,16 +27,26 @@ class SuiteOptions:
     """What to score on; shared by `score` and the attacks."""
 
     eval_data: str | None = field(
-        default=None, metadata={"help": "harmful prompts to score on; default the evaluation split of --safety-data"}
+        default=None,
+        metadata={
+            "help": "harmful prompts to score on; default the evaluation split of --safety-data",
+            "decides": "rows",
+        },
     )
     judges: list[str] = field(
         default_factory=lambda: ["refusal-keywords"],
         metadata={"help": "refusal-keywords, organism, hf:MODEL; several are shown side by side"},
     )
     task_eval_data: str | None = field(
-        default=None, metadata={"help": "task to measure accuracy on; default the evaluation split of --task-data"}
+        default=None,
+        metadata={
+            "help": "task to measure accuracy on; default the evaluation split of --task-data",
+            "decides": "rows",
+        },
     )
-    benign_data: str | None = field(default=None, metadata={"help": "harmless prompts, to count refusals of"})
+    benign_data: str | None = field(
+        default=None, metadata={"help": "harmless prompts, to count refusals of", "decides": "rows"}
+    )
     utility_data: list[str] = field(
         default_factory=list,
         metadata={"help": "tasks the model can do before any attack: task sources, or lm-eval:TASK[:path=FOLDER]"},
@@ -53,7 +63,8 @@ class SuiteOptions:
     )
     max_new_tokens: int = field(default=128, metadata={"help": "length of a generated answer"})
     generation_batch_size: int = field(
-        default=128, metadata={"help": "answers generated together, fewer where prompts are long"}
+        default=128,
+        metadata={"help": "answers generated together, fewer where prompts are long", "decides": "rows"},
     )
     engine: str = field(
         default="transformers", metadata={"help": "what generates: transformers, or vllm (tunevax score only)"}
