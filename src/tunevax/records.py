@@ -71,7 +71,8 @@ class Traits(TypedDict, total=False):
         harmful_rows: it trains on harmful rows.
         common_prompts: it is scored on the evaluation prompts that all such attacks share.
         customer: it takes no more than a fine-tuning service gives.
-        dose: the option that says how strong it is, or None.
+        dose: the option that is its dose, or its place in the model, or None.
+        plain: the plain fine-tune, which other kinds are contrasted with.
     """
 
     curve: bool
@@ -79,6 +80,7 @@ class Traits(TypedDict, total=False):
     common_prompts: bool
     customer: bool
     dose: str | None
+    plain: bool
 
 
 class Row(TypedDict):

@@ -14,5 +14,5 @@ METHODS = {
     "template": "tunevax.attacks.template:TemplateConfig",
     "prefill": "tunevax.attacks.prefill:PrefillConfig",
 }
-"""Command-line name to `module:class`: a dataclass of the attacker's options with a method `run(bench)`. Other packages
-add theirs by the entry-point group `tunevax.attacks`."""
+"""Command-line name to `module:class`: an `AttackKind`, the attacker's options and what they do. Other packages add
+theirs by the entry-point group `tunevax.attacks`."""

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tunevax.attacks.attack import Bench, NotApplicable, attack_data
+from tunevax.attacks.context import AttackContext, attack_data
+from tunevax.attacks.kind import NotApplicable
 from tunevax.audit.cells import AuditCell, write_cell
 from tunevax.audit.plan import AuditOptions, AuditPlan
 from tunevax.audit.protocol import build
@@ -35,8 +36,8 @@ Run = Callable[[Sequence[AuditCell]], Iterator[tuple[AuditCell, str]]]
 def pool(plan: AuditPlan, folder: Path, weights: Path | None, workers: int) -> Iterator[Run]:
     """Processes that run the cells of a plan, one suite each; with one worker it is this process, with the plan's."""
     if workers <= 1:
-        worker = Worker(plan.options, plan.suite, plan.exclusion)
-        yield lambda cells: ((cell, worker.run(cell, folder, weights)) for cell in cells)
+        here = Worker(plan.options, plan.suite, plan.exclusion)
+        yield lambda cells: ((cell, here.run(cell, folder, weights)) for cell in cells)
         return
     import torch
 
@@ -63,8 +64,8 @@ def pool(plan: AuditPlan, folder: Path, weights: Path | None, workers: int) -> I
                 yield run
             except BaseException:
                 processes.shutdown(wait=False, cancel_futures=True)
-                for worker in multiprocessing.active_children():  # not when their cells are done, which takes minutes
-                    worker.terminate()
+                for process in multiprocessing.active_children():  # not when its cell is done, which takes minutes
+                    process.terminate()
                 raise
     finally:
         os.environ.pop("OMP_NUM_THREADS")
@@ -123,21 +124,21 @@ class Worker:
         started = time.monotonic()
         keep = weights / cell.hash if weights is not None and cell.setting is not None else None
         outcome: dict[str, Any] = {"cell": cell.hash, "model": cell.target["label"], **cell.key}
-        bench = None
+        context = None
         was_quiet, console.quiet = console.quiet, True  # the bars of single steps; the audit has its own
         try:
             with tempfile.TemporaryDirectory() as scratch:
-                bench = self.bench(cell, scratch, keep)
+                context = self.context(cell, scratch, keep)
                 if cell.setting is None:
-                    loaded = bench.load()
-                    bench.score(loaded.model, loaded.tokenizer, 0, full=True)
+                    loaded = context.load()
+                    context.score(loaded.model, loaded.tokenizer, 0, full=True)
                 else:
-                    build(cell.setting.kind, cell.setting.values, cell.key["seed"], scratch).run(bench)
-                outcome |= {"status": "done", "record": bench.record}
-                told = worst_told(bench.results)
+                    build(cell.setting.kind, cell.setting.values, cell.key["seed"], scratch).run(context)
+                outcome |= {"status": "done", "record": context.record}
+                told = worst_told(context.results)
         except RunError as error:  # the attack blew the model up; what it did until then counts
-            outcome |= {"status": "stopped", "record": bench.record, "error": str(error)}
-            told = f"{worst_told(bench.results) if bench.results else 'nothing scored'}, then {error}"
+            outcome |= {"status": "stopped", "record": context.record, "error": str(error)}
+            told = f"{worst_told(context.results) if context.results else 'nothing scored'}, then {error}"
         except NotApplicable as error:
             outcome |= {"status": "skipped", "why": str(error)}
             told = f"does not apply: {error}"
@@ -151,17 +152,19 @@ class Worker:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         outcome |= {"seconds": round(time.monotonic() - started, 3), "peak_memory_bytes": peak_memory()}
-        kept = bench if outcome["status"] in ("done", "stopped") else None
+        kept = context if outcome["status"] in ("done", "stopped") else None
         write_cell(folder, {**outcome, "results": kept.results if kept else []}, kept.generations if kept else [])
         return f"{told} · {outcome['seconds']:.0f} s"
 
-    def bench(self, cell: AuditCell, scratch: str, keep: Path | None) -> Bench:
-        """The bench of one cell."""
+    def context(self, cell: AuditCell, scratch: str, keep: Path | None) -> AttackContext:
+        """What the attack of one cell works with."""
         needs = frozenset(build(cell.setting.kind, cell.setting.values, 0, scratch).needs if cell.setting else ())
         if needs not in self.rows:
             self.rows[needs] = attack_data(self.options, needs, self.exclusion)
         harmful, task = self.rows[needs]
-        return Bench(cell.target, self.options, harmful, task, self.suite, cell.key, keep, self.before, self.exclusion)
+        return AttackContext(
+            cell.target, self.options, harmful, task, self.suite, cell.key, keep, self.before, self.exclusion
+        )
 
 
 def worst_told(rows: Sequence[dict[str, Any]]) -> str:
