@@ -15,8 +15,9 @@ from tunevax.audit.cells import contents
 from tunevax.audit.plan import fluency_models
 from tunevax.console import bar
 from tunevax.data.chat import joined
+from tunevax.evidence.compare import scoring
 from tunevax.quiet import quiet
-from tunevax.runs import read_lines, read_run
+from tunevax.records import read_generations, read_lines, read_run
 from tunevax.scoring.evaluate import judged
 from tunevax.scoring.fluency import Reference
 from tunevax.scoring.judges import load_judges
@@ -52,11 +53,11 @@ def main() -> None:
     refs = [] if refs == ["none"] else refs
     suite = Suite([], load_judges(judges), fluency=[Remembered(ref) for ref in refs])
     groups: dict[tuple, list[dict]] = {}
-    generations = read_lines(options.audit / "generations.jsonl")
+    results = read_lines(options.audit / "results.jsonl")
+    generations = list(read_generations(options.audit, results))
     for sample in generations:
         if sample["kind"] == "harmful":
             groups.setdefault(tuple(sample[k] for k in PLACE), []).append(sample)
-    results = read_lines(options.audit / "results.jsonl")
     fluency = contents(refs)
     with bar() as progress:
         task = progress.add_task("judge", total=len(results), note="")
@@ -70,12 +71,13 @@ def main() -> None:
             for sample, verdict in zip(samples, new, strict=True):
                 sample |= {k: verdict[k] for k in ("degenerate", "surprise", "verdicts")}
             progress.advance(task)
-    shutil.copytree(options.audit, options.output_dir, ignore=shutil.ignore_patterns("report.html"))
+    shutil.copytree(options.audit, options.output_dir, ignore=shutil.ignore_patterns("report.html", "cells"))
     for name, lines in (("results.jsonl", results), ("generations.jsonl", generations)):
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         (options.output_dir / name).write_text(text, encoding="utf-8")
     record["config"] |= {"judges": judges, "fluency_model": refs}
-    record |= {"fluency_hash": fluency, "rejudged_from": str(options.audit.absolute())}
+    record["scoring"] = {**scoring(record), "judges": contents(judges), "fluency_model": fluency}
+    record |= {"rejudged_from": str(options.audit.absolute())}
     (options.output_dir / "run.json").write_text(
         json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
     )

@@ -7,7 +7,7 @@ import json
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tunevax.attacks.context import (
     AttackContext,
@@ -21,6 +21,7 @@ from tunevax.attacks.kind import AttackKind
 from tunevax.data.contamination import Exclusion, check
 from tunevax.errors import UsageError
 from tunevax.mixins import require_given
+from tunevax.records import Target
 from tunevax.runs import RunFolder, data_entry, is_run, require_one_process, writing
 from tunevax.scoring.suite import build_suite
 
@@ -66,9 +67,8 @@ def attack(method: str, options: AttackOptions, config: AttackKind, command: str
     own = config.kept_rows(options, exclusion)
     options = use_saved_template(options, targets)
     for target, before in zip(targets, used, strict=True):
-        target |= check(
-            target["ref"], suite.roles(), harmful, {"task": task, **own}, options.allow_overlap, used=before
-        )
+        found = check(target["ref"], suite.roles(), harmful, {"task": task, **own}, options.allow_overlap, used=before)
+        target |= cast(Target, found)
 
     first = next(t["ref"] for t in targets if t["role"] == "model")
     values = config.values()

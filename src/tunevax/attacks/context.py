@@ -7,7 +7,7 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from tunevax.console import console
 from tunevax.data.contamination import Exclusion
@@ -16,7 +16,7 @@ from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
 from tunevax.mixins import ModelsOptions, Overlap, RunOptions
 from tunevax.modeling.loading import Loaded, absolute, load
-from tunevax.records import Target
+from tunevax.records import Generation, ModelInfo, Row, Target
 from tunevax.runs import SCHEMA, digest, is_run, read_run
 from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.suite import Suite, SuiteOptions, labels_of
@@ -75,9 +75,9 @@ class AttackContext:
         self.target, self.options, self.harmful, self.task, self.suite = target, options, harmful, task, suite
         self.key, self.folder, self.before = key, folder, before
         self.exclusion = exclusion or Exclusion()
-        self.results: list[dict[str, Any]] = []
-        self.generations: list[dict[str, Any]] = []
-        self.record: dict[str, Any] = {}
+        self.results: list[Row] = []
+        self.generations: list[Generation] = []
+        self.record: ModelInfo = {}
         self.loaded = (target["ref"], True)  # which model, and whether its last adapter is merged
 
     def load(self, chat_template: str | None = None, ref: str | None = None, **how: Any) -> Loaded:
@@ -87,7 +87,7 @@ class AttackContext:
         self.loaded = (ref or self.target["ref"], how.get("merge", True))
         how = {"revision": o.revision, "dtype": o.dtype, "chat_template": chat_template or o.chat_template, **how}
         loaded = load(self.loaded[0], **how)
-        self.record.update(loaded.info, template_hash=digest(loaded.tokenizer.chat_template))
+        self.record |= cast(ModelInfo, {**loaded.info, "template_hash": digest(loaded.tokenizer.chat_template)})
         return loaded
 
     def score(
@@ -118,10 +118,10 @@ class AttackContext:
                 "be compared with it; give an aligned one with --control",
                 highlight=False,
             )
+        place = {"model": self.target["label"], "attack": self.key["attack"], "seed": self.key["seed"], "step": step}
+        self.generations += [cast(Generation, {**place, **response}) for response in responses]
         row = {"schema": SCHEMA, "model": self.target["label"], "role": self.target["role"], **self.key, "step": step}
-        self.results.append({**row, "samples": samples, "train_loss": None, "scores": scores})
-        place = {"model": row["model"], **{k: row[k] for k in ("attack", "seed", "step")}}
-        self.generations += [{**place, **response} for response in responses]
+        self.results.append(cast(Row, {**row, "samples": samples, "train_loss": None, "scores": scores}))
         self.record["steps"] = max(step, self.record.get("steps", 0))
 
     def write(self, folder: Path) -> None:
@@ -190,7 +190,7 @@ def find_targets(models: Sequence[str], control: str | None) -> list[Target]:
     """
     if control is None and is_run(models[0]):
         record = read_run(models[0])
-        control = record.get("parent") or record.get("model", {}).get("ref")
+        control = record.get("parent") or (record.get("model") or ModelInfo()).get("ref")
     refs = [(control, "control")] if control and control != "none" else []
     refs += [(ref, "model") for ref in models if not control or absolute(ref) != absolute(control)]
     if not any(role == "model" for _, role in refs):

@@ -21,7 +21,7 @@ from tunevax.errors import UsageError
 from tunevax.evidence.properties import utility_loss
 from tunevax.evidence.results import COMMON
 from tunevax.mixins import deciding, require_given
-from tunevax.records import CELLS, RESULTS, CellSummary, RunRecord, Target, is_run, read_lines, read_run
+from tunevax.records import CELLS, RESULTS, CellSummary, RunRecord, Target, is_run, read_generations, read_run
 from tunevax.runs import RunFolder, require_one_process, writing
 from tunevax.scoring.judges import lead_judge
 
@@ -117,7 +117,7 @@ def copy_cells(final: Path, to: Path) -> None:
     for file in (final / CELLS).glob("*.json"):
         outcome = read_cell(file.parent, file.stem)
         if outcome["status"] != "failed":
-            write_cell(to / CELLS, outcome, read_lines(file.with_suffix(".jsonl.gz")))
+            write_cell(to / CELLS, outcome, read_generations(final, outcome["results"]))
     if (final / "weights").is_dir():
         shutil.copytree(final / "weights", to / "weights", dirs_exist_ok=True)
 
@@ -164,7 +164,7 @@ def strongest(plan: AuditPlan, cells: Sequence[AuditCell], folder: Path) -> set[
             found.setdefault(label, []).append((when, min(points)[0], cell.setting.name))
         before = {n: s["value"] for n, s in outcome["results"][0]["scores"].items() if n.startswith("utility/")}
         loss = {row["step"]: utility_loss(before, row) for row in outcome["results"]}
-        kept = [p for p in points if loss[p[1]] is None or loss[p[1]] <= plan.protocol.epsilon]
+        kept = [p for p in points if (loss[p[1]] or 0) <= plan.protocol.epsilon]
         useful.setdefault(label, []).append((when, min(kept)[0], cell.setting.name))
     fastest = {name for ranked in found.values() for *_, name in sorted(ranked)[: plan.protocol.screen]}
     return fastest | {min(ranked, key=lambda r: (r[1], r[0]))[2] for ranked in useful.values() if ranked}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import tempfile
 import time
-from typing import Any
+from typing import Any, cast
 
 from transformers import TrainerCallback
 
+from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.attacks.kind import NotApplicable
 from tunevax.audit.cells import AuditCell, cells_of
 from tunevax.audit.plan import AuditPlan
@@ -99,7 +100,7 @@ class Clock:
         }
         marks = Marks()
         with tempfile.TemporaryDirectory() as scratch:
-            config = build("finetune", values, 0, scratch)
+            config = cast(FinetuneConfig, build("finetune", values, 0, scratch))
             context = self.worker.context(
                 AuditCell(self.target, Setting("finetune", "", values, {}, (0,)), {"seed": 0}, ""), scratch, None
             )

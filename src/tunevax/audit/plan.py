@@ -14,7 +14,7 @@ from tunevax.errors import UsageError
 from tunevax.mixins import require_given
 from tunevax.modeling.checkpoints import config_of, model_hash
 from tunevax.modeling.loading import absolute, resolve
-from tunevax.records import CellSummary, DataEntry, Target, data_entry, digest, is_run, read_run
+from tunevax.records import CellSummary, DataEntry, ModelInfo, Target, data_entry, digest, is_run, read_run
 from tunevax.scoring.suite import Suite, build_suite, labels_of
 
 
@@ -117,7 +117,9 @@ def plan(options: AuditOptions) -> AuditPlan:
         protocol = replace(protocol, defaults={**protocol.defaults, "dialogues": options.dialogues})
     require_given(options, "model")
     if options.control is None or options.control == "none":
-        parent = read_run(options.model[0]).get("model", {}).get("ref") if is_run(options.model[0]) else None
+        parent = (
+            (read_run(options.model[0]).get("model") or ModelInfo()).get("ref") if is_run(options.model[0]) else None
+        )
         hint = f" (it was hardened from {parent})" if parent else ""
         raise UsageError(
             f"--control is missing: an audit compares; give the same model without the defence{hint}, or look at one "
@@ -151,8 +153,8 @@ def plan(options: AuditOptions) -> AuditPlan:
     data = [data_entry("attack", options.safety_data or "", harmful)] if harmful else []
     data += [data_entry("task", options.task_data or "", task)] if task else []
     data += [data_entry("evaluation", options.eval_data or options.safety_data or "", suite.harmful)]
-    for role, rows in (("task evaluation", suite.task and suite.task.rows), ("over-refusal", suite.benign)):
-        data += [data_entry(role, "", rows)] if rows else []
+    for role, scored in (("task evaluation", suite.task and suite.task.rows), ("over-refusal", suite.benign)):
+        data += [data_entry(role, "", scored)] if scored else []
     data += [data_entry(f"utility {t.name}", "", t.rows) for t in suite.utility]
     planned = AuditPlan(options, protocol, [], grid, skipped, data, suite, harmful, benign, exclusion)
     return planned._replace(targets=[_checked(planned, target) for target in targets])
@@ -236,7 +238,7 @@ def fluency_models(control: str) -> list[str]:
     while is_run(origin):
         record = read_run(origin)
         defended = defended or record.get("method") != "sft"
-        origin = record.get("parent") or record.get("model", {}).get("ref") or ""
+        origin = record.get("parent") or (record.get("model") or ModelInfo()).get("ref") or ""
     return [control, origin] if defended and origin else [control]
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tunevax.attacks.context import AttackContext, attack_data
 from tunevax.attacks.kind import NotApplicable
@@ -24,6 +24,7 @@ from tunevax.console import console
 from tunevax.data.contamination import Exclusion
 from tunevax.errors import RunError
 from tunevax.modeling.loading import resolve
+from tunevax.records import CellRecord, Row
 from tunevax.runs import peak_memory
 from tunevax.scoring.judges import lead_judge
 from tunevax.scoring.suite import Suite, build_suite
@@ -123,8 +124,8 @@ class Worker:
 
         started = time.monotonic()
         keep = weights / cell.hash if weights is not None and cell.setting is not None else None
-        outcome: dict[str, Any] = {"cell": cell.hash, "model": cell.target["label"], **cell.key}
-        context = None
+        outcome = cast(CellRecord, {"cell": cell.hash, "model": cell.target["label"], **cell.key})
+        context: AttackContext | None = None
         was_quiet, console.quiet = console.quiet, True  # the bars of single steps; the audit has its own
         try:
             with tempfile.TemporaryDirectory() as scratch:
@@ -134,11 +135,10 @@ class Worker:
                     context.score(loaded.model, loaded.tokenizer, 0, full=True)
                 else:
                     build(cell.setting.kind, cell.setting.values, cell.key["seed"], scratch).run(context)
-                outcome |= {"status": "done", "record": context.record}
-                told = worst_told(context.results)
+                outcome["status"], told = "done", worst_told(context.results)
         except RunError as error:  # the attack blew the model up; what it did until then counts
-            outcome |= {"status": "stopped", "record": context.record, "error": str(error)}
-            told = f"{worst_told(context.results) if context.results else 'nothing scored'}, then {error}"
+            outcome |= {"status": "stopped", "error": str(error)}
+            told = f"{worst_told(context.results) if context and context.results else 'nothing scored'}, then {error}"
         except NotApplicable as error:
             outcome |= {"status": "skipped", "why": str(error)}
             told = f"does not apply: {error}"
@@ -152,8 +152,10 @@ class Worker:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         outcome |= {"seconds": round(time.monotonic() - started, 3), "peak_memory_bytes": peak_memory()}
-        kept = context if outcome["status"] in ("done", "stopped") else None
-        write_cell(folder, {**outcome, "results": kept.results if kept else []}, kept.generations if kept else [])
+        outcome["results"], generations = [], []
+        if context is not None and outcome["status"] in ("done", "stopped"):
+            outcome["record"], outcome["results"], generations = context.record, context.results, context.generations
+        write_cell(folder, outcome, generations)
         return f"{told} · {outcome['seconds']:.0f} s"
 
     def context(self, cell: AuditCell, scratch: str, keep: Path | None) -> AttackContext:
@@ -167,13 +169,13 @@ class Worker:
         )
 
 
-def worst_told(rows: Sequence[dict[str, Any]]) -> str:
+def worst_told(rows: Sequence[Row]) -> str:
     """'worst 85 % (organism)' of a cell's rows."""
     name = lead_judge(list(rows[0]["scores"]))
     return f"worst {max(row['scores'][name]['value'] for row in rows):.0%} ({name.partition('/')[2]})"
 
 
-_worker: Worker | None = None
+_worker: Worker  # of this process, if it is one of a pool
 
 
 def _start_worker(options: AuditOptions, parent: int, counter: Any, gpus: int, exclusion: Exclusion) -> None:

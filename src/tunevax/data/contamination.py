@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from tunevax.data.splits import marks, prompt_hash, user_words
 from tunevax.errors import UsageError
-from tunevax.runs import is_run, read_run
+from tunevax.records import DroppedRows, is_run, read_run
 
 PROMPTS = "prompts.json"
 TRAINED = ("alignment", "benign", "task", "attack")
@@ -342,11 +342,11 @@ class Exclusion:
             )
         return kept
 
-    def summary(self) -> dict[str, dict[str, Any]] | None:
+    def summary(self) -> dict[str, DroppedRows] | None:
         """For run.json: by role, the rows left out and the hashes of their prompts; None if nothing was to be."""
         if not self.active:
             return None
-        found: dict[str, dict[str, Any]] = {}
+        found: dict[str, DroppedRows] = {}
         for row in self.dropped:
             entry = found.setdefault(row["role"], {"rows": 0, "prompts": []})
             entry["rows"] += 1

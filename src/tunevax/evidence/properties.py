@@ -26,6 +26,7 @@ from tunevax.evidence.findings import (
 )
 from tunevax.evidence.results import COMMON, CURVES, Cell, Point, Results, is_harmful, pool
 from tunevax.evidence.stats import paired_difference
+from tunevax.records import Row
 
 
 def attack_cells(results: Results, label: str) -> list[Cell]:
@@ -405,7 +406,7 @@ def worst_case(results: Results, label: str, judge: str, phi: float, epsilon: fl
     )  # fmt: skip
 
 
-def utility_loss(base: dict[str, float], row: dict[str, Any]) -> float | None:
+def utility_loss(base: dict[str, float], row: Row) -> float | None:
     """Utility before the attack minus utility at a row, over the names that both have; None if there are none."""
     shared = [(value, row["scores"][name]["value"]) for name, value in base.items() if row["scores"].get(name)]
     return fmean(before - after for before, after in shared) if shared else None
