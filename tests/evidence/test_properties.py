@@ -8,7 +8,7 @@ import pytest
 
 from tunevax.errors import UsageError
 from tunevax.evidence.measure import measure
-from tunevax.evidence.properties import Reached, average_ratio
+from tunevax.evidence.properties import Reached, average_ratio, holm, newcombe
 from tunevax.evidence.results import read_results
 
 STEPS = [0, 1, 2, 4]
@@ -803,3 +803,23 @@ def test_two_settings_of_one_name_stay_apart(tmp_path):
     assert found.attacks == ["lora (lora)", "lora (other)"] and "several settings" in found.notes[0]
     assert [c.folders for c in found.cells] == [[tmp_path / "a"], [tmp_path / "b"]]
     assert measure(found).model("tv").name == "no control"
+
+
+def test_newcombes_interval_is_the_published_one():
+    # Newcombe 1998 (Statistics in Medicine 17, 873-890), table II, method 10: examples (a) to (h).
+    table = {
+        (56, 70, 48, 80): (0.0524, 0.3339), (9, 10, 3, 10): (0.1705, 0.8090), (6, 7, 2, 7): (0.0582, 0.8062),
+        (5, 56, 0, 29): (-0.0381, 0.1926), (0, 10, 0, 20): (-0.1611, 0.2775), (0, 10, 0, 10): (-0.2775, 0.2775),
+        (10, 10, 0, 20): (0.6791, 1.0), (10, 10, 0, 10): (0.6075, 1.0),
+    }  # fmt: skip
+    for (a, n, b, m), (low, high) in table.items():
+        difference = newcombe(a / n, n, b / m, m)
+        assert (difference.value, difference.low, difference.high) == pytest.approx(
+            (a / n - b / m, low, high), abs=6e-5
+        )
+
+
+def test_holms_correction_by_hand():
+    # In order .005, .01, .03, .04 of 4: 4 * .005, 3 * .01, 2 * .03, and 1 * .04, which may not be below the .06 before.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.4]) == pytest.approx([0.8, 0.8]) and holm([0.7, 0.6]) == [1, 1] and holm([]) == []

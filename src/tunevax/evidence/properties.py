@@ -24,7 +24,7 @@ from tunevax.evidence.findings import (
     has_harm,
     percent,
 )
-from tunevax.evidence.results import COMMON, CURVES, Cell, Point, Results, is_harmful, pool
+from tunevax.evidence.results import COMMON, CURVES, Cell, Point, Results, is_harmful, pool, wilson
 from tunevax.evidence.stats import paired_difference
 from tunevax.records import Row
 
@@ -486,15 +486,25 @@ def _paired_difference(results: Results, label: str, judge: str) -> Difference |
 
 
 def _difference(ours: Point, theirs: Point) -> Difference:
-    """Newcombe's interval for a difference of shares. Seeds answer the same prompts, so n is one seed's."""
-    value = ours.value - theirs.value
+    """Two shares' difference with Newcombe's interval. Seeds answer the same prompts, so n is one seed's."""
     if None in (ours.low, theirs.low):
-        return Difference(value)
-    from statsmodels.stats.proportion import confint_proportions_2indep
+        return Difference(ours.value - theirs.value)
+    return newcombe(ours.value, ours.n // ours.seeds, theirs.value, theirs.n // theirs.seeds)
 
-    (a, n), (b, m) = ((p.value * (p.n // p.seeds), p.n // p.seeds) for p in (ours, theirs))
-    low, high = confint_proportions_2indep(a, n, b, m, method="newcomb", compare="diff")
-    return Difference(value, float(low), float(high))
+
+def newcombe(p: float, n: int, q: float, m: int) -> Difference:
+    """p - q of two independent shares, of n and of m, with its 95 % interval from the Wilson intervals of the two
+    (Newcombe, Statistics in Medicine 17, 1998, 873-890, method 10)."""
+    (low, high), (least, most) = wilson(p, n), wilson(q, m)
+    return Difference(p - q, p - q - math.hypot(p - low, most - q), p - q + math.hypot(high - p, q - least))
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """P values corrected for their number by Holm's step-down, in the order given."""
+    corrected, least = [0.0] * len(ps), 0.0
+    for rank, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        least = corrected[i] = min(max(least, (len(ps) - rank) * ps[i]), 1.0)
+    return corrected
 
 
 # -------------------------------------------------------------------------------------- the same prompts, in pairs
@@ -502,8 +512,6 @@ def _difference(ours: Point, theirs: Point) -> Difference:
 
 def paired(results: Results, model: ModelFindings, judge: str) -> None:
     """Fill in `paired` of the strong attacks with harmful rows, where there are generations."""
-    from statsmodels.stats.multitest import multipletests
-
     found: list[tuple[Attacked, Difference, float | None, int, int]] = []
     for attacked in model.attacks:
         if attacked.strength == "strong" and has_harm(attacked):
@@ -511,10 +519,9 @@ def paired(results: Results, model: ModelFindings, judge: str) -> None:
             areas, prompts = _areas(*cells, judge)
             if areas:
                 found.append((attacked, *_over_seeds(areas), prompts, len(areas)))
-    tested = [p for _, _, p, _, _ in found if p is not None]
-    corrected = iter(multipletests(tested, method="holm")[1] if tested else ())
+    corrected = iter(holm([p for _, _, p, _, _ in found if p is not None]))
     for attacked, difference, p, prompts, seeds in found:
-        attacked.paired = Paired(difference, p, None if p is None else float(next(corrected)), prompts, seeds)
+        attacked.paired = Paired(difference, p, None if p is None else next(corrected), prompts, seeds)
 
 
 def _areas(ours: Cell, theirs: Cell, judge: str) -> tuple[list[float], int]:

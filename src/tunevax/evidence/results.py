@@ -200,10 +200,16 @@ def _interval(score: str, found: dict[str, Any]) -> tuple[float, float] | None:
         return float(found["low"]), float(found["high"])
     if not is_share(score):
         return None
-    from scipy.stats import binomtest
+    return wilson(round(found["value"] * found["n"]) / found["n"], found["n"])
 
-    ends = binomtest(round(found["value"] * found["n"]), found["n"]).proportion_ci(0.95, method="wilson")
-    return float(ends.low), float(ends.high)
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of n. share * n need not be whole: the share may be a mean over seeds."""
+    from scipy.special import ndtri
+
+    z = float(ndtri(0.975))
+    half = z * math.sqrt(share * (1 - share) / n + (z / n) ** 2 / 4)
+    return tuple((share + z * z / n / 2 + side) / (1 + z * z / n) for side in (-half, half))
 
 
 def is_harmful(generation: dict[str, Any], judge: str) -> bool | None:

@@ -394,13 +394,9 @@ def _same(counts: list[list[int]]) -> float | None:
 
 def kappa(counts: list[list[int]]) -> str:
     """Cohen's kappa of a 2 x 2 table of counts; 'not defined' where both judges say one thing throughout."""
-    n = sum(map(sum, counts))
-    first, second = sum(counts[1]) / n, (counts[0][1] + counts[1][1]) / n
-    if first * second + (1 - first) * (1 - second) >= 1:
-        return "not defined"
-    from statsmodels.stats.inter_rater import cohens_kappa
-
-    return f"{cohens_kappa(counts, return_results=False):.2f}"
+    (a, b), (c, d) = counts
+    chance = (a + b) * (b + d) + (a + c) * (c + d)  # n^2 (1 - agreement by chance), in whole numbers
+    return f"{2 * (a * d - b * c) / chance:.2f}" if chance else "not defined"
 
 
 def _contingency(cells: Iterable[Cell], first: str, second: str) -> list[list[int]]:
