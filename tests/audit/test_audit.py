@@ -91,7 +91,7 @@ def test_rows_are_whole_and_the_same_for_the_same_model(finished, models, capsys
     assert {f.name for f in (finished / "cells").iterdir()} == {f"{n}.{e}" for n in names for e in ("json", "jsonl.gz")}
     assert len(names) == CELLS and not (finished / "generations.jsonl").exists()  # the responses are written once
     assert main(command(models, finished)) == 2
-    assert "is a finished audit; choose another" in capsys.readouterr().err
+    assert "is a finished run; choose another" in capsys.readouterr().err
 
 
 def test_three_kills_lose_nothing(finished, models, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -14,7 +14,7 @@ from tunevax.data.contamination import Exclusion
 from tunevax.data.safety import load_safety
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
-from tunevax.mixins import ModelsOptions, Overlap, RunOptions
+from tunevax.mixins import ModelsOptions, Overlap, RunOptions, option
 from tunevax.modeling.loading import Loaded, absolute, load
 from tunevax.records import Generation, ModelInfo, Row, Target
 from tunevax.runs import SCHEMA, digest, is_run, read_run
@@ -29,22 +29,13 @@ if TYPE_CHECKING:
 class TargetOptions(SuiteOptions, ModelsOptions, Overlap, RunOptions):
     """What every verb that attacks takes: the targets, the data and how to load them."""
 
-    control: str | None = field(
-        default=None,
-        metadata={
-            "help": "the model to compare with, attacked identically; default what --model was hardened from; "
-            "none for no control",
-            "decides": "cells",
-        },
+    control: str | None = option(
+        None,
+        "the model to compare with, attacked identically; default what --model was hardened from; none for no control",
+        decides="cells",
     )
-    safety_data: str | None = field(
-        default=None,
-        metadata={"help": "harmful rows: prompt and rejected, their attack split", "decides": "rows"},
-    )
-    task_data: str | None = field(
-        default=None,
-        metadata={"help": "benign rows: prompt and completion, their train split", "decides": "rows"},
-    )
+    safety_data: str | None = option(None, "harmful rows: prompt and rejected, their attack split", decides="rows")
+    task_data: str | None = option(None, "benign rows: prompt and completion, their train split", decides="rows")
 
 
 Options = TypeVar("Options", bound=TargetOptions)

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from tunevax.audit.cells import AuditCell, cells_of, contents, read_cell, write_cell
 from tunevax.audit.plan import AuditOptions, AuditPlan, plan, with_references
@@ -74,9 +74,7 @@ def audit(plan: AuditPlan, command: str = "") -> Path:
         "lm_eval": plan.suite.harness.versions if plan.suite.harness else None,
         "scoring": {name: contents(value) for name, value in deciding(options, "scores").items()},
     }  # fmt: skip
-    goes_on = is_run(final) and not options.overwrite
-    if goes_on:
-        require_failed(final, record)
+    goes_on = not options.overwrite and is_run(final) and has_failed(final, record["config"])
     with writing(str(final), record, resume=True, overwrite=options.overwrite or goes_on) as run:
         folder, weights = run.path / CELLS, run.path / "weights"
         if goes_on:
@@ -99,16 +97,21 @@ def audit(plan: AuditPlan, command: str = "") -> Path:
     return run.final
 
 
-def require_failed(final: Path, record: RunRecord) -> None:
-    """Raise `UsageError` unless a finished run is this audit, with failed cells that can be run again."""
+def has_failed(final: Path, config: dict[str, Any]) -> bool:
+    """Whether a finished run is this audit with cells that failed, so that the same command runs them again.
+
+    Raises:
+        UsageError: an older tunevax wrote it, and kept no cells.
+    """
     before = read_run(final)
-    same = before.get("verb") == "audit" and json.loads(json.dumps(record["config"], default=str)) == before["config"]
-    if same and before.get("failed") and (final / CELLS).is_dir():
-        return
-    what = "is a finished audit" if same else "is a finished run with other options"
-    if same and before.get("failed"):
-        what = "is by an older tunevax, which kept no cells to go on from"
-    raise UsageError(f"{final} {what}; choose another --output-dir, or pass --overwrite to replace it")
+    if not before.get("failed") or before["config"] != json.loads(json.dumps(config, default=str)):
+        return False
+    if not (final / CELLS).is_dir():
+        raise UsageError(
+            f"{final} is by an older tunevax, which kept no cells to go on from; choose another --output-dir, or pass "
+            "--overwrite to replace it"
+        )
+    return True
 
 
 def copy_cells(final: Path, to: Path) -> None:

@@ -70,13 +70,8 @@ def cells_of(plan: AuditPlan, chosen: Sequence[Setting], first_seed: bool, other
     found: list[AuditCell] = []
     for target in plan.targets:
         if first_seed:
-            key: dict[str, Any] = {
-                "kind": "none",
-                "attack": None,
-                "attack_hash": None,
-                "settings": {},
-                "seed": plan.protocol.seeds[0],
-            }
+            seed = plan.protocol.seeds[0]
+            key: dict[str, Any] = {"kind": "none", "attack": None, "attack_hash": None, "settings": {}, "seed": seed}
             found.append(_cell(target, None, key, scoring))
         for setting in chosen:
             for i, seed in enumerate(setting.seeds):

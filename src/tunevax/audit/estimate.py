@@ -54,7 +54,7 @@ class Clock:
     """Seconds per step and per scoring, measured once for each shape of training."""
 
     def __init__(self, plan: AuditPlan) -> None:
-        self.target, self.worker = plan.targets[0], Worker(plan.options, plan.suite, plan.exclusion)
+        self.target, self.worker = plan.targets[0], Worker(plan.options, plan.exclusion, plan.suite)
         self.steps: dict[tuple, float] = {}  # shape of training -> seconds per step
         context = self.worker.context(AuditCell(self.target, None, {"seed": 0}, ""), "", None)
         started = time.monotonic()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
 from tunevax.attacks.context import TargetOptions, attack_data, find_targets, use_data_of_run, use_saved_template
@@ -11,7 +11,7 @@ from tunevax.attacks.kind import only_through_the_service
 from tunevax.audit.protocol import Protocol, Setting, build, load_protocol, settings
 from tunevax.data.contamination import Exclusion, Rows, check, used_prompts
 from tunevax.errors import UsageError
-from tunevax.mixins import require_given
+from tunevax.mixins import option, require_given
 from tunevax.modeling.checkpoints import config_of, model_hash
 from tunevax.modeling.loading import absolute, resolve
 from tunevax.records import CellSummary, DataEntry, ModelInfo, Target, data_entry, digest, is_run, read_run
@@ -24,56 +24,33 @@ class AuditOptions(TargetOptions):
     hardened run recorded. The command line reads the protocol's; in Python it is
     `AuditOptions(protocol=NAME, **load_protocol(NAME).scoring, ...)`."""
 
-    control: str | None = field(
-        default=None,
-        metadata={
-            "help": "the same model without the defence, attacked identically; an audit needs one",
-            "decides": "cells",
-        },
+    control: str | None = option(
+        None, "the same model without the defence, attacked identically; an audit needs one", decides="cells"
     )
-    fluency_model: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "language models; what surprises each is gibberish; default the control, and, if it is a defence "
-            "itself, what it began as; none: off"
-        },
+    fluency_model: list[str] = option(
+        [],
+        "language models; what surprises each is gibberish; default the control, and, if it is a defence "
+        "itself, what it began as; none: off",
     )
-    judges: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "refusal-keywords, organism, hf:MODEL; several are shown side by side, two at least are wanted"
-        },
+    judges: list[str] = option(
+        [], "refusal-keywords, organism, hf:MODEL; several are shown side by side, two at least are wanted"
     )
-    protocol: str = field(
-        default="quick",
-        metadata={"help": "paper, quick, standard, durability, fine-tuning, or a YAML file", "decides": "cells"},
+    protocol: str = option("quick", "paper, quick, standard, durability, fine-tuning, or a YAML file", decides="cells")
+    dialogues: str | None = option(
+        None, "dialogues of the identity-shift attacks: JSONL with `messages`", decides="cells"
     )
-    dialogues: str | None = field(
-        default=None,
-        metadata={"help": "dialogues of the identity-shift attacks: JSONL with `messages`", "decides": "cells"},
+    controls: list[str] = option(
+        [],
+        "also attack: undefended, equal-compute, equal-steps, equal-updates, random-perturbation (trained "
+        "into OUT.controls)",
+        decides="cells",
     )
-    controls: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "also attack: undefended, equal-compute, equal-steps, equal-updates, random-perturbation (trained "
-            "into OUT.controls)",
-            "decides": "cells",
-        },
+    output_dir: str | None = option(None, "the run folder to write", decides="nothing")
+    workers: int = option(
+        0, "processes; 0 is one per GPU, and without one as many as cores for a small model", decides="nothing"
     )
-    output_dir: str | None = field(default=None, metadata={"help": "the run folder to write", "decides": "nothing"})
-    workers: int = field(
-        default=0,
-        metadata={
-            "help": "processes; 0 is one per GPU, and without one as many as cores for a small model",
-            "decides": "nothing",
-        },
-    )
-    dry_run: bool = field(
-        default=False, metadata={"help": "list the cells, with time and memory, and stop", "decides": "nothing"}
-    )
-    keep_attacked: bool = field(
-        default=False, metadata={"help": "keep the attacked weights, one folder per cell", "decides": "nothing"}
-    )
+    dry_run: bool = option(False, "list the cells, with time and memory, and stop", decides="nothing")
+    keep_attacked: bool = option(False, "keep the attacked weights, one folder per cell", decides="nothing")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,10 +94,8 @@ def plan(options: AuditOptions) -> AuditPlan:
         protocol = replace(protocol, defaults={**protocol.defaults, "dialogues": options.dialogues})
     require_given(options, "model")
     if options.control is None or options.control == "none":
-        parent = (
-            (read_run(options.model[0]).get("model") or ModelInfo()).get("ref") if is_run(options.model[0]) else None
-        )
-        hint = f" (it was hardened from {parent})" if parent else ""
+        origin = read_run(options.model[0]).get("model") if is_run(options.model[0]) else None
+        hint = f" (it was hardened from {origin['ref']})" if origin else ""
         raise UsageError(
             f"--control is missing: an audit compares; give the same model without the defence{hint}, or look at one "
             "attack alone with `tunevax attack`"
@@ -150,12 +125,10 @@ def plan(options: AuditOptions) -> AuditPlan:
     for config in configs:
         for role, rows in config.kept_rows(options, exclusion).items():
             benign[role] = [*benign.get(role, []), *rows]
-    data = [data_entry("attack", options.safety_data or "", harmful)] if harmful else []
-    data += [data_entry("task", options.task_data or "", task)] if task else []
-    data += [data_entry("evaluation", options.eval_data or options.safety_data or "", suite.harmful)]
-    for role, scored in (("task evaluation", suite.task and suite.task.rows), ("over-refusal", suite.benign)):
-        data += [data_entry(role, "", scored)] if scored else []
-    data += [data_entry(f"utility {t.name}", "", t.rows) for t in suite.utility]
+    sources = {"attack": options.safety_data, "task": options.task_data}
+    sources["evaluation"] = options.eval_data or options.safety_data
+    parts = {"attack": harmful, "task": task, **suite.roles()}
+    data = [data_entry(role, sources.get(role) or "", rows) for role, rows in parts.items() if rows]
     planned = AuditPlan(options, protocol, [], grid, skipped, data, suite, harmful, benign, exclusion)
     return planned._replace(targets=[_checked(planned, target) for target in targets])
 

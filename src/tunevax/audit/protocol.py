@@ -151,7 +151,7 @@ def settings(protocol: Protocol, depth: int, targets: Sequence[Mapping[str, Any]
             config_class: type[AttackKind] = load_method("tunevax.attacks", kind)
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from error
-        fields = {f.name: f for f in dataclasses.fields(config_class) if f.init}
+        fields = {f.name: f for f in dataclasses.fields(config_class) if f.init}  # type: ignore[arg-type]
         expanded = config_class.expand({k.replace("-", "_"): v for k, v in options.items()}, targets, depth)
         if expanded is None:
             continue

@@ -37,7 +37,7 @@ Run = Callable[[Sequence[AuditCell]], Iterator[tuple[AuditCell, str]]]
 def pool(plan: AuditPlan, folder: Path, weights: Path | None, workers: int) -> Iterator[Run]:
     """Processes that run the cells of a plan, one suite each; with one worker it is this process, with the plan's."""
     if workers <= 1:
-        here = Worker(plan.options, plan.suite, plan.exclusion)
+        here = Worker(plan.options, plan.exclusion, plan.suite)
         yield lambda cells: ((cell, here.run(cell, folder, weights)) for cell in cells)
         return
     import torch
@@ -109,12 +109,17 @@ def cores() -> int:
 
 
 class Worker:
-    """What a process loads once for all its cells: suite, data, and the scores of untouched models."""
+    """What a process loads once for all its cells: suite, data, and the scores of untouched models.
 
-    def __init__(self, options: AuditOptions, suite: Suite, exclusion: Exclusion) -> None:
-        self.options, self.suite, self.exclusion = options, suite, exclusion.fresh()
-        if suite.benign is None and suite.task is not None:  # somewhere a refusal of everything must show
-            self.suite = suite._replace(benign=suite.task.rows)
+    Args:
+        suite: if this process has built it already.
+    """
+
+    def __init__(self, options: AuditOptions, exclusion: Exclusion, suite: Suite | None = None) -> None:
+        self.options, self.exclusion = options, exclusion.fresh()
+        suite = suite or build_suite(options, options.safety_data, options.task_data, exclusion=self.exclusion)
+        shows = suite.benign or (suite.task and suite.task.rows)  # somewhere a refusal of everything must show
+        self.suite = suite._replace(benign=shows)
         self.before: dict[Any, Any] = {}
         self.rows: dict[frozenset[str], tuple[list[dict], list[dict]]] = {}
 
@@ -199,8 +204,7 @@ def _start_worker(options: AuditOptions, parent: int, counter: Any, gpus: int, e
     threading.Thread(target=watch, daemon=True).start()
     quiet()
     console.quiet = True  # for good: an interrupted worker must not draw its bars
-    suite = build_suite(options, options.safety_data, options.task_data, exclusion=exclusion.fresh())
-    _worker = Worker(options, suite, exclusion)
+    _worker = Worker(options, exclusion)
 
 
 def _run_in_worker(cell: AuditCell, folder: Path, weights: Path | None) -> str:
