@@ -60,7 +60,7 @@ def conditions(record: RunRecord) -> list[tuple[str, Any]]:
         found += [(f"attack {i}, {key}", value) for key, value in attack.items()]
     found += [(f"the attacks' {key}", value) for key, value in (protocol.get("defaults") or {}).items()]
     found += [(f"the {entry['role']} data", entry["hash"]) for entry in record["data"]]
-    found += [(name.replace("_", " "), value) for name, value in scoring(record).items()]
+    found += [(name.replace("_", " "), value or None) for name, value in scoring(record).items()]
     found += [("tunevax", record["versions"]["tunevax"])]
     templates = {t.get("template_hash") for t in record["targets"]}
     return [*found, ("the chat template", sorted(map(str, templates)))]
