@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import random
-import runpy
 import shutil
 import signal
 import subprocess
@@ -22,6 +21,7 @@ from tunevax.cli import main
 from tunevax.errors import UsageError
 from tunevax.organism import path
 from tunevax.records import read_generations
+from tunevax.scoring.rejudge import JudgeOptions, rejudge
 
 SMALL = """
 seeds: [1, 2]
@@ -191,20 +191,16 @@ def test_a_kill_while_failed_cells_run_again_loses_nothing(finished, models, tmp
     assert "is by an older tunevax, which kept no cells to go on from; choose another" in capsys.readouterr().err
 
 
-def test_judging_again_changes_what_the_judge_changes(finished, tmp_path, monkeypatch):
-    script = Path(__file__).parents[2] / "scripts" / "rejudge.py"
-
-    def again(name, *options):
-        out = tmp_path / name
-        monkeypatch.setattr(sys, "argv", [str(w) for w in (script, finished, "--output-dir", out, *options)])
-        runpy.run_path(str(script), run_name="__main__")
+def test_judging_again_changes_what_the_judge_changes(finished, tmp_path):
+    def again(name, **options):
+        out = rejudge(str(finished), JudgeOptions(output_dir=str(tmp_path / name), **options))
         results = lines(out / "results.jsonl")
         return results, list(read_generations(out, results))
 
     rows = lines(finished / "results.jsonl")
     before = rows, list(read_generations(finished, rows))
-    assert again("same", "--fluency-model", "none") == before
-    results, generations = again("other", "--fluency-model", "none", "--judges", "organism")
+    assert again("same") == before
+    results, generations = again("other", judges=["organism"])
     assert [{**r, "scores": None} for r in results] == [{**r, "scores": None} for r in before[0]]
     assert {name for r in results for name in r["scores"] if "/" in name and name[0] == "h"} == {"harmful/organism"}
     assert [g["response"] for g in generations] == [g["response"] for g in before[1]]

@@ -129,12 +129,7 @@ class TARTrainer(SFTTrainer):
         require_pairs(safety_data, "tar")
         # {answer: encoded rows}, in the order of `safety_data`
         self.answers = {
-            name: encode(
-                [{**row, "completion": row[name]} for row in safety_data],
-                processing_class,
-                args.max_length,
-                context=context_of(model),
-            )
+            name: encode(safety_data, processing_class, args.max_length, context=context_of(model), answer=name)
             for name in ("rejected", "chosen")
         }
         super().__init__(model, args, safety_data, processing_class, task_data, callbacks)

@@ -12,7 +12,7 @@ from typing import Any
 from tunevax.attacks.context import AttackContext, TargetOptions
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.data.mixing import mix
-from tunevax.data.tasks import load_task
+from tunevax.data.roles import load_rows
 
 
 @dataclass
@@ -31,7 +31,7 @@ class BenignOnlyConfig(FinetuneConfig):
 
     def own_rows(self, options: TargetOptions) -> dict[str, list[dict[str, Any]]]:
         """The rows of `benign_rows`, by role."""
-        return {"benign rows": load_task(self.benign_rows, "train").rows} if self.benign_rows else {}
+        return {"benign rows": load_rows("task", self.benign_rows)} if self.benign_rows else {}
 
     def rows(self, context: AttackContext) -> list[dict[str, Any]]:
         """Benign rows only."""

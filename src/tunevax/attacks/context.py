@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from tunevax.console import console
 from tunevax.data.contamination import Exclusion
-from tunevax.data.safety import load_safety
-from tunevax.data.tasks import load_task
+from tunevax.data.roles import load_rows
 from tunevax.errors import UsageError
 from tunevax.mixins import ModelsOptions, Overlap, RunOptions, option
 from tunevax.modeling.loading import Loaded, absolute, load
@@ -155,12 +154,12 @@ def attack_data(
     if "harmful" in needs:
         if options.safety_data is None:
             raise UsageError("--safety-data is missing: this attack needs harmful rows")
-        harmful = load_safety(options.safety_data, "attack", ("rejected",), "an attack")
+        harmful = load_rows("attack", options.safety_data, ("rejected",), "an attack")
         harmful = leave_out.attack("attack", harmful)
     if "task" in needs:
         if options.task_data is None:
             raise UsageError("--task-data is missing: this attack needs benign rows")
-        task = leave_out.benign("task", load_task(options.task_data, "train").rows)
+        task = leave_out.benign("task", load_rows("task", options.task_data))
     return harmful, task
 
 

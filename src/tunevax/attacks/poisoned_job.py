@@ -18,7 +18,7 @@ from tunevax.attacks.finetune import Curve, work_of
 from tunevax.attacks.kind import AttackConfig, NotApplicable, Work
 from tunevax.data.contamination import recorded_prompts, used_prompts
 from tunevax.data.mixing import mix
-from tunevax.data.safety import load_safety
+from tunevax.data.roles import load_rows
 from tunevax.errors import UsageError
 from tunevax.methods import load_method
 from tunevax.modeling.callbacks import ProgressCallback
@@ -102,7 +102,7 @@ class PoisonedJobConfig(AttackConfig):
         safety = None
         if trainer_class.needs:
             source = record["config"]["safety_data"]
-            safety = load_safety(source, "alignment", trainer_class.needs, record["method"])
+            safety = load_rows("alignment", source, trainer_class.needs, record["method"])
             known = next(entry["hash"] for entry in record["data"] if entry["role"] == "alignment")
             if data_entry("alignment", source, safety)["hash"] != known:
                 raise NotApplicable(

@@ -79,8 +79,8 @@ class Antidote:
         ref = job.options.model
         lora_layers(loaded.model, ref)  # before the forward passes
         encoded = encode(
-            [{**rows[i], "completion": rows[i]["rejected"]} for i in sorted(order)], loaded.tokenizer,
-            self.max_length, context=context_of(unwrap(loaded.model)),
+            [rows[i] for i in sorted(order)], loaded.tokenizer, self.max_length,
+            context=context_of(unwrap(loaded.model)), answer="rejected",
         )  # fmt: skip
         model, table = antidote(
             loaded.model, encoded, loaded.tokenizer.pad_token_id, self.alpha, self.form, self.batch_size
