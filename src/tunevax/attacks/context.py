@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -15,8 +14,7 @@ from tunevax.data.roles import load_rows
 from tunevax.errors import UsageError
 from tunevax.mixins import ModelsOptions, Overlap, RunOptions, option
 from tunevax.modeling.loading import Loaded, absolute, load
-from tunevax.records import Generation, ModelInfo, Row, Target
-from tunevax.runs import SCHEMA, digest, is_run, read_run
+from tunevax.records import SCHEMA, Generation, ModelInfo, Row, Target, digest, harmful, is_run, read_run
 from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.suite import Suite, SuiteOptions, labels_of
 
@@ -40,6 +38,7 @@ class TargetOptions(SuiteOptions, ModelsOptions, Overlap, RunOptions):
 Options = TypeVar("Options", bound=TargetOptions)
 
 
+@dataclass
 class AttackContext:
     """What an attack on one model works with.
 
@@ -57,18 +56,21 @@ class AttackContext:
         exclusion: what is left out of rows that the attack reads itself.
     """
 
-    def __init__(
-        self, target: Target, options: TargetOptions, harmful: Sequence[dict], task: Sequence[dict],
-        suite: Suite, key: dict[str, Any], folder: Path | None = None, before: dict | None = None,
-        exclusion: Exclusion | None = None,
-    ) -> None:  # fmt: skip
-        self.target, self.options, self.harmful, self.task, self.suite = target, options, harmful, task, suite
-        self.key, self.folder, self.before = key, folder, before
-        self.exclusion = exclusion or Exclusion()
-        self.results: list[Row] = []
-        self.generations: list[Generation] = []
-        self.record: ModelInfo = {}
-        self.loaded = (target["ref"], True)  # which model, and whether its last adapter is merged
+    target: Target
+    options: TargetOptions
+    harmful: Sequence[dict]
+    task: Sequence[dict]
+    suite: Suite
+    key: dict[str, Any]
+    folder: Path | None = None
+    before: dict[tuple[str, bool], tuple] | None = None
+    exclusion: Exclusion = field(default_factory=Exclusion)
+    results: list[Row] = field(default_factory=list)
+    generations: list[Generation] = field(default_factory=list)
+    record: ModelInfo = field(default_factory=ModelInfo)
+
+    def __post_init__(self) -> None:
+        self.loaded = (self.target["ref"], True)  # which model, and whether its last adapter is merged
 
     def load(self, chat_template: str | None = None, ref: str | None = None, **how: Any) -> Loaded:
         """The target (or `ref` in its place), loaded as the options say, or as `how` says; what run.json says of it is
@@ -101,10 +103,10 @@ class AttackContext:
             scores, responses = kept or evaluate(model, tokenizer, suite or self.suite, full=full)
         if untouched is not None:
             untouched[self.loaded] = scores, responses
-        harmful = max(scores[name]["value"] for name in scores if name.startswith("harmful/"))
-        if self.target["role"] == "control" and step == 0 and harmful > 0.5 and self.before is None:
+        share, _ = harmful(scores)
+        if self.target["role"] == "control" and step == 0 and share > 0.5 and self.before is None:
             console.print(
-                f"note: the control {self.target['label']} is {harmful:.0%} harmful before the attack, so nothing can "
+                f"note: the control {self.target['label']} is {share:.0%} harmful before the attack, so nothing can "
                 "be compared with it; give an aligned one with --control",
                 highlight=False,
             )
@@ -113,12 +115,6 @@ class AttackContext:
         row = {"schema": SCHEMA, "model": self.target["label"], "role": self.target["role"], **self.key, "step": step}
         self.results.append(cast(Row, {**row, "samples": samples, "train_loss": None, "scores": scores}))
         self.record["steps"] = max(step, self.record.get("steps", 0))
-
-    def write(self, folder: Path) -> None:
-        """Append the rows to results.jsonl and generations.jsonl."""
-        for name, lines in (("results.jsonl", self.results), ("generations.jsonl", self.generations)):
-            with (folder / name).open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def use_data_of_run(options: Options) -> Options:

@@ -44,11 +44,6 @@ class PoisonedJobConfig(AttackConfig):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
-    @property
-    def needs(self) -> set[str]:
-        """The data it draws from."""
-        return {*(["harmful"] if self.p > 0 else []), *(["task"] if self.p < 1 else [])}
-
     def applies(self, targets: Sequence[Mapping[str, Any]], options: TargetOptions) -> str | None:
         """The control must be a job, and trained as the models' jobs are."""
         refs = {role: [t["ref"] for t in targets if t["role"] == role] for role in ("control", "model")}

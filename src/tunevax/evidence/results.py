@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tunevax.errors import UsageError
-from tunevax.evidence.rows import ROLES, Kind, numbered_rows
+from tunevax.evidence.rows import ROLES, Kind, completed, numbered_rows
 from tunevax.evidence.stats import wilson
 from tunevax.evidence.words import joined
 from tunevax.records import (
@@ -320,9 +320,9 @@ def read_results(paths: Iterable[Path]) -> Results:
 def from_rows(rows: Sequence[Row]) -> Results:
     """The results of rows at hand, without responses, as a screen needs them."""
     cells: dict[tuple[str, str | None], Cell] = {}
-    roles = _roles(rows)
+    rows, roles = [completed(row, ()) for row in rows], _roles(rows)
     for row in rows:
-        _add(cells, row, row["attack"], roles[row["model"]])
+        _add(cells, completed(row, ()), row["attack"], roles[row["model"]])
     found = list(cells.values())
     return Results(found, _judges(found, rows)[0], None)
 

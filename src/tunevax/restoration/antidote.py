@@ -60,7 +60,7 @@ class Antidote:
     max_length: int = field(default=512, metadata={"help": "tokens per row; longer answers are cut"})
     batch_size: int = field(default=16, metadata={"help": "rows run together"})
 
-    paper: ClassVar[str] = "2408.09600"
+    paper: ClassVar[str] = "arXiv 2408.09600"
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:

@@ -54,7 +54,7 @@ class ExtractLock:
     seed: int = field(default=0, metadata={"help": "of the pairs drawn and of the probes' folds"})
     output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
 
-    paper = "2410.10343"
+    paper = "arXiv 2410.10343"
 
     def __post_init__(self) -> None:
         for name in ("r", "heads", "probe_pairs", "batch_size"):

@@ -56,12 +56,14 @@ def at_first_call(spec: str) -> Judge:
         UsageError: as `load_model_judge`, but for what only the weights show.
     """
     ref, options = _parse(spec)
-    _described(ref, options.get("format"), options.get("label"))
+    kind, config, _ = _described(ref, options.get("format"))
+    if kind == "classifier":
+        classifier.harmful_label(config, options.get("label"))
     return lambda prompts, responses: load_model_judge(spec)(prompts, responses)
 
 
 @cache
-def _described(ref: str, kind: str | None, label: str | None) -> tuple[str, PreTrainedConfig, PreTrainedTokenizerBase]:
+def _described(ref: str, kind: str | None) -> tuple[str, PreTrainedConfig, PreTrainedTokenizerBase]:
     """The format, configuration and tokenizer of a judge."""
     import transformers
 
@@ -75,8 +77,6 @@ def _described(ref: str, kind: str | None, label: str | None) -> tuple[str, PreT
         tokenizer = transformers.AutoTokenizer.from_pretrained(ref, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:  # ImportError: a tokenizer's missing library
         raise UsageError(f"judge '{ref}' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    if kind == "classifier":
-        classifier.harmful_label(config, label)
     return kind, config, tokenizer
 
 
@@ -85,7 +85,7 @@ def _loaded(ref: str, kind: str | None, label: str | None, device: str | None, b
     import torch
     import transformers
 
-    kind, config, tokenizer = _described(ref, kind, label)
+    kind, config, tokenizer = _described(ref, kind)
     auto: type = transformers.AutoModelForCausalLM
     if kind in classifier.FORMATS:
         auto = transformers.AutoModelForSequenceClassification
