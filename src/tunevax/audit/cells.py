@@ -67,31 +67,26 @@ def cells_of(plan: AuditPlan, chosen: Sequence[Setting], first_seed: bool, other
     scoring = {**decided_by, "data": [e["hash"] for e in plan.data], "tunevax": __version__}
     if plan.exclusion.active:
         scoring["dropped"] = digest(plan.exclusion.summary())
-    found: list[AuditCell] = []
+    runs: list[tuple[Setting | None, dict[str, Any], Traits]] = []
+    if first_seed:
+        seed = plan.protocol.seeds[0]
+        runs.append((None, {"kind": "none", "attack": None, "attack_hash": None, "settings": {}, "seed": seed}, {}))
+    for setting in chosen:
+        for i, seed in enumerate(setting.seeds):
+            if first_seed if i == 0 or setting.named else others:
+                config = build(setting.kind, setting.values, seed, None)
+                hashed = config.setting_hash(setting.kind, drawn_from, evaluation)
+                key = {"kind": setting.kind, "attack": setting.name, "settings": setting.shown, "seed": seed}
+                runs.append((setting, {**key, "attack_hash": hashed}, config.traits))
+    cells: list[AuditCell] = []
     for target in plan.targets:
-        if first_seed:
-            seed = plan.protocol.seeds[0]
-            key: dict[str, Any] = {"kind": "none", "attack": None, "attack_hash": None, "settings": {}, "seed": seed}
-            found.append(_cell(target, None, key, scoring))
-        for setting in chosen:
-            for i, seed in enumerate(setting.seeds):
-                if first_seed if i == 0 or setting.named else others:
-                    config = build(setting.kind, setting.values, seed, None)
-                    key = {
-                        "kind": setting.kind, "attack": setting.name, "settings": setting.shown, "seed": seed,
-                        "attack_hash": config.setting_hash(setting.kind, drawn_from, evaluation),
-                    }  # fmt: skip
-                    found.append(_cell(target, setting, key, scoring, config.traits))
-    return found
-
-
-def _cell(
-    target: Target, setting: Setting | None, key: dict[str, Any], scoring: dict[str, Any],
-    traits: Traits | None = None,
-) -> AuditCell:  # fmt: skip
-    values = {k: contents(v) for k, v in setting.values.items()} if setting else {}
-    name = digest([target["hash"], target["label"], target["role"], key, values, scoring])
-    return AuditCell(target, setting, {**key, **({"traits": traits} if traits else {}), "cell": name}, name)
+        for attack, key, traits in runs:
+            values = {k: contents(v) for k, v in attack.values.items()} if attack else {}
+            name = digest([target["hash"], target["label"], target["role"], key, values, scoring])
+            cells.append(
+                AuditCell(target, attack, {**key, **({"traits": traits} if traits else {}), "cell": name}, name)
+            )
+    return cells
 
 
 def write_cell(folder: Path, outcome: CellRecord, generations: Iterable[Generation]) -> None:
