@@ -48,7 +48,9 @@ class Control(NamedTuple):
     why: str
 
 
-def make_controls(run: str | Path, kinds: Sequence[str], folder: str | Path, command: str = "") -> list[Control]:
+def make_controls(
+    run: str | Path, kinds: Sequence[str], folder: str | Path, command: str = "", dry_run: bool = False
+) -> list[Control]:
     """Train the controls of `run` into `folder`, one run folder each, in one process.
 
     A control that is there and complete is used again, an unfinished one is continued.
@@ -57,6 +59,7 @@ def make_controls(run: str | Path, kinds: Sequence[str], folder: str | Path, com
         run: an align run.
         kinds: of `KINDS`.
         command: for the controls' own records.
+        dry_run: check everything, and train nothing.
 
     Raises:
         UsageError: not an align run, or one without its compute; its model or data are gone or have changed; `folder`
@@ -71,15 +74,16 @@ def make_controls(run: str | Path, kinds: Sequence[str], folder: str | Path, com
     makers = {"undefended": undefended, "random-perturbation": random_perturbation}
     makers |= {f"equal-{alike}": functools.partial(plain, alike=alike) for alike in ("compute", "steps", "updates")}
     require_one_process("making controls")
-    return [makers[kind](Path(run), record, Path(folder), command) for kind in kinds]
+    out = None if dry_run else command
+    return [makers[kind](Path(run), record, Path(folder), out) for kind in kinds]
 
 
-def undefended(run: Path, record: dict[str, Any], folder: Path, command: str) -> Control:
+def undefended(run: Path, record: dict[str, Any], folder: Path, command: str | None) -> Control:
     """What was hardened; nothing is trained."""
     return Control("undefended", hardened_from(run, record), f"what {run.name} was hardened from")
 
 
-def plain(run: Path, record: dict[str, Any], folder: Path, command: str, alike: str) -> Control:
+def plain(run: Path, record: dict[str, Any], folder: Path, command: str | None, alike: str) -> Control:
     """SFT for as many steps as make it equal to the run in `alike`: compute, steps or updates.
 
     Raises:
@@ -104,7 +108,7 @@ def plain(run: Path, record: dict[str, Any], folder: Path, command: str, alike: 
     return Control(label, ref, f"plain fine-tuning for {steps} steps, {why}")
 
 
-def random_perturbation(run: Path, record: dict[str, Any], folder: Path, command: str) -> Control:
+def random_perturbation(run: Path, record: dict[str, Any], folder: Path, command: str | None) -> Control:
     """The run's method with a random direction."""
     label, method = f"{run.name}-random", record["method"]
     if method not in methods("tunevax.alignment"):
@@ -121,9 +125,11 @@ def random_perturbation(run: Path, record: dict[str, Any], folder: Path, command
 
 
 def train(
-    run: Path, record: dict[str, Any], trainer: type, method: str, changes: dict[str, Any], out: Path, command: str
-) -> str:
-    """Train as `run` was, but by `trainer` and with `changes`, into `out`; returns it as a reference."""
+    run: Path, record: dict[str, Any], trainer: type, method: str, changes: dict[str, Any], out: Path,
+    command: str | None,
+) -> str:  # fmt: skip
+    """Train as `run` was, but by `trainer` and with `changes`, into `out`; returns it as a reference. Without a command
+    check that it can be trained, and no more."""
     values = {**one_process(record), **changes}
     options = AlignOptions(**taken(AlignOptions, values), resume=True)
     options.model = hardened_from(run, record)
@@ -142,7 +148,8 @@ def train(
             )
     config = trainer.config_class(str(out), **taken(trainer.config_class, values))
     if not is_run(out):
-        align(trainer, method, options, config, command)
+        if command is not None:
+            align(trainer, method, options, config, command)
     elif difference := differs(read_run(out), method, resolved(options, config), data):
         raise UsageError(f"{out} is another control than the one wanted here ({difference}); delete it")
     return str(out)
