@@ -28,6 +28,7 @@ from tunevax.alignment.t_vaccine import TVaccineTrainer
 from tunevax.alignment.tar import TARTrainer
 from tunevax.alignment.vaccine import VaccineTrainer
 from tunevax.data.encoding import collate
+from tunevax.modeling import method
 from tunevax.modeling.memory import LiveMemory
 
 BLOCKS, HIDDEN, INTERMEDIATE, VOCABULARY, BATCH, TOKENS = 16, 256, 688, 8000, 8, 128
@@ -74,14 +75,10 @@ def stock(folder: str) -> Trainer:
 
 
 def ours(cls: type, folder: str, on: LlamaForCausalLM | None = None, **options) -> Trainer:
-    import sys
-
     shortcuts = {k: options.pop(k) for k in ("replay", "response_only") if k in options}
-    for name, module in list(sys.modules.items()):
-        if name.startswith("tunevax.alignment.") and hasattr(module, "encode"):
-            module.encode = encoded
+    method.encode = encoded
     config = cls.config_class(folder, learning_rate=1e-4, lora_r=8, per_device_train_batch_size=BATCH, **options)
-    trainer = cls(on or model(), config, ROWS, Tokenizer())
+    trainer = cls(on or model(), config, safety_data=ROWS, processing_class=Tokenizer())
     trainer.state.max_steps = 10**6  # somewhere in a long run
     for name, value in shortcuts.items():
         setattr(trainer, name, value)

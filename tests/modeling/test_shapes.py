@@ -194,7 +194,7 @@ def test_a_model_without_known_blocks_trains_by_sft_alone(encoded, tmp_path):
     trainer = trainer_of(model, "sft", tmp_path)
     trainer.train()
     assert trainer.state.global_step == 1
-    with pytest.raises(UsageError, match=r"no decoder blocks found in LlamaForCausalLM.*VaccineTrainer needs it"):
+    with pytest.raises(UsageError, match=r"no decoder blocks found in LlamaForCausalLM.*vaccine needs it"):
         trainer_of(model, "vaccine", tmp_path)
     with pytest.raises(UsageError, match="leave out --checkpoint-blocks all"):
         trainer_of(model, "sft", tmp_path, checkpoint_blocks="all")

@@ -9,7 +9,7 @@ from typing import Any
 from tunevax.alignment.held_out import evaluate, fitting, held_out_rows, loss_on
 from tunevax.alignment.sft import SFTConfig
 from tunevax.data.contamination import chosen_with, count, hashes, record_prompts
-from tunevax.data.safety import load_safety
+from tunevax.data.safety import answers_in, load_safety
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError, shortened
 from tunevax.mixins import AllowOverlap, ResumableRunOptions, TrainedModelOptions, require_given
@@ -78,7 +78,10 @@ def align(trainer_class: type, method: str, options: AlignOptions, config: SFTCo
             loss_before = loss_on(loaded.model, held_out.harmful, loaded.tokenizer, config.max_length)
         memory = StepMemory()
         callbacks = [ProgressCallback(f"align {method}"), LogCallback(run.path / "log.jsonl"), memory]
-        trainer = trainer_class(loaded.model, config, safety, loaded.tokenizer, task, callbacks)
+        trainer = trainer_class(
+            loaded.model, config, safety_data=safety, task_data=task, processing_class=loaded.tokenizer,
+            callbacks=callbacks,
+        )  # fmt: skip
         trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         base = record["parent"] or loaded.info["base"]
         rehearse(trainer, run.path, base)
@@ -105,8 +108,7 @@ def align(trainer_class: type, method: str, options: AlignOptions, config: SFTCo
 
 def read_data(trainer_class: type, method: str, options: AlignOptions) -> tuple[list[dict], list[dict] | None, list]:
     """Safety rows, benign rows or None, and what run.json says of them."""
-    need = ("chosen", "rejected") if trainer_class.needs_rejected else ("chosen",)
-    safety = load_safety(options.safety_data, "alignment", need, purpose=method)
+    safety = load_safety(options.safety_data, "alignment", answers_in(trainer_class.needs), purpose=method)
     data = [data_entry("alignment", options.safety_data, safety)]
     if not options.task_data:
         return safety, None, data

@@ -16,7 +16,6 @@ updates a weight.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,9 +25,10 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from tunevax.alignment.vaccine import VaccineConfig, VaccineTrainer, without_weight_gradients
-from tunevax.data.encoding import collate, context_of, encode
+from tunevax.data.encoding import collate
 from tunevax.errors import RunError, UsageError, unknown
 from tunevax.modeling.blocks import find_final_norm, unwrap
+from tunevax.modeling.draws import Draws
 from tunevax.modeling.hooks import capture, cheap_recomputed, checkpointed, has_dropout, without_dropout
 from tunevax.modeling.precision import wide
 from tunevax.modeling.shapes import can_replay
@@ -87,22 +87,14 @@ class TVaccineTrainer(VaccineTrainer):
 
     config_class = TVaccineConfig
     paper = "arXiv 2410.09760"
-    needs_rejected = True
+    needs = frozenset({"chosen", "rejected"})
+    args: TVaccineConfig
 
-    def __init__(
-        self,
-        model: Any,
-        args: TVaccineConfig,
-        safety_data: Sequence[dict],
-        processing_class: Any,
-        task_data: Sequence[dict] | None = None,
-        callbacks: list | None = None,
-    ) -> None:
-        if not all(row.get("rejected") for row in safety_data):
-            raise UsageError("t-vaccine needs `rejected`, the harmful answer, in every row of the safety data")
-        harmful = [{**row, "completion": row["rejected"]} for row in safety_data]
-        self.harmful = encode(harmful, processing_class, args.max_length, context=context_of(model))
-        super().__init__(model, args, safety_data, processing_class, task_data, callbacks)
+    def prepare(self) -> None:
+        """Harmful rows for the probe, and what of each block trains."""
+        super().prepare()
+        args = self.args
+        self.harmful = self.encode_answers(self.safety_data, "rejected")
         self.has_dropout = has_dropout(self.model)
         self.replay = self.replay and can_replay(self.model, [b.module for b in self.blocks])
         depth = len(self.blocks)
@@ -117,8 +109,7 @@ class TVaccineTrainer(VaccineTrainer):
             raise UsageError(f"gamma is {args.gamma}; the model has {depth} blocks")
         if args.gamma == depth:
             print(f"note: gamma is {args.gamma} and the model has {depth} blocks: this is Vaccine, nothing is targeted")
-        # RandomState: its stream is frozen by numpy's policy, so a seed means the same blocks in every version.
-        self.generator = np.random.RandomState(args.seed)
+        self.draws = Draws(args.seed)
         self.scores: list[float] | None = None
         self.selected: list[int] = []
         self.spent = 0.0  # compute so far, in SFT steps
@@ -173,7 +164,9 @@ class TVaccineTrainer(VaccineTrainer):
         if self.args.layer_sampling == "top":
             return sorted(np.argsort(self.scores)[::-1][: self.args.gamma].tolist())
         depth = len(self.blocks)
-        return sorted(self.generator.choice(depth, self.args.gamma, replace=False, p=self.probabilities()).tolist())
+        return sorted(
+            self.draws.generator.choice(depth, self.args.gamma, replace=False, p=self.probabilities()).tolist()
+        )
 
     def select(self) -> None:
         """Probe and draw if this optimiser step asks for it, and freeze what is not selected."""
@@ -186,7 +179,9 @@ class TVaccineTrainer(VaccineTrainer):
             and self.args.layer_sampling != "uniform"
             and (self.scores is None or step % self.args.probe_interval == 0)
         ):
-            rows = self.generator.choice(len(self.harmful), min(self.args.probe_size, len(self.harmful)), replace=False)
+            rows = self.draws.generator.choice(
+                len(self.harmful), min(self.args.probe_size, len(self.harmful)), replace=False
+            )
             self.spent += self.probe_cost(len(rows))
             batch = collate([self.harmful[i] for i in rows], self.processing_class.pad_token_id)
             new, keep = self.probe(self._prepare_inputs(batch)), self.args.probe_ema if self.scores else 0.0
@@ -294,8 +289,7 @@ class TVaccineTrainer(VaccineTrainer):
 
     def method_state(self) -> dict[str, Any]:
         """Scores, selection, the generator and the compute so far."""
-        kind, keys, *rest = self.generator.get_state()
-        own = {"scores": self.scores, "selected": self.selected, "generator": [kind, keys.tolist(), *rest]}
+        own = {"scores": self.scores, "selected": self.selected, "generator": self.draws.state()}
         return {**super().method_state(), **own, "spent": self.spent}
 
     def load_method_state(self, state: dict[str, Any]) -> None:
@@ -303,8 +297,7 @@ class TVaccineTrainer(VaccineTrainer):
         super().load_method_state(state)
         self.spent = state["spent"]
         self.scores = state["scores"]
-        kind, keys, *rest = state["generator"]
-        self.generator.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+        self.draws.load(state["generator"])
         self.freeze(state["selected"])
 
 

@@ -32,9 +32,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tunevax.alignment.pairs import require_pairs
 from tunevax.alignment.sft import SFTConfig, SFTTrainer
-from tunevax.data.encoding import context_of, encode
 from tunevax.data.splits import prompt_hash
 from tunevax.errors import RunError, UsageError, unknown
 from tunevax.modeling.blocks import find_final_norm, unwrap
@@ -115,33 +113,18 @@ class TARTrainer(SFTTrainer):
 
     config_class = TARConfig
     paper = "arXiv 2408.00761"
-    needs_rejected = True
+    needs = frozenset({"chosen", "rejected"})
+    different = True
+    args: TARConfig
 
-    def __init__(
-        self,
-        model: Any,
-        args: TARConfig,
-        safety_data: Sequence[dict],
-        processing_class: Any,
-        task_data: Sequence[dict] | None = None,
-        callbacks: list | None = None,
-    ) -> None:
-        require_pairs(safety_data, "tar")
+    def prepare(self) -> None:
+        """Rows for the inner attack, rows held out from it, and the weights as they were."""
+        require_whole_weights(self)
         # {answer: encoded rows}, in the order of `safety_data`
-        self.answers = {
-            name: encode(
-                [{**row, "completion": row[name]} for row in safety_data],
-                processing_class,
-                args.max_length,
-                context=context_of(model),
-            )
-            for name in ("rejected", "chosen")
-        }
-        super().__init__(model, args, safety_data, processing_class, task_data, callbacks)
-        require_whole_weights(self, "tar")
-        self.draws = Draws(args.seed)
+        self.answers = {name: self.encode_answers(self.safety_data, name) for name in ("rejected", "chosen")}
+        self.draws = Draws(self.args.seed)
         self.final_norm = find_final_norm(self.model)
-        held = [held_out(row["prompt"]) for row in safety_data]
+        held = [held_out(row["prompt"]) for row in self.safety_data]
         self.adversary = [row for row, out in zip(self.answers["rejected"], held, strict=True) if not out]
         self.held_out = [i for i, out in enumerate(held) if out]
         self.draws.require(self, len(self.adversary), "rows for the inner attack (8 of 10 prompts)")

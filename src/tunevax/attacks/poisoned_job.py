@@ -18,7 +18,7 @@ from tunevax.attacks.finetune import Curve, work_of
 from tunevax.attacks.kind import AttackConfig, NotApplicable, Work
 from tunevax.data.contamination import recorded_prompts, used_prompts
 from tunevax.data.mixing import mix
-from tunevax.data.safety import load_safety
+from tunevax.data.safety import answers_in, load_safety
 from tunevax.errors import UsageError
 from tunevax.methods import load_method
 from tunevax.modeling.callbacks import ProgressCallback
@@ -102,9 +102,9 @@ class PoisonedJobConfig(AttackConfig):
         harmful = [{**row, "completion": row["rejected"], "harmful": True} for row in context.harmful]
         rows = mix(context.task, harmful, self.p, count, self.seed)
         safety = None
-        if trainer_class.needs:
+        if answers := answers_in(trainer_class.needs):
             source = record["config"]["safety_data"]
-            safety = load_safety(source, "alignment", trainer_class.needs, record["method"])
+            safety = load_safety(source, "alignment", answers, record["method"])
             known = next(entry["hash"] for entry in record["data"] if entry["role"] == "alignment")
             if data_entry("alignment", source, safety)["hash"] != known:
                 raise NotApplicable(
@@ -114,7 +114,10 @@ class PoisonedJobConfig(AttackConfig):
         loaded = context.load(ref=record["parent"] or record["model"]["ref"], **how)
         curve = Curve(context, loaded.tokenizer, self.points, 0, args)
         callbacks = [ProgressCallback(f"attack {context.target['label']}"), curve]
-        trainer = trainer_class(loaded.model, args, rows, loaded.tokenizer, safety, callbacks)
+        trainer = trainer_class(
+            loaded.model, args, safety_data=safety, task_data=rows, processing_class=loaded.tokenizer,
+            callbacks=callbacks,
+        )  # fmt: skip
         context.record.update(trainer.coverage)
         curve.rows = len(trainer.train_dataset)  # with the safety rows that some methods add
         trainer.train()

@@ -6,6 +6,7 @@ curation run reads that."""
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from tunevax.data.formats import read_pair
@@ -14,6 +15,7 @@ from tunevax.data.splits import HELD_OUT, no_rows, prompt_hash, split_word, take
 from tunevax.errors import UsageError, unknown
 
 FIELDS = ("prompt", "chosen", "rejected", "category")
+ANSWERS = ("chosen", "rejected")
 
 
 def load_safety(
@@ -90,3 +92,31 @@ def _row(place: str, row: dict, options: dict[str, str], need: tuple[str, ...], 
     if row.get("corruption"):
         result["corruption"] = str(row["corruption"])
     return result
+
+
+def answers_in(needs: Collection[str]) -> tuple[str, ...]:
+    """The answers of safety rows among what a method needs."""
+    return tuple(answer for answer in ANSWERS if answer in needs)
+
+
+def require_rows(
+    needs: Collection[str],
+    safety: Sequence[dict] | None,
+    task: Sequence[dict] | None,
+    purpose: str,
+    different: bool = False,
+) -> None:
+    """Raise `UsageError` unless the rows are there that `purpose` needs, each with the answers that it needs, `chosen`
+    and `rejected` not the same if they are to be `different`."""
+    answers = answers_in(needs)
+    if answers and not safety:
+        raise UsageError(f"{purpose} needs safety rows with {' and '.join(answers)}, and there are none")
+    for number, row in enumerate(safety or (), 1):
+        missing = [f"`{answer}` is missing" for answer in answers if not row.get(answer)]
+        if different and not missing and row["chosen"] == row["rejected"]:
+            missing = ["`rejected` is `chosen` again"]
+        if missing:
+            place = row.get("place") or f"row {number} of the safety data"
+            raise UsageError(f"{place}: {missing[0]}, and {purpose} needs it; give the answer or drop the row")
+    if "task" in needs and not task:
+        raise UsageError(f"{purpose} needs rows to train on, and the task data has none")

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from tunevax.data.contamination import chosen_with, count, hashes, record_prompts
-from tunevax.data.safety import load_safety
+from tunevax.data.safety import answers_in, load_safety
 from tunevax.data.sources import parse_source
 from tunevax.data.tasks import NAMED, load_task
 from tunevax.errors import UsageError, unknown
-from tunevax.finetuning.sft import FinetuneConfig
+from tunevax.finetuning.sft import JobConfig
 from tunevax.mixins import ResumableRunOptions, TrainedModelOptions, require_given
 from tunevax.modeling.callbacks import LogCallback, ProgressCallback
 from tunevax.modeling.loading import load
@@ -52,9 +52,7 @@ class FinetuneOptions(TrainedModelOptions, ResumableRunOptions):
             raise unknown("screen", self.screen, SCREENS)
 
 
-def finetune(
-    trainer_class: type, method: str, options: FinetuneOptions, config: FinetuneConfig, command: str = ""
-) -> Path:
+def finetune(trainer_class: type, method: str, options: FinetuneOptions, config: JobConfig, command: str = "") -> Path:
     """Run a customer's job on `options.model` and return the run folder.
 
     The last adapter of the model is merged, and a fresh one (or all weights) trained.
@@ -76,7 +74,7 @@ def finetune(
             "none of; screen the rows in a run without --quantization"
         )
     task = customer_rows(options.task_data)
-    need = ("chosen", "rejected") if options.screen != "off" else trainer_class.needs
+    need = ("chosen", "rejected") if options.screen != "off" else answers_in(trainer_class.needs)
     safety = safety_rows(options, need, method)
     record: dict[str, Any] = {
         "verb": "finetune",
@@ -109,8 +107,9 @@ def finetune(
         memory = StepMemory()
         callbacks = [ProgressCallback(f"finetune {method}"), LogCallback(run.path / "log.jsonl"), memory]
         trainer = trainer_class(
-            loaded.model, config, task, loaded.tokenizer, safety if trainer_class.needs else None, callbacks
-        )
+            loaded.model, config, safety_data=safety, task_data=task, processing_class=loaded.tokenizer,
+            callbacks=callbacks,
+        )  # fmt: skip
         trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         base = record["parent"] or loaded.info["base"]
         rehearse(trainer, run.path, base)

@@ -22,6 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from tunevax.console import console
 from tunevax.data.encoding import collate
 from tunevax.errors import RunError, TunevaxError, UsageError
+from tunevax.methods import name_of
 from tunevax.modeling.adapters import coverage, left_out_of_blocks, require_targets, split_targets
 from tunevax.modeling.biases import save_biases
 from tunevax.modeling.blocks import CALLED, Block, find_blocks
@@ -173,7 +174,7 @@ class ResponseTrainer(Trainer):
             blocks = find_blocks(self.model, *[part for part in parts if part in CALLED])
         except UsageError as error:
             if parts:
-                raise UsageError(f"{error}; {type(self).__name__} needs it, and plain sft does not") from error
+                raise UsageError(f"{error}; {name_of(type(self))} needs it, and plain sft does not") from error
             if self.args.checkpoint_blocks == "all":
                 raise UsageError(f"{error}; leave out --checkpoint-blocks all, which recomputes them") from error
             blocks = []

@@ -14,6 +14,7 @@ import torch
 from torch.fx.experimental import _config as fx_config
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from tunevax.data.safety import answers_in
 from tunevax.errors import UsageError
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.quantization import scales_of, size_of
@@ -234,15 +235,14 @@ def trainer_on(trainer_class: type, model: torch.nn.Module, args: Any, response_
     """A trainer on rows of `args.max_length` tokens, of which so many are the answer."""
     from tunevax.curation.pharmacist import PharmacistTrainer
     from tunevax.finetuning.ewc import EWCTrainer
-    from tunevax.finetuning.sft import FinetuneTrainer
 
     rows, tokenizer = rows_of(args, response_length), made_up_tokenizer()
-    if issubclass(trainer_class, FinetuneTrainer):
-        safety = rows[:1] if trainer_class is EWCTrainer else rows  # of which it takes a gradient each, beforehand
-        return trainer_class(model, args, rows, tokenizer, safety if trainer_class.needs else None)
     if issubclass(trainer_class, PharmacistTrainer):
         return trainer_class(model, args, rows, rows, tokenizer)
-    return trainer_class(model, args, rows, tokenizer)
+    safety = rows[:1] if trainer_class is EWCTrainer else rows  # of which it takes a gradient each, beforehand
+    data = {"safety_data": safety if answers_in(trainer_class.needs) else None}
+    data |= {"task_data": rows if "task" in trainer_class.needs else None}
+    return trainer_class(model, args, **data, processing_class=tokenizer)
 
 
 def rows_of(args: Any, response_length: int) -> list[dict[str, str]]:
