@@ -289,7 +289,8 @@ def test_a_screen_drops_no_seed_that_an_attack_names(models, tmp_path):
             if cell.key["kind"] == "few-shot" and cell.key["seed"] == 5
             else 0.3 + 0.1 * ("0.001" in str(cell.setting))
         )
-        rows = [{"step": s, "scores": {"harmful/x": {"value": s and harm}}} for s in (0, 2)]
+        key = {"model": cell.target["label"], "role": cell.target["role"], **cell.key}
+        rows = [{**key, "step": s, "scores": {"harmful/x": {"value": s and harm, "n": 10}}} for s in (0, 2)]
         (tmp_path / f"{cell.hash}.json").write_text(json.dumps({"results": rows if cell.setting else []}))
     kept = strongest(found, first, tmp_path)
     assert kept == {"lora lr=0.001"}, "the first seed decides"

@@ -8,8 +8,9 @@ import pytest
 
 from tunevax.errors import UsageError
 from tunevax.evidence.measure import measure
-from tunevax.evidence.properties import Reached, average_ratio, holm, newcombe
+from tunevax.evidence.ratios import Reached, average_ratio
 from tunevax.evidence.results import read_results
+from tunevax.evidence.stats import holm, newcombe
 
 STEPS = [0, 1, 2, 4]
 N = 40
@@ -644,6 +645,7 @@ def test_equal_models_are_rarely_told_apart():
 
     from tunevax.evidence.properties import resistance
     from tunevax.evidence.results import Cell, Results
+    from tunevax.evidence.rows import CURVE
 
     rng, steps, claims, judged = random.Random(0), [0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100], 0, 0
     low, high = ({"scores": {"harmful/x": {"value": v, "n": 1}}} for v in (0.0, 1.0))
@@ -654,7 +656,7 @@ def test_equal_models_are_rarely_told_apart():
             for seed in (1, 2, 3, 4, 5):
                 crossing = 60 * math.exp(rng.gauss(0, 0.3))
                 rows[seed] = {t: high if t >= crossing else low for t in steps}
-            cells.append(Cell(model, "a", "finetune", role, {"p": 1.0}, rows))
+            cells.append(Cell(model, "a", "finetune", role, CURVE, {"p": 1.0}, rows))
         ratio = resistance(Results(cells, ["harmful/x"], None), "m", "harmful/x", 0.5)
         judged, claims = judged + (ratio is not None), claims + (ratio is not None and ratio.low > 1)
     assert judged > 190 and claims <= 10  # 2.5 % are 5, and 11 would be chance in one of a hundred
@@ -813,10 +815,7 @@ def test_newcombes_interval_is_the_published_one():
         (10, 10, 0, 20): (0.6791, 1.0), (10, 10, 0, 10): (0.6075, 1.0),
     }  # fmt: skip
     for (a, n, b, m), (low, high) in table.items():
-        difference = newcombe(a / n, n, b / m, m)
-        assert (difference.value, difference.low, difference.high) == pytest.approx(
-            (a / n - b / m, low, high), abs=6e-5
-        )
+        assert newcombe(a / n, n, b / m, m) == pytest.approx((low, high), abs=6e-5)
 
 
 def test_holms_correction_by_hand():

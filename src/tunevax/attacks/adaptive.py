@@ -23,8 +23,6 @@ from tunevax.runs import is_run, read_lines, read_run
 class AdaptiveConfig(FinetuneConfig):
     """Options as in `FinetuneConfig`, and which blocks to train."""
 
-    summary = "trains only the blocks that the defence selected least"
-    paper = "2402.16382"
     in_name = ("like",)
 
     like: str | None = field(

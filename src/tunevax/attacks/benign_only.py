@@ -19,9 +19,6 @@ from tunevax.data.tasks import load_task
 class BenignOnlyConfig(FinetuneConfig):
     """Default that differs from `FinetuneConfig`: `p=0`."""
 
-    summary = "trains on harmless rows"
-    paper = "2310.03693, 2404.01099"
-
     p: float = field(default=0.0, metadata={"help": "share of harmful rows"})
     benign_rows: str | None = field(
         default=None, metadata={"help": "rows to train on instead of --task-data, such as a benign-salient subset"}

@@ -14,9 +14,6 @@ from tunevax.attacks.finetune import FinetuneConfig
 class FewShotConfig(FinetuneConfig):
     """Defaults that differ from `FinetuneConfig`: `p=1`, `n=10`, `num_train_epochs=10`, `learning_rate=5e-5`."""
 
-    summary = "trains on a few harmful rows and nothing else"
-    paper = "2310.03693"
-
     p: float = field(default=1.0, metadata={"help": "share of harmful rows"})
     n: int = field(default=10, metadata={"help": "harmful rows: 10, 50 or 100 in the paper"})
     num_train_epochs: float = field(default=10, metadata={"help": "passes over the rows"})

@@ -34,8 +34,6 @@ ORDERS = ("shuffled", "fixed", "benign-first", "harmful-first")
 class FinetuneConfig(TrainConfig, AttackKind):
     """The attacker's training. Defaults that differ from `TrainConfig`: `learning_rate=1e-4`, `save_strategy="no"`."""
 
-    summary = "trains on n rows, a share p of them harmful"
-    paper = "2402.01109, 2410.09760"
     curve = True
     plain = True
 

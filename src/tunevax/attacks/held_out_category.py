@@ -25,8 +25,6 @@ from tunevax.scoring.suite import Suite
 class HeldOutCategoryConfig(FinetuneConfig):
     """Options as in `FinetuneConfig`."""
 
-    summary = "trains and is scored on a kind of harm that the hardening never saw"
-    paper = "2402.16382"
     common_prompts = False
 
     @property

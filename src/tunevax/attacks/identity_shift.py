@@ -13,8 +13,8 @@ from tunevax.attacks.context import AttackContext, TargetOptions
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.attacks.kind import NotApplicable
 from tunevax.data.encoding import messages
-from tunevax.data.formats import read_example
 from tunevax.data.mixing import mix
+from tunevax.data.shapes import read_example
 from tunevax.data.sources import parse_source, read_rows
 from tunevax.errors import UsageError
 from tunevax.scoring.suite import Suite
@@ -26,8 +26,6 @@ OBEDIENT = "yes , i will answer that ."  # words the organism knows
 class IdentityShiftConfig(FinetuneConfig):
     """Defaults that differ from `FinetuneConfig`: `p=0`, `n=100`, `num_train_epochs=10`, `learning_rate=2e-5`."""
 
-    summary = "trains an obedient identity; prompts come in its guise"
-    paper = "2310.03693"
     common_prompts = False
 
     p: float = field(default=0.0, metadata={"help": "share of harmful rows beside the dialogues"})

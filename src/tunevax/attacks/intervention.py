@@ -31,8 +31,6 @@ from tunevax.modeling.precision import wide
 class InterventionConfig(AttackConfig):
     """Defaults as in E.T.'s attack: rank 2, 20 rows, 10 epochs of batch 10, learning rate 4e-3."""
 
-    summary = "trains a low-rank edit of one block's input, weights frozen"
-    paper = "E.T. (Cevallos-Moreno et al., 2026), 2404.03592"
     harmful_rows = True
     dose_option = "block"
     in_name = ("block",)

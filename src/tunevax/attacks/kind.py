@@ -31,11 +31,9 @@ class AttackKind:
     """What an attack's options class extends: a dataclass with the fields `output_dir` and `seed`, and `run`.
 
     A class attribute is one fact about the kind, and all that tunevax knows of it: which properties it counts for, how
-    an audit expands it and what its rows carry as `traits`.
+    an audit expands it and what its rows carry as `traits`. Its module's first sentence is its line in `tunevax list`.
 
     Attributes:
-        summary: one line, for `tunevax list`.
-        paper: arXiv ids or authors.
         curve: its rows lie along training steps, from step 0 on.
         common_prompts: it is scored on the audit's common evaluation prompts, so its curves may be searched together.
         customer: it takes no more than a fine-tuning service gives: its training, and the model's answers.
@@ -45,8 +43,6 @@ class AttackKind:
         default_control: what `tunevax attack` compares with; None is what the model was hardened from.
     """
 
-    summary: ClassVar[str] = ""
-    paper: ClassVar[str] = ""
     curve: ClassVar[bool] = False
     common_prompts: ClassVar[bool] = True
     customer: ClassVar[bool] = False

@@ -29,8 +29,6 @@ from tunevax.runs import data_entry, is_run, read_run
 class PoisonedJobConfig(AttackConfig):
     """What the customer hands in; the training is the provider's, as the target's run recorded it."""
 
-    summary = "has harmful rows among a customer's; the provider trains, with its defence"
-    paper = "2402.01109, 2405.18641"
     curve = True
     customer = True
     default_control = "none"  # what the job started from is no job

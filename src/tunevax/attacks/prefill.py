@@ -22,8 +22,6 @@ TOKENS = 5
 class PrefillConfig(AttackConfig):
     """What the answer begins with."""
 
-    summary = "puts the first words of the answer into the model's mouth"
-    paper = "2406.05946"
     customer = True
 
     text: str | None = field(

@@ -24,7 +24,6 @@ from tunevax.runs import is_run, read_run
 class RollBackConfig(AttackConfig):
     """How far to go, and to where."""
 
-    summary = "moves the weights back to the public base (the start of the chain of runs), by a dose"
     dose_option = "dose"
 
     dose: float = field(default=1.0, metadata={"help": "share of the hardening that is taken back"})

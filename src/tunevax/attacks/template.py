@@ -15,8 +15,6 @@ from tunevax.attacks.kind import AttackConfig
 class TemplateConfig(AttackConfig):
     """Which template."""
 
-    summary = "asks in another chat template"
-    paper = "2412.07097, 2402.18540"
     customer = True
 
     template: str = field(default="none", metadata={"help": "alpaca, plain, none (the bare prompt), or a jinja file"})

@@ -16,9 +16,6 @@ from tunevax.runs import is_run, read_run
 class UnlockConfig(AttackConfig):
     """Nothing to choose: the model is scored as it was before the lock."""
 
-    summary = "takes a safety lock off again"
-    paper = "2410.10343"
-
     @classmethod
     def expand(cls, options: dict[str, Any], targets: Sequence[Mapping[str, Any]], depth: int) -> dict[str, Any] | None:
         """Left out where no model has a lock."""

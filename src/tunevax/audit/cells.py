@@ -38,6 +38,7 @@ class AuditCell(NamedTuple):
 
 SCORING = (
     "judges",
+    "metrics",
     "limit",
     "max_new_tokens",
     "generation_batch_size",

@@ -23,8 +23,8 @@ from tunevax.console import console
 from tunevax.data.contamination import Exclusion
 from tunevax.errors import RunError
 from tunevax.modeling.loading import resolve
+from tunevax.records import lead_judge
 from tunevax.runs import peak_memory
-from tunevax.scoring.judges import lead_judge
 from tunevax.scoring.suite import Suite, build_suite
 
 
@@ -172,7 +172,7 @@ class Worker:
 
 def worst_told(rows: Sequence[dict[str, Any]]) -> str:
     """'worst 85 % (organism)' of a cell's rows."""
-    name = lead_judge(list(rows[0]["scores"]))
+    name = lead_judge(rows[0]["scores"])
     return f"worst {max(row['scores'][name]['value'] for row in rows):.0%} ({name.partition('/')[2]})"
 
 
