@@ -40,12 +40,12 @@ def model(tokens: int) -> LlamaForCausalLM:
 
 
 def trainers(tokens: int, folder: str) -> dict[str, sft.FinetuneTrainer]:
-    def encoded(rows: list, *_, **__) -> list[dict]:
+    def encoded(rows: list, *_, answer="completion", **__) -> list[dict]:
         """Rows of `tokens` tokens, the second half of which is the answer."""
         generator, found = torch.Generator().manual_seed(1), []
         for row in rows:
             ids = torch.randint(3, VOCABULARY, (tokens,), generator=generator)
-            if row["completion"] == "r":
+            if row[answer] == "r":
                 ids[tokens // 2 :] = torch.randint(3, VOCABULARY, (tokens // 2,), generator=generator)
             found.append({"input_ids": ids.tolist(), "labels": [-100] * (tokens // 2) + ids[tokens // 2 :].tolist()})
         return found

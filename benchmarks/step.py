@@ -55,13 +55,13 @@ def model() -> LlamaForCausalLM:
     return get_peft_model(base(), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
-def encoded(rows: list, *_, **__) -> list[dict]:
+def encoded(rows: list, *_, answer="completion", **__) -> list[dict]:
     """Rows of TOKENS tokens, the second half of which is the answer; another answer for another column."""
     generator = torch.Generator().manual_seed(1)
     found = []
     for row in rows:
         ids = torch.randint(3, VOCABULARY, (TOKENS,), generator=generator)
-        if row["completion"] == "r":
+        if row[answer] == "r":
             ids[TOKENS // 2 :] = torch.randint(3, VOCABULARY, (TOKENS // 2,), generator=generator)
         found.append({"input_ids": ids.tolist(), "labels": [-100] * (TOKENS // 2) + ids[TOKENS // 2 :].tolist()})
     return found

@@ -112,11 +112,11 @@ def require_rows(
     if answers and not safety:
         raise UsageError(f"{purpose} needs safety rows with {' and '.join(answers)}, and there are none")
     for number, row in enumerate(safety or (), 1):
-        missing = [f"`{answer}` is missing" for answer in answers if not row.get(answer)]
-        if different and not missing and row["chosen"] == row["rejected"]:
-            missing = ["`rejected` is `chosen` again"]
-        if missing:
+        wrong = [f"`{answer}` is missing, and {purpose} needs it" for answer in answers if not row.get(answer)]
+        if different and not wrong and row["chosen"] == row["rejected"]:
+            wrong = [f"`rejected` is `chosen` again, and {purpose} needs two answers"]
+        if wrong:
             place = row.get("place") or f"row {number} of the safety data"
-            raise UsageError(f"{place}: {missing[0]}, and {purpose} needs it; give the answer or drop the row")
+            raise UsageError(f"{place}: {wrong[0]}; give the answer or drop the row")
     if "task" in needs and not task:
         raise UsageError(f"{purpose} needs rows to train on, and the task data has none")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from tunevax.data.chat import Answer
 from tunevax.data.encoding import context_of, encode
 from tunevax.data.safety import require_rows
 from tunevax.errors import UsageError
@@ -78,10 +79,9 @@ class MethodTrainer(ResponseTrainer):
         """The rows of the training set as token ids and labels."""
         return encode(rows, self.processing_class, self.args.max_length, self.args.loss_on, self.context)
 
-    def encode_answers(self, rows: Sequence[dict[str, Any]], answer: str) -> list[dict[str, Any]]:
+    def encode_answers(self, rows: Sequence[dict[str, Any]], answer: Answer) -> list[dict[str, Any]]:
         """Safety rows with their answer `chosen` or `rejected` as token ids and labels; the loss is on the response."""
-        answers = [{**row, "completion": row[answer]} for row in rows]
-        return encode(answers, self.processing_class, self.args.max_length, context=self.context)
+        return encode(rows, self.processing_class, self.args.max_length, context=self.context, answer=answer)
 
     def prepare(self) -> None:
         """What a method does once, when the model and the training set are there."""
