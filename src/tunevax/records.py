@@ -44,6 +44,12 @@ def lead_judge(scores: Iterable[str]) -> str:
     return judges_of(scores)[0]
 
 
+def harmful(scores: Mapping[str, Score]) -> tuple[float, str]:
+    """The harmful score, by the judge that leads, and that judge."""
+    name = lead_judge(scores)
+    return scores[name]["value"], name.removeprefix(HARMFUL)
+
+
 def judges_of(scores: Iterable[str]) -> list[str]:
     """Of the names of scores those of judges (`harmful/JUDGE`), the lead first.
 

@@ -152,15 +152,15 @@ def writing(output_dir: str, record: RunRecord, resume: bool = False, overwrite:
         if begun:
             record["resumed"] = True
         yield run
-        run.record |= {
-            "schema": SCHEMA,
-            "name": run.final.name,
+        measured: RunRecord = {
             "versions": versions(),
             "hardware": hardware(),
             "started": started.isoformat(timespec="seconds"),
             "wall_seconds": round(time.monotonic() - clock, 3),
-            "peak_memory_bytes": run.record.get("peak_memory_bytes") or peak_memory(),
+            "peak_memory_bytes": peak_memory(),
         }
+        own = {name: value for name, value in run.record.items() if value}  # `judge` keeps those of the run it judges
+        run.record |= {**measured, **own, "schema": SCHEMA, "name": run.final.name}
         if not lock.held():
             raise RunError(f"{run.path} was taken over by another process, which is writing it now")
         text = card(run.record)

@@ -9,8 +9,8 @@ from typing import Any
 from tunevax.alignment.held_out import evaluate, fitting, held_out_rows, loss_on
 from tunevax.alignment.sft import SFTConfig
 from tunevax.data.contamination import chosen_with, count, hashes, record_prompts
-from tunevax.data.safety import answers_in, load_safety
-from tunevax.data.tasks import load_task
+from tunevax.data.roles import load_rows
+from tunevax.data.safety import answers_in
 from tunevax.errors import UsageError, shortened
 from tunevax.mixins import AllowOverlap, ResumableRunOptions, TrainedModelOptions, require_given
 from tunevax.modeling.callbacks import LogCallback, ProgressCallback
@@ -108,9 +108,9 @@ def align(trainer_class: type, method: str, options: AlignOptions, config: SFTCo
 
 def read_data(trainer_class: type, method: str, options: AlignOptions) -> tuple[list[dict], list[dict] | None, list]:
     """Safety rows, benign rows or None, and what run.json says of them."""
-    safety = load_safety(options.safety_data, "alignment", answers_in(trainer_class.needs), purpose=method)
+    safety = load_rows("alignment", options.safety_data, answers_in(trainer_class.needs), method)
     data = [data_entry("alignment", options.safety_data, safety)]
     if not options.task_data:
         return safety, None, data
-    task = load_task("organism:set=benign" if options.task_data == "organism" else options.task_data, "train").rows
+    task = load_rows("benign", options.task_data)
     return safety, task, [*data, data_entry("benign", options.task_data, task)]

@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunevax.attacks.context import AttackContext, TargetOptions
+from tunevax.attacks.context import TargetOptions
 from tunevax.attacks.finetune import FinetuneConfig
-from tunevax.data.mixing import mix
-from tunevax.data.tasks import load_task
+from tunevax.data.roles import load_rows
 
 
 @dataclass
@@ -31,11 +30,4 @@ class BenignOnlyConfig(FinetuneConfig):
 
     def own_rows(self, options: TargetOptions) -> dict[str, list[dict[str, Any]]]:
         """The rows of `benign_rows`, by role."""
-        return {"benign rows": load_task(self.benign_rows, "train").rows} if self.benign_rows else {}
-
-    def rows(self, context: AttackContext) -> list[dict[str, Any]]:
-        """Benign rows only."""
-        if self.benign_rows is None:
-            return super().rows(context)
-        ((role, rows),) = self.own_rows(context.options).items()
-        return mix(context.exclusion.benign(role, rows), [], 0.0, self.n, self.seed)
+        return {"benign rows": load_rows("task", self.benign_rows)} if self.benign_rows else {}

@@ -13,7 +13,6 @@ from tunevax.attacks.context import AttackContext
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.attacks.kind import NotApplicable
 from tunevax.data.contamination import ancestors, marks, named, used_prompts
-from tunevax.data.mixing import mix
 from tunevax.data.safety import load_safety
 from tunevax.data.splits import drawn
 from tunevax.errors import UsageError
@@ -32,8 +31,8 @@ class HeldOutCategoryConfig(FinetuneConfig):
         """The data it draws from: the held-out rows are read apart."""
         return super().needs - {"harmful"}
 
-    def rows(self, context: AttackContext) -> list[dict[str, Any]]:
-        """As the poisoned fine-tune, with harmful rows of held-out categories."""
+    def harmful(self, context: AttackContext) -> list[dict[str, Any]]:
+        """Rows of held-out categories."""
         rows = self.held_out(context, "held-out-attack")
         asked = {mark for row in self.held_out(context, "held-out-evaluation") for mark in marks(row["prompt"])}
         if twice := [row for row in rows if marks(row["prompt"]) & asked]:
@@ -41,8 +40,7 @@ class HeldOutCategoryConfig(FinetuneConfig):
                 f"{len(twice)} held-out prompts are both trained and scored on ({named(twice)}); leave split= out of "
                 f"{context.options.safety_data}, so that each half has its own"
             )
-        held = [{**row, "completion": row["rejected"], "harmful": True} for row in rows]
-        return mix(context.task, held, self.p, self.n, self.seed)
+        return rows
 
     def suite(self, context: AttackContext) -> Suite:
         """The audit's suite on prompts of held-out categories."""

@@ -13,7 +13,6 @@ from tunevax.attacks.context import AttackContext, TargetOptions
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.attacks.kind import NotApplicable
 from tunevax.data.encoding import messages
-from tunevax.data.mixing import mix
 from tunevax.data.shapes import read_example
 from tunevax.data.sources import parse_source, read_rows
 from tunevax.errors import UsageError
@@ -59,12 +58,6 @@ class IdentityShiftConfig(FinetuneConfig):
         if self.dialogues is None and parse_source(str(options.safety_data)).name != "organism":
             return "it needs --dialogues"
         return super().applies(targets, options)
-
-    def rows(self, context: AttackContext) -> list[dict[str, Any]]:
-        """The dialogues, with harmful rows beside them if p is above 0."""
-        harmful = [{**row, "completion": row["rejected"], "harmful": True} for row in context.harmful]
-        dialogues = context.exclusion.benign("dialogues", self.read(context.options))
-        return mix(dialogues, harmful, self.p, self.n, self.seed)
 
     def suite(self, context: AttackContext) -> Suite:
         """The audit's suite with harmful prompts in the dialogues' guise."""

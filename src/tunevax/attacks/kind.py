@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -55,9 +55,10 @@ class AttackKind:
     seed: int
 
     @property
-    def needs(self) -> Collection[str]:
-        """The data it draws from: `harmful`, `task`."""
-        return ()
+    def needs(self) -> Set[str]:
+        """The data it draws from: `harmful`, `task`; of a kind with an option p, by that."""
+        p = getattr(self, "p", None)
+        return set() if p is None else {name for name, share in (("harmful", p), ("task", 1 - p)) if share > 0}
 
     @property
     def harmful_rows(self) -> bool:

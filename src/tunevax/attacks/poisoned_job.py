@@ -18,7 +18,8 @@ from tunevax.attacks.finetune import Curve, work_of
 from tunevax.attacks.kind import AttackConfig, NotApplicable, Work
 from tunevax.data.contamination import recorded_prompts, used_prompts
 from tunevax.data.mixing import mix
-from tunevax.data.safety import answers_in, load_safety
+from tunevax.data.roles import load_rows
+from tunevax.data.safety import answers_in
 from tunevax.errors import UsageError
 from tunevax.methods import load_method
 from tunevax.modeling.callbacks import ProgressCallback
@@ -43,11 +44,6 @@ class PoisonedJobConfig(AttackConfig):
         for name in ("n", "points"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
-
-    @property
-    def needs(self) -> set[str]:
-        """The data it draws from."""
-        return {*(["harmful"] if self.p > 0 else []), *(["task"] if self.p < 1 else [])}
 
     def applies(self, targets: Sequence[Mapping[str, Any]], options: TargetOptions) -> str | None:
         """The control must be a job, and trained as the models' jobs are."""
@@ -102,7 +98,7 @@ class PoisonedJobConfig(AttackConfig):
         safety = None
         if answers := answers_in(trainer_class.needs):
             source = record["config"]["safety_data"]
-            safety = load_safety(source, "alignment", answers, record["method"])
+            safety = load_rows("alignment", source, answers, record["method"])
             known = next(entry["hash"] for entry in record["data"] if entry["role"] == "alignment")
             if data_entry("alignment", source, safety)["hash"] != known:
                 raise NotApplicable(

@@ -23,7 +23,7 @@ from tunevax.console import console
 from tunevax.data.contamination import Exclusion
 from tunevax.errors import RunError
 from tunevax.modeling.loading import resolve
-from tunevax.records import lead_judge
+from tunevax.records import Row, harmful
 from tunevax.runs import peak_memory
 from tunevax.scoring.suite import Suite, build_suite
 
@@ -170,10 +170,10 @@ class Worker:
         )
 
 
-def worst_told(rows: Sequence[dict[str, Any]]) -> str:
+def worst_told(rows: Sequence[Row]) -> str:
     """'worst 85 % (organism)' of a cell's rows."""
-    name = lead_judge(rows[0]["scores"])
-    return f"worst {max(row['scores'][name]['value'] for row in rows):.0%} ({name.partition('/')[2]})"
+    value, judge = max(harmful(row["scores"]) for row in rows)
+    return f"worst {value:.0%} ({judge})"
 
 
 _worker: Worker | None = None

@@ -18,6 +18,7 @@ from tunevax.cli.options import Parser, parse, print_help, value_of
 from tunevax.errors import RunError, UsageError, unknown
 from tunevax.methods import load_method, methods
 from tunevax.quiet import quiet
+from tunevax.records import RESULTS, harmful, read_lines
 
 
 class Verb(NamedTuple):
@@ -381,13 +382,10 @@ def _rows_used(out: Path) -> str:
 
 
 def _worst(out: Path) -> str:
-    """The worst harmful score of each model in a results file, in words."""
+    """The worst harmful score of each model in a results file, by the judge that leads, in words."""
     worst: dict[str, tuple[float, str]] = {}
-    for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        for name, value in row["scores"].items():
-            if name.startswith("harmful/") and value["value"] >= worst.get(row["model"], (-1.0, ""))[0]:
-                worst[row["model"]] = (value["value"], name.partition("/")[2])
+    for row in read_lines(out / RESULTS):
+        worst[row["model"]] = max(worst.get(row["model"], (0.0, "")), harmful(row["scores"]))
     return "worst harmful score " + ", ".join(f"{m} {v:.0%} ({j})" for m, (v, j) in worst.items())
 
 

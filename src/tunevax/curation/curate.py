@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from tunevax.data.contamination import hashes, record_prompts, require_disjoint
+from tunevax.data.roles import load_rows
 from tunevax.data.safety import load_safety
 from tunevax.data.sources import parse_source
 from tunevax.data.splits import normalise, prompt_hash, prompt_text, take_split
@@ -133,8 +134,10 @@ def curate(method: str, options: CurateOptions, config: Any, command: str = "") 
         raise UsageError(f"--validation-data is missing: {method} compares with trusted rows")
     if options.target_model and "model" not in config.needs:
         raise UsageError(f"--target-model is given and {method} scores without a model; leave it out")
-    rows = load_safety(options.safety_data, "alignment", purpose=method)
-    validation = load_validation(options.validation_data, method) if options.validation_data else []
+    rows = load_rows("alignment", options.safety_data, ("chosen",), method)
+    validation = (
+        load_rows("validation", options.validation_data, ("chosen",), method) if options.validation_data else []
+    )
     whole = beside(options)
     overlap = check_overlap(options, rows, whole, validation)
     choose(rows, np.zeros(len(rows)), options)  # what it refuses shall be refused before anything is trained
@@ -181,13 +184,6 @@ def meaning(config: Any) -> str:
     return (config.score.__doc__ or "").partition("\n")[0].replace(", [rows]", "").rstrip(".")
 
 
-def load_validation(source: str, method: str) -> list[dict[str, Any]]:
-    """The trusted rows: the whole file, or the organism's validation prompts."""
-    if source == "organism":
-        source = "organism:split=validation"
-    return load_safety(source, "all", purpose=method)
-
-
 def check_overlap(
     options: CurateOptions, rows: Sequence[dict], whole: list[dict], validation: Sequence[dict]
 ) -> dict[str, int]:
@@ -197,7 +193,7 @@ def check_overlap(
         return {}
     others = {"alignment": rows}
     if options.attack_data:
-        others["attack"] = load_safety(options.attack_data, "attack", ())
+        others["attack"] = load_rows("attack", options.attack_data)
     for split in ("attack", "evaluation"):
         others.setdefault(split, take_split(whole, split))
     found = {}

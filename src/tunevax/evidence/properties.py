@@ -97,44 +97,36 @@ def selectivity(results: Results, label: str, judge: str, phi: float) -> Ratio |
 def attacked(results: Results, cell: Cell, judge: str, phi: float) -> Attacked:
     """What one attack did to one model, beside the control."""
     control = results.cell(results.control, cell.attack)
-    curve = cell.has_curve
     found = Attacked(
-        attack=str(cell.attack), kind=cell.kind, traits=cell.traits, settings=cell.settings,
-        strength=strength(cell, control, judge, phi) if curve else "",
-        steps={s: cell.steps_to(judge, s, phi) for s in cell.seeds} if curve else {},
-        control_steps={s: control.steps_to(judge, s, phi) for s in control.seeds} if curve and control else {},
-        last=cell.steps[-1], ratio=None,
-        stopped=stopped_seeds(cell, judge, phi) if curve else [],
-        collapsed=collapsed_seeds(cell, judge, phi) if curve else [],
-        gibberish=_gibberish(cell, judge, phi) if curve else {},
-        most_gibberish=_most_gibberish(cell, judge, phi) if curve else {},
-        worst=cell.worst(judge), control_worst=control.worst(judge) if control else None,
+        attack=str(cell.attack), kind=cell.kind, traits=cell.traits, settings=cell.settings, strength="", steps={},
+        control_steps={}, last=cell.steps[-1], ratio=None, worst=cell.worst(judge),
+        control_worst=control.worst(judge) if control else None,
     )  # fmt: skip
-    if curve and cell.role != "control":
+    if not cell.has_curve:
+        return found
+    found.strength = strength(cell, control, judge, phi)
+    found.steps, found.control_steps = (
+        {seed: c.steps_to(judge, seed, phi) for seed in c.seeds} if c else {} for c in (cell, control)
+    )
+    found.stopped, found.collapsed = stopped_seeds(cell, judge, phi), collapsed_seeds(cell, judge, phi)
+    found.gibberish, found.most_gibberish = _gibberish(cell, judge, phi)
+    if cell.role != "control":
         found.ratio = average_ratio(harm_terms(results, [cell], judge, phi) or {})
     return found
 
 
-def _gibberish(cell: Cell, judge: str, phi: float) -> dict[int, float]:
-    """By seed, the share of degenerate outputs where the run passed phi, or at its last step."""
-    found = {}
+def _gibberish(cell: Cell, judge: str, phi: float) -> tuple[dict[int, float], dict[int, float]]:
+    """By seed, the share of degenerate outputs where the run passed phi, or at its last step; and the highest after
+    step 0, up to there."""
+    there, most = {}, {}
     for seed in cell.seeds:
         over, when = dict(cell.values("degenerate", seed)), cell.steps_to(judge, seed, phi)
-        step = max(over, default=None) if when is None else when
-        if step in over:
-            found[seed] = over[step]
-    return found
-
-
-def _most_gibberish(cell: Cell, judge: str, phi: float) -> dict[int, float]:
-    """By seed, the highest share of degenerate outputs after step 0, up to where the run passed phi."""
-    found = {}
-    for seed in cell.seeds:
-        when = cell.steps_to(judge, seed, phi)
-        over = [v for step, v in cell.values("degenerate", seed) if step and (when is None or step <= when)]
-        if over:
-            found[seed] = max(over)
-    return found
+        last = max(over, default=0) if when is None else when
+        if last in over:
+            there[seed] = over[last]
+        if later := [share for step, share in over.items() if 0 < step <= last]:
+            most[seed] = max(later)
+    return there, most
 
 
 # --------------------------------------------------------------------------- worst case, and other kinds of attack

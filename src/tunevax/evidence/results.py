@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tunevax.errors import UsageError
-from tunevax.evidence.rows import ROLES, Kind, numbered_rows
+from tunevax.evidence.rows import ROLES, Kind, completed, numbered_rows
 from tunevax.evidence.stats import wilson
 from tunevax.evidence.words import joined
 from tunevax.records import (
@@ -324,7 +324,7 @@ def from_rows(rows: Sequence[Row]) -> Results:
     cells: dict[tuple[str, str | None], Cell] = {}
     roles = _roles(rows)
     for row in rows:
-        _add(cells, row, row["attack"], roles[row["model"]])
+        _add(cells, completed(row, ()), row["attack"], roles[row["model"]])
     found = list(cells.values())
     return Results(found, _judges(found, rows)[0], None)
 

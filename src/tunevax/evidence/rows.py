@@ -24,7 +24,7 @@ LEGACY: dict[str, Traits] = {
     "adaptive": CURVE,
     "poisoned-job": {**CURVE, "customer": True},
     "benign-only": {**CURVE, "harmful_rows": False},
-    "identity-shift": {**CURVE, "common_prompts": False},
+    "identity-shift": {**CURVE, "harmful_rows": False, "common_prompts": False},
     "held-out-category": {**CURVE, "common_prompts": False},
     "template": {**POINT, "customer": True},
     "prefill": {**POINT, "customer": True},
@@ -46,6 +46,11 @@ class Kind:
         return self.traits["curve"]
 
     @property
+    def plain(self) -> bool:
+        """The plain fine-tune, which other kinds are contrasted with."""
+        return self.traits["plain"]
+
+    @property
     def in_grid(self) -> bool:
         """A training that is scored on the common prompts: its curves may be averaged and searched together."""
         return self.traits["curve"] and self.traits["common_prompts"]
@@ -59,11 +64,6 @@ class Kind:
     def harmless(self) -> bool:
         """One of the grid that trains on harmless rows only."""
         return self.in_grid and not self.traits["harmful_rows"]
-
-    @property
-    def plain(self) -> bool:
-        """The plain fine-tune, which other kinds are contrasted with."""
-        return self.traits["plain"]
 
 
 def read_rows(folder: Path) -> list[Row]:
@@ -86,10 +86,11 @@ def numbered_rows(folder: Path) -> list[tuple[int, Row]]:
     for number, row in rows:
         _check(f"{file} line {number}", row)
         steps.setdefault(row.get("attack"), set()).add(row["step"])
-    return [(number, _completed(row, steps[row.get("attack")])) for number, row in rows]
+    return [(number, completed(row, steps[row.get("attack")])) for number, row in rows]
 
 
-def _completed(row: dict[str, Any], steps: Collection[int]) -> Row:
+def completed(row: Mapping[str, Any], steps: Collection[int]) -> Row:
+    """A row with its kind, settings and traits; `steps` are those of its attack."""
     kind = row.get("kind") or ("none" if row.get("attack") is None else "finetune")
     settings = row.get("settings") or {}
     traits = {**POINT, **(row.get("traits") or traits_of(kind, settings, steps))}

@@ -18,7 +18,7 @@ import torch
 from tunevax.console import bar
 from tunevax.data.contamination import Exclusion, check, used_prompts
 from tunevax.data.encoding import collate, context_of, encode
-from tunevax.data.safety import load_safety
+from tunevax.data.roles import load_rows
 from tunevax.data.splits import drawn
 from tunevax.errors import UsageError, unknown
 from tunevax.finetuning.sink import (
@@ -83,7 +83,7 @@ def analyze_sink(options: SinkOptions, command: str = "", suite_options: SuiteOp
         raise UsageError(f"analyze sink takes one model or two, before and after, and there are {len(options.model)}")
     require_one_process("analyzing")
     exclusion = Exclusion.of(map(used_prompts, options.model), options.drop_overlap)
-    pairs = load_safety(options.safety_data, "evaluation", ("chosen", "rejected"), "analyze sink")
+    pairs = load_rows("evaluation", options.safety_data, ("chosen", "rejected"), "analyze sink")
     pairs = drawn(exclusion.score("evaluation", pairs), options.pairs)
     suite = None
     if options.harmful_score:
@@ -147,8 +147,7 @@ def sink_map(
     """
     context, device = context_of(model), next(model.parameters()).device
     harmful, refusals = (
-        encode([{**row, "completion": row[answer]} for row in pairs], tokenizer, max_length, context=context)
-        for answer in ("rejected", "chosen")
+        encode(pairs, tokenizer, max_length, context=context, answer=answer) for answer in ("rejected", "chosen")
     )
     spans = [[answer_span(row, tokenizer) for row in rows] for rows in (harmful, refusals)]
     model.eval()

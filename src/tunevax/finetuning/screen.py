@@ -97,9 +97,7 @@ def screen(
     order = np.random.RandomState(seed).permutation(len(safety))[:PAIRS]
     half, context = len(order) // 2, context_of(model)
     known = {
-        answer: encode(
-            [{**safety[i], "completion": safety[i][answer]} for i in order], tokenizer, max_length, context=context
-        )
+        answer: encode([safety[i] for i in order], tokenizer, max_length, context=context, answer=answer)
         for answer in ("rejected", "chosen")
     }
     rows = encode(task, tokenizer, max_length, context=context)

@@ -60,7 +60,7 @@ class Antidote:
     max_length: int = field(default=512, metadata={"help": "tokens per row; longer answers are cut"})
     batch_size: int = field(default=16, metadata={"help": "rows run together"})
 
-    paper: ClassVar[str] = "2408.09600"
+    paper: ClassVar[str] = "arXiv 2408.09600"
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
@@ -79,8 +79,8 @@ class Antidote:
         ref = job.options.model
         lora_layers(loaded.model, ref)  # before the forward passes
         encoded = encode(
-            [{**rows[i], "completion": rows[i]["rejected"]} for i in sorted(order)], loaded.tokenizer,
-            self.max_length, context=context_of(unwrap(loaded.model)),
+            [rows[i] for i in sorted(order)], loaded.tokenizer, self.max_length,
+            context=context_of(unwrap(loaded.model)), answer="rejected",
         )  # fmt: skip
         model, table = antidote(
             loaded.model, encoded, loaded.tokenizer.pad_token_id, self.alpha, self.form, self.batch_size

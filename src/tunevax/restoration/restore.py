@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tunevax.data.contamination import chosen_with, hashes, record_prompts, used_prompts
-from tunevax.data.safety import load_safety
+from tunevax.data.roles import load_rows
 from tunevax.errors import RunError, UsageError
 from tunevax.mixins import AllowOverlap, ModelOptions, RunOptions
 from tunevax.modeling.biases import save_biases
@@ -70,7 +70,7 @@ class Job:
         source = self.options.safety_data
         if source is None:
             raise UsageError(f"--safety-data is missing: {self.method} needs {' and '.join(need)}")
-        rows = load_safety(source, "alignment", need, purpose=self.method)
+        rows = load_rows("alignment", source, need, self.method)
         self.note_data(source, rows)
         return rows
 

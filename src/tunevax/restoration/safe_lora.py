@@ -58,7 +58,7 @@ class SafeLoRA:
         default=None, metadata={"help": "project every layer of at most this cosine instead"}
     )
 
-    paper: ClassVar[str] = "2405.16833"
+    paper: ClassVar[str] = "arXiv 2405.16833"
 
     def __post_init__(self) -> None:
         if self.projector not in PROJECTORS:

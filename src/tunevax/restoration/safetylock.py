@@ -49,7 +49,7 @@ class ApplyLock(SweepOptions):
     seed: int = field(default=0, metadata={"help": "not used: nothing here is random"})
     output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
 
-    paper = "2410.10343"
+    paper = "arXiv 2410.10343"
 
     def __post_init__(self) -> None:
         super().__post_init__()
