@@ -229,7 +229,7 @@ def test_bad_input_is_named(make):
     for alpha in (0.0, -1.0, float("nan")):
         with pytest.raises(UsageError, match="alpha"):
             CircuitBreakersConfig("x", alpha=alpha)
-    with pytest.raises(UsageError, match="known: response, all"):
+    with pytest.raises(UsageError, match="unknown reroute_on 'prompt'"):
         CircuitBreakersConfig("x", reroute_on="prompt")
     with pytest.raises(UsageError, match="circuit-breakers .* comes with an adapter; merge"):
         make(make().model)

@@ -29,7 +29,7 @@ from tunevax.modeling import load
 from tunevax.modeling.blocks import find_blocks, find_final_norm
 from tunevax.modeling.loss import last_hidden, response_loss
 from tunevax.modeling.shapes import can_replay, require_language_model, settle_config, settle_tokens
-from tunevax.modeling.trainer import prepare_trainables
+from tunevax.modeling.trainables import prepare_trainables
 
 SMALL = dict(
     vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,

@@ -14,14 +14,13 @@ the paper calls Vaccine+Booster.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from tunevax.alignment.vaccine import VaccineConfig, VaccineTrainer
-from tunevax.errors import RunError, UsageError
+from tunevax.errors import RunError, require
 from tunevax.modeling.draws import Draws
 from tunevax.modeling.gradients import (
     Gradient,
@@ -43,9 +42,7 @@ class BoosterConfig(VaccineConfig):
     alpha: float = field(default=0.1, metadata={"help": "length of the simulated harmful step"})
 
     def __post_init__(self) -> None:
-        for name in ("lamb", "alpha"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be a finite number, 0 or more")
+        require(self, "lamb", "alpha", at_least=0)
         super().__post_init__()
 
 

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tunevax.alignment.pairs import PairTrainer, joined
 from tunevax.alignment.sft import SFTConfig
-from tunevax.errors import UsageError
+from tunevax.errors import UsageError, require, require_one_of
 from tunevax.modeling.hooks import capture, passed_through
 from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.precision import wide
@@ -61,10 +61,8 @@ class CircuitBreakersConfig(SFTConfig):
                 "circuit-breakers compares the model with itself without the adapter, and full_weights trains none; "
                 "leave --full-weights out"
             )
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise UsageError(f"alpha is {self.alpha}; it must be a finite number above 0")
-        if self.reroute_on not in ("response", "all"):
-            raise UsageError(f"reroute_on is {self.reroute_on!r}; known: response, all")
+        require(self, "alpha", above=0)
+        require_one_of(self, reroute_on=("response", "all"))
         self.depths()
         super().__post_init__()
 

@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tunevax.alignment.pairs import PairTrainer, joined
 from tunevax.alignment.sft import SFTConfig
-from tunevax.errors import UsageError, unknown
+from tunevax.errors import require, require_one_of
 from tunevax.modeling.blocks import find_final_norm
 from tunevax.modeling.draws import noise_generator
 from tunevax.modeling.hooks import capture, capture_inputs
@@ -56,11 +56,8 @@ class RepNoiseConfig(SFTConfig):
     variant: str = field(default="corrected", metadata={"help": "corrected, or official: the released code's loss"})
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "beta"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be a finite number, 0 or more")
-        if self.variant not in VARIANTS:
-            raise unknown("variant", self.variant, VARIANTS)
+        require(self, "alpha", "beta", at_least=0)
+        require_one_of(self, variant=VARIANTS)
         super().__post_init__()
 
 

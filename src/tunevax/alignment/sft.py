@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from tunevax.data.mixing import mix
-from tunevax.errors import UsageError
+from tunevax.errors import require
 from tunevax.modeling.method import MethodTrainer
 from tunevax.modeling.trainer import TrainConfig
 
@@ -25,8 +25,7 @@ class SFTConfig(TrainConfig):
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.task_share < 1:
-            raise UsageError(f"task_share is {self.task_share}; it must be at least 0 and below 1")
+        require(self, "task_share", at_least=0, below=1)
         super().__post_init__()
 
 

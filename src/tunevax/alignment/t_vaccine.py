@@ -26,12 +26,13 @@ from accelerate.utils import broadcast_object_list
 
 from tunevax.alignment.vaccine import VaccineConfig, VaccineTrainer, without_weight_gradients
 from tunevax.data.encoding import collate
-from tunevax.errors import RunError, UsageError, unknown
+from tunevax.errors import RunError, UsageError, require, require_one_of, unknown
 from tunevax.modeling.blocks import find_final_norm, unwrap
 from tunevax.modeling.draws import Draws
 from tunevax.modeling.hooks import capture, cheap_recomputed, checkpointed, has_dropout, without_dropout
 from tunevax.modeling.precision import wide
 from tunevax.modeling.shapes import can_replay
+from tunevax.modeling.trainer import PlanParts
 
 SAMPLINGS = ("harmful-gradient", "uniform", "inverse", "top")
 
@@ -68,18 +69,19 @@ class TVaccineConfig(VaccineConfig):
     )
 
     def __post_init__(self) -> None:
-        for name in ("gamma", "probe_interval", "sample_interval", "probe_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 <= self.probe_ema < 1:
-            raise UsageError(f"probe_ema is {self.probe_ema}; it must be at least 0 and below 1")
+        require(self, "gamma", "probe_interval", "sample_interval", "probe_size", at_least=1)
+        require(self, "probe_ema", at_least=0, below=1)
         if self.layer_sampling not in SAMPLINGS and not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", self.layer_sampling):
             raise unknown("layer_sampling", self.layer_sampling, SAMPLINGS)
-        if self.train_scope not in ("block", "attention"):
-            raise UsageError(f"train_scope is {self.train_scope!r}; known: block, attention")
-        if self.inactive_state not in ("keep", "offload", "drop"):
-            raise UsageError(f"inactive_state is {self.inactive_state!r}; known: keep, offload, drop")
+        require_one_of(self, train_scope=("block", "attention"), inactive_state=("keep", "offload", "drop"))
         super().__post_init__()
+
+    def plan_parts(self, micro_batches: int) -> PlanParts:
+        """A probe is the same for a batch of any size, and comes every K steps."""
+        counts = {"probe": micro_batches / self.gradient_accumulation_steps / self.probe_interval}
+        drawn = self.layer_sampling in SAMPLINGS
+        parts = super().plan_parts(micro_batches)
+        return parts._replace(counts=counts, rows=self.probe_size, blocks="gamma" if drawn else None, linear=drawn)
 
 
 class TVaccineTrainer(VaccineTrainer):
@@ -272,6 +274,23 @@ class TVaccineTrainer(VaccineTrainer):
         """Compute of a probe, in SFT steps: a forward and a backward through frozen weights, for so many rows."""
         batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         return rows / batch * 2 / (3 if self.args.full_weights else 2)
+
+    # --- plan --------------------------------------------------------------------------------------------------------
+
+    def for_plan(self) -> None:
+        """Every draw is of the blocks that take most: where frozen ones are recomputed, these lie above what is kept;
+        where all are, what is left of the lowest one's pass meets the gradients of as many as can be above it."""
+        depth, gamma = len(self.blocks), self.args.gamma
+        highest = [0, *range(depth - gamma + 1, depth)]
+        worst = highest if self.args.checkpoint_blocks == "all" else list(range(gamma))
+        if self.fixed is None:
+            self.draw = lambda: worst
+
+    def with_state(self) -> list[torch.nn.Parameter]:
+        """Those of the selected blocks, unless the state of the others is kept on the device."""
+        if self.args.inactive_state == "keep":
+            return self.parameters
+        return [p for i in self.draw() for p in self.trainable[i]]
 
     # --- state -------------------------------------------------------------------------------------------------------
 

@@ -24,12 +24,13 @@ from typing import Any
 import torch
 
 from tunevax.alignment.sft import SFTConfig, SFTTrainer
-from tunevax.errors import UsageError, unknown
+from tunevax.errors import require, require_one_of
 from tunevax.modeling.blocks import Block
 from tunevax.modeling.draws import noise_generator
 from tunevax.modeling.hooks import Prefix, capture, perturb, tensor_of, without_dropout
 from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.precision import wide
+from tunevax.modeling.trainer import PlanParts
 
 
 @dataclass
@@ -57,17 +58,27 @@ class VaccineConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.rho) and self.rho >= 0):
-            raise UsageError(f"rho is {self.rho}; it must be a finite number, 0 or more")
-        if self.perturbation not in ("gradient", "random"):
-            raise unknown("perturbation", self.perturbation, ("gradient", "random"))
-        if self.embedding not in ("attention", "added"):
-            raise unknown("embedding", self.embedding, ("attention", "added"))
-        if self.rho_scale not in ("total", "per-token"):
-            raise UsageError(f"rho_scale is {self.rho_scale!r}; known: total, per-token")
-        if self.rho_reference_tokens < 1:
-            raise UsageError(f"rho_reference_tokens is {self.rho_reference_tokens}; it must be at least 1")
+        require(self, "rho", at_least=0)
+        require(self, "rho_reference_tokens", at_least=1)
+        require_one_of(self, perturbation=("gradient", "random"), embedding=("attention", "added"))
+        require_one_of(self, rho_scale=("total", "per-token"))
         super().__post_init__()
+
+    def random_direction(self) -> dict[str, Any] | None:
+        """A Gaussian direction of the same joint norm; Booster's default has no budget for one."""
+        return {"perturbation": "random"} if self.rho > 0 else None
+
+    def plan_parts(self, micro_batches: int) -> PlanParts:
+        """A perturbation has its norm over a micro-batch."""
+        split = "a perturbation has its norm over each part" if self.rho > 0 else "the update is the same"
+        return PlanParts(split=split)
+
+    @classmethod
+    def in_one_process(cls, values: dict[str, Any], processes: int) -> None:
+        """Each micro-batch has a budget of its own, and rho was the joint norm over all processes."""
+        super().in_one_process(values, processes)
+        if values.get("rho_scale") == "total":
+            values["rho"] /= math.sqrt(processes)
 
 
 class VaccineTrainer(SFTTrainer):

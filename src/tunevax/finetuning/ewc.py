@@ -30,11 +30,12 @@ from torch import nn
 
 from tunevax.console import bar
 from tunevax.data.encoding import collate
-from tunevax.errors import UsageError
+from tunevax.errors import UsageError, require
 from tunevax.finetuning.sft import FinetuneTrainer, JobConfig, trained_only
 from tunevax.modeling.gradients import require_whole_weights
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.precision import wide
+from tunevax.modeling.trainer import PlanParts
 
 
 @dataclass
@@ -46,9 +47,12 @@ class EWCConfig(JobConfig):
     )
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.lamb) and self.lamb >= 0):
-            raise UsageError(f"lamb is {self.lamb}; it must be a finite number, 0 or more")
+        require(self, "lamb", at_least=0)
         super().__post_init__()
+
+    def plan_parts(self, micro_batches: int) -> PlanParts:
+        """A gradient of each safety row is taken before the first step: one stands for all."""
+        return PlanParts(safety_rows=1)
 
 
 class Adapted(NamedTuple):

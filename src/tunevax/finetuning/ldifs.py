@@ -11,13 +11,12 @@ only while it is small, and so is plain fine-tuning beyond that. This is the mea
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from tunevax.errors import UsageError
+from tunevax.errors import UsageError, require
 from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
 from tunevax.modeling.hooks import capture
 from tunevax.modeling.loss import last_hidden
@@ -32,8 +31,7 @@ class LDIFSConfig(JobConfig):
     lamb: float = field(default=1.0, metadata={"help": "weight of the distance to the features before fine-tuning"})
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.lamb) and self.lamb >= 0):
-            raise UsageError(f"lamb is {self.lamb}; it must be a finite number, 0 or more")
+        require(self, "lamb", at_least=0)
         if self.full_weights:
             raise UsageError(
                 "ldifs compares with the model without its adapter, so it needs one; leave out --full-weights"

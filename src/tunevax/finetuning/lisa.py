@@ -26,7 +26,6 @@ model only in so far as their factors stay close.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,12 +33,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tunevax.errors import UsageError
+from tunevax.errors import require
 from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
 from tunevax.modeling.draws import Draws
 from tunevax.modeling.gradients import require_whole_weights
 from tunevax.modeling.memory import mark
 from tunevax.modeling.precision import wide
+from tunevax.modeling.trainer import PlanParts
 
 ANCHOR = "lisa_anchor.safetensors"
 
@@ -54,12 +54,13 @@ class LisaConfig(JobConfig):
     rho: float = field(default=1.0, metadata={"help": "weight of the distance to the weights at the last switch"})
 
     def __post_init__(self) -> None:
-        for name, least in (("k1", 0), ("k2", 1)):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        if not (math.isfinite(self.rho) and self.rho >= 0):
-            raise UsageError(f"rho is {self.rho}; it must be a finite number, 0 or more")
+        require(self, "k1", "rho", at_least=0)
+        require(self, "k2", at_least=1)
         super().__post_init__()
+
+    def plan_parts(self, micro_batches: int) -> PlanParts:
+        """One alignment step of the K1 that come with every K2."""
+        return PlanParts({"k1": 1}, {"align": self.k1 / self.k2}) if self.k1 else PlanParts()
 
 
 class LisaTrainer(FinetuneTrainer):

@@ -13,14 +13,13 @@ costs two: a safety batch of equal size, drawn at random, comes with every batch
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from tunevax.data.mixing import mix
-from tunevax.errors import UsageError, unknown
+from tunevax.errors import require, require_one_of
 from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
 from tunevax.modeling.draws import Draws
 from tunevax.modeling.loss import head_loss, labelled, last_hidden, rows_at
@@ -41,11 +40,8 @@ class SafeInstructConfig(JobConfig):
     lamb: float = field(default=0.1, metadata={"help": "joint: weight of the safety batch"})
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise unknown("mode", self.mode, MODES)
-        for name in ("safety_rows", "lamb"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be a finite number, 0 or more")
+        require_one_of(self, mode=MODES)
+        require(self, "safety_rows", "lamb", at_least=0)
         super().__post_init__()
 
 

@@ -21,7 +21,6 @@ against f's, not on the learning rate.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ import torch
 
 from tunevax.data.encoding import collate
 from tunevax.data.splits import prompt_hash
-from tunevax.errors import RunError, UsageError, unknown
+from tunevax.errors import RunError, UsageError, require, require_one_of
 from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
 from tunevax.finetuning.sink import (
     QUERIES,
@@ -46,6 +45,7 @@ from tunevax.modeling.attention import WAYS, sink_columns
 from tunevax.modeling.draws import Draws
 from tunevax.modeling.gradients import add_to_grad, backward_scale, require_whole_weights
 from tunevax.modeling.hooks import without_dropout
+from tunevax.modeling.trainer import PlanParts
 
 PAIRINGS = ("same-prompt", "random")
 
@@ -71,18 +71,15 @@ class SurgeryConfig(JobConfig):
     sink_queries: str = field(default="common", metadata={"help": QUERIES_HELP})
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.lamb) and self.lamb >= 0):
-            raise UsageError(f"lamb is {self.lamb}; it must be a finite number, 0 or more")
-        for name, least in (("pairs_per_step", 1), ("every", 1), ("sink_position", 0)):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        if self.pairing not in PAIRINGS:
-            raise unknown("pairing", self.pairing, PAIRINGS)
-        if self.sink_attention not in WAYS:
-            raise unknown("sink_attention", self.sink_attention, WAYS)
-        if self.sink_queries not in QUERIES:
-            raise unknown("sink_queries", self.sink_queries, QUERIES)
+        require(self, "lamb", at_least=0)
+        require(self, "pairs_per_step", "every", at_least=1)
+        require(self, "sink_position", at_least=0)
+        require_one_of(self, pairing=PAIRINGS, sink_attention=WAYS, sink_queries=QUERIES)
         super().__post_init__()
+
+    def plan_parts(self, micro_batches: int) -> PlanParts:
+        """It draws its pairs from the safety rows."""
+        return PlanParts(rows=self.pairs_per_step)
 
 
 class SurgeryTrainer(FinetuneTrainer):
