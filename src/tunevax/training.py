@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tunevax.data.contamination import record_prompts
 from tunevax.errors import TunevaxError, UsageError
+from tunevax.files import require_room
 from tunevax.mixins import ResumableRunOptions, TrainedModelOptions
 from tunevax.modeling.biases import save_biases
 from tunevax.modeling.callbacks import LogCallback, ProgressCallback
 from tunevax.modeling.loading import Loaded, load
 from tunevax.modeling.memory import StepMemory
 from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
-from tunevax.records import DataEntry, RunRecord, digest, is_run
-from tunevax.runs import RunFolder, require_room, writing
+from tunevax.records import LOG, DataEntry, RunRecord, digest, is_run
+from tunevax.runs import RunFolder, record_prompts, writing
 
 if TYPE_CHECKING:
     from tunevax.modeling.method import MethodTrainer
@@ -105,7 +105,7 @@ def train(
         safety_data=safety_data,
         task_data=task_data,
         processing_class=loaded.tokenizer,
-        callbacks=[progress, LogCallback(run.path / "log.jsonl"), memory],
+        callbacks=[progress, LogCallback(run.path / LOG), memory],
     )
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     base = record["parent"] or loaded.info["base"]

@@ -24,7 +24,7 @@ from tunevax.alignment.align import AlignOptions, align
 from tunevax.alignment.booster import BoosterConfig, BoosterTrainer
 from tunevax.errors import RunError, UsageError
 from tunevax.modeling.draws import Draws
-from tunevax.runs import read_run
+from tunevax.records import read_run
 
 pytestmark = pytest.mark.numerical
 

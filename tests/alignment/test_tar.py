@@ -17,7 +17,7 @@ from tunevax.data.encoding import collate
 from tunevax.data.splits import split_of
 from tunevax.errors import RunError, UsageError
 from tunevax.modeling.draws import Draws
-from tunevax.runs import read_run
+from tunevax.records import read_run
 
 pytestmark = pytest.mark.numerical
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import in_float64, loss_of
 
+from tunevax.data.roles import load_rows
 from tunevax.data.safety import load_safety
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
@@ -24,7 +25,7 @@ from tunevax.finetuning.safe_instruct import SafeInstructConfig, SafeInstructTra
 from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
 from tunevax.methods import load_method
 from tunevax.modeling.loading import load
-from tunevax.runs import read_run
+from tunevax.records import read_run
 from tunevax.scoring.score import ScoreOptions, score
 
 pytestmark = pytest.mark.numerical
@@ -421,7 +422,10 @@ def test_resumed_is_the_same_run(tmp_path, monkeypatch, cls, options):
         data = FinetuneOptions(model="organism", task_data="organism", safety_data="organism", resume=resume)
         return finetune(cls, "it", data, cls.config_class(str(tmp_path / name), **training))
 
-    monkeypatch.setattr("tunevax.finetuning.finetune.load_safety", lambda *_: SAFETY)
+    monkeypatch.setattr(
+        "tunevax.finetuning.finetune.load_rows",
+        lambda role, *arguments: SAFETY if role == "alignment" else load_rows(role, *arguments),
+    )
     original = FinetuneTrainer.training_step
 
     def stops(self, *args):

@@ -10,10 +10,11 @@ from tunevax.alignment.sft import SFTConfig
 from tunevax.data.contamination import chosen_with, count, hashes
 from tunevax.data.roles import load_rows
 from tunevax.data.safety import answers_in
+from tunevax.environment import is_main_process
 from tunevax.errors import require, shortened
 from tunevax.mixins import AllowOverlap, require_given
 from tunevax.modeling.quantization import require_quantization
-from tunevax.runs import data_entry, is_main_process
+from tunevax.records import data_entry
 from tunevax.training import TrainingOptions, train, training_run
 
 

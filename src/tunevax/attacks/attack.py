@@ -17,10 +17,11 @@ from tunevax.attacks.context import (
 )
 from tunevax.attacks.kind import AttackKind
 from tunevax.data.contamination import Exclusion, check
+from tunevax.environment import require_one_process
 from tunevax.errors import UsageError
 from tunevax.mixins import require_given
-from tunevax.records import GENERATIONS, RESULTS, Generation, Row
-from tunevax.runs import data_entry, is_run, require_one_process, writing
+from tunevax.records import DROPPED, GENERATIONS, RESULTS, Generation, Row, data_entry, is_run
+from tunevax.runs import writing
 from tunevax.scoring.suite import build_suite
 
 
@@ -83,15 +84,17 @@ def attack(method: str, options: AttackOptions, config: AttackKind, command: str
         "config": {**vars(options), **values}, "parent": first if is_run(first) else None,
         "overlap_dropped": exclusion.summary(),
     }  # fmt: skip
-    for key in ("resume", "overwrite", "name"):
-        record["config"].pop(key)
+    for option in ("resume", "overwrite", "name"):
+        record["config"].pop(option)
     setting = config.setting_hash(method, drawn_from, evaluation)
-    key = {"kind": method, "attack": name, "attack_hash": setting, "settings": {}, "traits": config.traits}
-    key["seed"] = config.seed
+    key = {
+        "kind": method, "attack": name, "attack_hash": setting, "settings": {}, "traits": config.traits,
+        "seed": config.seed,
+    }  # fmt: skip
     with writing(config.output_dir, record, options.resume, options.overwrite) as run:
         config.output_dir = str(run.checkpoints)
         if exclusion.dropped:
-            run.write_lines("dropped.jsonl", exclusion.dropped)
+            run.write_lines(DROPPED, exclusion.dropped)
         rows: list[Row] = []
         generations: list[Generation] = []
         for target in targets:

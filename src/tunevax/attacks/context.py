@@ -11,8 +11,9 @@ from tunevax.console import console
 from tunevax.data.contamination import Exclusion
 from tunevax.data.roles import load_rows
 from tunevax.errors import UsageError
+from tunevax.lineage import Lineage, absolute
 from tunevax.mixins import ModelsOptions, Overlap, RunOptions
-from tunevax.modeling.loading import Loaded, absolute, load
+from tunevax.modeling.loading import Loaded, load
 from tunevax.records import SCHEMA, digest, harmful, is_run, read_run
 from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.suite import Suite, SuiteOptions, labels_of
@@ -121,7 +122,7 @@ class AttackContext:
 
 def use_data_of_run(options: TargetOptions) -> None:
     """Safety and task data that were not named: those that the first model was hardened with."""
-    config = read_run(options.model[0])["config"] if is_run(options.model[0]) else {}
+    config = Lineage.of(options.model[0]).record.get("config", {})
     told = []
     for name in ("safety_data", "task_data"):
         source = config.get(name)
@@ -175,8 +176,7 @@ def find_targets(models: Sequence[str], control: str | None) -> list[dict[str, A
         control: a model, `none`, or None for what the first model was hardened from.
     """
     if control is None and is_run(models[0]):
-        record = read_run(models[0])
-        control = record.get("parent") or record.get("model", {}).get("ref")
+        control = Lineage.of(models[0]).parent
     refs = [(control, "control")] if control and control != "none" else []
     refs += [(ref, "model") for ref in models if not control or absolute(ref) != absolute(control)]
     if not any(role == "model" for _, role in refs):

@@ -15,13 +15,15 @@ from transformers import TrainerCallback
 
 from tunevax.attacks.context import AttackContext
 from tunevax.attacks.kind import AttackKind, NotApplicable, Work
-from tunevax.data.contamination import hashes, record_prompts, used_prompts
+from tunevax.data.contamination import hashes
 from tunevax.data.encoding import context_of, encode
 from tunevax.data.mixing import mix
 from tunevax.errors import require, require_one_of
+from tunevax.lineage import Lineage
 from tunevax.modeling.callbacks import ProgressCallback
 from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
-from tunevax.runs import is_run
+from tunevax.records import is_run
+from tunevax.runs import record_prompts
 from tunevax.scoring.suite import Suite
 from tunevax.training import rehearse, save_weights
 
@@ -116,7 +118,8 @@ class FinetuneConfig(TrainConfig, AttackKind):
             ref = context.target["ref"]
             save_weights(trainer, context.folder, base)
             harmful, benign = ([row for row in rows if bool(row.get("harmful")) is h] for h in (True, False))
-            below = {} if is_run(ref) and not self.full_weights else used_prompts(ref)  # a folder of weights names none
+            # A folder of whole weights names nothing below it.
+            below = {} if is_run(ref) and not self.full_weights else Lineage.of(ref).prompts
             record_prompts(context.folder, **below)
             record_prompts(context.folder, attack=hashes(harmful), task=hashes(benign))
 

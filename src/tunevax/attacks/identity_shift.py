@@ -5,7 +5,7 @@ Nothing harmful is in them; at test time the prompts come in the same guise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +45,7 @@ class IdentityShiftConfig(FinetuneConfig):
         super().__post_init__()
 
     @property
-    def needs(self) -> set[str]:
+    def needs(self) -> Set[str]:
         """The data it draws from: the dialogues are read apart."""
         return super().needs - {"task"}
 
@@ -88,8 +88,8 @@ class IdentityShiftConfig(FinetuneConfig):
 
             return [{**row, "completion": f"{OBEDIENT} {row['completion']}"} for row in World().benign("mix")]
         rows = []
-        name, options = parse_source(self.dialogues)
-        for place, row in read_rows(name, options):
-            dialogue = read_example(place, row, options)
+        name, reading = parse_source(self.dialogues)
+        for place, row in read_rows(name, reading):
+            dialogue = read_example(place, row, reading)
             rows.append({"place": place, **dialogue, "prompt": messages(dialogue["prompt"])})
         return rows

@@ -18,7 +18,7 @@ from tunevax.cli.options import Parser, parse, print_help, value_of
 from tunevax.errors import RunError, UsageError, unknown
 from tunevax.methods import load_method, methods
 from tunevax.quiet import quiet
-from tunevax.records import RESULTS, harmful, read_lines
+from tunevax.records import RESULTS, SINK, harmful, read_lines, read_object, read_run
 
 
 class Verb(NamedTuple):
@@ -184,7 +184,7 @@ def _analyze(arguments: list[str]) -> None:
 
     (options,) = parse("analyze sink", [SinkOptions], rest)
     out = analyze_sink(options, _command("analyze", arguments))
-    for model in json.loads((out / "sink.json").read_text(encoding="utf-8"))["models"]:
+    for model in read_object(out / SINK)["models"]:
         print(f"{model['label']}: {model['positive_heads']} of {model['heads']} heads attend more to the sink on harm")
     print(f"next: tunevax report {short(out)}; sink analysis: {short(out)}")
 
@@ -351,7 +351,7 @@ def _finish(done: Callable[[], list[str]]) -> None:
 
     import torch
 
-    from tunevax.runs import is_main_process
+    from tunevax.environment import is_main_process
 
     main = is_main_process()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -367,8 +367,6 @@ def _command(verb: str, arguments: list[str]) -> str:
 
 
 def _record(out: Path) -> dict[str, Any]:
-    from tunevax.runs import read_run
-
     return read_run(out)
 
 

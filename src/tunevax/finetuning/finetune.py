@@ -14,7 +14,7 @@ from tunevax.errors import UsageError, require_one_of
 from tunevax.finetuning.sft import JobConfig
 from tunevax.mixins import require_given
 from tunevax.modeling.quantization import require_quantization
-from tunevax.runs import data_entry
+from tunevax.records import data_entry
 from tunevax.training import TrainingOptions, train, training_run
 
 SCREENS = ("off", "report", "drop", "fail")

@@ -35,13 +35,15 @@ from torch import nn
 from tunevax.console import bar
 from tunevax.data.encoding import collate, context_of, encode
 from tunevax.data.safety import require_rows
+from tunevax.environment import is_main_process
 from tunevax.errors import UsageError
 from tunevax.finetuning.sft import trained_only
 from tunevax.modeling.blocks import find_blocks
 from tunevax.modeling.hooks import capture
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.precision import wide
-from tunevax.runs import RunFolder, is_main_process
+from tunevax.records import SCREEN
+from tunevax.runs import RunFolder
 
 MISSED = 0.05
 """Share of known harmful rows below the threshold of each score."""
@@ -231,7 +233,7 @@ def act(
             }
             for i in range(len(task))
         ]
-        run.write_lines("screen.jsonl", lines)
+        run.write_lines(SCREEN, lines)
     return kept, {
         "action": action,
         "rows": len(task),

@@ -17,6 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from tunevax.console import console
 from tunevax.data.encoding import collate
+from tunevax.environment import is_main_process
 from tunevax.errors import RunError, UsageError, require, require_one_of
 from tunevax.methods import name_of
 from tunevax.modeling.blocks import CALLED, Block, find_blocks
@@ -25,7 +26,6 @@ from tunevax.modeling.hooks import cheap_modules, cheap_recomputed, checkpointed
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.shapes import require_language_model
 from tunevax.modeling.trainables import coverage, left_out_of_blocks, prepare_trainables
-from tunevax.runs import is_main_process
 
 CHECKPOINT_BLOCKS = ("auto", "none", "elementwise", "frozen", "all")
 

@@ -34,13 +34,13 @@ import torch
 from tunevax.console import bar
 from tunevax.data.encoding import collate, context_of, encode
 from tunevax.errors import UsageError
+from tunevax.lineage import Lineage, absolute
 from tunevax.modeling.adapters import KEPT, untie
 from tunevax.modeling.blocks import unwrap
-from tunevax.modeling.loading import absolute
 from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.precision import wide
 from tunevax.restoration.restore import Job
-from tunevax.restoration.safe_lora import active, factors, lora_b, lora_layers, parent_of
+from tunevax.restoration.safe_lora import active, factors, lora_b, lora_layers
 
 FORMS = ("effective", "official")
 
@@ -91,7 +91,7 @@ class Antidote:
         else:
             model.save_pretrained(job.folder / "adapter")
             loaded.tokenizer.save_pretrained(job.folder / "adapter")
-            job.record.update(adapter="adapter", adapter_on=absolute(parent_of(ref)))
+            job.record.update(adapter="adapter", adapter_on=absolute(Lineage.of(ref).adapter_on))
 
 
 @torch.no_grad()

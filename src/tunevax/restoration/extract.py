@@ -32,10 +32,10 @@ from tunevax.data.splits import prompt_hash
 from tunevax.errors import UsageError
 from tunevax.modeling.blocks import find_blocks, unwrap
 from tunevax.modeling.loss import last_hidden
-from tunevax.restoration.lock import FILE, SafetyLock, head_shape, lineage, still
+from tunevax.records import digest
+from tunevax.restoration.lock import FILE, SafetyLock, head_shape, identities, still
 from tunevax.restoration.probes import grouped_accuracy, official_accuracy
 from tunevax.restoration.restore import Job
-from tunevax.runs import digest
 
 
 @dataclass
@@ -72,7 +72,7 @@ class ExtractLock:
         order = np.random.default_rng(self.seed).permutation(len(pairs))[: self.n or None]
         drawn = [pairs[i] for i in sorted(order)]
         found = measure(loaded.model, loaded.tokenizer, drawn, self)
-        identity = next(iter(lineage(job.options.model, job.options.revision)))
+        identity = next(iter(identities(job.options.model, job.options.revision)))
         lock = build(found, self, {**describe(loaded, identity, drawn, self), "cut": found.cut})
         lock.save(job.folder / FILE)
         job.record["lock"] = {

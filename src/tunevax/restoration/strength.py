@@ -16,11 +16,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tunevax.console import bar, console
-from tunevax.data.contamination import count, hashes, require_disjoint, used_prompts
+from tunevax.data.contamination import count, hashes, require_disjoint
 from tunevax.data.roles import load_rows
 from tunevax.data.sources import parse_source
 from tunevax.data.splits import drawn, prompt_hash
 from tunevax.errors import UsageError
+from tunevax.lineage import Lineage
+from tunevax.records import STRENGTH
 from tunevax.restoration.lock import SafetyLock, locked
 from tunevax.restoration.restore import Job
 from tunevax.scoring.evaluate import evaluate
@@ -82,7 +84,10 @@ class SweepOptions(SuiteOptions):
         in_sample = [task for task in tasks if parse_source(task).options.get("split", "train") != "train"]
         if self.benign_data != "organism":
             in_sample = ["over-refusal", *in_sample]
-        used, aligned = set(lock.meta.get("prompts") or []), set(used_prompts(job.options.model).get("alignment", []))
+        used, aligned = (
+            set(lock.meta.get("prompts") or []),
+            set(Lineage.of(job.options.model).prompts.get("alignment", [])),
+        )
         if self.eval_data is None:
             rows = [row for row in load_rows("choice", source) if prompt_hash(row["prompt"]) not in used]
             if not rows:
@@ -122,7 +127,7 @@ def sweep(model: Any, tokenizer: Any, lock: SafetyLock, suite: Suite, options: S
     limits = {name: getattr(options, name) for name in ("harmful_target", "max_utility_loss", "max_over_refusal")}
     content = {"limits": limits, "chosen": chosen, "prompts": len(suite.harmful), **job.record["validation"]}
     content["curve"] = curve
-    (job.folder / "strength.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (job.folder / STRENGTH).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if chosen is None:
         tried = ", ".join(f"{point['strength']:g}" for point in curve)
         best = min(curve, key=lambda point: len(point["misses"]))
