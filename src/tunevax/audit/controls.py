@@ -12,10 +12,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,8 +26,8 @@ from tunevax.errors import UsageError, unknown
 from tunevax.files import model_hash
 from tunevax.lineage import Lineage
 from tunevax.methods import load_method, methods
-from tunevax.modeling.trainer import resolved
 from tunevax.records import is_run, read_run
+from tunevax.training import other_data, replay, resolved
 
 KINDS = ("undefended", "equal-compute", "equal-steps", "equal-updates", "random-perturbation")
 
@@ -114,12 +112,12 @@ def random_perturbation(run: Path, record: dict[str, Any], folder: Path, command
     if method not in methods("tunevax.alignment"):
         raise UsageError(f"{run} was hardened by {method}, which is not installed here; install what adds it")
     trainer = load_method("tunevax.alignment", method)
-    perturbs = "perturbation" in (f.name for f in dataclasses.fields(trainer.config_class))
-    if not perturbs or record["config"]["rho"] == 0:  # Booster's default
+    changes = replay(record, trainer.config_class, output_dir=str(folder / label)).random_direction()
+    if changes is None:
         return Control(label, None, f"{method} does not perturb")
-    if record["config"].get("perturbation") == "random":
+    if changes.items() <= record["config"].items():
         return Control(label, None, f"the perturbation of {run.name} is random itself")
-    changes = {"perturbation": "random", "max_steps": record["steps"]}
+    changes["max_steps"] = record["steps"]
     why = f"{run.name} with a random perturbation of the same size"
     return Control(label, train(run, record, trainer, method, changes, folder / label, command), why)
 
@@ -130,9 +128,7 @@ def train(
 ) -> str:  # fmt: skip
     """Train as `run` was, but by `trainer` and with `changes`, into `out`; returns it as a reference. Without a command
     check that it can be trained, and no more."""
-    values = {**one_process(record), **changes}
-    options = AlignOptions(**taken(AlignOptions, values), resume=True)
-    options.model = hardened_from(run, record)
+    options = replay(record, AlignOptions, resume=True, model=hardened_from(run, record))
     options.revision = options.revision or record["model"]["revision"]
     if (saved := saved_template(run, options.chat_template)) is not None:
         options.chat_template = str(saved)
@@ -140,13 +136,9 @@ def train(
         _, _, data = read_data(trainer, method, options)
     except UsageError as error:
         raise UsageError(f"the data that {run} was hardened on cannot be read any more: {error}") from error
-    for before, now in zip(record["data"], data, strict=True):
-        if before["hash"] != now["hash"]:
-            raise UsageError(
-                f"{now['source']} is no longer what {run} was hardened on ({before['rows']} rows then, {now['rows']} "
-                "now, or other text); put the old data back, or harden again"
-            )
-    config = trainer.config_class(str(out), **taken(trainer.config_class, values))
+    if changed := other_data(record, data):
+        raise UsageError(f"{run} cannot be run again: {changed}; put the old data back, or harden again")
+    config = replay(record, trainer.config_class, output_dir=str(out), **changes)
     if not is_run(out):
         if command is not None:
             align(trainer, method, options, config, command)
@@ -174,23 +166,6 @@ def saved_template(run: Path, template: str | None) -> Path | None:
     """The run's own copy of a chat template that was given as a file, which may be gone."""
     copies = [run / kind / "chat_template.jinja" for kind in ("adapter", "model")]
     return next((c for c in copies if c.is_file()), None) if template not in (None, *TEMPLATES) else None
-
-
-def one_process(record: dict[str, Any]) -> dict[str, Any]:
-    """The run's configuration, with what its other processes had of a batch as further micro-batches here. Each of
-    these has a budget of its own, and rho was the joint norm over all processes."""
-    values, processes = dict(record["config"]), record["hardware"]["processes"]
-    values["gradient_accumulation_steps"] *= processes
-    if values.get("rho_scale") == "total":
-        values["rho"] /= math.sqrt(processes)
-    return values
-
-
-def taken(cls: type, values: dict[str, Any]) -> dict[str, Any]:
-    """The values that are fields of a dataclass. What concerns the hub is left out: a control is not published, and
-    tokens are masked in a record."""
-    names = {f.name for f in dataclasses.fields(cls) if f.init}
-    return {k: v for k, v in values.items() if k in names and not k.startswith(("hub_", "push_to_hub"))}
 
 
 def differs(record: dict[str, Any], method: str, config: dict[str, Any], data: list[dict[str, Any]]) -> str | None:
