@@ -307,10 +307,10 @@ def test_a_poisoned_job_is_the_recorded_one_on_other_rows(aligned, job, tmp_path
     seen = {}
     original = LisaTrainer.__init__
 
-    def spy(self, model, args, task_data, tokenizer, safety_data, callbacks):
+    def spy(self, model, args, *, task_data, safety_data, **rest):
         start = {n: p.clone() for n, p in model.named_parameters()}
         seen.update(start=start, args=args, rows=task_data, safety=safety_data)
-        original(self, model, args, task_data, tokenizer, safety_data, callbacks)
+        original(self, model, args, task_data=task_data, safety_data=safety_data, **rest)
 
     monkeypatch.setattr(LisaTrainer, "__init__", spy)
     found = context(job)

@@ -203,29 +203,16 @@ def _audit(arguments: list[str]) -> None:
         _compare(arguments)
         return
     quiet()
-    from tunevax.audit.audit import audit
-    from tunevax.audit.controls import make_controls
-    from tunevax.audit.estimate import show
-    from tunevax.audit.plan import AuditOptions, plan
+    from tunevax.audit.audit import run
+    from tunevax.audit.plan import AuditOptions
     from tunevax.audit.protocol import load_protocol
     from tunevax.report import write_report
 
     protocol = load_protocol(value_of("protocol", arguments) or AuditOptions.protocol)
     (options,) = parse("audit", [AuditOptions], arguments or ["--help"], protocol.scoring)
-    references: list[tuple[str, str]] = []
-    for ref in options.model if options.controls and not options.dry_run else ():
-        print(f"controls of {ref}: {', '.join(options.controls)}")
-        folder = Path(f"{Path(options.output_dir)}.controls")
-        for label, made, why in make_controls(ref, options.controls, folder, _command("audit", arguments)):
-            if made is None:
-                print(f"no control {label}: {why}")
-            else:
-                references.append((label, str(made)))
-    planned = plan(options, references)
-    if options.dry_run:
-        show(planned)
+    out = run(options, _command("audit", arguments))
+    if out is None:  # a dry run
         return
-    out = audit(planned, _command("audit", arguments))
     print("\n".join(write_report([out], out / "report.html").headline))
     record = _record(out)
     if failed := record["failed"]:

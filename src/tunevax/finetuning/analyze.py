@@ -21,7 +21,7 @@ from tunevax.data.encoding import collate, context_of, encode
 from tunevax.data.roles import load_rows
 from tunevax.data.splits import drawn
 from tunevax.environment import require_one_process
-from tunevax.errors import UsageError, unknown
+from tunevax.errors import UsageError, require, require_one_of
 from tunevax.finetuning.sink import (
     QUERIES,
     QUERIES_HELP,
@@ -58,15 +58,9 @@ class SinkOptions(ModelsOptions, Overlap, RunOptions):
     harmful_score: bool = field(default=False, metadata={"help": "generate answers and judge them too"})
 
     def __post_init__(self) -> None:
-        for name in ("pairs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.sink_position < 0:
-            raise UsageError(f"sink_position is {self.sink_position}; it must be at least 0")
-        if self.sink_attention not in WAYS:
-            raise unknown("sink_attention", self.sink_attention, WAYS)
-        if self.sink_queries not in QUERIES:
-            raise unknown("sink_queries", self.sink_queries, QUERIES)
+        require(self, "pairs", "batch_size", at_least=1)
+        require(self, "sink_position", at_least=0)
+        require_one_of(self, sink_attention=WAYS, sink_queries=QUERIES)
 
 
 def analyze_sink(options: SinkOptions, command: str = "", suite_options: SuiteOptions | None = None) -> Path:

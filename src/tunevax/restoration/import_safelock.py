@@ -82,6 +82,7 @@ class ConvertLock:
     seed: int = field(default=42, metadata={"help": "not used: nothing here is random"})
     lock: str | None = field(default=None, metadata={"help": "the .safelock file to convert"})
 
+    models_held: ClassVar[int] = 0
     paper: ClassVar[str] = "arXiv 2410.10343"
 
     def run(self, job: Job) -> None:

@@ -56,6 +56,7 @@ class SafeLoRA:
         default=None, metadata={"help": "project every layer of at most this cosine instead"}
     )
 
+    models_held: ClassVar[int] = 3
     paper: ClassVar[str] = "arXiv 2405.16833"
 
     def __post_init__(self) -> None:
