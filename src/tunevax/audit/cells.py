@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from tunevax import __version__
 from tunevax.audit.plan import AuditPlan
@@ -21,7 +21,7 @@ from tunevax.data.sources import parse_source
 from tunevax.files import model_hash
 from tunevax.lineage import Lineage
 from tunevax.mixins import deciding
-from tunevax.records import LOG, CellRecord, Generation, Target, Traits, digest, is_run
+from tunevax.records import LOG, CellRecord, Generation, Target, Traits, digest, is_run, read_object
 
 
 class AuditCell(NamedTuple):
@@ -103,4 +103,4 @@ def write_cell(folder: Path, outcome: CellRecord, generations: Iterable[Generati
 
 def read_cell(folder: Path, name: str) -> CellRecord:
     """How a cell ended, and its rows."""
-    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    return cast(CellRecord, read_object(folder / f"{name}.json"))

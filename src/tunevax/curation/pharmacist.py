@@ -42,7 +42,7 @@ from tunevax.errors import UsageError, unknown
 from tunevax.modeling.callbacks import ProgressCallback
 from tunevax.modeling.loss import row_losses
 from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
-from tunevax.records import Example
+from tunevax.records import Example, read_object
 
 MODES = ("single", "double", "unrolled")
 Loss = tuple[torch.Tensor, list[torch.Tensor]]
@@ -119,7 +119,7 @@ class PharmacistConfig(TrainConfig):
                     json.dumps({"omega": trainer.omega.tolist(), "passes": trainer.passes()}), encoding="utf-8"
                 )
                 part.replace(done)
-            found = json.loads(done.read_text(encoding="utf-8"))
+            found = read_object(done)
             each.append(rankdata(found["omega"]) / len(pool.rows))
             passes += found["passes"]
         pool.passes.update(forward=passes, backward=passes)
