@@ -39,6 +39,7 @@ from tunevax.curation.curate import Pool
 from tunevax.data.encoding import collate, context_of, encode
 from tunevax.errors import UsageError, unknown
 from tunevax.modeling.callbacks import ProgressCallback
+from tunevax.modeling.lora import factors
 from tunevax.modeling.loss import row_losses
 from tunevax.modeling.trainer import ResponseTrainer, TrainConfig, last_checkpoint
 
@@ -338,11 +339,6 @@ def adapted(model: torch.nn.Module) -> list[Any]:
         for m in model.modules()
         if hasattr(m, "lora_A") and "default" in m.lora_A and not len(m.lora_magnitude_vector)  # no DoRA
     ]
-
-
-def factors(layer: Any) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
-    """A and B of a LoRA layer."""
-    return layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from tunevax.console import bar
 from tunevax.data.encoding import collate
 from tunevax.errors import UsageError
 from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer, require_fresh, trained_only
+from tunevax.modeling.gradients import require_whole_weights
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.precision import wide
 
@@ -91,8 +92,7 @@ class EWCTrainer(FinetuneTrainer):
         self.fisher_rows = 0
         if args.lamb == 0:
             return
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise UsageError("ewc takes squares of whole gradients, so it runs without FSDP and DeepSpeed")
+        require_whole_weights(self, "ewc")
         rows = self.encode_answers(safety_data, "chosen")
         batches = [self._prepare_inputs(collate([row], processing_class.pad_token_id)) for row in rows]
         self.fisher_rows = len(rows)

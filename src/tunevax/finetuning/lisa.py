@@ -38,6 +38,7 @@ from safetensors.torch import load_file, save_file
 from tunevax.errors import UsageError
 from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer
 from tunevax.modeling.draws import Draws
+from tunevax.modeling.gradients import require_whole_weights
 from tunevax.modeling.memory import mark
 from tunevax.modeling.precision import wide
 
@@ -79,8 +80,8 @@ class LisaTrainer(FinetuneTrainer):
         callbacks: list | None = None,
     ) -> None:
         super().__init__(model, args, task_data, processing_class, safety_data, callbacks)
-        if args.k1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise UsageError("lisa keeps a copy of whole weights, so it runs without FSDP and DeepSpeed")
+        if args.k1:
+            require_whole_weights(self, "lisa")
         self.safe = self.encode_answers(safety_data, "chosen")
         self.draws = Draws(args.seed)
         self.draws.require(self, len(self.safe), "safety rows")

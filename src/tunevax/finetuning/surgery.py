@@ -44,6 +44,7 @@ from tunevax.finetuning.sink import (
     sink_values,
 )
 from tunevax.modeling.attention import WAYS, sink_columns
+from tunevax.modeling.gradients import require_whole_weights
 from tunevax.modeling.hooks import without_dropout
 
 PAIRINGS = ("same-prompt", "random")
@@ -111,8 +112,7 @@ class SurgeryTrainer(FinetuneTrainer):
         self.seen = [0, 0]  # tokens so far: of the job, of pairs
         if args.lamb == 0:
             return
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise UsageError("surgery adds a gradient to whole weights, so it runs without FSDP and DeepSpeed")
+        require_whole_weights(self, "surgery")
         self.harmful, self.refusals = (self.encode_answers(safety_data, a) for a in ("rejected", "chosen"))
         self.spans = [[answer_span(row, processing_class) for row in rows] for rows in (self.harmful, self.refusals)]
         self.prompts = [prompt_hash(row["prompt"]) for row in safety_data]

@@ -75,6 +75,6 @@ def restored(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
 
 
 def require_whole_weights(trainer: Any, method: str) -> None:
-    """Raise `UsageError` where a process holds a shard of the weights only: steps on them are taken whole."""
+    """Raise `UsageError` where a process holds a shard of the weights only."""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise UsageError(f"{method} takes steps on whole weights, so it runs without FSDP and DeepSpeed")
+        raise UsageError(f"{method} works on whole weights and gradients, so it runs without FSDP and DeepSpeed")

@@ -32,15 +32,17 @@ from typing import Any, ClassVar
 import torch
 
 from tunevax.console import bar
-from tunevax.data.encoding import collate, context_of, encode
+from tunevax.data.encoding import context_of, encode
 from tunevax.errors import UsageError
 from tunevax.modeling.adapters import KEPT, untie
+from tunevax.modeling.batches import collated
 from tunevax.modeling.blocks import unwrap
 from tunevax.modeling.loading import absolute
+from tunevax.modeling.lora import active, factors, lora_layers
 from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.precision import wide
 from tunevax.restoration.restore import Job
-from tunevax.restoration.safe_lora import active, factors, lora_b, lora_layers, parent_of
+from tunevax.restoration.safe_lora import parent_of
 
 FORMS = ("effective", "official")
 
@@ -124,7 +126,7 @@ def antidote(
         untie(model)  # what is added to a head's weight must not reach the embedding
     kept = total = 0.0
     if form == "official":
-        modules |= {(name, "B"): lora_b(layer) for name, layer in layers.items()}
+        modules |= {(name, "B"): layer.lora_B[active(layer)] for name, layer in layers.items()}
     sums = input_squares(model, modules, rows, pad_token_id, batch_size)
     table = []
     with bar() as progress:
@@ -140,7 +142,7 @@ def antidote(
                 weight += wanted
                 kept += float(((wide(weight) - was) * wanted).sum(dtype=torch.float64))
                 total += float(wide(wanted).square().sum(dtype=torch.float64))
-                lora_b(layer).weight.zero_()  # it is in the weight now
+                factors(layer)[1].zero_()  # it is in the weight now
                 pruned = mask.float().mean()
             else:
                 a, b = factors(layer)
@@ -182,17 +184,13 @@ def input_squares(
 ) -> dict[Any, torch.Tensor]:
     """For each module, by key, the sum of squares of each of its inputs over the answer tokens (labels that are not
     -100) of all rows, [in] in fp64."""
-    device = next(model.parameters()).device
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]["input_ids"]), i))  # batches with little padding
     model.eval()
     with bar() as progress, listening(modules) as (sums, where):
         task = progress.add_task("score", total=len(rows), note="")
-        for start in range(0, len(rows), batch_size):
-            chosen = [rows[i] for i in order[start : start + batch_size]]
-            batch = {k: v.to(device) for k, v in collate(chosen, pad_token_id).items()}
+        for part, batch in collated(rows, pad_token_id, batch_size, next(model.parameters()).device, False):
             where[:] = [batch.pop("labels") != -100]
             last_hidden(model, batch)
-            progress.advance(task, len(chosen))
+            progress.advance(task, len(part))
     return sums
 
 

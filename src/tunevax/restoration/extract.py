@@ -26,12 +26,13 @@ import numpy as np
 import torch
 
 from tunevax.console import bar, console
-from tunevax.data.encoding import collate, context_of, encode
+from tunevax.data.encoding import context_of, encode
 from tunevax.data.splits import prompt_hash
 from tunevax.errors import UsageError
+from tunevax.modeling.batches import collated, still
 from tunevax.modeling.blocks import find_blocks, unwrap
 from tunevax.modeling.loss import last_hidden
-from tunevax.restoration.lock import FILE, SafetyLock, head_shape, lineage, still
+from tunevax.restoration.lock import FILE, SafetyLock, head_shape, lineage
 from tunevax.restoration.probes import grouped_accuracy, official_accuracy
 from tunevax.restoration.restore import Job
 from tunevax.runs import digest
@@ -167,12 +168,10 @@ def measure(model: Any, tokenizer: Any, pairs: Sequence[dict[str, Any]], config:
     kept = set(np.random.default_rng([config.seed, 1]).permutation(len(pairs))[: config.probe_pairs].tolist())
     sums = Sums(model, config.r)
     groups: list[str] = []
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]["input_ids"]), i))  # batches with little padding
     with bar() as progress, sums.listening(), still(model):
         task = progress.add_task("extract", total=len(rows), note="")
-        for start in range(0, len(order), config.batch_size):
-            chosen = [rows[i] for i in order[start : start + config.batch_size]]
-            batch = {k: v.to(device) for k, v in collate(chosen, tokenizer.pad_token_id).items()}
+        for part, batch in collated(rows, tokenizer.pad_token_id, config.batch_size, device, longest_first=False):
+            chosen = [rows[i] for i in part]
             sums.expect(batch.pop("labels") != -100, chosen, [row["pair"] in kept for row in chosen])
             last_hidden(model, batch)
             groups += [row["prompt"] for row in chosen if row["pair"] in kept for _ in range(config.r)]
