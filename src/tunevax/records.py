@@ -368,7 +368,7 @@ class RunRecord(TypedDict, total=False):
             loss is in nats per token, updates are a mean over blocks.
         attack, targets, failed, stopped, skipped, cells, cell_seconds, lm_eval, fluency_hash: of what measures models.
         score, kept, elsewhere, spoilt_kept, passes, dropped, seconds_scoring, agreement: of a curation.
-        lock, layers, rows, validation, finding: of a restoration; a finding is why it came to no model.
+        lock, layers, aligned, base, rows, validation, finding: of a restoration; a finding is why there is no model.
     """
 
     schema: int
@@ -423,6 +423,8 @@ class RunRecord(TypedDict, total=False):
     # restore
     lock: dict[str, Any]
     layers: list[dict[str, Any]]
+    aligned: str
+    base: str
     rows: int
     validation: dict[str, Any]
     finding: str

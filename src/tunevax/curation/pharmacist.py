@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -42,6 +42,10 @@ from tunevax.modeling.callbacks import ProgressCallback
 from tunevax.modeling.lora import factors
 from tunevax.modeling.loss import row_losses
 from tunevax.modeling.trainer import ResponseTrainer, TrainConfig, last_checkpoint
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import Linear
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MODES = ("single", "double", "unrolled")
 Loss = tuple[torch.Tensor, list[torch.Tensor]]
@@ -139,11 +143,11 @@ class PharmacistTrainer(ResponseTrainer):
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         args: PharmacistConfig,
         rows: Sequence[dict],
         validation: Sequence[dict],
-        processing_class: Any,
+        processing_class: PreTrainedTokenizerBase,
         callbacks: list | None = None,
     ) -> None:
         if len(rows) < args.per_device_train_batch_size:
@@ -189,7 +193,9 @@ class PharmacistTrainer(ResponseTrainer):
         """p, [rows]: positive, of mean 1."""
         return len(self.omega) * torch.softmax(self.omega, 0)
 
-    def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict, num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The gradients of theta, put where the optimiser finds them, and a step of w (and of theta')."""
         model.train()
         inputs = self._prepare_inputs(inputs)
@@ -332,7 +338,7 @@ def swapped(parameters: Sequence[torch.nn.Parameter], tensors: Sequence[torch.Te
             parameter.data = data
 
 
-def adapted(model: torch.nn.Module) -> list[Any]:
+def adapted(model: torch.nn.Module) -> list[Linear]:
     """The linear layers with a LoRA adapter."""
     return [
         m
@@ -355,7 +361,7 @@ def along(model: torch.nn.Module, direction: Sequence[torch.Tensor], rows: int) 
     wanted = dict(zip((p for p in model.parameters() if p.requires_grad), direction, strict=True))
     found = direction[0].new_zeros(rows)
 
-    def hook(layer: Any, args: tuple, output: torch.Tensor) -> None:
+    def hook(layer: Linear, args: tuple, output: torch.Tensor) -> None:
         if not output.requires_grad:
             return
         (a, b), scale, x = factors(layer), layer.scaling["default"], args[0].detach()

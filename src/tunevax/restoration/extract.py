@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,11 @@ from tunevax.restoration.lock import FILE, SafetyLock, head_shape, lineage
 from tunevax.restoration.probes import grouped_accuracy, official_accuracy
 from tunevax.restoration.restore import Job
 from tunevax.runs import digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tunevax.modeling.loading import Loaded
 
 
 @dataclass
@@ -72,7 +77,7 @@ class ExtractLock:
         order = np.random.default_rng(self.seed).permutation(len(pairs))[: self.n or None]
         drawn = [pairs[i] for i in sorted(order)]
         found = measure(loaded.model, loaded.tokenizer, drawn, self)
-        identity = next(iter(lineage(job.options.model, job.options.revision)))
+        identity = next(iter(lineage(job.ref, job.options.revision)))
         lock = build(found, self, {**describe(loaded, identity, drawn, self), "cut": found.cut})
         lock.save(job.folder / FILE)
         job.record["lock"] = {
@@ -100,7 +105,9 @@ class Measured(NamedTuple):
     cut: int = 0
 
 
-def extract(model: Any, tokenizer: Any, pairs: Sequence[dict[str, Any]], **options: Any) -> SafetyLock:
+def extract(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[dict[str, Any]], **options: Any
+) -> SafetyLock:
     """A lock from `pairs`, rows with `prompt`, `chosen` (safe) and `rejected` (unsafe).
 
     Args:
@@ -121,7 +128,7 @@ def settings(config: ExtractLock) -> dict[str, Any]:
     return {name: getattr(config, name) for name in ("r", "probe", "seed", "max_length")}
 
 
-def describe(loaded: Any, identity: str, pairs: Sequence[dict[str, Any]], config: ExtractLock) -> dict[str, Any]:
+def describe(loaded: Loaded, identity: str, pairs: Sequence[dict[str, Any]], config: ExtractLock) -> dict[str, Any]:
     """Where a lock comes from, for its metadata."""
     return {
         "base": {**{k: loaded.info[k] for k in ("ref", "base", "revision")}, "identity": identity},
@@ -149,12 +156,14 @@ def build(found: Measured, config: ExtractLock, meta: dict[str, Any]) -> SafetyL
         "accuracy": accuracy[best].round(6).tolist(),
         **meta,
     }
-    layer, head = torch.from_numpy(layer), torch.from_numpy(head)
-    return SafetyLock(found.u[layer, head], found.sigma[layer, head], layer, head, meta)
+    where = torch.from_numpy(layer), torch.from_numpy(head)
+    return SafetyLock(found.u[where], found.sigma[where], *where, meta)
 
 
 @torch.no_grad()
-def measure(model: Any, tokenizer: Any, pairs: Sequence[dict[str, Any]], config: ExtractLock) -> Measured:
+def measure(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[dict[str, Any]], config: ExtractLock
+) -> Measured:
     """Run both answers of every pair through the model and reduce each head's activations to what a lock needs. The
     model's modes are left as they are."""
     rows = answers(model, tokenizer, pairs, config)
@@ -191,7 +200,9 @@ def measure(model: Any, tokenizer: Any, pairs: Sequence[dict[str, Any]], config:
     return Measured(u, sigma, np.stack(accuracy), cut)
 
 
-def answers(model: Any, tokenizer: Any, pairs: Sequence[dict[str, Any]], config: ExtractLock) -> list[dict[str, Any]]:
+def answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[dict[str, Any]], config: ExtractLock
+) -> list[dict[str, Any]]:
     """Both answers of each pair as token ids, labels only at the last r content tokens: an end-of-turn token and
     white space after the answer say nothing of it.
 
@@ -219,7 +230,7 @@ def answers(model: Any, tokenizer: Any, pairs: Sequence[dict[str, Any]], config:
     return found
 
 
-def _is_end(tokenizer: Any, token: int) -> bool:
+def _is_end(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
     """Whether a token is special, named or not, or white space."""
     return not tokenizer.decode([token], skip_special_tokens=True).strip()
 
@@ -227,7 +238,7 @@ def _is_end(tokenizer: Any, token: int) -> bool:
 class Sums:
     """Running sums over the selected tokens of each batch, per head."""
 
-    def __init__(self, model: Any, r: int) -> None:
+    def __init__(self, model: PreTrainedModel, r: int) -> None:
         self.r, self.projections = r, [block.o_proj for block in find_blocks(model)]
         self.layers, self.heads, self.size = head_shape(model)
         shape, device = (self.layers, self.heads, self.size), next(model.parameters()).device
@@ -259,7 +270,7 @@ class Sums:
             for handle in handles:
                 handle.remove()
 
-    def _take(self, layer: int, _module: Any, args: tuple) -> None:
+    def _take(self, layer: int, _module: torch.nn.Module, args: tuple) -> None:
         taken = args[0][self.where].view(-1, self.heads, self.size)
         x = taken.double()
         self.total[1, layer] += x[self.safe].sum(0)

@@ -69,12 +69,11 @@ class SafeLoRA:
 
     def run(self, job: Job) -> None:
         """Find the models, project, and write the adapter; the record has a row per layer under `layers`."""
-        ref = job.options.model
-        aligned_ref = self.aligned or (ref and parent_of(ref))
+        ref = job.ref
+        aligned_ref = self.aligned or parent_of(ref)
         base_ref = self.base or (aligned_ref and parent_of(aligned_ref))
-        for found, what in ((ref, "model"), (aligned_ref, "aligned"), (base_ref, "base")):
-            if not found:
-                raise UsageError(f"--{what} is missing" + (f", and {ref} does not record it" if ref else ""))
+        if not aligned_ref or not base_ref:
+            raise UsageError(f"--{'base' if aligned_ref else 'aligned'} is missing, and {ref} does not record it")
         how = {"dtype": "float32", "device": "cpu"}
         loaded = job.load(merge=False, **how)
         layers = lora_layers(loaded.model, ref)
@@ -96,8 +95,10 @@ class SafeLoRA:
         loaded.model.save_pretrained(job.folder / "adapter")
         loaded.tokenizer.save_pretrained(job.folder / "adapter")
         job.record.update(
-            adapter="adapter", adapter_on=absolute(parent_of(ref)), aligned=absolute(aligned_ref),
-            base=absolute(base_ref), layers=table,
+            {
+                "adapter": "adapter", "adapter_on": absolute(parent_of(ref) or aligned_ref),
+                "aligned": absolute(aligned_ref), "base": absolute(base_ref), "layers": table,
+            }
         )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tunevax.console import bar, console
 from tunevax.data.contamination import count, hashes, require_disjoint, used_prompts
@@ -26,6 +26,9 @@ from tunevax.restoration.lock import SafetyLock, locked
 from tunevax.restoration.restore import Job
 from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.suite import Suite, SuiteOptions, build_suite
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MEASURES = ("task/exact", "utility/")
 
@@ -91,7 +94,7 @@ class SweepOptions(SuiteOptions):
             benign = load_task("organism:set=benign", "train").rows
         else:
             benign, in_sample = load_safety(self.benign_data, need=()), ["over-refusal", *in_sample]
-        used, aligned = set(lock.meta.get("prompts") or []), set(used_prompts(job.options.model).get("alignment", []))
+        used, aligned = set(lock.meta.get("prompts") or []), set(used_prompts(job.ref).get("alignment", []))
         harmful = list(suite.harmful)
         if self.eval_data is None:
             split = "validation" if parse_source(source).name == "organism" else "alignment"
@@ -110,12 +113,19 @@ class SweepOptions(SuiteOptions):
         job.note_data(source, harmful)
         scored = [*suite.benign, *(suite.task.rows if suite.task else []), *[r for t in suite.utility for r in t.rows]]
         job.note_prompts(hashes(scored))
-        job.record["overlap"] = count(job.options.model, **{"lock validation": [*harmful, *scored]})
+        job.record["overlap"] = count(job.ref, **{"lock validation": [*harmful, *scored]})
         job.record["validation"] = {"in_sample": in_sample, "aligned_on": aligned_on}
         return suite
 
 
-def sweep(model: Any, tokenizer: Any, lock: SafetyLock, suite: Suite, options: SweepOptions, job: Job) -> float | None:
+def sweep(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    lock: SafetyLock,
+    suite: Suite,
+    options: SweepOptions,
+    job: Job,
+) -> float | None:
     """Score every strength and write the curve to `strength.json`.
 
     Returns:
