@@ -116,7 +116,7 @@ def note_base(job: Job, lock: SafetyLock) -> None:
     loaded = job.load()
     check_shape(loaded.model, lock)
     layers, heads, _ = head_shape(loaded.model)
-    identity = next(iter(identities(job.options.model, job.options.revision)))
+    identity = next(iter(identities(job.ref, job.options.revision)))
     base = {**{k: loaded.info[k] for k in ("ref", "base", "revision")}, "identity": identity}
     lock.meta.update(n_layers=layers, n_heads=heads, base=base)
 
@@ -251,8 +251,8 @@ def read_pickle(data: bytes, place: str) -> Any:
                 below.append(stack)
                 stack = []
             elif name == "TUPLE":
-                items, stack = tuple(stack), below.pop()
-                stack.append(items)
+                inside, stack = tuple(stack), below.pop()
+                stack.append(inside)
             elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
                 stack.append(tuple([stack.pop() for _ in range(int(name[-1]))][::-1]))
             elif name in ("APPEND", "SETITEM"):

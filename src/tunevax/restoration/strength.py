@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tunevax.console import bar, console
 from tunevax.data.contamination import count, hashes, require_disjoint
@@ -27,6 +27,9 @@ from tunevax.restoration.lock import SafetyLock, locked
 from tunevax.restoration.restore import Job
 from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.suite import Suite, SuiteOptions, build_suite
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MEASURES = ("task/exact", "utility/")
 
@@ -86,7 +89,7 @@ class SweepOptions(SuiteOptions):
             in_sample = ["over-refusal", *in_sample]
         used, aligned = (
             set(lock.meta.get("prompts") or []),
-            set(Lineage.of(job.options.model).prompts.get("alignment", [])),
+            set(Lineage.of(job.ref).prompts.get("alignment", [])),
         )
         if self.eval_data is None:
             rows = [row for row in load_rows("choice", source) if prompt_hash(row["prompt"]) not in used]
@@ -103,12 +106,19 @@ class SweepOptions(SuiteOptions):
         job.note_data(source, suite.harmful)
         scored = [*suite.benign, *(suite.task.rows if suite.task else []), *[r for t in suite.utility for r in t.rows]]
         job.note_prompts(hashes(scored))
-        job.record["overlap"] = count(job.options.model, **{"lock validation": [*suite.harmful, *scored]})
+        job.record["overlap"] = count(job.ref, **{"lock validation": [*suite.harmful, *scored]})
         job.record["validation"] = {"in_sample": in_sample, "aligned_on": aligned_on}
         return suite
 
 
-def sweep(model: Any, tokenizer: Any, lock: SafetyLock, suite: Suite, options: SweepOptions, job: Job) -> float | None:
+def sweep(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    lock: SafetyLock,
+    suite: Suite,
+    options: SweepOptions,
+    job: Job,
+) -> float | None:
     """Score every strength and write the curve to `strength.json`.
 
     Returns:
