@@ -87,6 +87,7 @@ class CircuitBreakersTrainer(PairTrainer):
 
     config_class = CircuitBreakersConfig
     paper = "arXiv 2406.04313"
+    off = None
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         if hasattr(model, "peft_config"):

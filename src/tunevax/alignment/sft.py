@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from tunevax.data.encoding import context_of, encode
 from tunevax.data.mixing import mix
@@ -48,6 +48,8 @@ class SFTTrainer(ResponseTrainer):
     config_class = SFTConfig
     paper = ""
     needs_rejected = False
+    off: ClassVar[dict[str, Any] | None] = {}
+    """Options with which the method trains what SFT trains, bit for bit; None if it never does."""
 
     def __init__(
         self,

@@ -87,6 +87,7 @@ class TVaccineTrainer(VaccineTrainer):
 
     config_class = TVaccineConfig
     paper = "arXiv 2410.09760"
+    off = None
     needs_rejected = True
 
     def __init__(

@@ -115,6 +115,7 @@ class TARTrainer(SFTTrainer):
 
     config_class = TARConfig
     paper = "arXiv 2408.00761"
+    off = {"lambda_tr": 0, "lambda_representation": 0, "mapping_steps": 0}
     needs_rejected = True
 
     def __init__(

@@ -75,6 +75,7 @@ class EWCTrainer(FinetuneTrainer):
 
     config_class = EWCConfig
     paper = "arXiv 1612.00796"
+    off = {"lamb": 0}
     needs = ("chosen",)
 
     def __init__(

@@ -46,6 +46,7 @@ class LDIFSTrainer(FinetuneTrainer):
 
     config_class = LDIFSConfig
     paper = "arXiv 2308.13320"
+    off = {"lamb": 0}
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         require_fresh(model, "ldifs")

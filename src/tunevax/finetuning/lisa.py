@@ -67,6 +67,7 @@ class LisaTrainer(FinetuneTrainer):
 
     config_class = LisaConfig
     paper = "arXiv 2405.18641"
+    off = {"k1": 0}
     needs = ("chosen",)
 
     def __init__(

@@ -55,6 +55,7 @@ class SafeInstructTrainer(FinetuneTrainer):
 
     config_class = SafeInstructConfig
     paper = "arXiv 2309.07875"
+    off = {"mode": "mix", "safety_rows": 0}
     needs = ("chosen",)
 
     def __init__(

@@ -44,6 +44,8 @@ class FinetuneTrainer(ResponseTrainer):
 
     config_class = FinetuneConfig
     paper = ""
+    off: ClassVar[dict[str, Any] | None] = {}
+    """Options with which the method trains what plain fine-tuning trains, bit for bit; None if it never does."""
     needs: ClassVar[tuple[str, ...]] = ()
     """Answers of the safety rows that the method uses, of `chosen` and `rejected`; none: it takes no safety rows."""
 

@@ -94,6 +94,7 @@ class SurgeryTrainer(FinetuneTrainer):
 
     config_class = SurgeryConfig
     paper = "arXiv 2602.05228"
+    off = {"lamb": 0}
     needs: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
 
     def __init__(
