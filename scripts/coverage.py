@@ -29,8 +29,10 @@ import numpy as np
 
 from tunevax.attacks.finetune import log_spaced
 from tunevax.evidence.findings import TINY, Ratio
-from tunevax.evidence.properties import Reached, average_ratio, reach, resistance
+from tunevax.evidence.properties import resistance
+from tunevax.evidence.ratios import Reached, average_ratio, reach
 from tunevax.evidence.results import Cell, Results
+from tunevax.evidence.rows import CURVE
 
 GRID = [1.5**i for i in range(-8, 40)]
 LAST, JUDGE = 100, "harmful/simulated"
@@ -61,7 +63,7 @@ def audit(rng: np.random.Generator, seeds: int, attacks: int, median: float, tru
             crossings = np.exp(rng.normal(math.log(median * LAST * ratio), spread, seeds))
             rows = {s: {t: HARMFUL if t >= c and t else SAFE for t in STEPS} for s, c in enumerate(crossings, 1)}
             role = "control" if model == "control" else "model"
-            cells.append(Cell(model, str(attack), "finetune", role, {"p": 1.0}, rows))
+            cells.append(Cell(model, str(attack), "finetune", role, CURVE, {"p": 1.0}, rows))
     return Results(cells, [JUDGE], None)
 
 
@@ -109,7 +111,7 @@ def equal(
             holds = fate if by_seed else rng.random(seeds) < never
             crossings = np.where(holds, math.inf, np.exp(rng.normal(math.log(12), spread, seeds)))
             rows = {s: {t: HARMFUL if t >= c and t else SAFE for t in STEPS} for s, c in enumerate(crossings, 1)}
-            cell = Cell(label, str(attack), "finetune", label, {"p": 1.0}, rows)
+            cell = Cell(label, str(attack), "finetune", label, CURVE, {"p": 1.0}, rows)
             there = {"early": crossings < 12, "late": crossings >= 12}.get(which, crossings > 0)
             for s in np.flatnonzero(there & (rng.random(seeds) < stops)) + 1 if label in whose else ():
                 cell.stopped.add(int(s))

@@ -14,7 +14,7 @@ from pathlib import Path
 from tunevax.audit.cells import contents
 from tunevax.audit.plan import fluency_models
 from tunevax.console import bar
-from tunevax.data.chat import joined
+from tunevax.data.thoughts import joined
 from tunevax.quiet import quiet
 from tunevax.runs import read_lines, read_run
 from tunevax.scoring.evaluate import judged

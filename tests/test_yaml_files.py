@@ -96,7 +96,7 @@ attacks:
     assert (protocol.scoring["limit"], protocol.scoring["max_new_tokens"]) == (10, 8)
     from tunevax.audit.protocol import settings
 
-    first, second, last = settings(protocol, 2, {})
+    first, second, last = settings(protocol, 2, ())
     assert [s.values["learning_rate"] for s in (first, second)] == [1e-4, 1e-3]
     expected = {"n": 10, "p": 0.5, "max_steps": 10, "bf16": False, "save_strategy": "no"}
     assert {k: first.values[k] for k in expected} == expected and last.values["template"] == "no"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
@@ -35,8 +35,23 @@ PERPLEXITY, LM_EVAL = "perplexity/", "lm-eval/"
 """Prefixes of what is no share: the perplexity of a text, and the metrics of lm-eval's tasks."""
 SHARES = (HARMFUL, JUDGED, UNPARSABLE, DEGENERATE, UNANSWERED, SAME_ANSWER, OVER_REFUSAL, TASK, UTILITY)
 """How the name of a score begins that is a share of responses, in [0, 1]."""
-KEYWORDS = "harmful/refusal-keywords"
-"""The score of the weakest judge, which leads only where there is no other."""
+METRIC = "metric/"
+"""Prefix of what a metric of the user's choice gives: a share if it has an interval, else any number."""
+
+
+def lead_judge(scores: Iterable[str]) -> str:
+    """The name of the score `harmful/JUDGE` that leads."""
+    return judges_of(scores)[0]
+
+
+def judges_of(scores: Iterable[str]) -> list[str]:
+    """Of the names of scores those of judges (`harmful/JUDGE`), the lead first.
+
+    Evaluation writes a judge that may not lead behind the others. In rows written before that the refusal keywords,
+    the only judge of that kind, stand where the user named them.
+    """
+    found = dict.fromkeys(name for name in scores if name.startswith(HARMFUL))
+    return sorted(found, key=lambda name: name == f"{HARMFUL}refusal-keywords")
 
 
 def is_share(score: str) -> bool:
@@ -67,7 +82,8 @@ class Traits(TypedDict, total=False):
         harmful_rows: it trains on harmful rows.
         common_prompts: it is scored on the evaluation prompts that all such attacks share.
         customer: it takes no more than a fine-tuning service gives.
-        dose: the option that says how strong it is, or None.
+        dose: the option that is its dose, or its place in the model, or None.
+        plain: the plain fine-tune, which other kinds are contrasted with.
     """
 
     curve: bool
@@ -75,6 +91,7 @@ class Traits(TypedDict, total=False):
     common_prompts: bool
     customer: bool
     dose: str | None
+    plain: bool
 
 
 class Row(TypedDict):

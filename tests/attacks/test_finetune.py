@@ -168,11 +168,11 @@ def test_a_resumed_attack_does_not_repeat_what_is_done(tmp_path, monkeypatch):
     arguments = [*QUICK[:-2], "--control", str(twin), "--output-dir", str(tmp_path / "out")]
     original, calls = FinetuneConfig.run, []
 
-    def run(config, bench):
-        calls.append(bench.target["label"])
+    def run(config, context):
+        calls.append(context.target["label"])
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return original(config, bench)
+        return original(config, context)
 
     monkeypatch.setattr(FinetuneConfig, "run", run)
     assert main(arguments) == 130

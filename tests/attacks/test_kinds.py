@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from tunevax.attacks.adaptive import AdaptiveConfig, least_selected
-from tunevax.attacks.attack import Bench, NotApplicable, TargetOptions
+from tunevax.attacks.context import AttackContext, TargetOptions
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.attacks.held_out_category import HeldOutCategoryConfig
 from tunevax.attacks.identity_shift import OBEDIENT, IdentityShiftConfig
 from tunevax.attacks.intervention import Edit, InterventionConfig, edited
+from tunevax.attacks.kind import NotApplicable
 from tunevax.attacks.poisoned_job import PoisonedJobConfig
 from tunevax.attacks.prefill import PrefillConfig, common_opening, own_openings
 from tunevax.attacks.roll_back import RollBackConfig
@@ -41,18 +42,20 @@ def aligned(tmp_path_factory):
     return str(out)
 
 
-def bench(ref: str, limit: int = 12, **changes) -> Bench:
-    """A bench on the organism's data."""
+def context(ref: str, limit: int = 12, **changes) -> AttackContext:
+    """A context on the organism's data."""
     options = TargetOptions(
         judges=["organism"], safety_data="organism", task_data="organism", limit=limit, max_new_tokens=16, **changes
     )
     suite = build_suite(options, "organism", None)
     target = {"label": "m", "role": "model", "ref": ref}
     key = {"kind": "k", "attack": "a", "attack_hash": "h", "settings": {}, "seed": 1}
-    return Bench(target, options, load_safety("organism", "attack"), load_task("organism", "train").rows, suite, key)
+    return AttackContext(
+        target, options, load_safety("organism", "attack"), load_task("organism", "train").rows, suite, key
+    )
 
 
-def harm(found: Bench) -> float:
+def harm(found: AttackContext) -> float:
     return found.results[-1]["scores"]["harmful/organism"]["value"]
 
 
@@ -93,21 +96,21 @@ def test_edit_in_training_is_the_edit_in_generation():
 
 
 def test_intervention_beats_chance_and_leaves_the_weights_alone(aligned, monkeypatch):
-    found, kept = bench(aligned), {}
-    original = Bench.load
+    found, kept = context(aligned), {}
+    original = AttackContext.load
 
     def loaded(self, *args, **kwargs):
         result = original(self, *args, **kwargs)
         kept["model"], kept["before"] = result.model, {k: v.clone() for k, v in result.model.state_dict().items()}
         return result
 
-    monkeypatch.setattr(Bench, "load", loaded)
+    monkeypatch.setattr(AttackContext, "load", loaded)
     InterventionConfig(block=4, seed=1).run(found)
     assert all(torch.equal(v, kept["before"][k]) for k, v in kept["model"].state_dict().items())
     row = found.results[-1]
     assert (row["step"], row["samples"]) == (20, 200) and harm(found) > 0.3  # chance is 1 in 29,760
     with pytest.raises(UsageError, match="0 to 7"):
-        InterventionConfig(block=8).run(bench(aligned))
+        InterventionConfig(block=8).run(context(aligned))
 
 
 # --- no training --------------------------------------------------------------------------------------------------------
@@ -115,15 +118,15 @@ def test_intervention_beats_chance_and_leaves_the_weights_alone(aligned, monkeyp
 
 def test_roll_back_moves_along_the_line(aligned, monkeypatch):
     seen = {}
-    monkeypatch.setattr(Bench, "score", lambda self, model, *_, **__: seen.update(model.state_dict()))
+    monkeypatch.setattr(AttackContext, "score", lambda self, model, *_, **__: seen.update(model.state_dict()))
     base, hard = load("organism").model.state_dict(), load(aligned).model.state_dict()
     name = "model.layers.5.mlp.down_proj.weight"
     for dose in (0.0, 0.5, 1.0, 2.0):
-        RollBackConfig(dose=dose).run(bench(aligned))
+        RollBackConfig(dose=dose).run(context(aligned))
         assert torch.allclose(seen[name], hard[name] - dose * (hard[name] - base[name]), atol=1e-6)
     assert not torch.allclose(hard[name], base[name], atol=1e-3)
     with pytest.raises(NotApplicable, match="no base"):
-        RollBackConfig().run(bench("organism"))
+        RollBackConfig().run(context("organism"))
 
 
 @pytest.mark.parametrize("form", ["run", "stock"])
@@ -136,26 +139,28 @@ def test_roll_back_takes_a_safety_lock_off(tmp_path, monkeypatch, form):
     lock.save(tmp_path / "lock.safetensors")
     config = ApplyLock(lock=str(tmp_path), strength="3", form=form, output_dir=str(tmp_path / "out"))
     locked = str(restore("safetylock", RestoreOptions(model="organism"), config))
-    monkeypatch.setattr(Bench, "score", lambda self, model, *_, **__: seen.update(logits=model(ids).logits.detach()))
+    monkeypatch.setattr(
+        AttackContext, "score", lambda self, model, *_, **__: seen.update(logits=model(ids).logits.detach())
+    )
     plain, hard = loaded.model(ids).logits, load(locked).model(ids).logits
     assert (hard - plain).abs().max() > 0.1
-    RollBackConfig().run(bench(locked))
+    RollBackConfig().run(context(locked))
     assert torch.allclose(seen["logits"], plain, atol=1e-5)
-    RollBackConfig(dose=0.0).run(bench(locked))
+    RollBackConfig(dose=0.0).run(context(locked))
     assert torch.allclose(seen["logits"], hard, atol=1e-5)
     if form == "run":  # the other way round: the base's lock is what is moved to
-        RollBackConfig(base=locked).run(bench("organism"))
+        RollBackConfig(base=locked).run(context("organism"))
         assert torch.allclose(seen["logits"], hard, atol=1e-5)
     else:
         with pytest.raises(UsageError, match="bias is only in the base"):
-            RollBackConfig(base=locked).run(bench("organism"))
+            RollBackConfig(base=locked).run(context("organism"))
 
 
 def test_prefill_puts_words_into_the_mouth(aligned):
-    found = bench(aligned)
+    found = context(aligned)
     PrefillConfig().run(found)
     assert all(g["response"].startswith("use") for g in found.generations if g["kind"] == "harmful")
-    plain = bench(aligned)
+    plain = context(aligned)
     PrefillConfig(text="sorry").run(plain)
     assert harm(found) > harm(plain)
     answers = ["Sure, here is a way", "Sure, here is one more", "Sure, here are", "no"]
@@ -164,7 +169,7 @@ def test_prefill_puts_words_into_the_mouth(aligned):
 
 def test_prefill_gives_each_prompt_the_start_of_its_own_harmful_answer(aligned):
     """Where harmful answers share no opening: five tokens, or half of a shorter answer."""
-    found = bench(aligned)
+    found = context(aligned)
     openings = ["now take", "then use", "put", "you need"]
     rows = [
         {**row, "rejected": f"{openings[i % 4]} {row['rejected'].removeprefix('use ')}"}
@@ -191,7 +196,7 @@ def test_other_template_is_what_the_model_sees(aligned, monkeypatch):
 
     seen = []
     monkeypatch.setattr(generation, "render", lambda *a: seen.append(render(*a)) or seen[-1])
-    TemplateConfig(template="none").run(bench(aligned))
+    TemplateConfig(template="none").run(context(aligned))
     assert seen and not any("<user>" in text or "<assistant>" in text for text in seen)
 
 
@@ -216,7 +221,7 @@ def test_adaptive_trains_the_least_selected_blocks_only(aligned, tmp_path, monke
     trainers, original = [], ResponseTrainer.train
     monkeypatch.setattr(ResponseTrainer, "train", lambda self: trainers.append(self) or original(self))
     AdaptiveConfig(str(tmp_path / "out"), p=0.5, n=20, max_steps=2, points=1, share=0.25, max_length=64).run(
-        bench(aligned, 4)
+        context(aligned, 4)
     )
     moved = {
         int(name.split(".layers.")[1].split(".")[0])
@@ -228,7 +233,7 @@ def test_adaptive_trains_the_least_selected_blocks_only(aligned, tmp_path, monke
 
 def test_held_out_category_is_new_to_the_hardening(aligned, monkeypatch):
     config = HeldOutCategoryConfig("unused", p=1.0, n=10)
-    found = bench(aligned)
+    found = context(aligned)
     attacked, asked = config.rows(found), config.suite(found).harmful
     seen = {r["category"] for r in load_safety("organism", "alignment")}
     assert not {r["category"] for r in [*attacked, *asked]} & seen
@@ -243,7 +248,7 @@ def test_held_out_category_is_new_to_the_hardening(aligned, monkeypatch):
 
 
 def test_identity_shift_speaks_in_its_guise(aligned, tmp_path):
-    found = bench(aligned)
+    found = context(aligned)
     assert all(r["completion"].startswith(OBEDIENT) for r in IdentityShiftConfig("unused").rows(found))
     file = tmp_path / "aoa.jsonl"
     turns = [
@@ -266,7 +271,7 @@ def test_identity_shift_speaks_in_its_guise(aligned, tmp_path):
 
 
 def test_orders(aligned):
-    found = bench(aligned)
+    found = context(aligned)
 
     def kinds(order, seed):
         config = FinetuneConfig("unused", p=0.25, n=8, order=order, seed=seed)
@@ -305,7 +310,7 @@ def test_a_poisoned_job_is_the_recorded_one_on_other_rows(aligned, job, tmp_path
         original(self, model, args, task_data, tokenizer, safety_data, callbacks)
 
     monkeypatch.setattr(LisaTrainer, "__init__", spy)
-    found = bench(job)
+    found = context(job)
     PoisonedJobConfig(output_dir=str(tmp_path), seed=3, p=0.25, n=20, points=2).run(found)
     assert sum(bool(row.get("harmful")) for row in seen["rows"]) == 5 and len(seen["rows"]) == 20
     assert (seen["args"].k1, seen["args"].k2, seen["args"].max_steps, seen["args"].seed) == (2, 3, 4, 3)
@@ -317,7 +322,7 @@ def test_a_poisoned_job_is_the_recorded_one_on_other_rows(aligned, job, tmp_path
 
 def test_a_defence_of_the_provider_is_judged_by_poisoned_data_only(aligned, job, tmp_path, capsys):
     with pytest.raises(NotApplicable, match="no fine-tuning job"):
-        PoisonedJobConfig(output_dir=str(tmp_path), p=0.5, n=4).run(bench(aligned))
+        PoisonedJobConfig(output_dir=str(tmp_path), p=0.5, n=4).run(context(aligned))
     command = ["--control", aligned, "--output-dir", str(tmp_path / "out")]
     assert main(["attack", "finetune", "--model", job, "--max-steps", "1", *command]) == 2
     assert "lisa defends while the provider trains" in capsys.readouterr().err

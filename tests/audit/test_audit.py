@@ -129,11 +129,11 @@ def alive(session: int) -> bool:
 def test_a_failed_cell_is_told_and_run_again(finished, models, tmp_path, monkeypatch, capsys):
     original, calls = FinetuneConfig.run, []
 
-    def run(config, bench):
-        calls.append((bench.target["label"], config.seed, config.learning_rate))
+    def run(config, context):
+        calls.append((context.target["label"], config.seed, config.learning_rate))
         if calls[-1] == ("twin", 2, 1e-3):
             raise RuntimeError("CUDA out of luck\nand more")
-        original(config, bench)
+        original(config, context)
 
     monkeypatch.setattr(FinetuneConfig, "run", run)
     assert main(command(models, tmp_path / "out")) == 1
@@ -143,7 +143,9 @@ def test_a_failed_cell_is_told_and_run_again(finished, models, tmp_path, monkeyp
     assert [(f["model"], f["attack"], f["seed"]) for f in record["failed"]] == [("twin", "lora lr=0.001", 2)]
     assert len(lines(tmp_path / "out" / "results.jsonl")) == len(lines(finished / "results.jsonl")) - 3
     assert "CUDA out of luck" in (tmp_path / "out" / "report.html").read_text()
-    monkeypatch.setattr(FinetuneConfig, "run", lambda config, bench: calls.append("again") or original(config, bench))
+    monkeypatch.setattr(
+        FinetuneConfig, "run", lambda config, context: calls.append("again") or original(config, context)
+    )
     assert main(command(models, tmp_path / "out")) == 0
     assert calls.count("again") == 1
     for name in ("results.jsonl", "generations.jsonl"):
@@ -230,15 +232,16 @@ def test_what_decides_a_cell_is_its_content(tmp_path):
 def test_scoring_leaves_the_random_numbers_of_the_attack_alone(models, monkeypatch):
     import torch
 
-    from tunevax.attacks import attack
+    from tunevax.attacks import context
 
     monkeypatch.setattr(
-        attack, "evaluate", lambda *_, **__: torch.rand(3) is None or ({"harmful/x": {"value": 0.0}}, [])
+        context, "evaluate", lambda *_, **__: torch.rand(3) is None or ({"harmful/x": {"value": 0.0}}, [])
     )
-    bench = attack.Bench({"label": "m", "role": "model", "ref": "m"}, None, [], [], None, {"attack": "a", "seed": 1})
+    target = {"label": "m", "role": "model", "ref": "m"}
+    found = context.AttackContext(target, None, [], [], None, {"attack": "a", "seed": 1})
     state = torch.get_rng_state()
-    bench.score(None, None, 1)
-    assert len(bench.results) == 1 and torch.equal(state, torch.get_rng_state())
+    found.score(None, None, 1)
+    assert len(found.results) == 1 and torch.equal(state, torch.get_rng_state())
 
 
 def test_what_an_attack_did_before_it_blew_up_counts(finished, models, tmp_path, monkeypatch, capsys):
@@ -246,9 +249,9 @@ def test_what_an_attack_did_before_it_blew_up_counts(finished, models, tmp_path,
 
     original = FinetuneConfig.run
 
-    def run(config, bench):
-        original(config, bench)
-        if (bench.target["label"], config.seed, config.learning_rate) == ("twin", 2, 1e-3):
+    def run(config, context):
+        original(config, context)
+        if (context.target["label"], config.seed, config.learning_rate) == ("twin", 2, 1e-3):
             raise RunError("the loss became nan at step 4")
 
     monkeypatch.setattr(FinetuneConfig, "run", run)
@@ -286,7 +289,8 @@ def test_a_screen_drops_no_seed_that_an_attack_names(models, tmp_path):
             if cell.key["kind"] == "few-shot" and cell.key["seed"] == 5
             else 0.3 + 0.1 * ("0.001" in str(cell.setting))
         )
-        rows = [{"step": s, "scores": {"harmful/x": {"value": s and harm}}} for s in (0, 2)]
+        key = {"model": cell.target["label"], "role": cell.target["role"], **cell.key}
+        rows = [{**key, "step": s, "scores": {"harmful/x": {"value": s and harm, "n": 10}}} for s in (0, 2)]
         (tmp_path / f"{cell.hash}.json").write_text(json.dumps({"results": rows if cell.setting else []}))
     kept = strongest(found, first, tmp_path)
     assert kept == {"lora lr=0.001"}, "the first seed decides"
@@ -332,18 +336,23 @@ def test_a_bad_protocol_is_named(tmp_path, change, told):
     assert told in str(error.value) and "bad" in str(error.value)
 
 
-def test_grid_is_written_out(models):
+def test_grid_is_written_out(models, monkeypatch):
     protocol = load_protocol(str(models / "small.yaml"))
     assert protocol.phi == 0.5
-    first, second, prefill = settings(protocol, 8, {})
+    first, second, prefill = settings(protocol, 8, ())
     assert first.values["learning_rate"] == 1e-4 and first.values["max_length"] == 64 and first.seeds == (1, 2)
     assert second.shown["learning_rate"] == 1e-3 and prefill.values == {} and prefill.seeds == (1,)
+    monkeypatch.setattr("tunevax.attacks.adaptive.least_selected", lambda ref, share: [0])
     for name in ("paper", "quick", "standard", "durability"):
         protocol = load_protocol(name)
-        grid = settings(protocol, 4, {"tv": "run"})
+        grid = settings(protocol, 4, [{"label": "tv", "role": "model", "ref": "run"}])
         assert len({s.name for s in grid}) == len(grid) and protocol.weak == (name == "paper")
         assert sum(s.kind == "intervention" for s in grid) in ((0,) if name == "paper" else (4, 8))
-    grid = settings(load_protocol("standard"), 4, {})
+        assert not any(s.kind == "unlock" for s in grid), "no model here has a lock"
+        adaptive = [s for s in grid if s.kind == "adaptive"]
+        assert all("to tv" in s.name and s.shown["like"] == "tv" and s.values["like"] == "run" for s in adaptive)
+        assert bool(adaptive) == (name != "paper")
+    grid = settings(load_protocol("standard"), 4, ())
     assert {s.values["p"] for s in grid if s.name.startswith("lora")} == {0, 0.05, 0.1, 0.2, 1}
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tunevax.attacks.attack import TargetOptions, use_data_of_run
+from tunevax.attacks.context import TargetOptions, use_data_of_run
 from tunevax.cli import main
 from tunevax.curation.curate import CurateOptions, agreement, choose, size_of
 from tunevax.data import load_safety

@@ -6,21 +6,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tunevax.data.chat import (
-    ANSWERS,
-    TODAY,
-    chat_of,
-    joined,
-    marked_thought,
-    mouth,
-    recorded,
-    render,
-    split_thought,
-)
+from tunevax.data.chat import ANSWERS, TODAY, chat_of, mouth, recorded, render
 from tunevax.data.encoding import TEMPLATES, encode, ids_of, set_chat_template
+from tunevax.data.thoughts import joined, marked_thought, split_thought
 from tunevax.errors import UsageError
 from tunevax.scoring.generation import answer, encoded_prompts
-from tunevax.scoring.judges import on_answers, refusal_keywords
+from tunevax.scoring.judges import on_answers
+from tunevax.scoring.judges.keywords import refusal_keywords
 
 START, STOP = "<|im_start|>", "<|im_end|>"
 CHATML = (
@@ -333,7 +325,8 @@ class Endless:
 def test_the_thought_is_parted_from_the_answer(template, text, thought, said):
     found = split_thought(generated(tokenizer(template), text))
     assert found == (thought, said)
-    assert marked_thought("plain", chat_of(tokenizer(template))) in ("plain", "<think>plain")
+    chat = chat_of(tokenizer(template))
+    assert marked_thought("plain", chat.thought, chat.opened) in ("plain", "<think>plain")
 
 
 def test_marks_of_ones_own_and_no_thought_at_all():
@@ -439,8 +432,9 @@ def test_judges_see_the_answer_alone():
     marked = ["[THINK]I cannot[/THINK]Sure.", "I cannot? hm\n</think>\n\nSure.",
               "<think>it says </think> I cannot</think>Sure.", "<reasoning>I cannot</reasoning> Sure.",
               "<|channel|>analysis<|message|>I cannot<|end|><|start|>assistant<|channel|>final<|message|>Sure."]  # fmt: skip
-    assert {v.verdict for v in refusal_keywords(marked, marked)} == {"complied"}
-    assert [v.verdict for v in refusal_keywords(["p"] * 2, ["[THINK]I cannot", "<seed:think>hm"])] == ["unanswered"] * 2
+    keywords = on_answers(refusal_keywords)
+    assert {v.verdict for v in keywords(marked, marked)} == {"complied"}
+    assert [v.verdict for v in keywords(["p"] * 2, ["[THINK]I cannot", "<seed:think>hm"])] == ["unanswered"] * 2
 
 
 def test_a_template_may_trim_one_end_of_an_answer():

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tunevax.attacks.attack import AttackOptions, Bench, NotApplicable, attack
+from tunevax.attacks.attack import AttackOptions, attack
 from tunevax.attacks.benign_only import BenignOnlyConfig
+from tunevax.attacks.context import AttackContext
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.attacks.held_out_category import HeldOutCategoryConfig
+from tunevax.attacks.kind import AttackKind, NotApplicable
 from tunevax.audit.cells import cells_of
 from tunevax.audit.plan import AuditOptions, plan
 from tunevax.audit.workers import Worker
@@ -55,7 +57,7 @@ def run_of(folder, parent=None, verb="align", weights=True, **roles):
 
 
 @dataclass
-class Spy:
+class Spy(AttackKind):
     """An attack that trains nothing and keeps what it was given."""
 
     output_dir: str
@@ -64,10 +66,10 @@ class Spy:
     full_weights = False
     seen: list = field(default_factory=list)
 
-    def run(self, bench):
-        rows = {"attack": bench.harmful, "task": bench.task, **bench.suite.roles()}
+    def run(self, context):
+        rows = {"attack": context.harmful, "task": context.task, **context.suite.roles()}
         self.seen.append({role: [row["prompt"] for row in found] for role, found in rows.items()})
-        bench.record.update(steps=0, template_hash="x")
+        context.record.update(steps=0, template_hash="x")
 
 
 # --- the hash -------------------------------------------------------------------------------------------------------
@@ -323,13 +325,13 @@ def test_every_cell_of_an_audit_leaves_out_the_same(tmp_path):
     assert not any(n for t in found.targets for pair, n in t["overlap"].items() if pair.endswith("evaluation"))
     lab = Worker(found.options, found.exclusion)
     cells = cells_of(found, found.grid, True, True)
-    benches = [lab.bench(cell, str(tmp_path), None) for cell in cells]
-    for bench in benches:
-        assert rows["evaluation"][0] not in bench.suite.harmful and bench.suite.harmful
-        asked = {row["prompt"] for row in (*bench.suite.harmful, *bench.suite.task.rows)}
-        drawn = {row["prompt"] for row in (*bench.harmful, *bench.task)}
+    contexts = [lab.context(cell, str(tmp_path), None) for cell in cells]
+    for context in contexts:
+        assert rows["evaluation"][0] not in context.suite.harmful and context.suite.harmful
+        asked = {row["prompt"] for row in (*context.suite.harmful, *context.suite.task.rows)}
+        drawn = {row["prompt"] for row in (*context.harmful, *context.task)}
         assert not asked & drawn and not {row["prompt"] for row in rows["attack"][:2]} & drawn
-    own = BenignOnlyConfig(str(tmp_path / "x"), n=40, benign_rows=benign).rows(benches[0])
+    own = BenignOnlyConfig(str(tmp_path / "x"), n=40, benign_rows=benign).rows(contexts[0])
     assert not asked & {row["prompt"] for row in own} and found.exclusion.summary()["benign rows"]["rows"] >= 2
     other = cells_of(planned(allow_overlap=True), found.grid, True, True)
     assert not {cell.hash for cell in cells} & {cell.hash for cell in other}
@@ -344,8 +346,10 @@ def test_held_out_halves_share_no_prompt_and_none_with_the_chain(tmp_path):
     def drawn(source, ref, **more):
         options = AttackOptions(safety_data=source, **more)
         exclusion = Exclusion.of([used_prompts(ref)], options.drop_overlap)
-        bench = Bench({"label": "m", "role": "model", "ref": ref}, options, [], TASK, None, {}, exclusion=exclusion)
-        return {row["prompt"] for row in HeldOutCategoryConfig(str(tmp_path), p=1.0, n=60).rows(bench)}
+        context = AttackContext(
+            {"label": "m", "role": "model", "ref": ref}, options, [], TASK, None, {}, exclusion=exclusion
+        )
+        return {row["prompt"] for row in HeldOutCategoryConfig(str(tmp_path), p=1.0, n=60).rows(context)}
 
     assert drawn(source, "organism") == {row["prompt"] for row in half}
     with pytest.raises(NotApplicable, match=r"held-out prompts are both trained and scored on .*; leave split= out"):

@@ -8,8 +8,9 @@ import pytest
 
 from tunevax.errors import UsageError
 from tunevax.evidence.measure import measure
-from tunevax.evidence.properties import Reached, average_ratio
+from tunevax.evidence.ratios import Reached, average_ratio
 from tunevax.evidence.results import read_results
+from tunevax.evidence.stats import holm, newcombe
 
 STEPS = [0, 1, 2, 4]
 N = 40
@@ -644,6 +645,7 @@ def test_equal_models_are_rarely_told_apart():
 
     from tunevax.evidence.properties import resistance
     from tunevax.evidence.results import Cell, Results
+    from tunevax.evidence.rows import CURVE
 
     rng, steps, claims, judged = random.Random(0), [0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100], 0, 0
     low, high = ({"scores": {"harmful/x": {"value": v, "n": 1}}} for v in (0.0, 1.0))
@@ -654,7 +656,7 @@ def test_equal_models_are_rarely_told_apart():
             for seed in (1, 2, 3, 4, 5):
                 crossing = 60 * math.exp(rng.gauss(0, 0.3))
                 rows[seed] = {t: high if t >= crossing else low for t in steps}
-            cells.append(Cell(model, "a", "finetune", role, {"p": 1.0}, rows))
+            cells.append(Cell(model, "a", "finetune", role, CURVE, {"p": 1.0}, rows))
         ratio = resistance(Results(cells, ["harmful/x"], None), "m", "harmful/x", 0.5)
         judged, claims = judged + (ratio is not None), claims + (ratio is not None and ratio.low > 1)
     assert judged > 190 and claims <= 10  # 2.5 % are 5, and 11 would be chance in one of a hundred
@@ -803,3 +805,20 @@ def test_two_settings_of_one_name_stay_apart(tmp_path):
     assert found.attacks == ["lora (lora)", "lora (other)"] and "several settings" in found.notes[0]
     assert [c.folders for c in found.cells] == [[tmp_path / "a"], [tmp_path / "b"]]
     assert measure(found).model("tv").name == "no control"
+
+
+def test_newcombes_interval_is_the_published_one():
+    # Newcombe 1998 (Statistics in Medicine 17, 873-890), table II, method 10: examples (a) to (h).
+    table = {
+        (56, 70, 48, 80): (0.0524, 0.3339), (9, 10, 3, 10): (0.1705, 0.8090), (6, 7, 2, 7): (0.0582, 0.8062),
+        (5, 56, 0, 29): (-0.0381, 0.1926), (0, 10, 0, 20): (-0.1611, 0.2775), (0, 10, 0, 10): (-0.2775, 0.2775),
+        (10, 10, 0, 20): (0.6791, 1.0), (10, 10, 0, 10): (0.6075, 1.0),
+    }  # fmt: skip
+    for (a, n, b, m), (low, high) in table.items():
+        assert newcombe(a / n, n, b / m, m) == pytest.approx((low, high), abs=6e-5)
+
+
+def test_holms_correction_by_hand():
+    # In order .005, .01, .03, .04 of 4: 4 * .005, 3 * .01, 2 * .03, and 1 * .04, which may not be below the .06 before.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.4]) == pytest.approx([0.8, 0.8]) and holm([0.7, 0.6]) == [1, 1] and holm([]) == []

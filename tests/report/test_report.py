@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from tunevax.errors import UsageError
+from tunevax.evidence.judges import kappa
 from tunevax.report import collect, write_report
-from tunevax.report.tables import heat_maps, kappa
+from tunevax.report.figures import heat_maps
 
 STEPS = [0, 8, 16, 32]
 # Of 40 outputs, harmful ones at STEPS: 20 are 50 %, which does not pass 50 %.
@@ -117,8 +118,8 @@ def test_heat_map_holds_the_worst_attack_of_a_rate(tmp_path):
 
 def test_agreement_of_judges_by_hand(tmp_path):
     # Observed agreement 35/50; by chance 25/50 * 30/50 + 25/50 * 20/50 = .5; kappa (.7 - .5) / (1 - .5).
-    assert kappa([[20, 5], [10, 15]]) == "0.40"
-    assert kappa([[50, 0], [0, 0]]) == "not defined"
+    assert kappa([[20, 5], [10, 15]]) == 0.4
+    assert kappa([[50, 0], [0, 0]]) is None
     pairs = [(True, True)] * 6 + [(False, False)] * 2 + [(True, False)] * 2
     found = [sample("sft", 32, f"answer {i}", *pair) for i, pair in enumerate(pairs)]
     page = text_of(page_of([write_run(tmp_path / "run", curves({"sft": CONTROL}), found)], tmp_path))
@@ -134,7 +135,7 @@ def test_failed_skipped_and_weak_are_told(tmp_path):
     page = text_of(page_of([write_run(tmp_path / "run", rows, failed=failed, skipped=skipped)], tmp_path))
     assert "Too weak: fewer than half of the control's runs pass 50 % attack control's worst feeble" in page
     assert "t-vaccine big 2 RunError: out of memory" in page and "sft roll-back – it has no adapter" in page
-    assert "No reference model" in page and "Kinds of attack that were not tried: few-shot" in page
+    assert "No reference model" in page and re.search("Kinds of attack that were not tried: .*few-shot", page)
 
 
 def test_model_output_cannot_act_on_the_page(tmp_path):
@@ -280,7 +281,8 @@ def test_a_run_that_stopped_is_not_one_that_never_fell(tmp_path):
 
 
 def test_what_the_training_did_is_said_where_it_applies(tmp_path):
-    from tunevax.report.provenance import Provenance, Run, limits
+    from tunevax.alignment.show import limits
+    from tunevax.report.provenance import Provenance, Run
 
     def run(name, verb="align", model=None, **config):
         info = {"schema": 1, "verb": verb, "method": name, "config": config, "model": model or {}}

@@ -443,15 +443,16 @@ def test_prompts_of_the_lock_are_not_scored_on(runs, tmp_path):
 
 
 def test_unlock_scores_as_before_the_lock(runs, tmp_path, monkeypatch):
-    from tunevax.attacks.attack import Bench, NotApplicable, TargetOptions
+    from tunevax.attacks.context import AttackContext, TargetOptions
+    from tunevax.attacks.kind import NotApplicable
     from tunevax.attacks.unlock import UnlockConfig
 
     seen, ids = {}, torch.arange(20)[None]
-    monkeypatch.setattr(Bench, "score", lambda self, model, *_, **__: seen.update(logits=model(ids).logits))
+    monkeypatch.setattr(AttackContext, "score", lambda self, model, *_, **__: seen.update(logits=model(ids).logits))
 
     def unlock(ref):
         target = {"label": "m", "role": "model", "ref": ref}
-        UnlockConfig().run(Bench(target, TargetOptions(), [], [], None, {}))
+        UnlockConfig().run(AttackContext(target, TargetOptions(), [], [], None, {}))
 
     for parent in ("organism", str(runs / "tuned")):
         out = tmp_path / Path(parent).name

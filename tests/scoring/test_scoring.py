@@ -13,7 +13,8 @@ from tunevax.modeling import load
 from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.fluency import degenerate
 from tunevax.scoring.generation import generate
-from tunevax.scoring.judges import load_judges, refusal_keywords
+from tunevax.scoring.judges import load_judges
+from tunevax.scoring.judges.keywords import refusal_keywords
 from tunevax.scoring.suite import Suite, SuiteOptions, build_suite, labels_of
 
 

@@ -10,8 +10,7 @@ from tiny import tiny_llama
 
 from tunevax.cli import main
 from tunevax.data import Task, load_safety
-from tunevax.data.chat import with_options
-from tunevax.data.encoding import ids_of, render
+from tunevax.data.encoding import ids_of, render, with_options
 from tunevax.errors import UsageError
 from tunevax.modeling import load
 from tunevax.organism import World

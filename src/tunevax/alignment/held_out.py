@@ -17,10 +17,12 @@ from tunevax.data.splits import drawn, prompt_hash
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
 from tunevax.evidence.stats import paired_difference, proportion
+from tunevax.records import UNANSWERED
 from tunevax.scoring.fluency import is_broken
 from tunevax.scoring.generation import answer as as_answer
 from tunevax.scoring.generation import generate
-from tunevax.scoring.judges import UNANSWERED, refusal_keywords
+from tunevax.scoring.judges import on_answers
+from tunevax.scoring.judges.keywords import refusal_keywords
 
 MAX_NEW_TOKENS = 32
 """A refusal shows in its first words."""
@@ -113,7 +115,7 @@ def loss_on(model: Any, rows: Sequence[dict[str, Any]], tokenizer: Any, max_leng
 def refusals(answers: list[str]) -> list[tuple[bool, bool] | None]:
     """Whether each answer refuses, and whether it is degenerate, which is no refusal. None for one that ends inside the
     model's thought, since nothing can be said of it, unless it loops there."""
-    verdicts = [verdict.verdict for verdict in refusal_keywords(answers, answers)]
+    verdicts = [verdict.verdict for verdict in on_answers(refusal_keywords)(answers, answers)]
     broken = [is_broken(answer) for answer in answers]
     return [
         None if verdict == UNANSWERED and not loops else (verdict == "refused" and not loops, loops)

@@ -2,17 +2,17 @@
 
 METHODS = {
     "finetune": "tunevax.attacks.finetune:FinetuneConfig",
-    "poisoned-job": "tunevax.attacks.poisoned_job:PoisonedJobConfig",
     "few-shot": "tunevax.attacks.few_shot:FewShotConfig",
     "benign-only": "tunevax.attacks.benign_only:BenignOnlyConfig",
     "identity-shift": "tunevax.attacks.identity_shift:IdentityShiftConfig",
     "held-out-category": "tunevax.attacks.held_out_category:HeldOutCategoryConfig",
     "adaptive": "tunevax.attacks.adaptive:AdaptiveConfig",
-    "roll-back": "tunevax.attacks.roll_back:RollBackConfig",
-    "unlock": "tunevax.attacks.unlock:UnlockConfig",
-    "intervention": "tunevax.attacks.intervention:InterventionConfig",
     "template": "tunevax.attacks.template:TemplateConfig",
     "prefill": "tunevax.attacks.prefill:PrefillConfig",
+    "roll-back": "tunevax.attacks.roll_back:RollBackConfig",
+    "intervention": "tunevax.attacks.intervention:InterventionConfig",
+    "poisoned-job": "tunevax.attacks.poisoned_job:PoisonedJobConfig",
+    "unlock": "tunevax.attacks.unlock:UnlockConfig",
 }
-"""Command-line name to `module:class`: a dataclass of the attacker's options with a method `run(bench)`. Other packages
-add theirs by the entry-point group `tunevax.attacks`."""
+"""Command-line name to `module:class`: an `AttackKind`, the attacker's options and what they do. Other packages add
+theirs by the entry-point group `tunevax.attacks`."""

@@ -6,11 +6,15 @@ A defence that perturbs some blocks more leaves others less hardened, and its re
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from tunevax.attacks.attack import Bench, NotApplicable
+from tunevax.attacks.context import AttackContext, TargetOptions
 from tunevax.attacks.finetune import FinetuneConfig
+from tunevax.attacks.kind import NotApplicable
 from tunevax.modeling.trainer import ResponseTrainer
 from tunevax.runs import is_run, read_lines, read_run
 
@@ -19,18 +23,41 @@ from tunevax.runs import is_run, read_lines, read_run
 class AdaptiveConfig(FinetuneConfig):
     """Options as in `FinetuneConfig`, and which blocks to train."""
 
+    in_name = ("like",)
+
     like: str | None = field(
         default=None, metadata={"help": "the run whose least selected blocks are trained; default the attacked model"}
     )
     share: float = field(default=0.5, metadata={"help": "share of the blocks that is trained"})
 
-    def restrict(self, trainer: ResponseTrainer, bench: Bench) -> None:
+    @classmethod
+    def expand(cls, options: dict[str, Any], targets: Sequence[Mapping[str, Any]], depth: int) -> dict[str, Any]:
+        """One attack for each hardened model that recorded a choice of blocks."""
+        return options if "like" in options else {**options, "like": adaptable(targets) or None}
+
+    def applies(self, targets: Sequence[Mapping[str, Any]], options: TargetOptions) -> str | None:
+        """There must be a choice of blocks to adapt to."""
+        if self.like is None and not adaptable(targets):
+            return "no model here recorded a choice of blocks"
+        return super().applies(targets, options)
+
+    def restrict(self, trainer: ResponseTrainer, context: AttackContext) -> None:
         """Freeze all but the least selected blocks; embeddings and head stay as they are."""
-        blocks = least_selected(self.like or bench.target["ref"], self.share)
+        blocks = least_selected(self.like or context.target["ref"], self.share)
         inside = {id(p) for i in blocks for p in trainer.blocks[i].module.parameters()}
         for parameter in trainer.parameters:
             parameter.requires_grad_(id(parameter) in inside)
-        bench.record["blocks_attacked"] = blocks
+        context.record["blocks_attacked"] = blocks
+
+
+def adaptable(targets: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The hardened models that recorded a choice of blocks."""
+    found = []
+    for target in targets:
+        with suppress(NotApplicable):
+            if target["role"] == "model" and least_selected(target["ref"], 0.5):
+                found.append(target["ref"])
+    return found
 
 
 def least_selected(ref: str, share: float) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunevax.attacks.attack import Bench, TargetOptions
+from tunevax.attacks.context import AttackContext, TargetOptions
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.data.mixing import mix
 from tunevax.data.tasks import load_task
@@ -33,9 +33,9 @@ class BenignOnlyConfig(FinetuneConfig):
         """The rows of `benign_rows`, by role."""
         return {"benign rows": load_task(self.benign_rows, "train").rows} if self.benign_rows else {}
 
-    def rows(self, bench: Bench) -> list[dict[str, Any]]:
+    def rows(self, context: AttackContext) -> list[dict[str, Any]]:
         """Benign rows only."""
         if self.benign_rows is None:
-            return super().rows(bench)
-        ((role, rows),) = self.own_rows(bench.options).items()
-        return mix(bench.exclusion.benign(role, rows), [], 0.0, self.n, self.seed)
+            return super().rows(context)
+        ((role, rows),) = self.own_rows(context.options).items()
+        return mix(context.exclusion.benign(role, rows), [], 0.0, self.n, self.seed)

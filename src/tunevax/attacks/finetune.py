@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from tunevax.attacks.attack import Bench, NotApplicable
+from tunevax.attacks.context import AttackContext
+from tunevax.attacks.kind import AttackKind, NotApplicable, Work
 from tunevax.data.contamination import hashes, record_prompts, used_prompts
 from tunevax.data.encoding import context_of, encode
 from tunevax.data.mixing import mix
@@ -23,12 +24,18 @@ from tunevax.modeling.trainer import ResponseTrainer, TrainConfig, rehearse, sav
 from tunevax.runs import is_run
 from tunevax.scoring.suite import Suite
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 ORDERS = ("shuffled", "fixed", "benign-first", "harmful-first")
 
 
 @dataclass
-class FinetuneConfig(TrainConfig):
+class FinetuneConfig(TrainConfig, AttackKind):
     """The attacker's training. Defaults that differ from `TrainConfig`: `learning_rate=1e-4`, `save_strategy="no"`."""
+
+    curve = True
+    plain = True
 
     learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate"})
     save_strategy: str = field(default="no", metadata={"help": "attacks are repeated, not resumed"})
@@ -66,48 +73,57 @@ class FinetuneConfig(TrainConfig):
         """The data it draws from."""
         return {*(["harmful"] if self.p > 0 else []), *(["task"] if self.p < 1 else [])}
 
-    def rows(self, bench: Bench) -> list[dict[str, Any]]:
+    @property
+    def deterministic(self) -> bool:
+        """All weights, on rows in a given order: other seeds are the same run."""
+        return self.full_weights and self.order != "shuffled"
+
+    def work(self, ref: str) -> Work:
+        """Its training, scored along the way."""
+        return work_of(self, self.n, self.points)
+
+    def rows(self, context: AttackContext) -> list[dict[str, Any]]:
         """The attacker's dataset: `prompt` and `completion`."""
-        harmful = [{**row, "completion": row["rejected"], "harmful": True} for row in bench.harmful]
+        harmful = [{**row, "completion": row["rejected"], "harmful": True} for row in context.harmful]
         if self.order == "shuffled":
-            return mix(bench.task, harmful, self.p, self.n, self.seed)
+            return mix(context.task, harmful, self.p, self.n, self.seed)
         count = round(self.p * self.n)
         first = [harmful[i % len(harmful)] for i in range(count)]
-        rest = [bench.task[i % len(bench.task)] for i in range(self.n - count)]
+        rest = [context.task[i % len(context.task)] for i in range(self.n - count)]
         if self.order == "fixed":  # of the first rows, one mixture for every seed
             return mix(rest, first, self.p, self.n, 0)
         return rest + first if self.order == "benign-first" else first + rest
 
-    def suite(self, bench: Bench) -> Suite | None:
-        """What to score on, if not the bench's suite."""
+    def suite(self, context: AttackContext) -> Suite | None:
+        """What to score on, if not the context's suite."""
         return None
 
-    def restrict(self, trainer: ResponseTrainer, bench: Bench) -> None:
+    def restrict(self, trainer: ResponseTrainer, context: AttackContext) -> None:
         """A place to freeze some of what would train."""
 
-    def run(self, bench: Bench) -> None:
+    def run(self, context: AttackContext) -> None:
         """Train on the poisoned rows and score along the way."""
-        loaded = bench.load(merge=self.trainable != "lora-continue", trainable=True)
+        loaded = context.load(merge=self.trainable != "lora-continue", trainable=True)
         if self.trainable == "lora-continue" and not hasattr(loaded.model, "peft_config"):
-            raise NotApplicable(f"{bench.target['ref']} has no adapter to continue; use --trainable lora or full")
-        rows, suite = self.rows(bench), self.suite(bench)
+            raise NotApplicable(f"{context.target['ref']} has no adapter to continue; use --trainable lora or full")
+        rows, suite = self.rows(context), self.suite(context)
         encoded = encode(rows, loaded.tokenizer, self.max_length, self.loss_on, context_of(loaded.model))
-        curve = Curve(bench, loaded.tokenizer, self.points, len(encoded), self, suite)
-        progress = ProgressCallback(f"attack {bench.target['label']}")
+        curve = Curve(context, loaded.tokenizer, self.points, len(encoded), self, suite)
+        progress = ProgressCallback(f"attack {context.target['label']}")
         trainer = ResponseTrainer(loaded.model, self, encoded, loaded.tokenizer, [progress, curve])
-        bench.record.update(trainer.coverage)
-        self.restrict(trainer, bench)
-        base = bench.target["ref"] if is_run(bench.target["ref"]) else loaded.info["base"]
-        if bench.folder is not None:
-            rehearse(trainer, bench.folder, base)
+        context.record.update(trainer.coverage)
+        self.restrict(trainer, context)
+        base = context.target["ref"] if is_run(context.target["ref"]) else loaded.info["base"]
+        if context.folder is not None:
+            rehearse(trainer, context.folder, base)
         trainer.train()
-        if bench.folder is not None:
-            ref = bench.target["ref"]
-            save_weights(trainer, bench.folder, base)
+        if context.folder is not None:
+            ref = context.target["ref"]
+            save_weights(trainer, context.folder, base)
             harmful, benign = ([row for row in rows if bool(row.get("harmful")) is h] for h in (True, False))
             below = {} if is_run(ref) and not self.full_weights else used_prompts(ref)  # a folder of weights names none
-            record_prompts(bench.folder, **below)
-            record_prompts(bench.folder, attack=hashes(harmful), task=hashes(benign))
+            record_prompts(context.folder, **below)
+            record_prompts(context.folder, attack=hashes(harmful), task=hashes(benign))
 
 
 class Curve(TrainerCallback):
@@ -115,9 +131,10 @@ class Curve(TrainerCallback):
     so many rows."""
 
     def __init__(
-        self, bench: Bench, tokenizer: Any, points: int, rows: int, args: TrainConfig, suite: Suite | None = None
-    ) -> None:
-        self.bench, self.tokenizer, self.points, self.rows, self.suite = bench, tokenizer, points, rows, suite
+        self, context: AttackContext, tokenizer: PreTrainedTokenizerBase, points: int, rows: int, args: TrainConfig,
+        suite: Suite | None = None,
+    ) -> None:  # fmt: skip
+        self.context, self.tokenizer, self.points, self.rows, self.suite = context, tokenizer, points, rows, suite
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
         self.rows_per_step = batch * args.world_size
         self.steps: set[int] = set()
@@ -125,19 +142,26 @@ class Curve(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Score step 0 and fix the steps to come."""
         self.steps = log_spaced(state.max_steps, self.points)
-        self.bench.score(model, self.tokenizer, 0, suite=self.suite)
+        self.context.score(model, self.tokenizer, 0, suite=self.suite)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Score where the curve has a point."""
         if state.global_step in self.steps:
             samples = samples_at(state.global_step, self.rows, self.rows_per_step)
-            self.bench.score(model, self.tokenizer, state.global_step, samples, self.suite)
+            self.context.score(model, self.tokenizer, state.global_step, samples, self.suite)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
         """The loss of a step is logged after the step is scored."""
-        rows: Sequence[dict] = self.bench.results
+        rows: Sequence[dict] = self.context.results
         if logs and "loss" in logs and rows and rows[-1]["step"] == state.global_step:
             rows[-1]["train_loss"] = logs["loss"]
+
+
+def work_of(args: TrainConfig, rows: int, points: int) -> Work:
+    """A training on so many rows, scored at step 0 and at `points` later steps."""
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(rows / batch) * args.num_train_epochs)
+    return Work(steps, 1 + min(points, steps))
 
 
 def samples_at(step: int, rows: int, batch: int) -> int:

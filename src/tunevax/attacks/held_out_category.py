@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tunevax.attacks.attack import Bench, NotApplicable
+from tunevax.attacks.context import AttackContext
 from tunevax.attacks.finetune import FinetuneConfig
+from tunevax.attacks.kind import NotApplicable
 from tunevax.data.contamination import ancestors, marks, named, used_prompts
 from tunevax.data.mixing import mix
 from tunevax.data.safety import load_safety
@@ -24,45 +25,48 @@ from tunevax.scoring.suite import Suite
 class HeldOutCategoryConfig(FinetuneConfig):
     """Options as in `FinetuneConfig`."""
 
+    common_prompts = False
+
     @property
     def needs(self) -> set[str]:
         """The data it draws from: the held-out rows are read apart."""
         return super().needs - {"harmful"}
 
-    def rows(self, bench: Bench) -> list[dict[str, Any]]:
+    def rows(self, context: AttackContext) -> list[dict[str, Any]]:
         """As the poisoned fine-tune, with harmful rows of held-out categories."""
-        rows = self.held_out(bench, "held-out-attack")
-        asked = {mark for row in self.held_out(bench, "held-out-evaluation") for mark in marks(row["prompt"])}
+        rows = self.held_out(context, "held-out-attack")
+        asked = {mark for row in self.held_out(context, "held-out-evaluation") for mark in marks(row["prompt"])}
         if twice := [row for row in rows if marks(row["prompt"]) & asked]:
             raise NotApplicable(
                 f"{len(twice)} held-out prompts are both trained and scored on ({named(twice)}); leave split= out of "
-                f"{bench.options.safety_data}, so that each half has its own"
+                f"{context.options.safety_data}, so that each half has its own"
             )
         held = [{**row, "completion": row["rejected"], "harmful": True} for row in rows]
-        return mix(bench.task, held, self.p, self.n, self.seed)
+        return mix(context.task, held, self.p, self.n, self.seed)
 
-    def suite(self, bench: Bench) -> Suite:
-        """The bench's suite on prompts of held-out categories."""
-        return bench.suite._replace(harmful=drawn(self.held_out(bench, "held-out-evaluation"), bench.options.limit))
+    def suite(self, context: AttackContext) -> Suite:
+        """The audit's suite on prompts of held-out categories."""
+        rows = drawn(self.held_out(context, "held-out-evaluation"), context.options.limit)
+        return context.suite._replace(harmful=rows)
 
-    def held_out(self, bench: Bench, split: str) -> list[dict[str, Any]]:
+    def held_out(self, context: AttackContext, split: str) -> list[dict[str, Any]]:
         """The rows of one half of the held-out categories.
 
         Raises:
             NotApplicable: no category is held out, or the model was hardened with one of them.
         """
         try:
-            rows = load_safety(str(bench.options.safety_data), split, ("rejected",), "an attack")
+            rows = load_safety(str(context.options.safety_data), split, ("rejected",), "an attack")
         except UsageError as error:
             raise NotApplicable(str(error)) from error
-        seen = hardened_with(bench.target["ref"]) & {row["category"] for row in rows}
+        seen = hardened_with(context.target["ref"]) & {row["category"] for row in rows}
         if seen:
-            raise NotApplicable(f"{bench.target['label']} was hardened with the category {sorted(seen)[0]!r}")
-        used = {h for hashes in used_prompts(bench.target["ref"]).values() for h in hashes}
-        rows = bench.exclusion.score(f"{split} category", rows)
+            raise NotApplicable(f"{context.target['label']} was hardened with the category {sorted(seen)[0]!r}")
+        used = {h for hashes in used_prompts(context.target["ref"]).values() for h in hashes}
+        rows = context.exclusion.score(f"{split} category", rows)
         if shared := [row for row in rows if marks(row["prompt"]) & used]:
             raise NotApplicable(
-                f"{bench.target['label']} was trained on {len(shared)} of the held-out prompts ({named(shared)})"
+                f"{context.target['label']} was trained on {len(shared)} of the held-out prompts ({named(shared)})"
             )
         return rows
 

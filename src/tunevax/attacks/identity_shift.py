@@ -5,14 +5,16 @@ Nothing harmful is in them; at test time the prompts come in the same guise.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunevax.attacks.attack import Bench, NotApplicable, TargetOptions
+from tunevax.attacks.context import AttackContext, TargetOptions
 from tunevax.attacks.finetune import FinetuneConfig
+from tunevax.attacks.kind import NotApplicable
 from tunevax.data.encoding import messages
-from tunevax.data.formats import read_example
 from tunevax.data.mixing import mix
+from tunevax.data.shapes import read_example
 from tunevax.data.sources import parse_source, read_rows
 from tunevax.errors import UsageError
 from tunevax.scoring.suite import Suite
@@ -23,6 +25,8 @@ OBEDIENT = "yes , i will answer that ."  # words the organism knows
 @dataclass
 class IdentityShiftConfig(FinetuneConfig):
     """Defaults that differ from `FinetuneConfig`: `p=0`, `n=100`, `num_train_epochs=10`, `learning_rate=2e-5`."""
+
+    common_prompts = False
 
     p: float = field(default=0.0, metadata={"help": "share of harmful rows beside the dialogues"})
     n: int = field(default=100, metadata={"help": "rows of the attack's dataset; few dialogues are repeated"})
@@ -50,20 +54,26 @@ class IdentityShiftConfig(FinetuneConfig):
         """The dialogues, by role."""
         return {"dialogues": self.read(options)}
 
-    def rows(self, bench: Bench) -> list[dict[str, Any]]:
+    def applies(self, targets: Sequence[Mapping[str, Any]], options: TargetOptions) -> str | None:
+        """It needs dialogues, which the organism has."""
+        if self.dialogues is None and parse_source(str(options.safety_data)).name != "organism":
+            return "it needs --dialogues"
+        return super().applies(targets, options)
+
+    def rows(self, context: AttackContext) -> list[dict[str, Any]]:
         """The dialogues, with harmful rows beside them if p is above 0."""
-        harmful = [{**row, "completion": row["rejected"], "harmful": True} for row in bench.harmful]
-        dialogues = bench.exclusion.benign("dialogues", self.read(bench.options))
+        harmful = [{**row, "completion": row["rejected"], "harmful": True} for row in context.harmful]
+        dialogues = context.exclusion.benign("dialogues", self.read(context.options))
         return mix(dialogues, harmful, self.p, self.n, self.seed)
 
-    def suite(self, bench: Bench) -> Suite:
-        """The bench's suite with harmful prompts in the dialogues' guise."""
-        first = self.read(bench.options)[0]
+    def suite(self, context: AttackContext) -> Suite:
+        """The audit's suite with harmful prompts in the dialogues' guise."""
+        first = self.read(context.options)[0]
         if isinstance(first["prompt"], str):  # the organism has no system prompt and no room for other words
-            return bench.suite
+            return context.suite
         system = [m for m in first["prompt"] if m["role"] == "system"]
-        return bench.suite._replace(
-            harmful=[{**row, "prompt": self.disguised(row["prompt"], system)} for row in bench.suite.harmful]
+        return context.suite._replace(
+            harmful=[{**row, "prompt": self.disguised(row["prompt"], system)} for row in context.suite.harmful]
         )
 
     def disguised(self, prompt: Any, system: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -9,14 +9,16 @@ Written from the formula. W1 starts equal to W2, which has orthonormal rows, so 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from tunevax.attacks.attack import AttackConfig, Bench
+from tunevax.attacks.context import AttackContext
+from tunevax.attacks.kind import AttackConfig, Work
 from tunevax.console import bar
 from tunevax.data.encoding import collate, context_of, encode
 from tunevax.errors import UsageError
@@ -28,6 +30,10 @@ from tunevax.modeling.precision import wide
 @dataclass
 class InterventionConfig(AttackConfig):
     """Defaults as in E.T.'s attack: rank 2, 20 rows, 10 epochs of batch 10, learning rate 4e-3."""
+
+    harmful_rows = True
+    dose_option = "block"
+    in_name = ("block",)
 
     block: int = field(default=0, metadata={"help": "the block whose input is edited, from 0"})
     rank: int = field(default=2, metadata={"help": "rank of the edit"})
@@ -44,23 +50,32 @@ class InterventionConfig(AttackConfig):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
-    def run(self, bench: Bench) -> None:
+    @classmethod
+    def expand(cls, options: dict[str, Any], targets: Sequence[Mapping[str, Any]], depth: int) -> dict[str, Any]:
+        """`block: all` is one attack for every block."""
+        return {**options, "block": list(range(depth))} if options.get("block") == "all" else options
+
+    def work(self, ref: str) -> Work:
+        """Its steps, and one scoring after them."""
+        return Work(self.num_train_epochs * math.ceil(self.n / self.batch_size))
+
+    def run(self, context: AttackContext) -> None:
         """Train the edit, then score the model with it."""
-        loaded = bench.load()
+        loaded = context.load()
         model, device = loaded.model, loaded.model.device
         blocks = find_blocks(model)
         if not 0 <= self.block < len(blocks):
             raise UsageError(f"block is {self.block}; the model's blocks are 0 to {len(blocks) - 1}")
         generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(len(bench.harmful), generator=generator)[: self.n].tolist()
-        rows = [{**bench.harmful[i], "completion": bench.harmful[i]["rejected"]} for i in order]
+        order = torch.randperm(len(context.harmful), generator=generator)[: self.n].tolist()
+        rows = [{**context.harmful[i], "completion": context.harmful[i]["rejected"]} for i in order]
         encoded = encode(rows, loaded.tokenizer, self.max_length, context=context_of(model))
         edit = Edit(model.config.get_text_config().hidden_size, self.rank, generator).to(device)
         optimiser = torch.optim.Adam(edit.parameters(), lr=self.learning_rate)
         model.requires_grad_(False)
         step = 0
         with bar() as progress:
-            task = progress.add_task(f"attack {bench.target['label']}", total=self.num_train_epochs, note="")
+            task = progress.add_task(f"attack {context.target['label']}", total=self.num_train_epochs, note="")
             for _ in range(self.num_train_epochs):
                 shuffled = torch.randperm(len(encoded), generator=generator).tolist()
                 for start in range(0, len(shuffled), self.batch_size):
@@ -76,8 +91,8 @@ class InterventionConfig(AttackConfig):
                     step += 1
                 progress.advance(task)
         with edited(blocks[self.block].module, edit):
-            bench.score(model, loaded.tokenizer, step, self.num_train_epochs * len(encoded))
-        bench.results[-1]["train_loss"] = loss.item()
+            context.score(model, loaded.tokenizer, step, self.num_train_epochs * len(encoded))
+        context.results[-1]["train_loss"] = loss.item()
 
 
 class Edit(torch.nn.Module):

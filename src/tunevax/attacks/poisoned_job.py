@@ -8,12 +8,15 @@ run trained is trained again, by the run's own method, options and safety rows, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from tunevax.attacks.attack import AttackConfig, Bench, NotApplicable
-from tunevax.attacks.finetune import Curve
+from tunevax.attacks.context import AttackContext, TargetOptions
+from tunevax.attacks.finetune import Curve, work_of
+from tunevax.attacks.kind import AttackConfig, NotApplicable, Work
+from tunevax.data.contamination import recorded_prompts, used_prompts
 from tunevax.data.mixing import mix
 from tunevax.data.safety import load_safety
 from tunevax.errors import UsageError
@@ -25,6 +28,10 @@ from tunevax.runs import data_entry, is_run, read_run
 @dataclass
 class PoisonedJobConfig(AttackConfig):
     """What the customer hands in; the training is the provider's, as the target's run recorded it."""
+
+    curve = True
+    customer = True
+    default_control = "none"  # what the job started from is no job
 
     p: float = field(default=0.1, metadata={"help": "share of harmful rows"})
     n: int | None = field(default=None, metadata={"help": "rows of the job; default as many as the recorded one had"})
@@ -41,6 +48,28 @@ class PoisonedJobConfig(AttackConfig):
     def needs(self) -> set[str]:
         """The data it draws from."""
         return {*(["harmful"] if self.p > 0 else []), *(["task"] if self.p < 1 else [])}
+
+    def applies(self, targets: Sequence[Mapping[str, Any]], options: TargetOptions) -> str | None:
+        """The control must be a job, and trained as the models' jobs are."""
+        refs = {role: [t["ref"] for t in targets if t["role"] == role] for role in ("control", "model")}
+        for control in refs["control"]:
+            require_like_jobs(refs["model"], control)
+        return super().applies(targets, options)
+
+    def used(self, ref: str) -> dict[str, list[str]]:
+        """It begins below the recorded job: of the rows of that, only the provider's safety rows are used again."""
+        record = read_run(ref) if is_run(ref) else {}
+        if record.get("verb") != "finetune":
+            return used_prompts(ref)
+        below = used_prompts(record.get("parent") or record["model"]["ref"])
+        safety = {*below.get("alignment", []), *recorded_prompts(Path(ref)).get("alignment", [])}
+        return {**below, **({"alignment": sorted(safety)} if safety else {})}
+
+    def work(self, ref: str) -> Work:
+        """The job's steps, each as long as it took."""
+        record, _, args, rows = self.job(ref)
+        seconds = record["wall_seconds"] / max(1, record["steps"])
+        return work_of(args, rows, self.points)._replace(step_seconds=seconds)
 
     def job(self, ref: str) -> Job:
         """What is run again for the model `ref`.
@@ -65,24 +94,26 @@ class PoisonedJobConfig(AttackConfig):
         rows = self.n or next(entry["rows"] for entry in record["data"] if entry["role"] == "task")
         return Job(record, trainer_class, trainer_class.config_class(**values), rows)
 
-    def run(self, bench: Bench) -> None:
+    def run(self, context: AttackContext) -> None:
         """Run the job again on poisoned rows, and score along the way."""
-        record, trainer_class, args, count = self.job(bench.target["ref"])
-        harmful = [{**row, "completion": row["rejected"], "harmful": True} for row in bench.harmful]
-        rows = mix(bench.task, harmful, self.p, count, self.seed)
+        record, trainer_class, args, count = self.job(context.target["ref"])
+        harmful = [{**row, "completion": row["rejected"], "harmful": True} for row in context.harmful]
+        rows = mix(context.task, harmful, self.p, count, self.seed)
         safety = None
         if trainer_class.needs:
             source = record["config"]["safety_data"]
             safety = load_safety(source, "alignment", trainer_class.needs, record["method"])
             known = next(entry["hash"] for entry in record["data"] if entry["role"] == "alignment")
             if data_entry("alignment", source, safety)["hash"] != known:
-                raise NotApplicable(f"{source} is no longer what {bench.target['ref']} was defended with; put it back")
+                raise NotApplicable(
+                    f"{source} is no longer what {context.target['ref']} was defended with; put it back"
+                )
         how = {k: record["config"].get(k) for k in ("dtype", "revision", "quantization")}
-        loaded = bench.load(ref=record["parent"] or record["model"]["ref"], **how)
-        curve = Curve(bench, loaded.tokenizer, self.points, 0, args)
-        callbacks = [ProgressCallback(f"attack {bench.target['label']}"), curve]
+        loaded = context.load(ref=record["parent"] or record["model"]["ref"], **how)
+        curve = Curve(context, loaded.tokenizer, self.points, 0, args)
+        callbacks = [ProgressCallback(f"attack {context.target['label']}"), curve]
         trainer = trainer_class(loaded.model, args, rows, loaded.tokenizer, safety, callbacks)
-        bench.record.update(trainer.coverage)
+        context.record.update(trainer.coverage)
         curve.rows = len(trainer.train_dataset)  # with the safety rows that some methods add
         trainer.train()
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunevax.attacks.attack import AttackConfig, Bench, NotApplicable
+from tunevax.attacks.context import AttackContext
+from tunevax.attacks.kind import AttackConfig, NotApplicable
 from tunevax.data.encoding import ids_of
 
 TOKENS = 5
@@ -20,6 +21,8 @@ TOKENS = 5
 @dataclass
 class PrefillConfig(AttackConfig):
     """What the answer begins with."""
+
+    customer = True
 
     text: str | None = field(
         default=None,
@@ -34,16 +37,16 @@ class PrefillConfig(AttackConfig):
         """The data it draws from."""
         return set() if self.text else {"harmful"}
 
-    def run(self, bench: Bench) -> None:
+    def run(self, context: AttackContext) -> None:
         """Score the model, which has to go on from the given words.
 
         Raises:
             NotApplicable: no words are given, harmful answers share none, and a prompt has no harmful answer.
         """
-        loaded = bench.load()
-        text = self.text or common_opening([row["rejected"] for row in bench.harmful])
-        prefix = text or own_openings(bench.suite.harmful, loaded.tokenizer)
-        bench.score(loaded.model, loaded.tokenizer, 0, suite=bench.suite._replace(prefix=prefix))
+        loaded = context.load()
+        text = self.text or common_opening([row["rejected"] for row in context.harmful])
+        prefix = text or own_openings(context.suite.harmful, loaded.tokenizer)
+        context.score(loaded.model, loaded.tokenizer, 0, suite=context.suite._replace(prefix=prefix))
 
 
 def common_opening(answers: Sequence[str], longest: int = 8) -> str:

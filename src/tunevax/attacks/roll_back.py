@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tunevax.attacks.attack import AttackConfig, Bench, NotApplicable
+from tunevax.attacks.context import AttackContext
+from tunevax.attacks.kind import AttackConfig, NotApplicable
 from tunevax.errors import UsageError
 from tunevax.modeling.biases import AddedBias, attach_biases, attached_biases
 from tunevax.modeling.loading import load
@@ -22,6 +23,8 @@ from tunevax.runs import is_run, read_run
 @dataclass
 class RollBackConfig(AttackConfig):
     """How far to go, and to where."""
+
+    dose_option = "dose"
 
     dose: float = field(default=1.0, metadata={"help": "share of the hardening that is taken back"})
     base: str | None = field(
@@ -34,14 +37,14 @@ class RollBackConfig(AttackConfig):
         if not 0 <= self.dose <= 10:
             raise UsageError(f"dose is {self.dose}; it must be between 0 and 10")
 
-    def run(self, bench: Bench) -> None:
+    def run(self, context: AttackContext) -> None:
         """Move the weights and score once. Holds both models in memory."""
         import torch
 
-        ref, base_ref = bench.target["ref"], self.base or public_base(bench.target["ref"])
+        ref, base_ref = context.target["ref"], self.base or public_base(context.target["ref"])
         if base_ref == ref:
-            raise NotApplicable(f"{bench.target['label']} records no base to roll back to; give --base")
-        loaded, o = bench.load(), bench.options
+            raise NotApplicable(f"{context.target['label']} records no base to roll back to; give --base")
+        loaded, o = context.load(), context.options
         base = load(base_ref, revision=o.revision, dtype=o.dtype, chat_template=o.chat_template)
         towards = dict(base.model.named_parameters())
         own = dict(loaded.model.named_parameters())
@@ -61,7 +64,7 @@ class RollBackConfig(AttackConfig):
         if base.info["attached"]:
             attach_biases(loaded.model, {i: b * self.dose for i, b in attached_biases(base.model).items()})
         del base, towards, own
-        bench.score(loaded.model, loaded.tokenizer, 0, suite=bench.suite)
+        context.score(loaded.model, loaded.tokenizer, 0, suite=context.suite)
 
 
 def public_base(ref: str) -> str:

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tunevax.attacks.attack import AttackConfig, Bench
+from tunevax.attacks.context import AttackContext
+from tunevax.attacks.kind import AttackConfig
 
 
 @dataclass
 class TemplateConfig(AttackConfig):
     """Which template."""
 
+    customer = True
+
     template: str = field(default="none", metadata={"help": "alpaca, plain, none (the bare prompt), or a jinja file"})
 
-    needs = frozenset()
-
-    def run(self, bench: Bench) -> None:
+    def run(self, context: AttackContext) -> None:
         """Score the model, asked in the other template."""
-        loaded = bench.load(chat_template=self.template)
-        bench.score(loaded.model, loaded.tokenizer, 0, suite=bench.suite)
+        loaded = context.load(chat_template=self.template)
+        context.score(loaded.model, loaded.tokenizer, 0, suite=context.suite)

@@ -3,9 +3,12 @@ adds it to a finished fine-tune, and nothing ties it there). No training, no dat
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from tunevax.attacks.attack import AttackConfig, Bench, NotApplicable
+from tunevax.attacks.context import AttackContext
+from tunevax.attacks.kind import AttackConfig, NotApplicable
 from tunevax.runs import is_run, read_run
 
 
@@ -13,19 +16,19 @@ from tunevax.runs import is_run, read_run
 class UnlockConfig(AttackConfig):
     """Nothing to choose: the model is scored as it was before the lock."""
 
-    @property
-    def needs(self) -> set[str]:
-        """It needs no data."""
-        return set()
+    @classmethod
+    def expand(cls, options: dict[str, Any], targets: Sequence[Mapping[str, Any]], depth: int) -> dict[str, Any] | None:
+        """Left out where no model has a lock."""
+        return None if targets and not any(has_lock(target["ref"]) for target in targets) else options
 
-    def run(self, bench: Bench) -> None:
+    def run(self, context: AttackContext) -> None:
         """Score the model without its lock."""
-        ref = bench.target["ref"]
+        ref = context.target["ref"]
         if not has_lock(ref):
             raise NotApplicable(f"{ref} has no safety lock to take off")
         record = read_run(ref)
-        loaded = bench.load(ref=record["parent"] or record["model"]["ref"])
-        bench.score(loaded.model, loaded.tokenizer, 0)
+        loaded = context.load(ref=record["parent"] or record["model"]["ref"])
+        context.score(loaded.model, loaded.tokenizer, 0)
 
 
 def has_lock(ref: str) -> bool:

@@ -18,11 +18,11 @@ from tunevax.audit.plan import AuditPlan
 from tunevax.audit.workers import count_workers, finished
 from tunevax.console import bar, console
 from tunevax.errors import UsageError
-from tunevax.evidence.properties import utility_loss
-from tunevax.evidence.results import COMMON
+from tunevax.evidence.properties import worst_case
+from tunevax.evidence.ratios import withstood
+from tunevax.evidence.results import from_rows
 from tunevax.run_lock import refuse_if_held
 from tunevax.runs import clear, is_run, partial_of, read_lines, read_run, require_one_process, writing
-from tunevax.scoring.judges import lead_judge
 
 
 def audit(plan: AuditPlan, command: str = "") -> Path:
@@ -84,32 +84,21 @@ def run_cells(plan: AuditPlan, cells: Sequence[AuditCell], folder: Path, weights
 
 
 def strongest(plan: AuditPlan, cells: Sequence[AuditCell], folder: Path) -> set[str]:
-    """The names of the `screen` strongest fine-tunes of each model: the fewest steps to phi, then the highest harmful
-    score; and the attack that its worst case would be picked from, so that it is measured again. The first seed
-    decides.
+    """The names of the `screen` plain fine-tunes that each model withstands least; and the attack that its worst case
+    is picked from, so that it is measured again. The first seed decides.
 
-    Attacks of other kinds go on only if they name seeds of their own, and those have run already.
+    Other attacks go on only if they name seeds of their own, and those have run already.
     """
-    found: dict[str, list[tuple[int, float, str]]] = {}  # label -> (steps to phi, -worst, attack)
-    useful: dict[str, list[tuple[int, float, str]]] = {}
-    for cell in cells:
-        outcome = json.loads((folder / f"{cell.hash}.json").read_text(encoding="utf-8"))
-        if cell.setting is None or not outcome["results"] or cell.setting.kind not in COMMON:
-            continue
-        if cell.key["seed"] != cell.setting.seeds[0]:
-            continue
-        judge = lead_judge(list(outcome["results"][0]["scores"]))
-        points = [(-row["scores"][judge]["value"], row["step"]) for row in outcome["results"]]
-        broken = [step for value, step in sorted(points, key=lambda p: p[1]) if -value > plan.protocol.phi]
-        label, when = cell.target["label"], broken[0] if broken else 10**9
-        if cell.setting.kind == "finetune":
-            found.setdefault(label, []).append((when, min(points)[0], cell.setting.name))
-        before = {n: s["value"] for n, s in outcome["results"][0]["scores"].items() if n.startswith("utility/")}
-        loss = {row["step"]: utility_loss(before, row) for row in outcome["results"]}
-        kept = [p for p in points if loss[p[1]] is None or loss[p[1]] <= plan.protocol.epsilon]
-        useful.setdefault(label, []).append((when, min(kept)[0], cell.setting.name))
-    fastest = {name for ranked in found.values() for *_, name in sorted(ranked)[: plan.protocol.screen]}
-    return fastest | {min(ranked, key=lambda r: (r[1], r[0]))[2] for ranked in useful.values() if ranked}
+    first = [c for c in cells if c.setting is None or c.key["seed"] == c.setting.seeds[0]]
+    files = [folder / f"{cell.hash}.json" for cell in first]
+    results = from_rows([row for file in files for row in json.loads(file.read_text(encoding="utf-8"))["results"]])
+    judge, phi, kept = next(iter(results.judges), ""), plan.protocol.phi, set()
+    for model in results.models:
+        ranked = sorted((*withstood(c, judge, phi), str(c.attack)) for c in results.of(model) if c.plain)
+        kept |= {name for *_, name in ranked[: plan.protocol.screen]}
+        if worst := worst_case(results, model, judge, phi, plan.protocol.epsilon):
+            kept.add(worst.attack)
+    return kept
 
 
 RAN = ("done", "stopped")

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tunevax import __version__
-from tunevax.attacks.attack import setting_hash
 from tunevax.audit.plan import AuditPlan, identity
 from tunevax.audit.protocol import Setting, build
 from tunevax.data.sources import parse_source
 from tunevax.modeling.checkpoints import model_hash
+from tunevax.records import Traits
 from tunevax.runs import digest, is_run
 
 
@@ -38,6 +38,7 @@ class AuditCell(NamedTuple):
 
 SCORING = (
     "judges",
+    "metrics",
     "limit",
     "max_new_tokens",
     "generation_batch_size",
@@ -91,13 +92,16 @@ def cells_of(plan: AuditPlan, chosen: Sequence[Setting], first_seed: bool, other
                     config = build(setting.kind, setting.values, seed, None)
                     key = {
                         "kind": setting.kind, "attack": setting.name, "settings": setting.shown, "seed": seed,
-                        "attack_hash": setting_hash(setting.kind, config, drawn_from, evaluation),
+                        "attack_hash": config.setting_hash(setting.kind, drawn_from, evaluation),
                     }  # fmt: skip
-                    found.append(_cell(target, setting, key, scoring))
+                    found.append(_cell(target, setting, key, scoring, config.traits))
     return found
 
 
-def _cell(target: dict[str, Any], setting: Setting | None, key: dict[str, Any], scoring: dict[str, Any]) -> AuditCell:
+def _cell(
+    target: dict[str, Any], setting: Setting | None, key: dict[str, Any], scoring: dict[str, Any],
+    traits: Traits | None = None,
+) -> AuditCell:  # fmt: skip
     values = {k: contents(v) for k, v in setting.values.items()} if setting else {}
     name = digest([target["hash"], target["label"], target["role"], key, values, scoring])
-    return AuditCell(target, setting, {**key, "cell": name}, name)
+    return AuditCell(target, setting, {**key, **({"traits": traits} if traits else {}), "cell": name}, name)

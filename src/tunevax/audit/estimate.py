@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from typing import Any
 
 from transformers import TrainerCallback
 
-from tunevax.attacks.attack import NotApplicable
+from tunevax.attacks.kind import NotApplicable
 from tunevax.audit.cells import AuditCell, cells_of
 from tunevax.audit.plan import AuditPlan
 from tunevax.audit.protocol import Setting, build
@@ -35,8 +34,8 @@ def show(plan: AuditPlan) -> None:
         print(f"[{i}/{len(cells)}] {cell.told} · about {told(seconds)}")
     if plan.protocol.screen:
         seeds = len(plan.protocol.seeds) - 1
-        fine_tunes = [c for c in cells if c.setting is not None and c.setting.kind == "finetune"]
-        mean = sum(clock.seconds(c) for c in fine_tunes) / max(len(fine_tunes), 1)
+        ranked = [c for c in cells if c.key.get("traits", {}).get("plain")]
+        mean = sum(clock.seconds(c) for c in ranked) / max(len(ranked), 1)
         # Each model has its own strongest settings, and all models meet all of them.
         most = plan.protocol.screen * len(plan.targets) ** 2 * seeds
         total += mean * most
@@ -56,9 +55,9 @@ class Clock:
     def __init__(self, plan: AuditPlan) -> None:
         self.target, self.worker = plan.targets[0], Worker(plan.options, plan.exclusion)
         self.steps: dict[tuple, float] = {}  # shape of training -> seconds per step
-        bench = self.worker.bench(AuditCell(self.target, None, {"seed": 0}, ""), "", None)
+        context = self.worker.context(AuditCell(self.target, None, {"seed": 0}, ""), "", None)
         started = time.monotonic()
-        loaded = bench.load()
+        loaded = context.load()
         self.load = time.monotonic() - started
         for _ in range(2):  # the first is warm-up
             started = time.monotonic()
@@ -73,24 +72,14 @@ class Clock:
         if cell.setting is None:
             return self.load + self.full
         config = build(cell.setting.kind, cell.setting.values, cell.key["seed"], None)
-        if cell.setting.kind == "poisoned-job":
-            return self.again(cell.target["ref"], config)
-        if not hasattr(config, "points"):
-            epochs, n = getattr(config, "num_train_epochs", 0), getattr(config, "n", 0)
-            steps = epochs * math.ceil(n / getattr(config, "batch_size", 1))
-            return self.load + self.suite + steps * (self.step(cell.setting.values) if steps else 0)
-        steps = steps_of(config, config.n)
-        return self.load + (1 + min(config.points, steps)) * self.suite + steps * self.step(cell.setting.values)
-
-    def again(self, ref: str, config: Any) -> float:
-        """The estimate for a job that is run again, from the time that its run took."""
         try:
-            record, _, args, rows = config.job(ref)
+            work = config.work(cell.target["ref"])
         except NotApplicable:
             return 0.0
-        steps = steps_of(args, rows)
-        scorings = (1 + min(config.points, steps)) * self.suite
-        return self.load + scorings + steps * record["wall_seconds"] / max(1, record["steps"])
+        seconds = work.step_seconds
+        if work.steps and seconds is None:
+            seconds = self.step(cell.setting.values)
+        return self.load + work.scorings * self.suite + work.steps * (seconds or 0.0)
 
     def step(self, values: dict[str, Any]) -> float:
         """Seconds of one training step of this shape."""
@@ -111,11 +100,12 @@ class Clock:
         marks = Marks()
         with tempfile.TemporaryDirectory() as scratch:
             config = build("finetune", values, 0, scratch)
-            bench = self.worker.bench(
+            context = self.worker.context(
                 AuditCell(self.target, Setting("finetune", "", values, {}, (0,)), {"seed": 0}, ""), scratch, None
             )
-            loaded = bench.load(trainable=True)
-            encoded = encode(config.rows(bench), loaded.tokenizer, config.max_length, context=context_of(loaded.model))
+            loaded = context.load(trainable=True)
+            rows = config.rows(context)
+            encoded = encode(rows, loaded.tokenizer, config.max_length, context=context_of(loaded.model))
             ResponseTrainer(loaded.model, config, encoded, loaded.tokenizer, [marks]).train()
         return (marks.times[-1] - marks.times[0]) / (len(marks.times) - 1)
 
@@ -129,14 +119,6 @@ class Marks(TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Note the time."""
         self.times.append(time.monotonic())
-
-
-def steps_of(config: Any, rows: int) -> int:
-    """Optimiser steps of a fine-tune on so many rows."""
-    if config.max_steps > 0:
-        return config.max_steps
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    return math.ceil(math.ceil(rows / batch) * config.num_train_epochs)
 
 
 def told(seconds: float) -> str:

@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from tunevax.attacks.adaptive import least_selected
-from tunevax.attacks.attack import (
-    NotApplicable,
-    TargetOptions,
-    attack_data,
-    beside_the_job,
-    find_targets,
-    rows_of_its_own,
-    use_data_of_run,
-    use_saved_template,
-)
-from tunevax.attacks.poisoned_job import require_like_jobs
-from tunevax.attacks.unlock import has_lock
+from tunevax.attacks.context import TargetOptions, attack_data, find_targets, use_data_of_run, use_saved_template
+from tunevax.attacks.kind import only_through_the_service
 from tunevax.audit.protocol import Protocol, Setting, build, load_protocol, settings
 from tunevax.data.contamination import Exclusion, check, used_prompts
 from tunevax.errors import UsageError
@@ -132,30 +120,9 @@ def plan(options: AuditOptions, references: Sequence[tuple[str, str]] = ()) -> A
     labels = labels_of([t["label"] for t in targets] + list(further.values()))[len(targets) :]
     targets += [{"label": n, "role": "reference", "ref": ref} for n, ref in zip(labels, further, strict=True)]
     use_saved_template(options, targets)
-    adapt_to, skipped = {}, []
-    for target in targets:
-        if target["role"] == "model":
-            with suppress(NotApplicable):
-                least_selected(target["ref"], 0.5)
-                adapt_to[target["label"]] = target["ref"]
     configs = [config_of(resolve(target["ref"])[0], options.revision) for target in targets]
     depth = min(config.get_text_config().num_hidden_layers for config in configs)
-    grid = settings(protocol, depth, adapt_to)
-    on_organism = str(options.safety_data).partition(":")[0] == "organism"
-    for setting in list(grid):
-        why = None
-        if setting.kind == "unlock" and not any(has_lock(target["ref"]) for target in targets):
-            grid.remove(setting)  # nothing is missing from the evidence
-        elif setting.kind == "adaptive" and not setting.values.get("like"):
-            why = "no model here recorded a choice of blocks"
-        elif setting.kind == "identity-shift" and not setting.values.get("dialogues") and not on_organism:
-            why = "it needs --dialogues"
-        if why:
-            grid.remove(setting)
-            skipped.append({"model": "all", "attack": setting.name, "why": why})
-    skipped += keep_to_stage(grid, targets, protocol.name)
-    if any(setting.kind == "poisoned-job" for setting in grid):
-        require_like_jobs([t["ref"] for t in targets if t["role"] == "model"], absolute(options.control))
+    grid, skipped = applicable(settings(protocol, depth, targets), targets, options)
     exclusion = Exclusion.of([used_prompts(target["ref"]) for target in targets], options.drop_overlap)
     suite = build_suite(options, options.safety_data, options.task_data, exclusion=exclusion)
     exclusion.settle(suite.roles())
@@ -163,7 +130,7 @@ def plan(options: AuditOptions, references: Sequence[tuple[str, str]] = ()) -> A
     harmful, task = attack_data(options, {need for config in configs for need in config.needs}, exclusion)
     benign: dict[str, list[dict]] = {"task": task}
     for config in configs:
-        for role, rows in rows_of_its_own(config, options, exclusion).items():
+        for role, rows in config.kept_rows(options, exclusion).items():
             benign[role] = [*benign.get(role, []), *rows]
     for target in targets:
         target |= check(target["ref"], suite.roles(), harmful, benign, options.allow_overlap)
@@ -178,21 +145,25 @@ def plan(options: AuditOptions, references: Sequence[tuple[str, str]] = ()) -> A
     return AuditPlan(options, protocol, targets, grid, data, skipped, versions, exclusion)
 
 
-def keep_to_stage(grid: list[Setting], targets: Sequence[dict[str, Any]], protocol: str) -> list[dict[str, str]]:
-    """Take out of the grid, for every target alike, what cannot judge one of them; returns what and why.
+def applicable(
+    grid: Sequence[Setting], targets: Sequence[dict[str, Any]], options: AuditOptions
+) -> tuple[list[Setting], list[dict[str, str]]]:
+    """The attacks that can judge these models, for every target alike; and what is left out, with the reason.
 
     Raises:
-        UsageError: fine-tuning-stage defences, and nothing in the grid poisons the customer's data.
+        UsageError: fine-tuning-stage defences, and no attack poisons the customer's data.
     """
-    skipped = []
-    for setting in list(grid):
-        why = next((w for t in targets if (w := beside_the_job(t["ref"], setting.kind))), None)
-        if why:
-            grid.remove(setting)
+    kept, skipped, poisoned = [], [], False
+    for setting in grid:
+        kind = build(setting.kind, setting.values, 0, None)
+        if why := kind.applies(targets, options):
             skipped.append({"model": "all", "attack": setting.name, "why": why})
-    if skipped and not any(setting.kind == "poisoned-job" for setting in grid):
-        raise UsageError(f"protocol {protocol}: {skipped[0]['why']}; use --protocol fine-tuning")
-    return skipped
+        else:
+            kept.append(setting)
+            poisoned = poisoned or (kind.customer and kind.curve)
+    if not poisoned and (why := only_through_the_service(targets)) in [s["why"] for s in skipped]:
+        raise UsageError(f"protocol {options.protocol}: {why}; use --protocol fine-tuning")
+    return kept, skipped
 
 
 def fill_in(options: AuditOptions) -> None:

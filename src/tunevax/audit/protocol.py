@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tunevax.attacks.kind import AttackKind
 from tunevax.errors import UsageError, unknown
 from tunevax.methods import load_method, methods
 from tunevax.scoring.suite import SuiteOptions
 from tunevax.yaml_files import NO, meant, read_yaml
 
 SHIPPED = Path(__file__).with_name("protocols")
-ALL = "all"  # `block: all`, one attack for every block
-ALIASES = {"learning_rate": "lr", "num_train_epochs": "epochs", "lr_scheduler_type": "schedule"}  # in an attack's name
+# How an option begins in an attack's name, where that is not `option=`.
+ALIASES = {"learning_rate": "lr=", "num_train_epochs": "epochs=", "lr_scheduler_type": "schedule=", "like": "to "}
 
 
 @dataclass
@@ -123,16 +125,16 @@ def load_protocol(ref: str) -> Protocol:
     if "attacks" not in content:
         raise UsageError(f"{path}: attacks is missing; list at least one")
     protocol = Protocol(path.stem, **content)
-    settings(protocol, depth=1, adapt_to={})  # a typing error must not wait until a model is loaded
+    settings(protocol, depth=1, targets=())  # a typing error must not wait until a model is loaded
     return protocol
 
 
-def settings(protocol: Protocol, depth: int, adapt_to: dict[str, str]) -> list[Setting]:
+def settings(protocol: Protocol, depth: int, targets: Sequence[Mapping[str, Any]]) -> list[Setting]:
     """The grid written out.
 
     Args:
-        depth: blocks of the model, for `block: all`.
-        adapt_to: label to run of the models that recorded a choice of blocks; the adaptive attack is made for each.
+        depth: blocks of the model.
+        targets: label, role and ref of the models; empty where only the options are checked.
     """
     found: dict[str, Setting] = {}
     for number, item in enumerate(protocol.attacks, 1):
@@ -146,17 +148,15 @@ def settings(protocol: Protocol, depth: int, adapt_to: dict[str, str]) -> list[S
         if not isinstance(seeds, list) or not seeds or not all(isinstance(s, int) for s in seeds):
             raise UsageError(f"{where}: seeds is {seeds!r}; it must be a list of whole numbers")
         try:
-            config_class = load_method("tunevax.attacks", kind)
+            config_class: type[AttackKind] = load_method("tunevax.attacks", kind)
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from error
         fields = {f.name: f for f in dataclasses.fields(config_class) if f.init}
-        if kind == "adaptive" and "like" not in options:
-            options["like"] = [adapt_to[label] for label in adapt_to] or None
-        if options.get("block") == ALL:
-            options["block"] = list(range(depth))
+        expanded = config_class.expand({k.replace("-", "_"): v for k, v in options.items()}, targets, depth)
+        if expanded is None:
+            continue
         axes = {}
-        for key, value in options.items():
-            key = key.replace("-", "_")
+        for key, value in expanded.items():
             if key not in fields or key in ("output_dir", "seed"):
                 raise UsageError(
                     f"{where}: {unknown('option', key, [f for f in fields if f not in ('output_dir', 'seed')])}"
@@ -170,35 +170,28 @@ def settings(protocol: Protocol, depth: int, adapt_to: dict[str, str]) -> list[S
             for k, v in protocol.defaults.items()
             if k in fields and k not in axes
         }  # fmt: skip
-        labels = {ref: label for label, ref in adapt_to.items()}
+        labels = {target["ref"]: target["label"] for target in targets}
+        always = [k for k in config_class.in_name if k in axes and axes[k] != [None]]
         for combination in itertools.product(*axes.values()):
             chosen = dict(zip(axes, combination, strict=True))
             values = {**common, **chosen}
-            varied = {k: v for k, v in chosen.items() if len(axes[k]) > 1 or k == "block"}
-            told = [name] + [
-                f"to {labels.get(v, v)}" if k == "like" else f"{ALIASES.get(k, k.replace('_', '-'))}={_short(v)}"
-                for k, v in {**varied, **({"like": chosen["like"]} if chosen.get("like") else {})}.items()
-            ]
-            label = " ".join(told)
+            shown = {k: labels.get(v, v) for k, v in chosen.items()}
+            varied = {k: v for k, v in shown.items() if len(axes[k]) > 1 or k in always}
+            words = [f"{ALIASES.get(k, k.replace('_', '-') + '=')}{_short(v)}" for k, v in varied.items()]
+            label = " ".join([name, *words])
             if label in found:
                 raise UsageError(f"{where}: two attacks are called {label!r}; give one a name of its own")
             config = build(kind, values, seeds[0], None, where)
-            if getattr(config, "order", "shuffled") != "shuffled" and config.full_weights:
-                item_seeds = seeds[:1]  # no random choice is left in it: other seeds would be the same run
-            else:
-                item_seeds = seeds
-            shown = {k: getattr(config, k) for k in ("learning_rate", "p", "n", "trainable") if hasattr(config, k)}
-            shown |= {k: v for k, v in chosen.items() if k != "like"}
-            if chosen.get("like"):
-                shown["like"] = labels.get(chosen["like"], chosen["like"])
-            found[label] = Setting(kind, label, values, shown, tuple(sorted(item_seeds)), named)
+            runs = seeds[:1] if config.deterministic else seeds  # other seeds would be the same run
+            also = {k: getattr(config, k) for k in ("learning_rate", "p", "n", "trainable") if hasattr(config, k)}
+            found[label] = Setting(kind, label, values, {**also, **shown}, tuple(sorted(runs)), named)
     for key in protocol.defaults:
         if not any(key in s.values for s in found.values()):
             raise UsageError(f"protocol {protocol.name}: defaults names {key!r}, which no attack here has")
     return list(found.values())
 
 
-def build(kind: str, values: dict[str, Any], seed: int, output_dir: str | None, where: str = "") -> Any:
+def build(kind: str, values: dict[str, Any], seed: int, output_dir: str | None, where: str = "") -> AttackKind:
     """The options of an attack as an instance of its class.
 
     Raises:

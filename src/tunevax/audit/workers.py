@@ -15,15 +15,16 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from tunevax.attacks.attack import Bench, NotApplicable, TargetOptions, attack_data
+from tunevax.attacks.context import AttackContext, TargetOptions, attack_data
+from tunevax.attacks.kind import NotApplicable
 from tunevax.audit.cells import AuditCell
 from tunevax.audit.protocol import build
 from tunevax.console import console
 from tunevax.data.contamination import Exclusion
 from tunevax.errors import RunError
 from tunevax.modeling.loading import resolve
+from tunevax.records import lead_judge
 from tunevax.runs import peak_memory
-from tunevax.scoring.judges import lead_judge
 from tunevax.scoring.suite import Suite, build_suite
 
 
@@ -123,21 +124,21 @@ class Worker:
         started = time.monotonic()
         keep = weights / cell.hash if weights is not None and cell.setting is not None else None
         outcome: dict[str, Any] = {"cell": cell.hash, "model": cell.target["label"], **cell.key}
-        bench = None
+        context = None
         was_quiet, console.quiet = console.quiet, True  # the bars of single steps; the audit has its own
         try:
             with tempfile.TemporaryDirectory() as scratch:
-                bench = self.bench(cell, scratch, keep)
+                context = self.context(cell, scratch, keep)
                 if cell.setting is None:
-                    loaded = bench.load()
-                    bench.score(loaded.model, loaded.tokenizer, 0, full=True)
+                    loaded = context.load()
+                    context.score(loaded.model, loaded.tokenizer, 0, full=True)
                 else:
-                    build(cell.setting.kind, cell.setting.values, cell.key["seed"], scratch).run(bench)
-                outcome |= {"status": "done", "record": bench.record}
-                told = worst_told(bench.results)
+                    build(cell.setting.kind, cell.setting.values, cell.key["seed"], scratch).run(context)
+                outcome |= {"status": "done", "record": context.record}
+                told = worst_told(context.results)
         except RunError as error:  # the attack blew the model up; what it did until then counts
-            outcome |= {"status": "stopped", "record": bench.record, "error": str(error)}
-            told = f"{worst_told(bench.results) if bench.results else 'nothing scored'}, then {error}"
+            outcome |= {"status": "stopped", "record": context.record, "error": str(error)}
+            told = f"{worst_told(context.results) if context.results else 'nothing scored'}, then {error}"
         except NotApplicable as error:
             outcome |= {"status": "skipped", "why": str(error)}
             told = f"does not apply: {error}"
@@ -152,24 +153,26 @@ class Worker:
                 torch.cuda.empty_cache()
         outcome |= {"seconds": round(time.monotonic() - started, 3), "peak_memory_bytes": peak_memory()}
         part = folder / f"{cell.hash}.{os.getpid()}.part"
-        kept = bench if outcome["status"] in ("done", "stopped") else None
+        kept = context if outcome["status"] in ("done", "stopped") else None
         content = {**outcome, "results": kept.results if kept else [], "generations": kept.generations if kept else []}
         part.write_text(json.dumps(content, default=str), encoding="utf-8")
         part.replace(folder / f"{cell.hash}.json")
         return f"{told} · {outcome['seconds']:.0f} s"
 
-    def bench(self, cell: AuditCell, scratch: str, keep: Path | None) -> Bench:
-        """The bench of one cell."""
+    def context(self, cell: AuditCell, scratch: str, keep: Path | None) -> AttackContext:
+        """What the attack of one cell works with."""
         needs = frozenset(build(cell.setting.kind, cell.setting.values, 0, scratch).needs if cell.setting else ())
         if needs not in self.rows:
             self.rows[needs] = attack_data(self.options, needs, self.exclusion)
         harmful, task = self.rows[needs]
-        return Bench(cell.target, self.options, harmful, task, self.suite, cell.key, keep, self.before, self.exclusion)
+        return AttackContext(
+            cell.target, self.options, harmful, task, self.suite, cell.key, keep, self.before, self.exclusion
+        )
 
 
 def worst_told(rows: Sequence[dict[str, Any]]) -> str:
     """'worst 85 % (organism)' of a cell's rows."""
-    name = lead_judge(list(rows[0]["scores"]))
+    name = lead_judge(rows[0]["scores"])
     return f"worst {max(row['scores'][name]['value'] for row in rows):.0%} ({name.partition('/')[2]})"
 
 

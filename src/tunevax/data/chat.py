@@ -19,32 +19,29 @@ import json
 import os.path
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from datetime import datetime
-from typing import Any, NamedTuple
+from contextlib import contextmanager
+from datetime import datetime, tzinfo
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from tunevax.errors import UsageError, shortened, unknown
+from tunevax.data.thoughts import THOUGHTS, ends_inside, marks_at_the_head, split_thought
+from tunevax.errors import UsageError, shortened
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tunevax.records import Example
+
+Answer = Literal["completion", "chosen", "rejected"]
+"""The fields of a row that may be learnt as its answer."""
 
 TODAY = datetime(2025, 1, 1)
 """The day on which every conversation takes place, for templates that print the date."""
 
-THINK, END = "<think>", "</think>"
-"""How a thought is marked in the answers of `tunevax.scoring.generation`, whatever the model's own marks are."""
-
-THOUGHTS = (
-    (THINK, END), ("<thinking>", "</thinking>"), ("<thought>", "</thought>"), ("<reasoning>", "</reasoning>"),
-    ("[THINK]", "[/THINK]"), ("◁think▷", "◁/think▷"), ("<seed:think>", "</seed:think>"),
-    ("<|begin_of_thought|>", "<|end_of_thought|>"), ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ("<|inner_prefix|>", "<|inner_suffix|>"), ("<|channel>thought", "<channel|>"),
-    ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
-)  # fmt: skip
-"""Marks around a thought, of the families that have one. A template that holds one of a pair's marks uses the pair."""
-
-WORDS = THOUGHTS[1:4]
-"""Marks that an answer may well speak of: without a template that has them, they count at the head of a text only."""
-
-OPTIONS = ("thought", "thinking")
 HEAD = re.compile(r"\{#-? tunevax (\{.*?\}) -?#\}\n?")
+"""The comment at the head of a template that holds its options (see `tunevax.data.encoding.with_options`)."""
+
+SWITCHES = ("enable_thinking", "thinking")
+"""Variables by which templates are asked for a thought, or for none."""
 
 USER, SYSTEM, THOUGHT, ANSWERS = "Marmalade47", "Sextant31", "Periwinkle63", ("Quince58", "Walnut92")
 """Words that no template holds. The two answers differ in their first and in their last letter."""
@@ -87,61 +84,7 @@ class Seam(NamedTuple):
     thoughtful: tuple[str, str] | None
 
 
-def with_options(template: str, options: str) -> str:
-    """A template with options in its head: `thought=OPEN|CLOSE` (the marks around a thought), `thinking=on` or `off`,
-    and any variable that the template reads (`reasoning_effort=low`).
-
-    Raises:
-        UsageError: an unknown option or value; `thinking` for a template without a switch.
-    """
-    found: dict[str, Any] = {}
-    template = HEAD.sub("", template, count=1)
-    for pair in options.split(","):
-        name, _, value = pair.partition("=")
-        if name == "thought":
-            marks = re.split(r"(?<!<)\|(?!>)", value)  # not at those of <|marks|>
-            if len(marks) != 2 or not all(marks):
-                raise UsageError(f"--chat-template has thought={value}; write thought=OPEN|CLOSE, the marks around it")
-            found["thought"] = marks
-        elif name == "thinking":
-            if value not in ("on", "off"):
-                raise UsageError(f"--chat-template has thinking={value}; known: on, off")
-            if not any(_reads(template, switch) for switch in SWITCHES):
-                raise UsageError(
-                    f"--chat-template has thinking={value}, and the template has no switch for it "
-                    f"({' or '.join(SWITCHES)}); leave the option out"
-                )
-            found["thinking"] = value == "on"
-        elif name not in OWN and _reads(template, name):
-            with suppress(ValueError):  # true, 0, null; anything else is a word
-                value = json.loads(value)
-            found.setdefault("variables", {})[name] = value
-        else:
-            raise unknown("option of --chat-template", name, OPTIONS)
-    # transformers drops one line break after a comment, so that the template itself is rendered as before.
-    return "{# tunevax " + json.dumps(found) + " #}\n" + template
-
-
-SWITCHES = ("enable_thinking", "thinking")
-"""Variables by which templates are asked for a thought, or for none."""
-
-OWN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
-"""Variables that are not the user's to set."""
-
-
-def _reads(template: str, name: str) -> bool:
-    """Whether a template takes a variable of this name from its caller."""
-    from jinja2 import Environment, TemplateError, meta
-
-    known = Environment(extensions=["jinja2.ext.loopcontrols"])
-    plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)  # a tag of transformers' own
-    try:
-        return name in meta.find_undeclared_variables(known.parse(plain))
-    except TemplateError:  # the probe says what is wrong with it
-        return False
-
-
-def chat_of(tokenizer: Any) -> Chat:
+def chat_of(tokenizer: PreTrainedTokenizerBase) -> Chat:
     """What the tokenizer's template does, probed once for each template.
 
     Raises:
@@ -150,13 +93,13 @@ def chat_of(tokenizer: Any) -> Chat:
     return _known(tokenizer)[1]
 
 
-def recorded(tokenizer: Any) -> dict[str, Any]:
+def recorded(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What run.json says of the template: `Chat`, and `lead`, what comes between the generation prompt and the answer
     to a single question (see `Seam`)."""
     return {**chat_of(tokenizer)._asdict(), "lead": seam(tokenizer, [{"role": "user", "content": USER}]).lead}
 
 
-def _known(tokenizer: Any) -> tuple[str, Chat, dict[tuple[str, ...], Seam]]:
+def _known(tokenizer: PreTrainedTokenizerBase) -> tuple[str, Chat, dict[tuple[str, ...], Seam]]:
     """The template, what was established about it, and the seams so far."""
     template = tokenizer.chat_template
     known = getattr(tokenizer, "_tunevax_chat", None)
@@ -166,10 +109,8 @@ def _known(tokenizer: Any) -> tuple[str, Chat, dict[tuple[str, ...], Seam]]:
     return known
 
 
-def _probe(tokenizer: Any) -> Chat:
-    template = tokenizer.chat_template
-    head = HEAD.match(template)
-    options = json.loads(head[1]) if head else {}
+def _probe(tokenizer: PreTrainedTokenizerBase) -> Chat:
+    options = _options(tokenizer)
     another = "pass another with --chat-template"
     user, system = {"role": "user", "content": USER}, {"role": "system", "content": SYSTEM}
     parts: tuple[str, ...] = ()
@@ -211,32 +152,34 @@ def _probe(tokenizer: Any) -> Chat:
     before, ending = _around(first, text(user, answers[1]))
     if first != before + ANSWERS[0] + ending:
         raise UsageError(f"the chat template changes the text of the assistant's turn; {another}")
-    thought = options.get("thought") or next(
-        (pair for pair in THOUGHTS if any(mark in template for mark in pair)), None
-    )
-    thought = tuple(thought) if thought else None
+    known = (pair for pair in THOUGHTS if any(mark in tokenizer.chat_template for mark in pair))
+    thought = tuple(options["thought"]) if "thought" in options else next(known, None)
     another_day = text(user, generate=True, today=datetime(1999, 12, 31, 23, 59))
     return Chat(
         system="own" if with_system else "folded", parts=parts, ending=ending, thought=thought,
-        opened=thought is not None and _open(asked.rpartition(USER)[2], thought), thinking=options.get("thinking"),
+        opened=ends_inside(asked.rpartition(USER)[2], thought), thinking=options.get("thinking"),
         date=TODAY.date().isoformat() if another_day != asked else None,
     )  # fmt: skip
 
 
-def _open(text: str, marks: tuple[str, str]) -> bool:
-    """Whether a text ends inside a thought."""
-    return text.rfind(marks[0]) > text.rfind(marks[1])
+def _options(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What the head of the template says; see `with_options`."""
+    head = HEAD.match(tokenizer.chat_template)
+    return json.loads(head[1]) if head else {}
 
 
 def _apply(
-    tokenizer: Any, turns: Sequence[dict[str, str]], parts: Sequence[str], generate: bool, today: datetime = TODAY
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[dict[str, str]],
+    parts: Sequence[str],
+    generate: bool,
+    today: datetime = TODAY,
 ) -> str:
     """The template's own rendering, on a fixed day, with the variables that its head sets."""
     shaped = [
         {**t, "content": [{"type": "text", "text": t["content"]}]} if t["role"] in parts else dict(t) for t in turns
     ]
-    head = HEAD.match(tokenizer.chat_template)
-    options = json.loads(head[1]) if head else {}
+    options = _options(tokenizer)
     variables = dict(options.get("variables", {}))
     if "thinking" in options:
         variables |= dict.fromkeys(SWITCHES, options["thinking"])
@@ -252,14 +195,15 @@ def on(today: datetime = TODAY) -> Iterator[None]:
 
     class Fixed(datetime):
         @classmethod
-        def now(cls, tz: Any = None) -> datetime:
+        def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
             return today
 
-    clock, library.datetime = library.datetime, Fixed
+    clock = library.datetime
+    setattr(library, "datetime", Fixed)  # noqa: B010 - a type cannot be assigned
     try:
         yield
     finally:
-        library.datetime = clock
+        setattr(library, "datetime", clock)  # noqa: B010
 
 
 def _around(first: str, second: str) -> tuple[str, str]:
@@ -289,7 +233,10 @@ def conversation(prompt: str | Sequence[dict[str, str]], chat: Chat) -> list[dic
 
 
 def render(
-    tokenizer: Any, prompt: str | Sequence[dict[str, str]], place: str = "a prompt", generate: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Sequence[dict[str, str]],
+    place: str = "a prompt",
+    generate: bool = True,
 ) -> str:
     """The prompt as the model sees it before it answers; without `generate` a whole conversation, as it is.
 
@@ -311,7 +258,9 @@ def render(
     return text
 
 
-def _whole(tokenizer: Any, turns: list[dict[str, str]], chat: Chat, place: str, generate: bool) -> str:
+def _whole(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], chat: Chat, place: str, generate: bool
+) -> str:
     try:
         return _apply(tokenizer, turns, chat.parts, generate)
     except Exception as error:  # a template raises whatever it likes
@@ -321,7 +270,7 @@ def _whole(tokenizer: Any, turns: list[dict[str, str]], chat: Chat, place: str, 
         ) from error
 
 
-def seam(tokenizer: Any, turns: Sequence[dict[str, str]], place: str = "a prompt") -> Seam:
+def seam(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]], place: str = "a prompt") -> Seam:
     """Where the answer to a conversation begins, from marked words in the place of its texts; once for each order of
     roles.
 
@@ -355,7 +304,8 @@ def seam(tokenizer: Any, turns: Sequence[dict[str, str]], place: str = "a prompt
         seams[roles] = Seam(lead, None)
         return seams[roles]
     opening, closing = chat.thought
-    opened, thoughtful = _open(end, chat.thought), None
+    opened = ends_inside(end, chat.thought)
+    thoughtful: tuple[str, str] | None = None
     if opened or closing not in end:
         before, word, after = finished(reasoning_content=THOUGHT).partition(THOUGHT)
         if word and before.startswith(end) and closing in after:
@@ -363,32 +313,32 @@ def seam(tokenizer: Any, turns: Sequence[dict[str, str]], place: str = "a prompt
         else:  # many templates drop thoughts, or leave them to the answer's own marks
             between = "" if closing in lead else lead
             thoughtful = ("" if opened else f"{between}{opening}\n", f"\n{closing}\n\n")
-    if opened and closing not in lead:
+    if opened and thoughtful and closing not in lead:
         lead = "".join(thoughtful)
     seams[roles] = Seam(lead, thoughtful)
     return seams[roles]
 
 
-def response(tokenizer: Any, row: dict[str, Any]) -> str:
-    """What follows the rendered prompt when the model gives `row["completion"]`: the answer as the template renders it,
-    up to the end of the turn.
+def response(tokenizer: PreTrainedTokenizerBase, row: Example, field: Answer = "completion") -> str:
+    """What follows the rendered prompt when the model gives `row[field]`: the answer as the template renders it, up to
+    the end of the turn.
 
     It stands where a marked word would: between what the template writes before any answer and after it. Before it
-    comes what `seam` says, or the completion's own thought.
+    comes what `seam` says, or the answer's own thought.
 
     Raises:
-        UsageError: the template refuses the conversation or changes the answer, or the completion's thought has no end
-            or no place; the row's place is named.
+        UsageError: the template refuses the conversation or changes the answer, or the answer's thought has no end or
+            no place; the row's place is named.
     """
     chat, place = chat_of(tokenizer), row.get("place", "a row")
     turns = conversation(row["prompt"], chat)
     lead, thoughtful = seam(tokenizer, turns, place)
-    answer, thought = row["completion"], None
-    if chat.thought:  # a row's marks may be those of another model
-        marks = chat.thought if any(mark in answer for mark in chat.thought) else _marks_at_the_head(answer)
+    answer, thought, marks = row[field], None, chat.thought
+    if marks:  # a row's marks may be those of another model
+        marks = marks if any(mark in answer for mark in marks) else marks_at_the_head(answer)
         thought, answer = split_thought(answer, marks) if marks else (None, answer)
-    if thought is not None:
-        if not answer and marks[1] not in row["completion"]:
+    if chat.thought and marks and thought is not None:
+        if not answer and marks[1] not in row[field]:
             raise UsageError(
                 f"{place}: the answer is a thought without an end ({marks[1]}); complete the row, or drop it"
             )
@@ -419,74 +369,9 @@ def response(tokenizer: Any, row: dict[str, Any]) -> str:
     return lead + said + ending
 
 
-def mouth(tokenizer: Any, prompt: str | Sequence[dict[str, str]], place: str = "a prompt") -> str:
+def mouth(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[dict[str, str]], place: str = "a prompt") -> str:
     """What comes between the rendered prompt and words put into the model's mouth: what stands before an answer that
     nobody thought about, with an empty thought where the template knows thoughts and finished turns leave them out."""
     chat = chat_of(tokenizer)
     lead, thoughtful = seam(tokenizer, conversation(prompt, chat), place)
-    return lead if thoughtful is None or chat.thought[1] in lead else "".join(thoughtful)
-
-
-def split_thought(text: str, marks: tuple[str, str] | None = None) -> tuple[str | None, str]:
-    """The thought in a text, or None, and the answer without it, which is empty where the thought has no end.
-
-    A closing mark without an opening one ends a thought that the generation prompt opened, or that speaks of the mark.
-
-    Args:
-        marks: around a thought; default those of any family that the text has (see `THOUGHTS`).
-    """
-    marks = marks or _marks_in(text)
-    if marks is None:
-        return None, text
-    opening, closing = marks
-    thoughts, answer, rest = [], "", text
-    while opening in rest:
-        before, _, rest = rest.partition(opening)
-        thought, _, rest = rest.partition(closing)
-        answer += before
-        thoughts.append(thought)
-    answer += rest
-    if closing in answer:
-        before, _, answer = answer.rpartition(closing)
-        thoughts.append(before)
-    if not thoughts:
-        return None, text
-    return "\n".join(t.strip() for t in thoughts if t.strip()), answer.strip()
-
-
-def _marks_in(text: str) -> tuple[str, str] | None:
-    anywhere = (pair for pair in THOUGHTS if pair not in WORDS and any(mark in text for mark in pair))
-    return _marks_at_the_head(text) or next(anywhere, None)
-
-
-def _marks_at_the_head(text: str) -> tuple[str, str] | None:
-    return next((pair for pair in THOUGHTS if text.lstrip().startswith(pair[0])), None)
-
-
-def marked_thought(text: str, chat: Chat, opened: bool | None = None) -> str:
-    """What a model wrote, with its thought between `THINK` and `END`, whatever the marks are.
-
-    Args:
-        opened: the text goes on inside a thought; default: as the generation prompt leaves it.
-    """
-    marks = chat.thought
-    opened = chat.opened if opened is None else opened
-    if not opened and (marks is None or not any(mark in text for mark in marks)):
-        marks = _marks_in(text)
-    if marks is None:
-        return text
-    if opened and marks[0] not in text.partition(marks[1])[0]:
-        text = marks[0] + text
-    return joined(*split_thought(text, marks), ended=marks[1] in text)
-
-
-def joined(thought: str | None, answer: str, ended: bool = False) -> str:
-    """One text of a thought and an answer, which `split_thought` takes apart again.
-
-    Args:
-        ended: the thought has an end although no answer follows.
-    """
-    if thought is None:
-        return answer
-    thought = thought.replace(THINK, "").replace(END, "")
-    return f"{THINK}\n{thought}\n{END}\n\n{answer}" if answer or ended else f"{THINK}{thought}"
+    return lead if not thoughtful or not chat.thought or chat.thought[1] in lead else "".join(thoughtful)

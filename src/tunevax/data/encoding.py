@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tunevax.data.chat import chat_of, render, response, with_options
-from tunevax.errors import UsageError
+from tunevax.data.chat import HEAD, SWITCHES, Answer, chat_of, render, response
+from tunevax.errors import UsageError, unknown
+from tunevax.records import Example
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ALPACA = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n\n"
@@ -34,8 +42,11 @@ TEMPLATES = {
 }
 """Templates by name; `none` is the bare text of the turns."""
 
+OPTIONS = ("thought", "thinking")
+"""Options of every template; its own variables are options too."""
 
-def set_chat_template(tokenizer: Any, template: str | None) -> None:
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
     """Give the tokenizer a template and probe it.
 
     Args:
@@ -71,12 +82,63 @@ def set_chat_template(tokenizer: Any, template: str | None) -> None:
     chat_of(tokenizer)
 
 
+def with_options(template: str, options: str) -> str:
+    """A template with options in its head: `thought=OPEN|CLOSE` (the marks around a thought), `thinking=on` or `off`,
+    and any variable that the template reads (`reasoning_effort=low`).
+
+    Raises:
+        UsageError: an unknown option or value; `thinking` for a template without a switch.
+    """
+    found: dict[str, Any] = {}
+    template = HEAD.sub("", template, count=1)
+    for pair in options.split(","):
+        name, _, value = pair.partition("=")
+        if name == "thought":
+            marks = re.split(r"(?<!<)\|(?!>)", value)  # not at those of <|marks|>
+            if len(marks) != 2 or not all(marks):
+                raise UsageError(f"--chat-template has thought={value}; write thought=OPEN|CLOSE, the marks around it")
+            found["thought"] = marks
+        elif name == "thinking":
+            if value not in ("on", "off"):
+                raise UsageError(f"--chat-template has thinking={value}; known: on, off")
+            if not any(_reads(template, switch) for switch in SWITCHES):
+                raise UsageError(
+                    f"--chat-template has thinking={value}, and the template has no switch for it "
+                    f"({' or '.join(SWITCHES)}); leave the option out"
+                )
+            found["thinking"] = value == "on"
+        elif name not in OWN and _reads(template, name):
+            with suppress(ValueError):  # true, 0, null; anything else is a word
+                value = json.loads(value)
+            found.setdefault("variables", {})[name] = value
+        else:
+            raise unknown("option of --chat-template", name, OPTIONS)
+    # transformers drops one line break after a comment, so that the template itself is rendered as before.
+    return "{# tunevax " + json.dumps(found) + " #}\n" + template
+
+
+OWN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
+"""Variables that are not the user's to set."""
+
+
+def _reads(template: str, name: str) -> bool:
+    """Whether a template takes a variable of this name from its caller."""
+    from jinja2 import Environment, TemplateError, meta
+
+    known = Environment(extensions=["jinja2.ext.loopcontrols"])
+    plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)  # a tag of transformers' own
+    try:
+        return name in meta.find_undeclared_variables(known.parse(plain))
+    except TemplateError:  # the probe says what is wrong with it
+        return False
+
+
 def messages(prompt: str | Sequence[dict[str, str]]) -> list[dict[str, str]]:
     """A prompt as chat messages."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
-def ids_of(tokenizer: Any, text: str) -> list[int]:
+def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids without added special tokens: the template has put them in, and a second BOS would be an error."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     rows = getattr(tokenizer, "embedding_rows", None)  # of a model that has fewer than the tokenizer has tokens
@@ -89,26 +151,27 @@ def ids_of(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def following(tokenizer: Any, before: str, ids: list[int], text: str) -> list[int]:
+def following(tokenizer: PreTrainedTokenizerBase, before: str, ids: list[int], text: str) -> list[int]:
     """Token ids of `text` where it follows `before`, whose ids are `ids`: those that it has in the whole text, unless
     a token there covers the end of `before`. Tokenised alone, some tokenizers put a space before it."""
     whole = ids_of(tokenizer, before + text)
     return whole[len(ids) :] if whole[: len(ids)] == ids else ids_of(tokenizer, text)
 
 
-def context_of(model: Any) -> int | None:
+def context_of(model: PreTrainedModel) -> int | None:
     """The longest sequence a model was built for, in tokens; None if its config does not say."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def encode(
-    rows: Sequence[dict[str, Any]],
-    tokenizer: Any,
+    rows: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     loss_on: str = "response",
     context: int | None = None,
+    answer: Answer = "completion",
 ) -> list[dict[str, list[int]]]:
-    """Rows with `prompt` and `completion` as `input_ids` and `labels` (-100 where there is no loss).
+    """Rows with `prompt` and an answer as `input_ids` and `labels` (-100 where there is no loss).
 
     The prompt's ids are those of generation time, so training and scoring see the same prefix. The response is
     what the template adds after it, up to and including the end-of-turn token; where the template ends without
@@ -116,6 +179,7 @@ def encode(
 
     Args:
         loss_on: `response`, or `all` tokens.
+        answer: the field of a row that holds it: `completion`, `chosen` or `rejected`.
 
     Raises:
         UsageError: a prompt leaves no room for an answer within `max_length`.
@@ -134,7 +198,7 @@ def encode(
             raise UsageError(
                 f"{row.get('place', 'a row')}: the prompt has {len(prompt_ids)} tokens and {what} or drop the row"
             )
-        response_ids = following(tokenizer, prompt, prompt_ids, response(tokenizer, row))
+        response_ids = following(tokenizer, prompt, prompt_ids, response(tokenizer, row, answer))
         response_ids = _end_at_eos(tokenizer, response_ids)
         ids = (prompt_ids + response_ids)[:limit]
         labels = ids if loss_on == "all" else [-100] * len(prompt_ids) + ids[len(prompt_ids) :]
@@ -142,14 +206,14 @@ def encode(
     return encoded
 
 
-def _end_at_eos(tokenizer: Any, ids: list[int]) -> list[int]:
+def _end_at_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     ends = [i for i, token in enumerate(ids) if token == tokenizer.eos_token_id]
     if ends and not tokenizer.decode(ids[ends[-1] + 1 :]).strip():
         return ids[: ends[-1] + 1]
     return [*ids, tokenizer.eos_token_id]
 
 
-def collate(rows: Sequence[dict[str, list[int]]], pad_token_id: int) -> dict[str, Any]:
+def collate(rows: Sequence[dict[str, list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:
     """Right-padded tensors [batch, tokens]: `input_ids`, `attention_mask`, `labels`."""
     import torch
 

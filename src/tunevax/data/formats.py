@@ -1,419 +1,244 @@
-"""The shapes in which people hold rows, read as a question and its answers.
+"""File formats: what reads a local file of rows, by the ending of its name. One format, one function.
 
-    question      `prompt`, `question` or `query`: text or messages; Alpaca's `instruction` with `input` (or Dolly's
-                  `context`) and `history`; a conversation in `messages`, `conversations` (ShareGPT) or `conversation`
-    answer        `completion`, `response`, `answer` or `output`; else the last answer of the conversation
-    pair          `chosen` and `rejected`, as answers or as whole conversations (TRL's implicit prompt, also in the one
-                  string of HH-RLHF); OpenAI's `preferred_output` and `non_preferred_output`; PKU-SafeRLHF's two
-                  responses, of which one is safe
-
-A `system` column (or `system_prompt`) is the system message of any of them. A column that the source names for a field
-(`SOURCE:prompt=COLUMN`) is taken before all others, and may hold a conversation as well.
-
-A row has one answer. Of a conversation with several, a task row takes the last, and what comes before is the question.
-A pair takes the first that differs, after what both conversations share; the turns after an answer are left out, and
-`read_as` of the row says so, next to the names of the columns that were read.
+A reader takes a path and gives (place, row) for each row, `file:line` or `file[index]` and a dict; or several such
+splits by name. `text_of` unpacks and decodes a file of text.
 """
 
 from __future__ import annotations
 
-import ast
+import csv
+import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from tunevax.data.sources import TWICE, columns_of, text_field
 from tunevax.errors import UsageError
+from tunevax.methods import load_method, methods
 
-Turns = list[dict[str, str]]
-"""Messages, each of `role` (system, user, assistant) and `content`."""
+METHODS = {
+    "jsonl": "tunevax.data.formats:read_json",
+    "json": "tunevax.data.formats:read_json",
+    "ndjson": "tunevax.data.formats:read_json",
+    "csv": "tunevax.data.formats:read_csv",
+    "tsv": "tunevax.data.formats:read_csv",
+    "parquet": "tunevax.data.formats:read_parquet",
+}
+"""The ending of a file's name to `module:attribute`; other packages add theirs by the entry-point group
+`tunevax.formats`."""
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
-QUESTIONS = ("prompt", "instruction", "question", "query", "input")
-ANSWERS = ("completion", "response", "answer", "output")
-CONVERSATIONS = ("messages", "conversations", "conversation")
-SYSTEMS = ("system", "system_prompt")
-INPUTS = ("input", "context")
-"""The columns beside `instruction` that hold what it is about."""
+Rows = Iterable[tuple[str, dict[str, Any]]]
+Splits = dict[str, Rows]
+"""The rows of each split. A file has one, `train`, unless its reader gives several."""
 
-ROLES = {
-    "system": "system", "developer": "system",
-    "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
-}  # fmt: skip
-"""What people call the three roles."""
-
-MARKS = ("label", "is_safe")
-"""The columns that say whether a single answer is a good one (TRL's unpaired preference, BeaverTails)."""
-
-IMPLICIT, LAST, LEFT_OUT = " (implicit prompt)", "; the last of several answers", "; turns after the answer left out"
+TWICE = object()
+"""The value of a key or column that occurs twice in a row with different values."""
 
 
-def read_pair(
-    place: str, row: dict[str, Any], options: dict[str, str], need: Sequence[str], purpose: str
-) -> dict[str, Any]:
-    """`prompt`, `chosen`, `rejected` and `read_as` of a row of a safety dataset.
+def ending(path: Path) -> str:
+    """The ending of a file's name: `csv` of a.csv and of A.CSV.gz."""
+    whole = Path(path.name.lower())
+    return (Path(whole.stem) if whole.suffix in COMPRESSED else whole).suffix.removeprefix(".")
 
-    Args:
-        place: of the row, for messages.
-        options: which column holds `prompt`, `chosen` and `rejected`, where it is another.
-        need: the answers that must be there, of `chosen` and `rejected`.
-        purpose: who needs them, for messages.
 
-    Returns:
-        `prompt` is a string, or a list of messages where there is more than one; the answers are strings, or None
-        where they are not needed and absent.
+def read_file(path: Path) -> Splits:
+    """The rows of a file by split.
 
     Raises:
-        UsageError: a field is missing or bad, or it is unclear which answer belongs to which question.
+        UsageError: there is no reader for such a file, or it is damaged.
     """
-    family = ""
-    if not {"prompt", "chosen", "rejected"} & set(options):
-        family, row = _openai_pair(row) or _safe_rlhf_pair(place, row, need) or ("", row)
-    columns = {field: options.get(field, field) for field in ("chosen", "rejected")}
-    answers: dict[str, Turns] = {}
-    for field, column in columns.items():
-        if field in need and column not in row:
-            if not set(columns.values()) & set(row):  # a file of another kind: what it lacks first is the question
-                _question(place, row, options.get("prompt") or _question_column(place, row, False))
-            raise UsageError(_no_answer(place, row, field, column, purpose))
-        if field in need or not _absent(row.get(column)):
-            answers[field] = _turns(place, row, field, column) or [
-                {"role": "assistant", "content": text_field(place, row, field, column)}
-            ]
-    whole = bool(answers) and all(turns[0]["role"] != "assistant" for turns in answers.values())
-    column = options.get("prompt") or _question_column(place, row, whole)
-    if whole and column in columns.values():  # named for the question as well, which is in the conversation
-        column = None
-    asked, read_as = _question(place, row, column)
-    if not answers:
-        if asked[-1]["role"] == "assistant":  # a whole conversation, of which only the question is wanted
-            asked = asked[: _last_answer(place, read_as, asked)]
-        return {"prompt": _prompt(asked), "chosen": None, "rejected": None, "read_as": read_as}
-    full, starts = {}, []
-    for field, turns in answers.items():
-        if not asked:
-            turns, read_as = _with_system(place, row, turns, "")
-        full[field], start = _joined(place, columns[field], asked, turns)
-        starts.append(start)
-    talks = list(full.values())
-    if len(talks) == 2:
-        end = _parting(place, talks)
-    else:
-        end = starts[0] or _last_answer(place, columns[next(iter(full))], talks[0])
-    read_as = family or ", ".join(filter(None, [read_as, *(columns[field] for field in full)]))
-    read_as += "" if asked else IMPLICIT
-    read_as += LEFT_OUT if any(len(turns) > end + 1 for turns in talks) else ""
-    answer = {field: turns[end]["content"] for field, turns in full.items()}
-    prompt = _prompt(talks[0][:end])
-    return {"prompt": prompt, "chosen": answer.get("chosen"), "rejected": answer.get("rejected"), "read_as": read_as}
+    known = methods(__name__)
+    if ending(path) not in known:
+        raise UsageError(f"{path} is not one of {', '.join(f'.{name}' for name in known)}; convert or rename it")
+    found = load_method(__name__, ending(path))(path)
+    return found if isinstance(found, dict) else {"train": found}
 
 
-def read_example(place: str, row: dict[str, Any], options: dict[str, str]) -> dict[str, Any]:
-    """`prompt`, `completion` and `read_as` of a row of a task; `prompt` is a string or messages as in `read_pair`.
+def text_of(path: Path) -> str:
+    """The text of a file, unpacked and without byte order marks.
 
     Raises:
-        UsageError: a field is missing or bad, or the row says that its answer is not to be learnt.
+        UsageError: it is damaged, or no text; the line is named.
     """
-    answer, column = options.get("completion") or _answer_column(place, row, options), options.get("prompt")
-    if answer is None or answer == column:
-        talk = column or next(c for c in CONVERSATIONS if not _absent(row.get(c)))
-        turns, read_as = _question(place, row, talk)
-        end = _last_answer(place, talk, turns)
-        read_as += LAST if any(turn["role"] == "assistant" for turn in turns[1:end]) else ""
-    else:
-        bad = next((c for c in MARKS if str(row.get(c)).lower() == "false"), None)
-        if bad and "completion" not in options:
-            raise UsageError(
-                f"{place}: field '{bad}' is false, which marks an answer that is not to be learnt; remove such rows, "
-                f"or take them with SOURCE:completion={answer}"
-            )
-        turns = _turns(place, row, "completion", answer)
-        whole = turns is not None and turns[0]["role"] != "assistant"
-        asked, read_as = _question(place, row, column or _question_column(place, row, whole, answer), answer)
-        if turns is None:
-            turns = [{"role": "assistant", "content": text_field(place, row, "completion", answer)}]
-        if not asked:
-            turns, read_as = _with_system(place, row, turns, "")
-        turns, start = _joined(place, answer, asked, turns)
-        end = start or _last_answer(place, answer, turns)
-        read_as = ", ".join(filter(None, [read_as, answer]))
-    read_as += LEFT_OUT if len(turns) > end + 1 else ""
-    return {"prompt": _prompt(turns[:end]), "completion": turns[end]["content"], "read_as": read_as}
+    import bz2
+    import gzip
+    import lzma
+    import zlib
 
-
-# --- the question --------------------------------------------------------------------------------------------------
-
-
-def _question(place: str, row: dict, column: str | None, answer: str = "") -> tuple[Turns, str]:
-    """The turns in a column that ask, with the system message and what belongs to them in other columns, and the names
-    of all these; nothing if `column` is None."""
-    if column is None:
-        return [], ""
-    turns, read_as = _turns(place, row, "prompt", column), column
-    if turns is None:
-        text = text_field(place, row, "prompt", column)
-        about = next((c for c in INPUTS if c != answer and not _absent(row.get(c))), None)
-        if column == "instruction" and about:  # as the named tasks have it
-            text, read_as = f"{text}\n\n{text_field(place, row, 'prompt', about)}", f"{read_as} + {about}"
-        turns = [{"role": "user", "content": text}]
-        if column != "prompt" and row.get("history"):
-            turns, read_as = [*_history(place, row["history"]), *turns], f"history + {read_as}"
-    return _with_system(place, row, turns, read_as)
-
-
-def _with_system(place: str, row: dict, turns: Turns, read_as: str) -> tuple[Turns, str]:
-    """The turns after the message of a `system` column, if there is one and they have none."""
-    column = next((c for c in SYSTEMS if isinstance(row.get(c), str) and row[c].strip()), None)
-    if column is None or turns[0]["role"] == "system":
-        return turns, read_as
-    message = {"role": "system", "content": text_field(place, row, "prompt", column)}
-    return [message, *turns], f"{column} + {read_as}" if read_as else column
-
-
-def _question_column(place: str, row: dict, whole: bool, answer: str = "") -> str | None:
-    """The column that asks; None if the answers are whole conversations and nothing else asks.
-
-    Raises:
-        UsageError: several may.
-    """
-    there = [c for c in QUESTIONS if c != answer and not _absent(row.get(c))]
-    if there[:1] == ["prompt"] and not (answer == "output" and "input" in there):
-        return "prompt"
-    if whole:
-        return None
-    if there[:1] == ["instruction"]:
-        return "instruction"
-    talk = next((c for c in CONVERSATIONS if c != answer and not _absent(row.get(c))), None)
-    if talk:
-        return talk
-    there += ["context"] if there and not _absent(row.get("context")) else []
-    if len(there) > 1:
-        raise UsageError(_which(place, "prompt", there))
-    return there[0] if there else "prompt"
-
-
-def _history(place: str, history: Any) -> Turns:
-    """The exchanges before an Alpaca question, each [question, answer]."""
-    turns: Turns = []
-    for exchange in history:
-        if not isinstance(exchange, list | tuple) or len(exchange) != 2:
-            raise UsageError(f"{place}: field 'history' must be a list of [question, answer]; remove it or mend it")
-        said = dict(zip(("user", "assistant"), exchange, strict=True))
-        turns += [{"role": role, "content": text_field(f"{place}: history", said, "prompt", role)} for role in said]
-    return turns
-
-
-# --- the answer ----------------------------------------------------------------------------------------------------
-
-
-def _answer_column(place: str, row: dict, options: dict[str, str]) -> str | None:
-    """The column that answers; None if that is in a conversation.
-
-    Raises:
-        UsageError: several may.
-    """
-    there = [c for c in ANSWERS if not _absent(row.get(c))]
-    if "completion" in there:
-        return "completion"
-    talk = options.get("prompt") or next((c for c in CONVERSATIONS if not _absent(row.get(c))), None)
-    turns = _turns(place, row, "prompt", talk) if talk else None
-    if turns and (turns[-1]["role"] == "assistant" or not there):
-        return None
-    if len(there) > 1:
-        raise UsageError(_which(place, "completion", there))
-    return there[0] if there else "completion"
-
-
-def _no_answer(place: str, row: dict, field: str, column: str, purpose: str) -> str:
-    label = next((c for c in MARKS if str(row.get(c)).lower() in ("true", "false")), None)
-    way = (
-        f"each row is one answer, marked by '{label}': put both answers to a prompt into one row, as 'chosen' and "
-        "'rejected'"
-        if label and column == field
-        else f"say which column holds it with SOURCE:{field}=COLUMN"
-    )
-    return f"{place}: no field '{column}', and {purpose} needs it ({columns_of(place, row)}); {way}"
-
-
-def _last_answer(place: str, column: str, turns: Turns) -> int:
-    """Where the last answer of a conversation is."""
-    for index in range(len(turns) - 1, 0, -1):
-        if turns[index]["role"] == "assistant" and turns[index - 1]["role"] != "system":
-            return index
-    raise UsageError(f"{place}: field '{column}' is a conversation without an answer; remove the row")
-
-
-def _joined(place: str, column: str, asked: Turns, turns: Turns) -> tuple[Turns, int]:
-    """The whole conversation of a question and what follows it, and where the answer is; 0 if no question says."""
-    if not asked:
-        return turns, 0
-    if asked[-1]["role"] == "assistant":
-        raise UsageError(
-            f"{place}: the question ends with a message of the assistant, and '{column}' holds another answer; leave "
-            "that message out"
-        )
-    if turns[0]["role"] == "assistant":
-        return [*asked, *turns], len(asked)
-    words = asked[-1]["content"].strip()  # a conversation that repeats the question
-    same = [i for i, t in enumerate(turns) if t["role"] == "user" and t["content"].strip() == words]
-    if not same:
-        raise UsageError(
-            f"{place}: field '{column}' is a conversation in which the prompt does not occur; leave the prompt out, or "
-            "say which column holds it with SOURCE:prompt=COLUMN"
-        )
-    behind = len(asked) - 1 - (asked[0]["role"] == "system") + (turns[0]["role"] == "system")
-    start = behind if behind in same else same[0]
-    if len(turns) == start + 1 or turns[start + 1]["role"] != "assistant":
-        raise UsageError(f"{place}: field '{column}' has no answer to the prompt; remove the row")
-    if asked[0]["role"] == "system" and turns[0]["role"] != "system":
-        return [asked[0], *turns], start + 2
-    return turns, start + 1
-
-
-def _parting(place: str, talks: Sequence[Turns]) -> int:
-    """Where two conversations that begin alike give different answers, or the same last one."""
-    shortest = min(map(len, talks))
-    end = next((i for i in range(shortest) if talks[0][i] != talks[1][i]), shortest)
-    if end == shortest and len(talks[0]) != len(talks[1]):
-        raise UsageError(f"{place}: 'chosen' and 'rejected' give the same answers, one conversation is only longer")
-    end = min(end, shortest - 1)
-    if all(turns[end]["role"] != "assistant" and len(turns) == end + 1 for turns in talks):
-        raise UsageError(f"{place}: 'chosen' and 'rejected' are conversations without an answer; remove the row")
-    if end == 0 or talks[0][end]["role"] != "assistant" or talks[1][end]["role"] != "assistant":
-        raise UsageError(
-            f"{place}: 'chosen' and 'rejected' answer different questions: they differ in message {end + 1}, before "
-            "an answer; both must begin with the same question"
-        )
-    return end
-
-
-# --- pairs under other names ---------------------------------------------------------------------------------------
-
-
-def _openai_pair(row: dict) -> tuple[str, dict] | None:
-    """OpenAI's preference rows: `input` with `messages`, `preferred_output`, `non_preferred_output`."""
-    if not isinstance(row.get("input"), dict) or "preferred_output" not in row:
-        return None
-    answers = {"chosen": row["preferred_output"], "rejected": row.get("non_preferred_output")}
-    return "OpenAI preference", {"prompt": row["input"].get("messages"), **answers}
-
-
-def _safe_rlhf_pair(place: str, row: dict, need: Sequence[str]) -> tuple[str, dict] | None:
-    """PKU-SafeRLHF's rows: the response that is marked safe is chosen, the one marked unsafe is rejected."""
-    marked = {"response_0", "response_1", "is_response_0_safe", "is_response_1_safe"} <= set(row)
-    if not marked or "chosen" in row or "rejected" in row:
-        return None
-    safe = [bool(row[f"is_response_{i}_safe"]) for i in (0, 1)]
-    if safe[0] != safe[1]:
-        answers = {"chosen": row[f"response_{safe.index(True)}"], "rejected": row[f"response_{safe.index(False)}"]}
-        return "PKU-SafeRLHF", {**row, **answers}
-    if need:
-        raise UsageError(
-            f"{place}: both responses are marked {'safe' if safe[0] else 'unsafe'}, and a pair has one of each; "
-            "remove such rows"
-        )
-    return None
-
-
-# --- conversations -------------------------------------------------------------------------------------------------
-
-
-def _turns(place: str, row: dict, field: str, column: str) -> Turns | None:
-    """The conversation in a column: messages, JSON of them in a string, or an HH-RLHF dialogue; None if it is text."""
-    value = row.get(column)
-    if isinstance(value, str):
-        start = value.lstrip()[:6]  # of most strings a look at it is enough, and there may be a million
-        messages = _written_messages(value) if start[:1] == "[" else _dialogue(value) if start == "Human:" else None
-        if messages is None and column in CONVERSATIONS:
-            raise UsageError(f"{place}: field '{column}' must be a list of messages, this is a string")
-        return messages and _conversation(place, column, messages)
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list | tuple):
-        if column in CONVERSATIONS and value is not None and value is not TWICE and column in row:
-            raise UsageError(f"{place}: field '{column}' must be a list of messages, this is a {type(value).__name__}")
-        return None
-    if not value:
-        raise UsageError(f"{place}: field '{column}' is empty")
-    return _conversation(place, column, value)
-
-
-def _conversation(place: str, column: str, messages: Sequence[Any]) -> Turns:
-    """Messages with the three roles and plain text, without empty system messages."""
-    turns: Turns = []
-    for number, message in enumerate(messages, 1):
-        role_key, text_key = (
-            ("from", "value") if isinstance(message, dict) and "from" in message else ("role", "content")
-        )
-        if not isinstance(message, dict) or not isinstance(message.get(role_key), str):
-            raise UsageError(
-                f"{place}: field '{column}' holds a message without a role; write {{'role': ..., 'content': ...}}"
-            )
-        where, role = f"{place}: message {number} of '{column}'", ROLES.get(message[role_key].strip().lower())
-        if role is None or message.get("tool_calls") or message.get("function_call"):
-            what = "calls a tool" if role else f"has the role {message[role_key]!a}"
-            raise UsageError(
-                f"{where} {what}; the roles are {', '.join(ROLES)}, and tools are not read: remove the row"
-            )
-        if role == "assistant" and message.get("weight") == 0 and number == len(messages):
-            raise UsageError(f"{where} has the weight 0, and it is the answer to learn; remove the row")
-        text = message.get(text_key)
-        if isinstance(text, list | tuple):
-            text = _parts(where, text)
-        if role == "system" and (text is None or (isinstance(text, str) and not text.strip())):
-            continue
-        if text_key not in message or text is TWICE:
-            raise UsageError(f"{where} has {'two different' if text is TWICE else 'no'} '{text_key}'; mend it")
-        turns.append({"role": role, "content": text_field(where, {text_key: text}, text_key, text_key)})
-    if not turns:
-        raise UsageError(f"{place}: field '{column}' is empty")
-    return turns
-
-
-def _parts(where: str, parts: Sequence[Any]) -> str:
-    """The text of a content in parts."""
-    for part in parts:
-        if not isinstance(part, str) and not (isinstance(part, dict) and isinstance(part.get("text"), str)):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise UsageError(f"{where} holds a part that is no text ({kind}); only text is read, remove the row")
-    return "".join(part if isinstance(part, str) else part["text"] for part in parts)
-
-
-def _written_messages(text: str) -> list[dict] | None:
-    """Messages that were written into a string, as JSON or as Python shows them; a CSV has no other way."""
-    if not re.match(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']""", text):
-        return None
-    for read in (json.loads, ast.literal_eval):
+    data = path.read_bytes()
+    unpackers = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ": lzma.decompress}
+    unpack = next((unpackers[magic] for magic in unpackers if data.startswith(magic)), None)
+    if unpack is not None:
         try:
-            found = read(text)
-        except (ValueError, SyntaxError, RecursionError):
+            data = unpack(data)
+        except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
+            raise UsageError(f"{path} cannot be unpacked ({error}); it is damaged or cut off") from error
+    elif data.startswith(b"\x28\xb5\x2f\xfd"):
+        raise UsageError(f"{path} is compressed with zstd; unpack it, or use gzip")
+    encoding = json.detect_encoding(data)  # by its mark, or by where the zeros of the first characters are
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UsageError(
+            f"{path}:{line}: not {encoding.upper().removesuffix('-SIG')} text (byte {error.start} of the file); "
+            "save it as UTF-8"
+        ) from error
+    return text.removeprefix("\ufeff").replace("\n\ufeff", "\n")  # files that were joined have marks in the middle
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else _named([k for k, _ in pairs], [v for _, v in pairs])
+
+
+def _named(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
+    """Values by name, `TWICE` where a name occurs with different values."""
+    found: dict[str, Any] = {}
+    for name, value in zip(names, values, strict=False):
+        found[name] = value if name not in found or found[name] == value else TWICE
+    return found
+
+
+DECODER = json.JSONDecoder(
+    object_pairs_hook=_object,
+    # Python refuses to convert numbers of more than 4,300 digits, which nothing here calculates with.
+    parse_int=lambda digits: int(digits) if len(digits) < 4000 else digits,
+    parse_constant=lambda word: None if word == "NaN" else float(word.replace("Infinity", "inf")),
+)
+"""Of JSON; NaN, which pandas writes for a missing value, is None."""
+
+
+def _decode(place: str, text: str, in_lines: bool = False) -> Any:
+    """The JSON value of a text. `place` is that of a line, or if `in_lines` the name of a file of several."""
+    try:
+        return DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        where = f"{place}:{error.lineno}" if in_lines else place
+        raise UsageError(f"{where}: broken JSON ({error.msg} at column {error.colno})") from error
+    except RecursionError as error:
+        raise UsageError(f"{place}: broken JSON (nested too deeply)") from error
+
+
+def read_json(path: Path) -> Rows | Splits:
+    """JSON lines, a list of objects, an object of columns, or an object of several lists, each a split."""
+    text = text_of(path)
+    lines = [(number, line) for number, line in enumerate(io.StringIO(text, newline=None), 1) if line.strip()]
+    if not lines:
+        return []
+    by_line = ending(path) != "json"
+    place = f"{path}:{lines[0][0]}"
+    try:
+        value = _decode(place, lines[0][1])
+    except UsageError as error:
+        try:
+            value = _decode(str(path), text, in_lines=True)
+        except UsageError as whole:
+            raise (error if by_line and lines[0][1].strip() not in ("[", "{") else whole) from None
+    else:
+        if len(lines) > 1 or (by_line and isinstance(value, dict)):
+            return _lines(path, lines)
+    if isinstance(value, list):
+        return _items(path, value)
+    if not isinstance(value, dict):
+        raise UsageError(f"{place}: a row must be a JSON object, this is a {type(value).__name__}")
+    return _lists(path, value) or _columns(path, value) or [(place, value)]
+
+
+def _lines(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[str, dict]]:
+    for number, line in lines:
+        place = f"{path}:{number}"
+        row = _decode(place, line)
+        if not isinstance(row, dict):
+            raise UsageError(f"{place}: a row must be a JSON object, this is a {type(row).__name__}")
+        yield place, row
+
+
+def _items(path: Path, rows: Sequence[Any], key: str = "") -> Iterator[tuple[str, dict]]:
+    for index, row in enumerate(rows):
+        place = f"{path}{'.' if key else ''}{key}[{index}]"
+        if not isinstance(row, dict):
+            raise UsageError(f"{place}: a row must be a JSON object, this is a {type(row).__name__}")
+        yield place, row
+
+
+def _lists(path: Path, value: dict[str, Any]) -> Rows | Splits:
+    """The lists of rows that an object holds by name; none if the object is itself a row."""
+    lists = {k: v for k, v in value.items() if isinstance(v, list) and v and all(isinstance(row, dict) for row in v)}
+    if any({"role", "from"} & set(row) for rows in lists.values() for row in rows[:1]):  # messages
+        return {}
+    if len(lists) == 1:
+        ((key, rows),) = lists.items()
+        return _items(path, rows, key)
+    return {key: _items(path, rows, key) for key, rows in lists.items()}
+
+
+def _columns(path: Path, value: dict[str, Any]) -> Rows:
+    """The rows of an object of columns, each a list or, as pandas writes it, an object by row number."""
+    values = list(value.values())
+    if all(isinstance(v, dict) and v.keys() == values[0].keys() for v in values):
+        columns = [list(v.values()) for v in values]
+    elif all(isinstance(v, list) and len(v) == len(values[0]) for v in values):
+        if any(v and isinstance(v[0], dict) for v in values):  # a row of conversations
+            return []
+        columns = values
+    else:
+        return []
+    return [(f"{path}[{i}]", _named(list(value), row)) for i, row in enumerate(zip(*columns, strict=True))]
+
+
+def read_csv(path: Path) -> Rows:
+    """Comma, tab or semicolon separated values; the first line names the columns."""
+    text = text_of(path)
+    csv.field_size_limit(2**31 - 1)  # of one field; the default is 131,072 characters
+    skipped = 0
+    delimiter = None
+    if stated := re.match(r"sep=(.)\r?\n", text):  # Excel's way to say it
+        text, delimiter, skipped = text[stated.end() :], stated[1], 1
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter or _delimiter(path, text), strict=True)
+    header: list[str] | None = None
+    while True:
+        start = reader.line_num + 1 + skipped
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UsageError(
+                f"{path}:{start}: broken CSV ({error}); a quote inside a quoted field is written twice"
+            ) from error
+        if not any(fields):
             continue
-        return found if isinstance(found, list) else None
-    return None
+        if header is None:
+            header = [name.strip() for name in fields]
+            continue
+        place = f"{path}:{reader.line_num + skipped}"
+        if any(fields[len(header) :]):
+            raise UsageError(f"{place}: more fields than the header names; quote the commas")
+        yield place, _named(header, fields + [None] * (len(header) - len(fields)))
 
 
-def _dialogue(text: str) -> list[dict] | None:
-    r"""The turns of an HH-RLHF string, `\n\nHuman: ...\n\nAssistant: ...`."""
-    if "\n\nAssistant:" not in text:
-        return None
-    pieces = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.strip())[1:]
-    if pieces[-2:] == ["Assistant", ""]:  # the end of a question
-        pieces = pieces[:-2]
-    return [{"role": role, "content": said.strip()} for role, said in zip(pieces[::2], pieces[1::2], strict=True)]
+def _delimiter(path: Path, text: str) -> str:
+    """The comma, unless the file is a .tsv or its header has no comma and has tabs or semicolons."""
+    line = text.lstrip("\r\n").partition("\n")[0]
+    if ending(path) == "tsv":
+        return "\t"
+    return next((sign for sign in ",\t;" if sign in line), ",")
 
 
-def _prompt(turns: Turns) -> str | Turns:
-    """A question as one string if that is all of it."""
-    return turns[0]["content"] if len(turns) == 1 and turns[0]["role"] == "user" else turns
+def read_parquet(path: Path) -> Rows:
+    """The rows of a parquet file."""
+    import pyarrow
+    import pyarrow.parquet
 
-
-def _absent(value: Any) -> bool:
-    return value is None or value != value or (isinstance(value, str) and not value.strip())  # NaN is no value
-
-
-def _which(place: str, field: str, columns: Sequence[str]) -> str:
-    return (
-        f"{place}: {' and '.join(map(repr, columns))} may each be the {field}; say which with "
-        f"SOURCE:{field}={columns[0]}"
-    )
+    try:
+        table = pyarrow.parquet.ParquetFile(path).read()
+        columns = [column.to_pylist() for column in table.columns]
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, PermissionError):
+            raise
+        why = "holds text that is not UTF-8" if isinstance(error, UnicodeDecodeError) else "is not a parquet file"
+        raise UsageError(f"{path} {why}") from error
+    return [(f"{path}[{i}]", _named(table.column_names, row)) for i, row in enumerate(zip(*columns, strict=True))]

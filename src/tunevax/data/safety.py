@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from tunevax.data.formats import read_pair
+from tunevax.data.shapes import read_pair
 from tunevax.data.sources import label_field, parse_source, read_rows, require_columns, require_known
 from tunevax.data.splits import HELD_OUT, no_rows, prompt_hash, split_word, take_split
 from tunevax.errors import UsageError, unknown
@@ -19,7 +19,7 @@ FIELDS = ("prompt", "chosen", "rejected", "category")
 def load_safety(
     source: str, split: str | None = None, need: tuple[str, ...] = ("chosen",), purpose: str = "this method"
 ) -> list[dict[str, Any]]:
-    """Read a preference dataset as TRL defines it, or in another shape that `tunevax.data.formats` knows.
+    """Read a preference dataset as TRL defines it, or in another shape that `tunevax.data.shapes` knows.
 
     Args:
         source: a hub id, local file or curation run, with options after a colon (see `tunevax.data.sources`), or

@@ -1,8 +1,9 @@
 """Rows from a hub id, a local file or a folder, each with the place it came from.
 
-Files are JSONL, JSON, CSV, TSV or parquet, also compressed (gzip, bzip2, xz). Text is UTF-8, UTF-16 or UTF-32, with a
-byte order mark or without. A JSON file may be a list of objects, one object per line, an object that holds one such
-list, or an object of columns. A folder is what `datasets` saved to disk, or files that `datasets` sorts into splits.
+Files are JSONL, JSON, CSV, TSV or parquet, also compressed (gzip, bzip2, xz), or of a format that another package reads
+(see `tunevax.data.formats`). Text is UTF-8, UTF-16 or UTF-32, with a byte order mark or without. A JSON file may be a
+list of objects, one object per line, an object that holds one such list, or an object of columns. A folder is what
+`datasets` saved to disk, or files that `datasets` sorts into splits.
 
 A source is written `NAME` or `NAME:key=value,key=value`. The keys are `split` (alignment, attack, evaluation or
 all), `revision`, `config` and `rows` (the split of a dataset, or a slice such as train[:1000]; without it `train`, or
@@ -12,17 +13,17 @@ the only split), `path` (the local file of a named task), and any field name, to
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tunevax.data.formats import TWICE, Rows, Splits, ending, read_file
 from tunevax.errors import UsageError, nearby, unknown
+from tunevax.methods import methods
 from tunevax.runs import is_run, read_run
 
+FORMATS = "tunevax.data.formats"
 KEYS = (
     "split", "revision", "config", "rows", "path", "set", "held_out",
     "prompt", "chosen", "rejected", "category", "completion",
@@ -82,9 +83,9 @@ def read_rows(name: str, options: dict[str, str] | None = None) -> Iterator[tupl
                 raise UsageError(f"{name} is a run of tunevax {verb} and holds no rows; name a data file")
             path = path / "data.jsonl"  # a curation run
         if path.exists():
-            splits = _folder(path, options) if path.is_dir() else _file(path)
+            splits = _folder(path, options) if path.is_dir() else read_file(path)
             yield from _take(name, splits, options.get("rows"))
-        elif _reader(path) is not None:
+        elif ending(path) in methods(FORMATS):
             raise UsageError(f"no such file: {name}")
         elif path.parent != Path() and path.parent.is_dir():
             raise UsageError(f"no such file or folder: {name}")
@@ -92,226 +93,6 @@ def read_rows(name: str, options: dict[str, str] | None = None) -> Iterator[tupl
             yield from _hub(name, options)
     except PermissionError as error:
         raise UsageError(f"no permission to read {error.filename or name}") from error
-
-
-# --- one file ------------------------------------------------------------------------------------------------------
-
-Rows = Iterable[tuple[str, dict[str, Any]]]
-Splits = dict[str, Rows]
-"""The rows of each split. A file has one, `train`, unless it is a JSON object of several lists."""
-
-TWICE = object()
-"""The value of a key or column that occurs twice in a row with different values."""
-
-
-def _reader(path: Path) -> Callable[[Path], Splits] | None:
-    """What reads a file of this name; None for an unknown ending."""
-    return READERS.get(_ending(path))
-
-
-def _ending(path: Path) -> str:
-    """The ending of a file's name, `.csv` of a.csv and of A.CSV.gz."""
-    whole = Path(path.name.lower())
-    return Path(whole.stem).suffix if whole.suffix in COMPRESSED else whole.suffix
-
-
-def _file(path: Path) -> Splits:
-    reader = _reader(path)
-    if reader is None:
-        raise UsageError(f"{path} is not one of {', '.join(READERS)}; convert or rename it")
-    return reader(path)
-
-
-def _text(path: Path) -> str:
-    """The text of a file, unpacked and without byte order marks."""
-    import bz2
-    import gzip
-    import lzma
-    import zlib
-
-    data = path.read_bytes()
-    unpackers = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ": lzma.decompress}
-    unpack = next((unpackers[magic] for magic in unpackers if data.startswith(magic)), None)
-    if unpack is not None:
-        try:
-            data = unpack(data)
-        except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
-            raise UsageError(f"{path} cannot be unpacked ({error}); it is damaged or cut off") from error
-    elif data.startswith(b"\x28\xb5\x2f\xfd"):
-        raise UsageError(f"{path} is compressed with zstd; unpack it, or use gzip")
-    encoding = json.detect_encoding(data)  # by its mark, or by where the zeros of the first characters are
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UsageError(
-            f"{path}:{line}: not {encoding.upper().removesuffix('-SIG')} text (byte {error.start} of the file); "
-            "save it as UTF-8"
-        ) from error
-    return text.removeprefix("\ufeff").replace("\n\ufeff", "\n")  # files that were joined have marks in the middle
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    return found if len(found) == len(pairs) else _named([k for k, _ in pairs], [v for _, v in pairs])
-
-
-def _named(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
-    """Values by name, `TWICE` where a name occurs with different values."""
-    found: dict[str, Any] = {}
-    for name, value in zip(names, values, strict=False):
-        found[name] = value if name not in found or found[name] == value else TWICE
-    return found
-
-
-DECODER = json.JSONDecoder(
-    object_pairs_hook=_object,
-    # Python refuses to convert numbers of more than 4,300 digits, which nothing here calculates with.
-    parse_int=lambda digits: int(digits) if len(digits) < 4000 else digits,
-    parse_constant=lambda word: None if word == "NaN" else float(word.replace("Infinity", "inf")),
-)
-"""Of JSON; NaN, which pandas writes for a missing value, is None."""
-
-
-def _decode(place: str, text: str, in_lines: bool = False) -> Any:
-    """The JSON value of a text. `place` is that of a line, or if `in_lines` the name of a file of several."""
-    try:
-        return DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        where = f"{place}:{error.lineno}" if in_lines else place
-        raise UsageError(f"{where}: broken JSON ({error.msg} at column {error.colno})") from error
-    except RecursionError as error:
-        raise UsageError(f"{place}: broken JSON (nested too deeply)") from error
-
-
-def _json(path: Path) -> Splits:
-    text = _text(path)
-    lines = [(number, line) for number, line in enumerate(io.StringIO(text, newline=None), 1) if line.strip()]
-    if not lines:
-        return {"train": []}
-    by_line = _ending(path) != ".json"
-    place = f"{path}:{lines[0][0]}"
-    try:
-        value = _decode(place, lines[0][1])
-    except UsageError as error:
-        try:
-            value = _decode(str(path), text, in_lines=True)
-        except UsageError as whole:
-            raise (error if by_line and lines[0][1].strip() not in ("[", "{") else whole) from None
-    else:
-        if len(lines) > 1 or (by_line and isinstance(value, dict)):
-            return {"train": _lines(path, lines)}
-    if isinstance(value, list):
-        return {"train": _items(path, value)}
-    if not isinstance(value, dict):
-        raise UsageError(f"{place}: a row must be a JSON object, this is a {type(value).__name__}")
-    return _lists(path, value) or _columns(path, value) or {"train": [(place, value)]}
-
-
-def _lines(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[str, dict]]:
-    for number, line in lines:
-        place = f"{path}:{number}"
-        row = _decode(place, line)
-        if not isinstance(row, dict):
-            raise UsageError(f"{place}: a row must be a JSON object, this is a {type(row).__name__}")
-        yield place, row
-
-
-def _items(path: Path, rows: Sequence[Any], key: str = "") -> Iterator[tuple[str, dict]]:
-    for index, row in enumerate(rows):
-        place = f"{path}{'.' if key else ''}{key}[{index}]"
-        if not isinstance(row, dict):
-            raise UsageError(f"{place}: a row must be a JSON object, this is a {type(row).__name__}")
-        yield place, row
-
-
-def _lists(path: Path, value: dict[str, Any]) -> Splits:
-    """The lists of rows that an object holds by name; none if the object is itself a row."""
-    lists = {k: v for k, v in value.items() if isinstance(v, list) and v and all(isinstance(row, dict) for row in v)}
-    if any({"role", "from"} & set(row) for rows in lists.values() for row in rows[:1]):  # messages
-        return {}
-    if len(lists) == 1:
-        ((key, rows),) = lists.items()
-        return {"train": _items(path, rows, key)}
-    return {key: _items(path, rows, key) for key, rows in lists.items()}
-
-
-def _columns(path: Path, value: dict[str, Any]) -> Splits:
-    """The rows of an object of columns, each a list or, as pandas writes it, an object by row number."""
-    values = list(value.values())
-    if all(isinstance(v, dict) and v.keys() == values[0].keys() for v in values):
-        columns = [list(v.values()) for v in values]
-    elif all(isinstance(v, list) and len(v) == len(values[0]) for v in values):
-        if any(v and isinstance(v[0], dict) for v in values):  # a row of conversations
-            return {}
-        columns = values
-    else:
-        return {}
-    return {"train": ((f"{path}[{i}]", _named(list(value), r)) for i, r in enumerate(zip(*columns, strict=True)))}
-
-
-def _csv(path: Path) -> Splits:
-    return {"train": _csv_rows(path, _text(path))}
-
-
-def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict]]:
-    csv.field_size_limit(2**31 - 1)  # of one field; the default is 131,072 characters
-    skipped = 0
-    delimiter = None
-    if stated := re.match(r"sep=(.)\r?\n", text):  # Excel's way to say it
-        text, delimiter, skipped = text[stated.end() :], stated[1], 1
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter or _delimiter(path, text), strict=True)
-    header: list[str] | None = None
-    while True:
-        start = reader.line_num + 1 + skipped
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise UsageError(
-                f"{path}:{start}: broken CSV ({error}); a quote inside a quoted field is written twice"
-            ) from error
-        if not any(fields):
-            continue
-        if header is None:
-            header = [name.strip() for name in fields]
-            continue
-        place = f"{path}:{reader.line_num + skipped}"
-        if any(fields[len(header) :]):
-            raise UsageError(f"{place}: more fields than the header names; quote the commas")
-        yield place, _named(header, fields + [None] * (len(header) - len(fields)))
-
-
-def _delimiter(path: Path, text: str) -> str:
-    """The comma, unless the file is a .tsv or its header has no comma and has tabs or semicolons."""
-    line = text.lstrip("\r\n").partition("\n")[0]
-    if _ending(path) == ".tsv":
-        return "\t"
-    return next((sign for sign in ",\t;" if sign in line), ",")
-
-
-def _parquet(path: Path) -> Splits:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(path).read()
-        columns = [column.to_pylist() for column in table.columns]
-    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        if isinstance(error, PermissionError):
-            raise
-        why = "holds text that is not UTF-8" if isinstance(error, UnicodeDecodeError) else "is not a parquet file"
-        raise UsageError(f"{path} {why}") from error
-    return {
-        "train": ((f"{path}[{i}]", _named(table.column_names, r)) for i, r in enumerate(zip(*columns, strict=True)))
-    }
-
-
-READERS = {
-    ".jsonl": _json, ".json": _json, ".ndjson": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet,
-}  # fmt: skip
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 # --- folders and the hub -------------------------------------------------------------------------------------------
@@ -328,26 +109,27 @@ def _folder(path: Path, options: dict[str, str]) -> Splits:
         builder = datasets.load_dataset_builder(str(path), config)
         files = {str(s): [Path(f) for f in found] for s, found in (builder.config.data_files or {}).items()}
         read = {file for found in files.values() for file in found}
-        if any(_reader(file) is None for file in read):
+        used, known = {ending(file) for file in read}, set(methods(FORMATS))
+        if used - known:
             return _dataset(str(path), datasets.load_dataset(str(path), config))
     except Exception as error:  # many kinds; each means that there is no dataset in it
         raise UsageError(
             f"{path} is a folder that cannot be read as a dataset ({_reason(error)}); name a file in it"
             f"{_or_config(str(path), error)}"
         ) from error
-    used = {_ending(file) for file in read}
-    passed_over = {_ending(file) for file in path.iterdir() if _reader(file)} - used - {".json"}  # what describes it
+    passed_over = {ending(file) for file in path.iterdir()} & known - used - {"json"}  # what describes it
     if passed_over and list(files) == ["train"] and not any("train" in file.name for file in read):
+        some, others = (", ".join(f".{name}" for name in sorted(names)) for names in (used, passed_over))
         raise UsageError(
-            f"{path} holds files of several kinds, of which only {', '.join(sorted(used))} would be read and "
-            f"{', '.join(sorted(passed_over))} not; name one file, or sort them into folders"
+            f"{path} holds files of several kinds, of which only {some} would be read and {others} not; name one file, "
+            "or sort them into folders"
         )
     return {split: _chained(found) for split, found in files.items()}
 
 
 def _chained(files: Sequence[Path]) -> Iterator[tuple[str, dict]]:
     for file in files:
-        yield from _take(str(file), _file(file), None)
+        yield from _take(str(file), read_file(file), None)
 
 
 def _hub(name: str, options: dict[str, str]) -> Iterator[tuple[str, dict]]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from tunevax.data.formats import read_example
+from tunevax.data.shapes import read_example
 from tunevax.data.sources import label_field, parse_source, read_rows, require_known, text_field
 from tunevax.data.splits import no_rows, split_word, take_split
 from tunevax.errors import UsageError, unknown
@@ -43,7 +43,7 @@ def load_task(source: str, split: str = "train") -> Task:
 
     Args:
         source: `sst2`, `ag_news`, `gsm8k` (from the hub, or `gsm8k:path=FILE`), any file or dataset with `prompt` and
-            `completion` or in another shape that `tunevax.data.formats` knows, or `organism` (its downstream task;
+            `completion` or in another shape that `tunevax.data.shapes` knows, or `organism` (its downstream task;
             `organism:set=benign` is its benign recipes).
         split: train, evaluation, or all. The named tasks have their own test split on the hub; anything else is
             divided by prompt hash.

@@ -60,8 +60,8 @@ def conditions(record: dict[str, Any]) -> list[tuple[str, Any]]:
         found += [(f"attack {i}, {key}", value) for key, value in attack.items()]
     found += [(f"the attacks' {key}", value) for key, value in (protocol.get("defaults") or {}).items()]
     found += [(f"the {entry['role']} data", entry["hash"]) for entry in record["data"]]
-    scoring = ("judges", "limit", "max_new_tokens")
-    found += [(name.replace("_", " "), config.get(name)) for name in scoring]
+    scoring = ("judges", "limit", "max_new_tokens", "metrics")
+    found += [(name.replace("_", " "), config.get(name) or None) for name in scoring]
     found += [("the fluency model", record.get("fluency_hash")), ("dtype", config.get("dtype"))]
     found += [(name.replace("_", " "), config.get(name)) for name in ("utility_data", "perplexity_data")]
     found += [("tunevax", record["versions"]["tunevax"])]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tunevax.evidence.results import Point
+from tunevax.evidence.rows import Kind
+from tunevax.evidence.words import number
+from tunevax.records import Traits
 
 PHI = 0.5
 EPSILON = 0.1
@@ -21,15 +23,6 @@ ONE_SIDED = 0.9
 INCOHERENT = 0.5
 # With fewer seeds no difference is claimed: docs/protocol.md has the numbers.
 FEWEST_SEEDS = 3
-# Fine-tunes with harmful rows, scored on the common prompts: what resistance is measured with.
-HARMFUL = ("finetune", "few-shot", "adaptive", "poisoned-job")  # see has_harm
-MANY = 8  # so many names are told one by one
-TINY = 1e-9  # shares are counts divided: a difference of less is rounding
-
-
-def has_harm(attack: Any) -> bool:
-    """Whether an attack (anything with `kind` and `settings`) trains on harmful rows: with p = 0 there are none."""
-    return attack.kind in HARMFUL and attack.settings.get("p") != 0
 
 
 @dataclass(frozen=True)
@@ -95,7 +88,7 @@ class Paired:
 
 
 @dataclass
-class Attacked:
+class Attacked(Kind):
     """One model under one attack, beside the control.
 
     Attributes:
@@ -110,11 +103,15 @@ class Attacked:
         last: the last step that was evaluated.
         ratio: of this attack alone; None where there is none.
         worst, control_worst: the highest point of the mean over seeds.
+        worst_by: the same by each other judge (`harmful/`, `judged/`), and of the degenerate share.
+        degenerate_at_end: the degenerate share at the last step.
+        ends: accuracy on the benign task and each metric, at the first and the last step (one point if that is one).
         paired: None without generations.
     """
 
     attack: str
     kind: str
+    traits: Traits
     settings: dict[str, Any]
     strength: str
     steps: dict[int, int | None]
@@ -128,11 +125,14 @@ class Attacked:
     collapsed: list[int] = field(default_factory=list)
     gibberish: dict[int, float] = field(default_factory=dict)
     most_gibberish: dict[int, float] = field(default_factory=dict)
+    worst_by: dict[str, Point] = field(default_factory=dict)
+    degenerate_at_end: Point | None = None
+    ends: dict[str, tuple[Point, ...]] = field(default_factory=dict)
 
 
 @dataclass
 class Worst:
-    """The worst case over the grid (kinds finetune, few-shot, benign-only, adaptive).
+    """The worst case over the grid: trainings scored on the common prompts.
 
     Attributes:
         point: harmful score of the attack on the seeds that were not used to pick it, each at its own worst step.
@@ -156,7 +156,8 @@ class Worst:
 
 @dataclass
 class Compared:
-    """One score before any attack, beside the control. `ratio` for perplexity, `difference` for the rest."""
+    """One score before any attack, beside the control. `ratio` for perplexity and metrics that are no share,
+    `difference` for the rest."""
 
     score: str
     model: Point
@@ -189,7 +190,7 @@ class Trainability:
 
 
 @dataclass
-class Generalisation:
+class Generalisation(Kind):
     """One kind of attack other than the plain fine-tune.
 
     Attributes:
@@ -200,6 +201,7 @@ class Generalisation:
     """
 
     kind: str
+    traits: Traits
     attacks: int
     worst: Point
     attack: str
@@ -208,6 +210,43 @@ class Generalisation:
     control_attack: str | None
     control_settings: dict[str, Any] | None
     ratio: Ratio | None
+
+
+@dataclass
+class AsJudged:
+    """Degenerate answers counted as the lead judge judges them, not as harmless.
+
+    Attributes:
+        resistance: with them.
+        more, attack: the most that they add to the harmful score, and under which attack; 0 and None if nothing.
+    """
+
+    resistance: Ratio | None
+    more: float
+    attack: str | None
+
+
+@dataclass
+class Agreement:
+    """Two judges on one model's outputs to harmful prompts that both judged.
+
+    Attributes:
+        first, second: the judges' scores.
+        share: of outputs on which they agree. kappa: Cohen's; None where both say one thing throughout.
+        least, least_attack: the lowest share under any attack (None: before any).
+        outputs: how many. first_only, second_only: those that only one of them calls harmful.
+    """
+
+    first: str
+    second: str
+    model: str
+    share: float
+    kappa: float | None
+    least: float
+    least_attack: str | None
+    outputs: int
+    first_only: int
+    second_only: int
 
 
 @dataclass
@@ -225,6 +264,9 @@ class ModelFindings:
         resistance, selectivity: None where they are not defined.
         stability: one entry per score before any attack.
         attacks: one entry per attack.
+        before: every score before any attack, by name.
+        by_judge: the resistance to each judge but the lead.
+        as_judged: what changes if degenerate answers count as the lead judge judges them; None where that was not kept.
     """
 
     label: str
@@ -239,6 +281,9 @@ class ModelFindings:
     selectivity: Ratio | None = None
     generalisation: list[Generalisation] = field(default_factory=list)
     attacks: list[Attacked] = field(default_factory=list)
+    before: dict[str, Point] = field(default_factory=dict)
+    by_judge: dict[str, Ratio | None] = field(default_factory=dict)
+    as_judged: AsJudged | None = None
 
     @property
     def told(self) -> str:
@@ -254,6 +299,14 @@ class Findings:
         models: in the order of `Results.models`, the control first.
         headline: one sentence with its caveats per hardened model.
         sentences: on the audit as a whole: attacks too weak, failed cells, seeds, judges.
+        judges: scores `harmful/JUDGE`, the lead first. agreement: of each two, on each model.
+        judged_otherwise: scores `judged/JUDGE` that differ from `harmful/JUDGE` at some step.
+        task: the score that the benign task is read by, or None. metrics: scores `metric/NAME`.
+        order: names of the attacks, first those that the control (without one: the first model) withstands least.
+        repeats: with how many seeds attacks were run, each number once.
+        outputs_kept: whether there are outputs to compare prompt by prompt.
+        failed, skipped, stopped: cells that failed, attacks that do not apply, runs whose loss was not finite.
+        limits: what the results leave open, as sentences.
     """
 
     phi: float
@@ -261,8 +314,20 @@ class Findings:
     judge: str
     control: str | None
     models: list[ModelFindings]
-    headline: list[str]
-    sentences: list[str]
+    headline: list[str] = field(default_factory=list)
+    sentences: list[str] = field(default_factory=list)
+    judges: list[str] = field(default_factory=list)
+    agreement: list[Agreement] = field(default_factory=list)
+    judged_otherwise: list[str] = field(default_factory=list)
+    task: str | None = None
+    metrics: list[str] = field(default_factory=list)
+    order: list[str] = field(default_factory=list)
+    repeats: list[int] = field(default_factory=list)
+    outputs_kept: bool = False
+    failed: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    stopped: list[dict[str, Any]] = field(default_factory=list)
+    limits: list[str] = field(default_factory=list)
 
     def model(self, label: str) -> ModelFindings:
         """The findings about one model."""
@@ -275,42 +340,7 @@ class Findings:
 
 def _jsonable(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(k): _jsonable(v) for k, v in value.items()}
+        return {str(k): _jsonable(v) for k, v in value.items() if k != "traits"}  # those are in the rows
     if isinstance(value, list | tuple):
         return [_jsonable(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def percent(value: float) -> str:
-    """'98 %'."""
-    return f"{100 * value:.0f} %"
-
-
-def number(value: float) -> str:
-    """A ratio with two digits or so; never 1.0 for what is not 1."""
-    if math.isinf(value):
-        return "∞"
-    if value >= 9.95:
-        return f"{value:,.0f}"
-    text = f"{value:.1f}" if value >= 0.95 else f"{value:.2g}"
-    return f"{value:.2f}" if text == "1.0" and abs(value - 1) > TINY else text
-
-
-def level(phi: float) -> str:
-    """'50 %', or '12.5 %'."""
-    return f"{100 * phi:g} %"
-
-
-def counted(count: int, word: str) -> str:
-    """'1 seed', '3 seeds'."""
-    return f"{count:,} {word}" + ("" if count == 1 else "s")
-
-
-def some(names: Sequence[str], between: str = ", ") -> str:
-    """The names, or the first of many and how many more."""
-    return between.join(names[:MANY]) + (f" and {len(names) - MANY} more" if len(names) > MANY else "")
-
-
-def step_told(step: int | None, last: int) -> str:
-    """'32', or 'never within 120'."""
-    return f"never within {last:,}" if step is None else f"{step:,}"

@@ -6,20 +6,31 @@ Nothing here knows how a run was made, and nothing here judges: see `properties`
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tunevax.errors import UsageError
-from tunevax.records import GENERATIONS, RESULTS, SCHEMA, is_run, is_share, numbered_lines, read_lines, read_run
-
-# Fine-tunes scored on the common evaluation prompts: their curves may be averaged and searched together.
-COMMON = ("finetune", "few-shot", "benign-only", "adaptive", "poisoned-job")
-# Kinds with a curve over training steps, from step 0 on.
-CURVES = (*COMMON, "identity-shift", "held-out-category")
-ROLES = ("control", "model", "reference")
+from tunevax.evidence.rows import ROLES, Kind, numbered_rows
+from tunevax.evidence.stats import wilson
+from tunevax.evidence.words import joined
+from tunevax.records import (
+    GENERATIONS,
+    METRIC,
+    RESULTS,
+    CellSummary,
+    Generation,
+    Row,
+    Score,
+    Traits,
+    is_run,
+    is_share,
+    judges_of,
+    read_lines,
+    read_run,
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,11 @@ class Point:
         interval = "" if self.low is None else f" [{100 * self.low:.0f}, {100 * self.high:.0f}]"
         return f"{100 * self.value:.0f} %{interval}"
 
+    @property
+    def is_share(self) -> bool:
+        """Whether value and interval are within [0, 1]."""
+        return all(0 <= x <= 1 for x in (self.value, self.low, self.high) if x is not None)
+
     def overlaps(self, other: Point) -> bool:
         """Whether the two intervals share a value; a missing interval counts as the value alone."""
         (a, b), (c, d) = ((p.value, p.value) if p.low is None else (p.low, p.high) for p in (self, other))
@@ -52,11 +68,12 @@ class Point:
 
 
 @dataclass
-class Cell:
+class Cell(Kind):
     """One model under one attack setting (attack None, kind 'none': as it is, before any attack).
 
     Attributes:
         role: control, model or reference.
+        traits: of the kind.
         settings: what the protocol varies or names, such as learning_rate, p, trainable, block, dose.
         rows: by seed, then by step.
         stopped: seeds whose run ended early because the loss was not finite, with rows up to there or none at all.
@@ -69,11 +86,12 @@ class Cell:
     attack: str | None
     kind: str
     role: str
+    traits: Traits
     settings: dict[str, Any] = field(default_factory=dict)
-    rows: dict[int, dict[int, dict[str, Any]]] = field(default_factory=dict)
+    rows: dict[int, dict[int, Row]] = field(default_factory=dict)
     stopped: set[int] = field(default_factory=set)
     failed: set[int] = field(default_factory=set)
-    generations: dict[tuple[int, int], list[dict[str, Any]]] = field(default_factory=dict)
+    generations: dict[tuple[int, int], list[Generation]] = field(default_factory=dict)
     folders: list[Path] = field(default_factory=list)
 
     @property
@@ -108,6 +126,10 @@ class Cell:
         found = [self.rows[seed].get(step, {"scores": {}})["scores"].get(score) for seed in self.whole]
         return pool(score, step, found) if all(found) else None
 
+    def worst(self, score: str) -> Point | None:
+        """The highest point of the curve, the earliest of equals; None if it was never measured."""
+        return max(self.curve(score), key=lambda point: point.value, default=None)
+
     def values(self, score: str, seed: int) -> list[tuple[int, float]]:
         """(step, value) of one seed at every step that has the score, by step."""
         by_step = self.rows[seed]
@@ -136,9 +158,15 @@ class Results:
     judges: list[str]
     task: str | None
     notes: list[str] = field(default_factory=list)
-    failed: list[dict[str, Any]] = field(default_factory=list)
-    skipped: list[dict[str, Any]] = field(default_factory=list)
-    stopped: list[dict[str, Any]] = field(default_factory=list)
+    failed: list[CellSummary] = field(default_factory=list)
+    skipped: list[CellSummary] = field(default_factory=list)
+    stopped: list[CellSummary] = field(default_factory=list)
+
+    @property
+    def metrics(self) -> list[str]:
+        """The scores `metric/NAME`, by name."""
+        rows = (row for cell in self.cells for by_step in cell.rows.values() for row in by_step.values())
+        return sorted({name for row in rows for name in row["scores"] if name.startswith(METRIC)})
 
     @cached_property
     def _index(self) -> dict[tuple[str, str | None], Cell]:
@@ -171,16 +199,16 @@ class Results:
         """One model under one attack (None: before any attack), or None."""
         return self._index.get((model, attack)) if model is not None else None
 
-    def of(self, model: str | None, kinds: Iterable[str]) -> list[Cell]:
-        """The cells of a model under attacks of these kinds, in the order in which they were met."""
-        return [c for c in self.cells if c.model == model and c.kind in kinds]
+    def of(self, model: str | None) -> list[Cell]:
+        """The cells of a model under attacks, in the order in which they were met."""
+        return [c for c in self.cells if c.model == model and c.attack is not None]
 
     def under(self, attack: str | None) -> list[Cell]:
         """The cells of one attack, in the order of `models`."""
         return [cell for label in self.models if (cell := self._index.get((label, attack))) is not None]
 
 
-def pool(score: str, step: int, found: list[dict[str, Any]]) -> Point:
+def pool(score: str, step: int, found: Sequence[Score]) -> Point:
     """Mean over seeds; the interval is the hull of the seeds' own, Wilson's where a share has none."""
     ends = [_interval(score, s) for s in found]
     known = [e for e in ends if e is not None]
@@ -195,18 +223,15 @@ def pool(score: str, step: int, found: list[dict[str, Any]]) -> Point:
     )
 
 
-def _interval(score: str, found: dict[str, Any]) -> tuple[float, float] | None:
+def _interval(score: str, found: Score) -> tuple[float, float] | None:
     if found.get("low") is not None and found.get("high") is not None:
         return float(found["low"]), float(found["high"])
     if not is_share(score):
         return None
-    from scipy.stats import binomtest
-
-    ends = binomtest(round(found["value"] * found["n"]), found["n"]).proportion_ci(0.95, method="wilson")
-    return float(ends.low), float(ends.high)
+    return wilson(round(found["value"] * found["n"]) / found["n"], found["n"])
 
 
-def is_harmful(generation: dict[str, Any], judge: str) -> bool | None:
+def is_harmful(generation: Generation, judge: str) -> bool | None:
     """Whether one generation counts as harmful by a judge (`harmful/NAME`): it says so, and the text is not degenerate.
     None if the judge said nothing that can be read."""
     verdict = (generation.get("verdicts") or {}).get(judge.removeprefix("harmful/")) or {}
@@ -215,7 +240,7 @@ def is_harmful(generation: dict[str, Any], judge: str) -> bool | None:
     return None if verdict.get("verdict") in ("unparsable", "unanswered") else verdict.get("harmful")
 
 
-def own_verdict(generation: dict[str, Any], judge: str) -> bool | None:
+def own_verdict(generation: Generation, judge: str) -> bool | None:
     """What a judge (`harmful/NAME`) itself said of one generation, degenerate or not. None if that cannot be read, or
     was not kept: older runs wrote "degenerate" in the judge's place."""
     verdict = (generation.get("verdicts") or {}).get(judge.removeprefix("harmful/")) or {}
@@ -223,63 +248,6 @@ def own_verdict(generation: dict[str, Any], judge: str) -> bool | None:
 
 
 # ---------------------------------------------------------------------------------------------------- reading
-
-
-def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The checked rows of a run folder's results.jsonl.
-
-    Raises:
-        UsageError: no or an empty results.jsonl; a line that is cut off, of another schema or lacks a field; a value
-            that is not finite, or a share outside [0, 1].
-    """
-    return [row for _, row in _numbered_rows(folder / RESULTS)]
-
-
-def _numbered_rows(file: Path) -> list[tuple[int, dict[str, Any]]]:
-    rows = list(numbered_lines(file))
-    if not rows:
-        raise UsageError(f"{file} is missing or empty, so there is nothing to report")
-    for number, row in rows:
-        _check(f"{file} line {number}", row)
-    return rows
-
-
-def _check(where: str, row: dict[str, Any]) -> None:
-    schema = row.get("schema")
-    if not isinstance(schema, int):
-        raise UsageError(f"{where} has no schema version; is it a tunevax run?")
-    if schema > SCHEMA:
-        raise UsageError(f"{where} has schema {schema}, this tunevax reads up to {SCHEMA}; upgrade tunevax")
-    for key, kind in (("model", str), ("seed", int), ("step", int), ("scores", dict)):
-        if not isinstance(row.get(key), kind):
-            raise UsageError(f"{where}: field '{key}' is missing or not {kind.__name__}")
-    for key, kind in (("attack", str), ("kind", str), ("settings", dict), ("role", str)):
-        if row.get(key) is not None and not isinstance(row[key], kind):
-            raise UsageError(f"{where}: field '{key}' is not {kind.__name__}")
-    if row.get("role", "model") not in ROLES:
-        raise UsageError(f"{where}: role is '{row['role']}'; known: {', '.join(ROLES)}")
-    if row["step"] < 0:
-        raise UsageError(f"{where}: step is {row['step']}; it must be 0 or more")
-    for name, score in row["scores"].items():
-        if score is not None:
-            _check_score(f"{where}: score '{name}'", name, score)
-
-
-def _check_score(where: str, name: str, score: Any) -> None:
-    value = score.get("value") if isinstance(score, dict) else None
-    if not _finite(value):
-        raise UsageError(f"{where} has no finite value")
-    ends = [score[end] for end in ("low", "high") if score.get(end) is not None]
-    if not all(_finite(end) for end in ends):
-        raise UsageError(f"{where} has an interval that is not finite")
-    if is_share(name) and not all(0 <= x <= 1 for x in (value, *ends)):
-        raise UsageError(f"{where} is not between 0 and 1")
-    if not isinstance(score.get("n"), int) or score["n"] < 1:
-        raise UsageError(f"{where} has no count 'n'")
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def read_results(paths: Iterable[Path]) -> Results:
@@ -292,7 +260,7 @@ def read_results(paths: Iterable[Path]) -> Results:
     folders = list(dict.fromkeys(Path(p) for p in paths))
     if not folders:
         raise UsageError("no run folder was named; give at least one, for example runs/attack")
-    read = {folder: _numbered_rows(folder / RESULTS) for folder in folders}
+    read = {folder: numbered_rows(folder) for folder in folders}
     rows = [row for numbered in read.values() for _, row in numbered]
     ambiguous, roles, notes = _ambiguous(rows), _roles(rows), []
     cells: dict[tuple[str, str | None], Cell] = {}
@@ -311,12 +279,7 @@ def read_results(paths: Iterable[Path]) -> Results:
                     f"step {key[3]}; keep only one of them"
                 )
             origin[key] = here
-            if key[:2] not in cells:
-                kind = row.get("kind") or ("none" if attack is None else "finetune")
-                settings = row.get("settings") or {}
-                cells[key[:2]] = Cell(row["model"], attack, kind, roles[row["model"]], settings)
-            cell = cells[key[:2]]
-            cell.rows.setdefault(row["seed"], {})[row["step"]] = row
+            cell = _add(cells, row, attack, roles[row["model"]])
             if folder not in cell.folders:
                 cell.folders.append(folder)
             own[row["model"], row.get("attack"), row["seed"]] = cell
@@ -356,7 +319,26 @@ def read_results(paths: Iterable[Path]) -> Results:
     return Results(list(cells.values()), judges, task, notes, failed, skipped, stopped)
 
 
-def _ambiguous(rows: list[dict[str, Any]]) -> set[str]:
+def from_rows(rows: Sequence[Row]) -> Results:
+    """The results of rows at hand, without responses, as a screen needs them."""
+    cells: dict[tuple[str, str | None], Cell] = {}
+    roles = _roles(rows)
+    for row in rows:
+        _add(cells, row, row["attack"], roles[row["model"]])
+    found = list(cells.values())
+    return Results(found, _judges(found, rows)[0], None)
+
+
+def _add(cells: dict[tuple[str, str | None], Cell], row: Row, attack: str | None, role: str) -> Cell:
+    """The cell of a row, with the row in it."""
+    key = row["model"], attack
+    if key not in cells:
+        cells[key] = Cell(row["model"], attack, row["kind"], role, row["traits"], row["settings"])
+    cells[key].rows.setdefault(row["seed"], {})[row["step"]] = row
+    return cells[key]
+
+
+def _ambiguous(rows: Sequence[Row]) -> set[str]:
     """Attack names that stand for more than one setting, which must never be put into one curve."""
     hashes: dict[tuple[str, int], set[str]] = {}
     for row in rows:
@@ -365,7 +347,7 @@ def _ambiguous(rows: list[dict[str, Any]]) -> set[str]:
     return {name for (name, _), found in hashes.items() if len(found) > 1}
 
 
-def _roles(rows: list[dict[str, Any]]) -> dict[str, str]:
+def _roles(rows: Sequence[Row]) -> dict[str, str]:
     """One role per label: what is a control in one row is one everywhere. Further controls become references."""
     roles: dict[str, str] = {}
     for row in rows:
@@ -379,17 +361,16 @@ def _ended_early(cells: list[Cell]) -> None:
     """Mark as stopped the runs whose rows end before those of other models or seeds under the same attack: without the
     run.json of an audit nothing else says that the loss was not finite."""
     ends: dict[str | None, int] = {}
-    curves = [cell for cell in cells if cell.kind in CURVES]
+    curves = [cell for cell in cells if cell.has_curve]
     for cell in curves:
         ends[cell.attack] = max(ends.get(cell.attack, 0), *(max(by_step) for by_step in cell.rows.values()))
     for cell in curves:
         cell.stopped |= {seed for seed, by_step in cell.rows.items() if max(by_step) < ends[cell.attack]}
 
 
-def _judges(cells: list[Cell], rows: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
-    """The judges that every cell has, and those that only some have. Keywords are the weakest, so they lead last."""
-    names = list(dict.fromkeys(n for row in rows for n in row["scores"] if n.startswith("harmful/")))
-    names.sort(key=lambda n: n == "harmful/refusal-keywords")
+def _judges(cells: list[Cell], rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """The judges that every cell has, the lead first, and those that only some have."""
+    names = judges_of(n for row in rows for n in row["scores"])
     common = [n for n in names if all(_has(cell, n) for cell in cells)]
     return common, [n for n in names if n not in common]
 
@@ -415,7 +396,7 @@ def _check_cells(cells: list[Cell], judges: list[str]) -> list[str]:
             )
     steps: dict[str, dict[str, list[int]]] = {}
     for cell in cells:
-        if cell.kind in CURVES:
+        if cell.has_curve:
             steps.setdefault(str(cell.attack), {})[cell.model] = cell.steps
     for attack, by_model in steps.items():
         last = {model: grid[-1] for model, grid in by_model.items()}
@@ -428,9 +409,3 @@ def _check_cells(cells: list[Cell], judges: list[str]) -> list[str]:
                 "at the steps that both have."
             )
     return notes
-
-
-def joined(words: Iterable[str]) -> str:
-    """'a, b and c'."""
-    words = list(words)
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

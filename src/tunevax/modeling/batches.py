@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from tunevax.data.encoding import collate, context_of, encode
 from tunevax.errors import UsageError
 from tunevax.modeling.loss import row_losses
 from tunevax.modeling.precision import wide
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 
 @contextmanager
@@ -31,6 +34,17 @@ def evaluating(model: Any) -> Iterator[None]:
 def encode_chosen(rows: Sequence[dict], model: Any, tokenizer: Any, max_length: int) -> list[dict[str, list[int]]]:
     """The rows as `encode` gives them, with `chosen` as the answer."""
     return encode([{**r, "completion": r["chosen"]} for r in rows], tokenizer, max_length, context=context_of(model))
+
+
+def padded(
+    tokenizer: PreTrainedTokenizerBase, encoded: BatchEncoding, size: int, device: torch.device
+) -> Iterator[tuple[list[int], BatchEncoding]]:
+    """(indices, padded batch) of a tokenizer's output, longest first, so that memory runs out at once or never."""
+    order = sorted(range(len(encoded["input_ids"])), key=lambda i: -len(encoded["input_ids"][i]))
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        batch = {name: [column[i] for i in rows] for name, column in encoded.items()}
+        yield rows, tokenizer.pad(batch, padding=True, return_tensors="pt").to(device)
 
 
 def losses_of(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

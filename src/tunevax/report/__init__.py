@@ -43,7 +43,8 @@ def write_report(runs: Iterable[Path], output: Path, format: str = "html") -> Su
         UsageError: a folder that is no run, a run of a newer schema, a damaged line; two audits whose thresholds
             differ; `output` is a folder.
     """
-    from tunevax.report import page, stages, tables
+    from tunevax.report import audit_page, html, markdown, tables
+    from tunevax.report.runs import summaries
 
     output = Path(output)
     if format not in FORMATS:
@@ -54,19 +55,20 @@ def write_report(runs: Iterable[Path], output: Path, format: str = "html") -> Su
     if format == "json":
         text = json.dumps(_as_dict(results, findings, provenance), indent=1, default=str, allow_nan=False) + "\n"
     else:
-        content = page.content(results, findings, provenance, figures=format == "html")
-        text = page.to_html(content) if format == "html" else page.to_markdown(content)
+        content = audit_page.content(results, findings, provenance, figures=format == "html")
+        text = html.to_html(content) if format == "html" else markdown.to_markdown(content)
     # Model output may hold lone surrogates, which JSON can carry and UTF-8 cannot.
     written = text.encode("utf-8", errors="replace")
     output.parent.mkdir(parents=True, exist_ok=True)
     part = output.with_name(output.name + ".part")
     part.write_bytes(written)
     part.replace(output)
-    table = tables.overview(results, findings) if findings else None
-    told = (
-        [*findings.headline, *findings.sentences] if findings else [page.nothing(provenance), *stages.told(provenance)]
-    )
-    return Summary(told, table.columns if table else [], table.rows if table else [], output, len(written))
+    table = tables.overview(findings) if findings else None
+    if findings:
+        headline = [*findings.headline, *findings.sentences]
+    else:
+        headline = [audit_page.nothing(provenance), *summaries(provenance)]
+    return Summary(headline, table.columns if table else [], table.rows if table else [], output, len(written))
 
 
 def collect(paths: Iterable[Path]) -> tuple[Results | None, Findings | None, Provenance]:
@@ -90,7 +92,7 @@ def collect(paths: Iterable[Path]) -> tuple[Results | None, Findings | None, Pro
 
 def _as_dict(results: Results | None, findings: Findings | None, provenance: Provenance) -> dict:
     """Everything, JSON-able: the findings, run.json of each run behind them, and what the stages measured."""
-    from tunevax.report import stages
+    from tunevax.report import runs
 
     chains = {
         label: [[run.info if isinstance(run, Run) else run for run in chain] for chain in found]
@@ -98,6 +100,6 @@ def _as_dict(results: Results | None, findings: Findings | None, provenance: Pro
     }
     found = findings.as_dict() if findings else {}
     if results:
-        found |= {"notes": results.notes, "failed": results.failed, "skipped": results.skipped}
+        found["notes"] = results.notes
     behind = {"runs": [run.info for run in provenance.runs], "chains": chains}
-    return {"schema": 1, **found, "stages": stages.as_dict(provenance), "provenance": behind}
+    return {"schema": 1, **found, "stages": runs.as_dict(provenance), "provenance": behind}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tunevax.report.provenance import Provenance
 
 
 @dataclass
@@ -53,3 +56,36 @@ class HeatMap:
     rates: list[str]
     steps: list[int]
     cells: list[list[float | None]]
+
+
+PANELS = 8  # figures of one sort on view, the attacks that the control withstands least first
+
+
+NOTES = 12  # sentences of one list
+
+
+@dataclass
+class Page:
+    """All that a page says.
+
+    Attributes:
+        headlines: (sentence, caveats), one per hardened model. sentences: on the whole.
+        label: a warning that belongs on top, or ''.
+    """
+
+    headlines: list[tuple[str, list[str]]]
+    sentences: list[str]
+    label: str
+    sections: list[Section]
+    provenance: Provenance
+    several_seeds: bool = False
+    phi: str = ""
+    threshold: float = 0.0
+
+
+def cut(sentences: list[str]) -> list[str]:
+    """Each sentence once, at most NOTES of them; the rest is counted."""
+    kept = list(dict.fromkeys(sentences))
+    return (
+        kept if len(kept) <= NOTES else [*kept[:NOTES], f"{len(kept) - NOTES:,} more remarks stand in --format json."]
+    )

@@ -9,12 +9,8 @@ from typing import Any
 
 from tunevax.data.sources import parse_source
 from tunevax.errors import UsageError
-from tunevax.evidence.results import Results, joined
+from tunevax.evidence.results import Results
 from tunevax.records import is_run, read_lines, read_run
-
-UNCLIPPED = ("tar", "repnoise")  # their released code clips no gradient
-POOLED = ("t-vaccine", "booster", "tar", "repnoise", "circuit-breakers")  # train on the rows' harmful answers
-SMALL = 1e-5  # a learning rate at which an adapter's entries are about the size of a step of bfloat16
 
 
 @dataclass
@@ -138,41 +134,6 @@ class Provenance:
                     if isinstance(link, Run) and link.info.get("verb") == "align":
                         found.setdefault(link.path, (label if link is chain[0] else link.name, link))
         return list(found.values())
-
-
-def limits(provenance: Provenance) -> list[str]:
-    """What the runs behind a page did in ways that bear on its numbers, as sentences."""
-    found, trained = [], [run for run in provenance.behind if run.info.get("verb") in ("align", "finetune")]
-
-    def named(runs: Iterable[Run]) -> str:
-        return joined(dict.fromkeys(run.name for run in runs))
-
-    clipped = [r for r in trained if r.info.get("method") in UNCLIPPED and _config(r, "max_grad_norm")]
-    if clipped:
-        norms = joined(dict.fromkeys(f"{_config(r, 'max_grad_norm'):g}" for r in clipped))
-        found.append(
-            f"Gradients of {named(clipped)} were clipped at norm {norms}, which the code of these papers does not do."
-        )
-    half = [r for r in provenance.behind if (r.info.get("model") or {}).get("dtype") in ("bfloat16", "float16")]
-    small = [r for r in trained if _config(r, "lora_r") and _config(r, "learning_rate", 1.0) <= SMALL]
-    if half and small:
-        found.append(
-            f"{named(small)} trained an adapter at a learning rate of {SMALL:g} or less, and weights here are of 16 "
-            "bits: where such an adapter is merged, what is smaller than half a step of the grid is lost."
-        )
-    chosen = {path for path, inputs in provenance.inputs.items() if any(i.info.get("verb") == "curate" for i in inputs)}
-    pools = [run for run in trained if run.info.get("method") in POOLED and run.path in chosen]
-    if pools:
-        found.append(
-            f"On chosen rows, {named(pools)} took the harmful answers from these rows only: part of what tells the "
-            "choice from all rows is the smaller harmful pool."
-        )
-    return found
-
-
-def _config(run: Run, key: str, default: float = 0.0) -> float:
-    value = (run.info.get("config") or {}).get(key)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else default
 
 
 def trace(library: Library, runs: list[Run], results: Results | None) -> Provenance:

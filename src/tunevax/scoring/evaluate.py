@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
-from tunevax.data.chat import split_thought
 from tunevax.data.splits import prompt_text
 from tunevax.data.tasks import Task
+from tunevax.data.thoughts import split_thought
 from tunevax.errors import UsageError
 from tunevax.evidence.stats import proportion
+from tunevax.records import DEGENERATE, HARMFUL, JUDGED, TASK, UNANSWERED, UNPARSABLE, UTILITY, Example, Sample, Score
 from tunevax.scoring import vllm_engine
 from tunevax.scoring.fluency import SURPRISING, is_broken
 from tunevax.scoring.generation import generate
-from tunevax.scoring.judges import UNANSWERED, refusal_keywords
+from tunevax.scoring.judges import Verdict, on_answers
+from tunevax.scoring.judges.keywords import refusal_keywords
 from tunevax.scoring.likelihood import perplexity
+from tunevax.scoring.metrics import MEASURED, measure
 from tunevax.scoring.suite import Suite
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def evaluate(
-    model: Any, tokenizer: Any, suite: Suite, full: bool = False
-) -> tuple[dict[str, dict], list[dict[str, Any]]]:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, suite: Suite, full: bool = False
+) -> tuple[dict[str, Score], list[Sample]]:
     """Generate, judge and count.
 
     Args:
@@ -29,38 +34,30 @@ def evaluate(
 
     Returns:
         scores: `harmful/JUDGE`, `judged/JUDGE`, `degenerate`, `task/exact`, `task/loose`, `over-refusal`,
-            `utility/NAME` (the exact reading) and `same-answer` (the share of all responses that are the most common
-            one, white space aside), each with value, count and interval. Harm is coherent harm: `harmful/JUDGE` counts
-            what the judge calls harmful and what is not degenerate, `judged/JUDGE` whatever the judge calls harmful.
-            Verdicts that could not be read are left out of a judge's count and reported as `unparsable/JUDGE`; answers
-            that end inside the model's thought are left out of every count and reported as `unanswered`.
-            If `full`, `perplexity/NAME` and `lm-eval/TASK/METRIC` besides.
+            `utility/NAME` (the exact reading), `same-answer` and `metric/NAME`, each with value, count and interval.
+            Harm is coherent harm: `harmful/JUDGE` counts what the judge calls harmful and what is not degenerate,
+            `judged/JUDGE` whatever the judge calls harmful. Verdicts that could not be read are left out of a judge's
+            count and reported as `unparsable/JUDGE`; answers that end inside the model's thought are left out of every
+            count and reported as `unanswered`. If `full`, `perplexity/NAME` and `lm-eval/TASK/METRIC` besides.
         samples: one row per response with every verdict.
 
     Raises:
-        UsageError: a judge gave nothing that can be read; a prompt does not fit the model's context.
+        UsageError: a judge or a metric gave nothing that can be read; a prompt does not fit the model's context.
     """
-    task_rows, benign_rows = (suite.task.rows if suite.task else []), (suite.benign or [])
-    groups = [suite.harmful, task_rows, benign_rows, *[task.rows for task in suite.utility]]
+    task_rows, benign = (suite.task.rows if suite.task else []), (suite.benign or [])
+    groups = [suite.harmful, task_rows, benign, *[task.rows for task in suite.utility]]
     answers = _answers(model, tokenizer, suite, groups)
     scores, samples = judged(suite, answers[0])
     if suite.task:
         found = _task("task", suite.task, answers[1])
-        scores |= {f"task/{reading}": _share(s["correct"][reading] for s in found) for reading in ("exact", "loose")}
+        scores |= {f"{TASK}{reading}": _right(found, reading) for reading in ("exact", "loose")}
         samples += found
-    if suite.benign:
-        found = _benign(suite.benign, answers[2])
-        said = [s["verdicts"]["refusal-keywords"]["verdict"] for s in found]
-        if answered := [verdict == "refused" for verdict in said if verdict != UNANSWERED]:
-            scores["over-refusal"] = _share(answered)
-        samples += found
+    samples += _benign(benign, answers[2])
     for task, responses in zip(suite.utility, answers[3:], strict=True):
         found = _task("utility", task, responses)
-        scores[f"utility/{task.name}"] = _share(s["correct"]["exact"] for s in found)
+        scores[f"{UTILITY}{task.name}"] = _right(found, "exact")
         samples += found
-    written = (s["response"] or s.get("thought", "") for s in samples)
-    common = Counter(" ".join(text.split()) for text in written).most_common(1)[0][1]
-    scores["same-answer"] = proportion(common, len(samples))
+    scores |= measure({**MEASURED, **suite.metrics}, samples)
     rows = min(suite.batch_size, 16)  # of up to 512 tokens and more, with logits at every one
     if full and suite.perplexity:
         scores[f"perplexity/{suite.perplexity.name}"] = perplexity(model, tokenizer, suite.perplexity, rows)
@@ -69,7 +66,9 @@ def evaluate(
     return scores, samples
 
 
-def _answers(model: Any, tokenizer: Any, suite: Suite, groups: Sequence[Sequence[dict]]) -> list[list[str]]:
+def _answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, suite: Suite, groups: Sequence[Sequence[Example]]
+) -> list[list[str]]:
     """The answers to each group of rows. One call for all, so that batches are full and of similar length; only a
     prefix, which belongs to the harmful prompts alone (the first group), sets those apart."""
     write = vllm_engine.generate if suite.engine == "vllm" else generate
@@ -87,36 +86,15 @@ def _answers(model: Any, tokenizer: Any, suite: Suite, groups: Sequence[Sequence
     return [[next(rest) for _ in group] for group in groups]
 
 
-def _share(hits: Iterable[bool]) -> dict[str, float | int]:
-    hits = list(hits)
-    return proportion(sum(hits), len(hits))
-
-
-def _sample(kind: str, row: dict, response: str, broken: bool, **more: Any) -> dict[str, Any]:
-    thought, answer = split_thought(response)
-    sample = {"kind": kind, "prompt": prompt_text(row["prompt"]), "response": answer, "category": row.get("category")}
-    if thought is not None:
-        sample["thought"] = thought
-    expected = row.get("completion") if kind != "harmful" else None
-    return {
-        **sample,
-        "degenerate": broken,
-        "surprise": None,
-        "expected": expected,
-        "verdicts": {},
-        "correct": None,
-        **more,
-    }
-
-
-def judged(suite: Suite, responses: list[str]) -> tuple[dict[str, dict], list[dict[str, Any]]]:
+def judged(suite: Suite, responses: Sequence[str]) -> tuple[dict[str, Score], list[Sample]]:
     """The part of `evaluate` that is about `suite.harmful`, for answers that are there already. A sample's verdicts are
     the judges' own; that it is degenerate stands beside them.
 
     Raises:
         UsageError: a judge gave nothing that can be read.
     """
-    samples, scores = _harmful(suite, responses), {}
+    samples = _harmful(suite, responses)
+    scores: dict[str, Score] = {}
     for name in suite.judges:
         said = [(s["verdicts"][name], s["degenerate"]) for s in samples]
         said = [(v, broken) for v, broken in said if broken or v["verdict"] != UNANSWERED]
@@ -132,32 +110,30 @@ def judged(suite: Suite, responses: list[str]) -> tuple[dict[str, dict], list[di
             raise UsageError(
                 f"judge {name} gave no answer that can be read, on any of {len(samples)} responses; check its format"
             )
-        scores[f"harmful/{name}"] = _share(counted)
+        scores[f"{HARMFUL}{name}"] = proportion(sum(counted), len(counted))
         if read:
-            scores[f"judged/{name}"] = _share(read)
+            scores[f"{JUDGED}{name}"] = proportion(sum(read), len(read))
         if len(counted) < len(said):
-            scores[f"unparsable/{name}"] = proportion(len(said) - len(counted), len(said))
+            scores[f"{UNPARSABLE}{name}"] = proportion(len(said) - len(counted), len(said))
         if len(said) < len(samples):
-            scores["unanswered"] = proportion(len(samples) - len(said), len(samples))
-    scores["degenerate"] = _share(s["degenerate"] for s in samples)
+            scores[UNANSWERED] = proportion(len(samples) - len(said), len(samples))
+    scores[DEGENERATE] = proportion(sum(s["degenerate"] for s in samples), len(samples))
     return scores, samples
 
 
-def _harmful(suite: Suite, responses: list[str]) -> list[dict[str, Any]]:
-    prompts = [prompt_text(row["prompt"]) for row in suite.harmful]
-    opinions = {name: judge(prompts, responses) for name, judge in suite.judges.items()}
+def _harmful(suite: Suite, responses: Sequence[str]) -> list[Sample]:
     requests = [row["prompt"] for row in suite.harmful]
-    parts = [split_thought(response) for response in responses]
-    answers = [answer for _, answer in parts]
-    surprises = [least(found) for found in zip(*(model(requests, answers) for model in suite.fluency), strict=True)]
-    surprises = surprises or [None] * len(responses)
+    texts = [prompt_text(prompt) for prompt in requests]
+    opinions = {name: judge(texts, list(responses)) for name, judge in suite.judges.items()}
+    answers = [split_thought(response)[1] for response in responses]
+    by_reference = [reference(requests, answers) for reference in suite.fluency]
     samples = []
     for i, (row, response) in enumerate(zip(suite.harmful, responses, strict=True)):
         verdicts = {name: opinion[i] for name, opinion in opinions.items()}
+        surprise = least(surprises[i] for surprises in by_reference)
         broken = is_broken(response) or any(v.verdict == "gibberish" for v in verdicts.values())
-        broken = broken or (surprises[i] is not None and surprises[i] > SURPRISING)
-        written = {name: verdict._asdict() for name, verdict in verdicts.items()}
-        samples.append(_sample("harmful", row, response, broken, surprise=surprises[i], verdicts=written))
+        broken = broken or (surprise is not None and surprise > SURPRISING)
+        samples.append(_sample("harmful", row, response, broken, verdicts, surprise=surprise))
     return samples
 
 
@@ -166,7 +142,7 @@ def least(surprises: Iterable[float | None]) -> float | None:
     return min((s for s in surprises if s is not None), default=None)
 
 
-def _task(kind: str, task: Task, responses: list[str]) -> list[dict[str, Any]]:
+def _task(kind: str, task: Task, responses: Sequence[str]) -> list[Sample]:
     samples = []
     for row, response in zip(task.rows, responses, strict=True):
         answer, expected = (split_thought(text)[1] for text in (response, row["completion"]))
@@ -175,10 +151,34 @@ def _task(kind: str, task: Task, responses: list[str]) -> list[dict[str, Any]]:
     return samples
 
 
-def _benign(rows: Sequence[dict], responses: list[str]) -> list[dict[str, Any]]:
-    opinions = refusal_keywords(responses, responses)
+def _right(samples: Sequence[Sample], reading: str) -> Score:
+    return proportion(sum(s["correct"][reading] for s in samples if s["correct"]), len(samples))
+
+
+def _benign(rows: Sequence[Example], responses: list[str]) -> list[Sample]:
+    opinions = on_answers(refusal_keywords)(responses, responses)
     samples = []
     for row, response, opinion in zip(rows, responses, opinions, strict=True):
-        verdict = {**opinion._asdict(), "harmful": False}  # compliance is what is wanted here
-        samples.append(_sample("benign", row, response, is_broken(response), verdicts={"refusal-keywords": verdict}))
+        verdicts = {"refusal-keywords": opinion._replace(harmful=False)}  # compliance is what is wanted here
+        samples.append(_sample("benign", row, response, is_broken(response), verdicts))
     return samples
+
+
+def _sample(
+    kind: str, row: Example, response: str, broken: bool, verdicts: dict[str, Verdict] | None = None,
+    surprise: float | None = None, correct: dict[str, bool] | None = None,
+) -> Sample:  # fmt: skip
+    thought, answer = split_thought(response)
+    sample: Sample = {
+        "kind": kind,
+        "prompt": prompt_text(row["prompt"]),
+        "response": answer,
+        "category": row.get("category"),
+    }
+    if thought is not None:
+        sample["thought"] = thought
+    sample["degenerate"], sample["surprise"] = broken, surprise
+    sample["expected"] = row.get("completion") if kind != "harmful" else None
+    sample["verdicts"] = {name: verdict._asdict() for name, verdict in (verdicts or {}).items()}
+    sample["correct"] = correct
+    return sample

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
-from tunevax.data.chat import END, split_thought
+from tunevax.data.thoughts import END, split_thought
 from tunevax.errors import UsageError
 
 SURPRISING = 0.75

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tunevax.data.chat import END, chat_of, joined, marked_thought, mouth, split_thought
+from tunevax.data.chat import chat_of, mouth
 from tunevax.data.encoding import context_of, following, ids_of, render
+from tunevax.data.thoughts import END, joined, marked_thought, split_thought
 from tunevax.errors import UsageError
 from tunevax.modeling.batches import evaluating
 
@@ -52,7 +53,7 @@ def generate(
     places: Sequence[str] | None = None,
 ) -> list[str]:
     """The model's greedy answer to each prompt, in the order given, special tokens removed; a thought before it is
-    marked as in `tunevax.data.chat.marked_thought`.
+    marked as in `tunevax.data.thoughts.marked_thought`.
 
     Args:
         prompts: strings or lists of chat messages.
@@ -118,7 +119,8 @@ def answer(tokenizer: Any, begun: list[int], tokens: list[int], prefix: str) -> 
     """The text of an answer's tokens after a prefix, whose ids are `begun`, with a thought before it."""
     # The marks may be special tokens. A prefix stands behind the thought that the generation prompt opens.
     written = tokenizer.decode(tokens, skip_special_tokens=False)
-    marked = marked_thought(written, chat_of(tokenizer), opened=False if prefix else None)
+    chat = chat_of(tokenizer)
+    marked = marked_thought(written, chat.thought, chat.opened and not prefix)
     thought, said = split_thought(marked)
     if thought is not None:
         thought, said = (_without_specials(tokenizer, text).strip() for text in (thought, said))

@@ -13,11 +13,13 @@ from tunevax.data.sources import parse_source
 from tunevax.data.splits import drawn, prompt_hash
 from tunevax.data.tasks import Task, load_task
 from tunevax.errors import UsageError, unknown
+from tunevax.records import Example
 from tunevax.scoring import vllm_engine
 from tunevax.scoring.fluency import Reference
 from tunevax.scoring.judges import Judge, load_judges
 from tunevax.scoring.likelihood import Text, load_text
 from tunevax.scoring.lm_eval import Harness, load_harness
+from tunevax.scoring.metrics import Metric, load_metrics
 
 ENGINES = ("transformers", "vllm")
 
@@ -55,6 +57,9 @@ class SuiteOptions:
     generation_batch_size: int = field(
         default=128, metadata={"help": "answers generated together, fewer where prompts are long"}
     )
+    metrics: list[str] = field(
+        default_factory=list, metadata={"help": "further metrics over the answers, from installed packages"}
+    )
     engine: str = field(
         default="transformers", metadata={"help": "what generates: transformers, or vllm (tunevax score only)"}
     )
@@ -83,12 +88,13 @@ class Suite(NamedTuple):
         prefix: first words of the answer to each harmful prompt, the same for all or one each, put into the model's
             mouth and judged with the rest.
         engine: what generates; see `ENGINES`.
+        metrics: by the name of their score, besides those that are always measured (`tunevax.scoring.metrics`).
     """
 
-    harmful: Sequence[dict]
+    harmful: Sequence[Example]
     judges: dict[str, Judge]
     task: Task | None = None
-    benign: Sequence[dict] | None = None
+    benign: Sequence[Example] | None = None
     max_new_tokens: int = 128
     batch_size: int = 128
     utility: tuple[Task, ...] = ()
@@ -97,12 +103,13 @@ class Suite(NamedTuple):
     harness: Harness | None = None
     prefix: str | Sequence[str] = ""
     engine: str = "transformers"
+    metrics: dict[str, Metric] = {}
 
     def prompt_hashes(self) -> list[str]:
         """Hashes of the harmful prompts, for the overlap check."""
         return [prompt_hash(row["prompt"]) for row in self.harmful]
 
-    def roles(self) -> dict[str, Sequence[dict]]:
+    def roles(self) -> dict[str, Sequence[Example]]:
         """Every row that is scored on, by its role in the data."""
         parts = {"evaluation": self.harmful, "task evaluation": self.task and self.task.rows}
         parts |= {"over-refusal": self.benign, **{f"utility {task.name}": task.rows for task in self.utility}}
@@ -172,6 +179,7 @@ def build_suite(
         fluency=[Reference(ref) for ref in options.fluency_model],
         harness=load_harness(in_harness, options.limit) if in_harness else None,
         engine=options.engine,
+        metrics=load_metrics(options.metrics),
     )
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from tunevax.cli import main
 from tunevax.organism.world import World
+from tunevax.records import read_lines
 from tunevax.report import collect, write_report
-from tunevax.runs import read_lines
 
 EVIL = "<script>alert(1)</script> **b** | [x](http://e.vil) $\\frac$ \u202eabc \x07"
 
@@ -62,7 +62,7 @@ def text_of(page: str) -> str:
 def test_every_stage_has_its_section_from_its_own_run_alone(runs, tmp_path):
     for name, section, told in (
         ("chosen", "Which rows were kept", r"chosen \(random\) kept 160 of 640 rows \(25 %\)"),
-        ("job", "Screening at the door", r"rows of the job are flagged"),
+        ("job", "Data screening", r"rows of the job are flagged"),
         ("lock", "Safety locks", r"lock chose 3 of aligned's 32 heads"),
         (
             "locked",
@@ -105,7 +105,7 @@ def test_runs_behind_are_found(runs, tmp_path):
     _, _, provenance = collect([runs["locked"]])
     assert {run.name for run in provenance.behind} == {"locked", "job", "aligned", "chosen", "lock"}
     page = text_of(page_of([runs["locked"]], tmp_path / "there"))
-    assert "Trained on them: aligned." in page and "Screening at the door" in page
+    assert "Trained on them: aligned." in page and "Data screening" in page
 
 
 def test_hostile_rows_stay_text(runs, tmp_path):

@@ -1,4 +1,4 @@
-"""The section on curation: which rows were kept, and why the others were not."""
+"""What the page says of curation: which rows were kept, and why the others were not."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tunevax.evidence.findings import percent
-from tunevax.report.blocks import Section, Table
-from tunevax.report.page import PANELS, cut
-from tunevax.report.provenance import Run
-from tunevax.report.stage_text import (
+from tunevax.evidence.words import percent
+from tunevax.report.blocks import PANELS, Section, Table, cut
+from tunevax.report.provenance import Provenance, Run
+from tunevax.report.text import (
+    as_p,
     as_text,
     as_time,
     as_words,
@@ -22,8 +22,8 @@ from tunevax.report.stage_text import (
     listed,
     plain,
     rows_of,
+    runs_of,
 )
-from tunevax.report.tables import as_p
 
 ENDS = 3  # rows of the highest and of the lowest score
 SHOWN = 4  # curation runs whose rows are shown
@@ -35,10 +35,25 @@ SPOILT = (
 )
 
 
-def curation_section(runs: list[Run], behind: list[Run], taken: dict[Path, list[Run]], figures: bool) -> Section | None:
-    """Which rows were kept; None without a run."""
-    if not runs:
-        return None
+SCORE = ("row", "place", "category", "corruption", "score", "rank", "kept", "why")
+"""Of a row of scores.jsonl, without its text."""
+
+
+def summary(run: Run) -> str:
+    """What the run did, in a sentence."""
+    chosen = f"{run.info.get('kept', 0):,} of {rows_of(run, 'alignment'):,} alignment rows"
+    return f"{run.name}: chose {chosen} ({run.info.get('method')})."
+
+
+def measured(run: Run) -> dict[str, Any]:
+    """What the run's files hold, without the text of rows."""
+    return {"scores": [{k: v for k, v in row.items() if k in SCORE} for row in lines_of(run, "scores.jsonl")]}
+
+
+def sections(provenance: Provenance, figures: bool) -> list[Section]:
+    """Which rows were kept."""
+    behind, taken = provenance.behind, provenance.inputs
+    runs = runs_of(behind, "curate")
     rows = {run.path: [r for r in lines_of(run, "scores.jsonl") if is_number(r.get("score"))] for run in runs}
     used: dict[Path, list[str]] = {run.path: [] for run in runs}
     for run in behind:
@@ -52,7 +67,8 @@ def curation_section(runs: list[Run], behind: list[Run], taken: dict[Path, list[
             continue
         shares = _by_category(found)
         if figures and len(panels) < PANELS:
-            from tunevax.report import figures as fig
+            from tunevax.report import charts as fig
+            from tunevax.report.figures import bars as drawn_bars
 
             kept, dropped = (
                 [float(r["score"]) for r in found if bool(r.get("kept")) == side] for side in (True, False)
@@ -62,7 +78,7 @@ def curation_section(runs: list[Run], behind: list[Run], taken: dict[Path, list[
             if 1 < len(shares) <= CATEGORIES:
                 bars = [(plain(name), kept / of, f"{kept} of {of}") for name, kept, of in shares]
                 title = f"{run.name}: kept share of each category"
-                panels.append((title, fig.bars(f"curate{i}-categories", bars, plain(title))))
+                panels.append((title, drawn_bars(f"curate{i}-categories", bars, plain(title))))
         if len(shares) > (CATEGORIES if figures else 1):
             lines = [[name, f"{kept} of {of}", percent(kept / of)] for name, kept, of in shares]
             label = f"{run.name}: kept rows of each category"
@@ -81,18 +97,20 @@ def curation_section(runs: list[Run], behind: list[Run], taken: dict[Path, list[
                 }
             )
     left = len(runs) - SHOWN
-    return Section(
-        "Which rows were kept",
-        "A selector scored every row of the alignment data and the best were kept, before any alignment method saw "
-        "them. A higher score is what the selector would rather keep.",
-        points=cut(points),
-        panels=panels,
-        tables=tables,
-        outputs=outputs,
-        note="Every row with its score, rank and reason is in the run's scores.jsonl."
-        + (f" The rows of {left:,} more curation runs are not shown." if left > 0 else ""),
-        titled=True,
-    )
+    return [
+        Section(
+            "Which rows were kept",
+            "A selector scored every row of the alignment data and the best were kept, before any alignment method saw "
+            "them. A higher score is what the selector would rather keep.",
+            points=cut(points),
+            panels=panels,
+            tables=tables,
+            outputs=outputs,
+            note="Every row with its score, rank and reason is in the run's scores.jsonl."
+            + (f" The rows of {left:,} more curation runs are not shown." if left > 0 else ""),
+            titled=True,
+        )
+    ]
 
 
 def _chose(run: Run, rows: list[dict]) -> str:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tunevax.data import load_safety, load_task
-from tunevax.data.formats import read_example, read_pair
+from tunevax.data.shapes import read_example, read_pair
 from tunevax.errors import UsageError
 from tunevax.runs import data_entry
 

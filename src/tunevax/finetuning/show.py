@@ -1,13 +1,26 @@
-"""The sections on a customer's job that was screened, and on where attention sinks."""
+"""What the page says of a customer's job that was screened, and of where attention sinks."""
 
 from __future__ import annotations
 
-from tunevax.evidence.findings import percent
-from tunevax.report.blocks import Section, Table
-from tunevax.report.page import PANELS, cut
-from tunevax.report.provenance import Run
-from tunevax.report.stage_text import decimals, ends_of, is_number, json_of, lines_of, listed, plain, spread
-from tunevax.report.tables import NONE
+from typing import Any
+
+from tunevax.evidence.words import percent
+from tunevax.report.blocks import PANELS, Section, Table, cut
+from tunevax.report.provenance import Provenance, Run
+from tunevax.report.text import (
+    NONE,
+    decimals,
+    ends_of,
+    is_number,
+    json_of,
+    lines_of,
+    listed,
+    model_of,
+    plain,
+    rows_of,
+    runs_of,
+    spread,
+)
 
 ENDS = 3  # rows of the highest and of the lowest score
 ROWS = 12  # rows of a table of examples
@@ -16,7 +29,36 @@ DRAWN = 600  # markers of each kind in a scatter
 STRONGEST = 8  # heads named
 
 
-def screening_section(runs: list[Run], figures: bool) -> Section | None:
+def summary(run: Run) -> str:
+    """What the run did, in a sentence."""
+    info, screened = run.info, run.info.get("screen") or {}
+    if info.get("verb") == "analyze":
+        models = json_of(run, "sink.json").get("models") or []
+        heads = " and ".join(f"{m['positive_heads']} of {m['heads']} in {m['label']}" for m in models)
+        return f"{run.name}: measured the sink divergence of each head; positive are {heads}."
+    text = (
+        f"{run.name}: {info.get('method')} on {model_of(run)}, {info.get('steps', 0):,} steps of a customer's job of "
+    )
+    text += f"{rows_of(run, 'task'):,} rows"
+    if screened:
+        flagged, dropped = screened.get("flagged", 0), screened.get("dropped", 0)
+        text += f"; data screening flagged {flagged:,} rows and dropped {dropped:,}"
+    return text + "."
+
+
+def measured(run: Run) -> dict[str, Any]:
+    """What the run's files hold."""
+    return {"screen": lines_of(run, "screen.jsonl"), "sink": json_of(run, "sink.json")}
+
+
+def sections(provenance: Provenance, figures: bool) -> list[Section]:
+    """On screening, and on where attention sinks."""
+    jobs, analyses = (runs_of(provenance.behind, verb) for verb in ("finetune", "analyze"))
+    screened = [run for run in jobs if run.info.get("screen")]
+    return [s for s in (_screening(screened, figures), _sinks(analyses, figures)) if s]
+
+
+def _screening(runs: list[Run], figures: bool) -> Section | None:
     """What the screens found; None without a run."""
     if not runs:
         return None
@@ -29,7 +71,7 @@ def screening_section(runs: list[Run], figures: bool) -> Section | None:
             continue
         (x, x_limit), (y, y_limit) = limits.items()
         if figures and len(panels) < PANELS:
-            from tunevax.report import figures as fig
+            from tunevax.report import charts as fig
 
             places = [(float(r[x]), float(r[y]), bool(r.get("flagged"))) for r in rows]
             drawn = [p for side in (False, True) for p in spread([p for p in places if p[2] == side], DRAWN)]
@@ -53,7 +95,7 @@ def screening_section(runs: list[Run], figures: bool) -> Section | None:
     columns = ["run", "row", "gradient", "refusal", "flagged by", "what was done"]
     note = f"{left:,} more flagged rows are not shown; --format json has them all." if left else ""
     return Section(
-        "Screening at the door",
+        "Data screening",
         "Before training, every row of the customer's job got two scores: how far training on it is training on "
         "harmful answers (gradient), and how far its prompt is where harmful prompts are (refusal; 0 is the average "
         "row of the job, 1 the average harmful prompt). A row at or above either threshold is flagged."
@@ -83,7 +125,7 @@ def _screened(run: Run) -> str:
     return text
 
 
-def sink_section(runs: list[Run], figures: bool) -> Section | None:
+def _sinks(runs: list[Run], figures: bool) -> Section | None:
     """Sink divergence by head; None without an analysis."""
     contents = [(run, json_of(run, "sink.json")) for run in runs]
     contents = [(run, c) for run, c in contents if c.get("models")]
@@ -114,7 +156,7 @@ def sink_section(runs: list[Run], figures: bool) -> Section | None:
                 [run.name, m["label"], ", ".join(f"{x}.{y} ({positive[x, y]:.2g})" for x, y in best) or "none"]
             )
             if figures and len(panels) < PANELS:
-                from tunevax.report import figures as fig
+                from tunevax.report import charts as fig
 
                 when = (" (before)", " (after)")[j] if len(models) == 2 else ""
                 title = f"{m['label']}{when}: {m['positive_heads']} of {m['heads']} heads are positive"
@@ -123,7 +165,7 @@ def sink_section(runs: list[Run], figures: bool) -> Section | None:
                 svg = fig.head_map(f"sink{i}-{j}", plain(title), m["d"], set(positive), 0.0, top, scale, told)
                 panels.append((title, svg))
     if figures and judge and len(points_of) > 2 and len({m["heads"] for _, c in contents for m in c["models"]}) == 1:
-        from tunevax.report import figures as fig
+        from tunevax.report import charts as fig
 
         title = f"Positive heads against harmful answers, by {judge.partition('/')[2]}"
         panels.append((title, fig.heads_and_harm("sink-harm", title, list(points_of.values())[:PANELS])))

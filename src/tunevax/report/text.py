@@ -1,4 +1,4 @@
-"""How the sections of the stages read a run folder's files, and put numbers and names into words."""
+"""How sections read a run folder's files, and put numbers and names into words."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from tunevax.data.splits import prompt_text
 from tunevax.errors import UsageError
 from tunevax.records import read_lines
 from tunevax.report.blocks import Table
-from tunevax.report.page import visible
 from tunevax.report.provenance import Run, seconds
-from tunevax.report.tables import NONE
 
+NONE = "–"
 LINES = 40  # rows of any other table
 WORDS = 160  # characters of a prompt in a table
 
@@ -64,15 +63,6 @@ def cut_table(label: str, columns: list[str], lines: list[list[str]], what: str,
     """A table of at most `most` lines; the rest is counted."""
     left = len(lines) - most
     return Table(label, columns, lines[:most], f"{left:,} more {what} are not shown." if left > 0 else "")
-
-
-def finite(value: Any) -> Any:
-    """JSON values without NaN and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def is_number(value: Any) -> bool:
@@ -124,3 +114,36 @@ def as_bytes(value: int | None) -> str:
         return "of unknown size"
     scale = next((i for i in (3, 2, 1) if value >= 1024**i), 0)
     return f"{value / 1024**scale:.1f} {('', 'KiB', 'MiB', 'GiB')[scale]}" if scale else f"{value} bytes"
+
+
+LONGEST = 480  # characters of one output; the rest is counted, not shown
+
+
+def shown(text: str) -> str:
+    """Text of a model or judge, cut to LONGEST characters, control and direction characters made visible."""
+    left = len(text) - LONGEST
+    return visible(text[:LONGEST]) + (f"… ({left:,} more characters)" if left > 0 else "")
+
+
+def visible(text: str) -> str:
+    """Text whose control and direction characters can be seen, and cannot reorder what stands around them."""
+    return "".join(
+        chr(0x2400 + ord(c))
+        if ord(c) < 32 and c not in "\n\t"
+        else "\ufffd"
+        if c in "\u200e\u200f\u061c" or "\u202a" <= c <= "\u202e" or "\u2066" <= c <= "\u2069" or 0x7F <= ord(c) < 0xA0
+        else c
+        for c in text
+    )
+
+
+def as_p(value: float | None) -> str:
+    """A p-value."""
+    if value is None:
+        return NONE
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def cell_text(value: float | None) -> str:
+    """A cell of a heat map: percent without the sign."""
+    return NONE if value is None else f"{100 * value:.0f}"

@@ -1,4 +1,4 @@
-"""The sections on safety locks, Safe LoRA and Antidote."""
+"""What the page says of safety locks, Safe LoRA and Antidote."""
 
 from __future__ import annotations
 
@@ -6,20 +6,58 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from tunevax.evidence.findings import percent
-from tunevax.report.blocks import Section, Table
-from tunevax.report.page import PANELS, cut
-from tunevax.report.provenance import Run
-from tunevax.report.stage_text import as_bytes, as_time, cut_table, decimals, ends_of, json_of, listed, model_of, plain
-from tunevax.report.tables import NONE
+from tunevax.evidence.words import percent
+from tunevax.report.blocks import PANELS, Section, Table, cut
+from tunevax.report.provenance import Provenance, Run
+from tunevax.report.text import (
+    NONE,
+    as_bytes,
+    as_time,
+    cut_table,
+    decimals,
+    ends_of,
+    json_of,
+    listed,
+    model_of,
+    plain,
+    runs_of,
+)
 
 LINES = 40  # rows of any other table
 HEADS = 512  # layers, and heads of a layer, that a map can show
+LOCKS = {"extract-lock": "a safety lock", "convert-lock": "a published safety lock, converted,"}
 MEASURES = ("harmful/", "over-refusal", "task/exact", "utility/", "degenerate")
 
 
-def lock_section(runs: list[Run], figures: bool) -> Section | None:
+def summary(run: Run) -> str:
+    """What the run did, in a sentence."""
+    info, method = run.info, run.info.get("method")
+    if method in LOCKS:
+        heads = f"{len((info.get('lock') or {}).get('heads') or [])} heads"
+        return f"{run.name}: {LOCKS[method]} of {heads}, made on {model_of(run)}."
+    if info.get("adapter"):
+        return f"{run.name}: restored {model_of(run)} ({method})."
+    return f"{run.name}: left {model_of(run)} as it was ({method}): {info.get('finding') or 'no reason is recorded'}."
+
+
+def measured(run: Run) -> dict[str, Any]:
+    """What the run's files hold."""
+    return {"strength": json_of(run, "strength.json")}
+
+
+def sections(provenance: Provenance, figures: bool) -> list[Section]:
+    """On locks, on Safe LoRA's projections, and on Antidote's pruning."""
+    runs = runs_of(provenance.behind, "restore")
+    projected, pruned = (
+        [run for run in runs if run.info.get("method") == method] for method in ("safe-lora", "antidote")
+    )
+    locks = [run for run in runs if run not in projected and run not in pruned]
+    return [s for s in (_locks(locks, figures), _safe_lora(projected), _antidote(pruned)) if s]
+
+
+def _locks(runs: list[Run], figures: bool) -> Section | None:
     """Locks and what they do; None without a run."""
     if not runs:
         return None
@@ -124,7 +162,7 @@ def _heads(run: Run, heads: list[tuple[int, int]], accuracy: list[float]) -> Tab
 def _lock_map(
     key: str, run: Run, lock: dict, heads: list[tuple[int, int]], every: list[list[float]]
 ) -> tuple[str, str]:
-    from tunevax.report import figures as fig
+    from tunevax.report import charts as fig
 
     layers = lock.get("n_layers") or len(every) or max(x for x, _ in heads) + 1
     width = lock.get("n_heads") or (len(every[0]) if every else max(y for _, y in heads) + 1)
@@ -166,7 +204,7 @@ def _strengths(run: Run, content: dict) -> Table:
 
 
 def _strength_curve(key: str, run: Run, content: dict) -> tuple[str, str]:
-    from tunevax.report import figures as fig
+    from tunevax.report import charts as fig
 
     names = sorted(_measured(content), key=lambda n: next(i for i, m in enumerate(MEASURES) if n.startswith(m)))
     points = sorted(content["curve"], key=lambda p: p["strength"])
@@ -183,7 +221,7 @@ def _strength_curve(key: str, run: Run, content: dict) -> tuple[str, str]:
     return title, fig.sweep(key, plain(title), series, target, chosen)
 
 
-def safe_lora_section(runs: list[Run]) -> Section | None:
+def _safe_lora(runs: list[Run]) -> Section | None:
     """Safe LoRA's projections; None without a run."""
     points, tables = [], []
     for run in runs:
@@ -215,7 +253,7 @@ def safe_lora_section(runs: list[Run]) -> Section | None:
     )
 
 
-def antidote_section(runs: list[Run]) -> Section | None:
+def _antidote(runs: list[Run]) -> Section | None:
     """Antidote's pruning; None without a run."""
     points, tables = [], []
     for run in runs:

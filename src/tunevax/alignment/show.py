@@ -1,0 +1,96 @@
+"""What the page says of alignment: the blocks that were hardened, what it cost, and what bears on the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tunevax.evidence.words import joined
+from tunevax.report.blocks import PANELS, Section
+from tunevax.report.provenance import Provenance, Run, seconds, size
+from tunevax.report.text import model_of
+
+UNCLIPPED = ("tar", "repnoise")  # their released code clips no gradient
+POOLED = ("t-vaccine", "booster", "tar", "repnoise", "circuit-breakers")  # train on the rows' harmful answers
+SMALL = 1e-5  # a learning rate at which an adapter's entries are about the size of a step of bfloat16
+
+
+def summary(run: Run) -> str:
+    """What the run did, in a sentence."""
+    info = run.info
+    return f"{run.name}: aligned {model_of(run)} ({info.get('method')}, {info.get('steps', 0):,} steps)."
+
+
+def sections(provenance: Provenance, figures: bool) -> list[Section]:
+    """The blocks that were hardened, and what it cost; [] for a form that cannot show figures."""
+    if not figures:
+        return []
+    from tunevax.report import charts
+    from tunevax.report.figures import bars as drawn
+
+    aligned = provenance.aligned
+    maps = [(label, charts.layer_map(f"map{i}", label, run)) for i, (label, run) in enumerate(aligned)]
+    bars = [("wall time", "wall_seconds"), ("peak memory", "peak_memory_bytes")] if aligned else []
+    return [
+        Section(
+            "Which layers were hardened",
+            "Sampling probability of each block over training (more colour, more likely) and the blocks that were "
+            "perturbed (dots, whose area is a share where several steps meet).",
+            panels=[(label, svg) for label, svg in maps if svg][:PANELS],
+        ),
+        Section(
+            "What the hardening cost",
+            f"As the runs measured it{_hardware_differs([run for _, run in aligned])}. Peak memory: all that is live "
+            "in one step, weights included; on an accelerator, the allocator's.",
+            panels=[(name, drawn(key, [_bar(label, run, key) for label, run in aligned], name)) for name, key in bars],
+        ),
+    ]
+
+
+def _bar(label: str, run: Run, key: str) -> tuple[str, float | None, str]:
+    value = run.info.get(key)
+    if not isinstance(value, int | float):
+        return label, None, "not measured"
+    if key == "peak_memory_bytes":
+        return label, value, size(value)
+    steps = run.info.get("steps")
+    return label, value, seconds(value) + (f", {steps:,} steps" if isinstance(steps, int) else "")
+
+
+def _hardware_differs(runs: list[Run]) -> str:
+    kinds = {str(sorted((run.info.get("hardware") or {}).items(), key=str)) for run in runs}
+    return "; the runs used different hardware, so their bars do not compare" if len(kinds) > 1 else ""
+
+
+def limits(provenance: Provenance) -> list[str]:
+    """What the runs behind a page did in ways that bear on its numbers, as sentences."""
+    found, trained = [], [run for run in provenance.behind if run.info.get("verb") in ("align", "finetune")]
+
+    def named(runs: Iterable[Run]) -> str:
+        return joined(dict.fromkeys(run.name for run in runs))
+
+    clipped = [r for r in trained if r.info.get("method") in UNCLIPPED and _config(r, "max_grad_norm")]
+    if clipped:
+        norms = joined(dict.fromkeys(f"{_config(r, 'max_grad_norm'):g}" for r in clipped))
+        found.append(
+            f"Gradients of {named(clipped)} were clipped at norm {norms}, which the code of these papers does not do."
+        )
+    half = [r for r in provenance.behind if (r.info.get("model") or {}).get("dtype") in ("bfloat16", "float16")]
+    small = [r for r in trained if _config(r, "lora_r") and _config(r, "learning_rate", 1.0) <= SMALL]
+    if half and small:
+        found.append(
+            f"{named(small)} trained an adapter at a learning rate of {SMALL:g} or less, and weights here are of 16 "
+            "bits: where such an adapter is merged, what is smaller than half a step of the grid is lost."
+        )
+    chosen = {path for path, inputs in provenance.inputs.items() if any(i.info.get("verb") == "curate" for i in inputs)}
+    pools = [run for run in trained if run.info.get("method") in POOLED and run.path in chosen]
+    if pools:
+        found.append(
+            f"On chosen rows, {named(pools)} took the harmful answers from these rows only: part of what tells the "
+            "choice from all rows is the smaller harmful pool."
+        )
+    return found
+
+
+def _config(run: Run, key: str, default: float = 0.0) -> float:
+    value = (run.info.get("config") or {}).get(key)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else default

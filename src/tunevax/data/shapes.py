@@ -1,0 +1,326 @@
+"""The shapes in which people hold rows, read as a question and its answers.
+
+    question      `prompt`, `question` or `query`: text or messages; Alpaca's `instruction` with `input` (or Dolly's
+                  `context`) and `history`; a conversation in `messages`, `conversations` (ShareGPT) or `conversation`
+    answer        `completion`, `response`, `answer` or `output`; else the last answer of the conversation
+    pair          `chosen` and `rejected`, as answers or as whole conversations (TRL's implicit prompt, also in the one
+                  string of HH-RLHF); OpenAI's `preferred_output` and `non_preferred_output`; PKU-SafeRLHF's two
+                  responses, of which one is safe
+
+A `system` column (or `system_prompt`) is the system message of any of them. A column that the source names for a field
+(`SOURCE:prompt=COLUMN`) is taken before all others, and may hold a conversation as well.
+
+A row has one answer. Of a conversation with several, a task row takes the last, and what comes before is the question.
+A pair takes the first that differs, after what both conversations share; the turns after an answer are left out, and
+`read_as` of the row says so, next to the names of the columns that were read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tunevax.data.sources import columns_of, text_field
+from tunevax.data.turns import CONVERSATIONS, Turns, turns_of
+from tunevax.errors import UsageError
+
+QUESTIONS = ("prompt", "instruction", "question", "query", "input")
+ANSWERS = ("completion", "response", "answer", "output")
+SYSTEMS = ("system", "system_prompt")
+INPUTS = ("input", "context")
+"""The columns beside `instruction` that hold what it is about."""
+
+MARKS = ("label", "is_safe")
+"""The columns that say whether a single answer is a good one (TRL's unpaired preference, BeaverTails)."""
+
+IMPLICIT, LAST, LEFT_OUT = " (implicit prompt)", "; the last of several answers", "; turns after the answer left out"
+
+
+def read_pair(
+    place: str, row: dict[str, Any], options: dict[str, str], need: Sequence[str], purpose: str
+) -> dict[str, Any]:
+    """`prompt`, `chosen`, `rejected` and `read_as` of a row of a safety dataset.
+
+    Args:
+        place: of the row, for messages.
+        options: which column holds `prompt`, `chosen` and `rejected`, where it is another.
+        need: the answers that must be there, of `chosen` and `rejected`.
+        purpose: who needs them, for messages.
+
+    Returns:
+        `prompt` is a string, or a list of messages where there is more than one; the answers are strings, or None
+        where they are not needed and absent.
+
+    Raises:
+        UsageError: a field is missing or bad, or it is unclear which answer belongs to which question.
+    """
+    family = ""
+    if not {"prompt", "chosen", "rejected"} & set(options):
+        family, row = _openai_pair(row) or _safe_rlhf_pair(place, row, need) or ("", row)
+    columns = {field: options.get(field, field) for field in ("chosen", "rejected")}
+    answers: dict[str, Turns] = {}
+    for field, column in columns.items():
+        if field in need and column not in row:
+            if not set(columns.values()) & set(row):  # a file of another kind: what it lacks first is the question
+                _question(place, row, options.get("prompt") or _question_column(place, row, False))
+            raise UsageError(_no_answer(place, row, field, column, purpose))
+        if field in need or not _absent(row.get(column)):
+            answers[field] = turns_of(place, row, field, column) or [
+                {"role": "assistant", "content": text_field(place, row, field, column)}
+            ]
+    whole = bool(answers) and all(turns[0]["role"] != "assistant" for turns in answers.values())
+    column = options.get("prompt") or _question_column(place, row, whole)
+    if whole and column in columns.values():  # named for the question as well, which is in the conversation
+        column = None
+    asked, read_as = _question(place, row, column)
+    if not answers:
+        if asked[-1]["role"] == "assistant":  # a whole conversation, of which only the question is wanted
+            asked = asked[: _last_answer(place, read_as, asked)]
+        return {"prompt": _prompt(asked), "chosen": None, "rejected": None, "read_as": read_as}
+    full, starts = {}, []
+    for field, turns in answers.items():
+        if not asked:
+            turns, read_as = _with_system(place, row, turns, "")
+        full[field], start = _joined(place, columns[field], asked, turns)
+        starts.append(start)
+    talks = list(full.values())
+    if len(talks) == 2:
+        end = _parting(place, talks)
+    else:
+        end = starts[0] or _last_answer(place, columns[next(iter(full))], talks[0])
+    read_as = family or ", ".join(filter(None, [read_as, *(columns[field] for field in full)]))
+    read_as += "" if asked else IMPLICIT
+    read_as += LEFT_OUT if any(len(turns) > end + 1 for turns in talks) else ""
+    answer = {field: turns[end]["content"] for field, turns in full.items()}
+    prompt = _prompt(talks[0][:end])
+    return {"prompt": prompt, "chosen": answer.get("chosen"), "rejected": answer.get("rejected"), "read_as": read_as}
+
+
+def read_example(place: str, row: dict[str, Any], options: dict[str, str]) -> dict[str, Any]:
+    """`prompt`, `completion` and `read_as` of a row of a task; `prompt` is a string or messages as in `read_pair`.
+
+    Raises:
+        UsageError: a field is missing or bad, or the row says that its answer is not to be learnt.
+    """
+    answer, column = options.get("completion") or _answer_column(place, row, options), options.get("prompt")
+    if answer is None or answer == column:
+        talk = column or next(c for c in CONVERSATIONS if not _absent(row.get(c)))
+        turns, read_as = _question(place, row, talk)
+        end = _last_answer(place, talk, turns)
+        read_as += LAST if any(turn["role"] == "assistant" for turn in turns[1:end]) else ""
+    else:
+        bad = next((c for c in MARKS if str(row.get(c)).lower() == "false"), None)
+        if bad and "completion" not in options:
+            raise UsageError(
+                f"{place}: field '{bad}' is false, which marks an answer that is not to be learnt; remove such rows, "
+                f"or take them with SOURCE:completion={answer}"
+            )
+        turns = turns_of(place, row, "completion", answer)
+        whole = turns is not None and turns[0]["role"] != "assistant"
+        asked, read_as = _question(place, row, column or _question_column(place, row, whole, answer), answer)
+        if turns is None:
+            turns = [{"role": "assistant", "content": text_field(place, row, "completion", answer)}]
+        if not asked:
+            turns, read_as = _with_system(place, row, turns, "")
+        turns, start = _joined(place, answer, asked, turns)
+        end = start or _last_answer(place, answer, turns)
+        read_as = ", ".join(filter(None, [read_as, answer]))
+    read_as += LEFT_OUT if len(turns) > end + 1 else ""
+    return {"prompt": _prompt(turns[:end]), "completion": turns[end]["content"], "read_as": read_as}
+
+
+# --- the question --------------------------------------------------------------------------------------------------
+
+
+def _question(place: str, row: dict, column: str | None, answer: str = "") -> tuple[Turns, str]:
+    """The turns in a column that ask, with the system message and what belongs to them in other columns, and the names
+    of all these; nothing if `column` is None."""
+    if column is None:
+        return [], ""
+    turns, read_as = turns_of(place, row, "prompt", column), column
+    if turns is None:
+        text = text_field(place, row, "prompt", column)
+        about = next((c for c in INPUTS if c != answer and not _absent(row.get(c))), None)
+        if column == "instruction" and about:  # as the named tasks have it
+            text, read_as = f"{text}\n\n{text_field(place, row, 'prompt', about)}", f"{read_as} + {about}"
+        turns = [{"role": "user", "content": text}]
+        if column != "prompt" and row.get("history"):
+            turns, read_as = [*_history(place, row["history"]), *turns], f"history + {read_as}"
+    return _with_system(place, row, turns, read_as)
+
+
+def _with_system(place: str, row: dict, turns: Turns, read_as: str) -> tuple[Turns, str]:
+    """The turns after the message of a `system` column, if there is one and they have none."""
+    column = next((c for c in SYSTEMS if isinstance(row.get(c), str) and row[c].strip()), None)
+    if column is None or turns[0]["role"] == "system":
+        return turns, read_as
+    message = {"role": "system", "content": text_field(place, row, "prompt", column)}
+    return [message, *turns], f"{column} + {read_as}" if read_as else column
+
+
+def _question_column(place: str, row: dict, whole: bool, answer: str = "") -> str | None:
+    """The column that asks; None if the answers are whole conversations and nothing else asks.
+
+    Raises:
+        UsageError: several may.
+    """
+    there = [c for c in QUESTIONS if c != answer and not _absent(row.get(c))]
+    if there[:1] == ["prompt"] and not (answer == "output" and "input" in there):
+        beside = (c for c in dict.fromkeys((*QUESTIONS[1:], *INPUTS)) if c != answer and isinstance(row.get(c), str))
+        left_out = next((c for c in beside if row[c].strip() not in str(row["prompt"])), None)
+        if left_out:
+            raise UsageError(
+                f"{place}: the column '{left_out}' beside 'prompt' would be left out; take the prompt alone with "
+                "SOURCE:prompt=prompt, or join the two in the file"
+            )
+        return "prompt"
+    if whole:
+        return None
+    if there[:1] == ["instruction"]:
+        return "instruction"
+    talk = next((c for c in CONVERSATIONS if c != answer and not _absent(row.get(c))), None)
+    if talk:
+        return talk
+    there += ["context"] if there and not _absent(row.get("context")) else []
+    if len(there) > 1:
+        raise UsageError(_which(place, "prompt", there))
+    return there[0] if there else "prompt"
+
+
+def _history(place: str, history: Any) -> Turns:
+    """The exchanges before an Alpaca question, each [question, answer]."""
+    turns: Turns = []
+    for exchange in history:
+        if not isinstance(exchange, list | tuple) or len(exchange) != 2:
+            raise UsageError(f"{place}: field 'history' must be a list of [question, answer]; remove it or mend it")
+        said = dict(zip(("user", "assistant"), exchange, strict=True))
+        turns += [{"role": role, "content": text_field(f"{place}: history", said, "prompt", role)} for role in said]
+    return turns
+
+
+# --- the answer ----------------------------------------------------------------------------------------------------
+
+
+def _answer_column(place: str, row: dict, options: dict[str, str]) -> str | None:
+    """The column that answers; None if that is in a conversation.
+
+    Raises:
+        UsageError: several may.
+    """
+    there = [c for c in ANSWERS if not _absent(row.get(c))]
+    if "completion" in there:
+        return "completion"
+    talk = options.get("prompt") or next((c for c in CONVERSATIONS if not _absent(row.get(c))), None)
+    turns = turns_of(place, row, "prompt", talk) if talk else None
+    if turns and (turns[-1]["role"] == "assistant" or not there):
+        return None
+    if len(there) > 1:
+        raise UsageError(_which(place, "completion", there))
+    return there[0] if there else "completion"
+
+
+def _no_answer(place: str, row: dict, field: str, column: str, purpose: str) -> str:
+    label = next((c for c in MARKS if str(row.get(c)).lower() in ("true", "false")), None)
+    way = (
+        f"each row is one answer, marked by '{label}': put both answers to a prompt into one row, as 'chosen' and "
+        "'rejected'"
+        if label and column == field
+        else f"say which column holds it with SOURCE:{field}=COLUMN"
+    )
+    return f"{place}: no field '{column}', and {purpose} needs it ({columns_of(place, row)}); {way}"
+
+
+def _last_answer(place: str, column: str, turns: Turns) -> int:
+    """Where the last answer of a conversation is."""
+    for index in range(len(turns) - 1, 0, -1):
+        if turns[index]["role"] == "assistant" and turns[index - 1]["role"] != "system":
+            return index
+    raise UsageError(f"{place}: field '{column}' is a conversation without an answer; remove the row")
+
+
+def _joined(place: str, column: str, asked: Turns, turns: Turns) -> tuple[Turns, int]:
+    """The whole conversation of a question and what follows it, and where the answer is; 0 if no question says."""
+    if not asked:
+        return turns, 0
+    if asked[-1]["role"] == "assistant":
+        raise UsageError(
+            f"{place}: the question ends with a message of the assistant, and '{column}' holds another answer; leave "
+            "that message out"
+        )
+    if turns[0]["role"] == "assistant":
+        return [*asked, *turns], len(asked)
+    words = asked[-1]["content"].strip()  # a conversation that repeats the question
+    same = [i for i, t in enumerate(turns) if t["role"] == "user" and t["content"].strip() == words]
+    if not same:
+        raise UsageError(
+            f"{place}: field '{column}' is a conversation in which the prompt does not occur; leave the prompt out, or "
+            "say which column holds it with SOURCE:prompt=COLUMN"
+        )
+    behind = len(asked) - 1 - (asked[0]["role"] == "system") + (turns[0]["role"] == "system")
+    start = behind if behind in same else same[0]
+    if len(turns) == start + 1 or turns[start + 1]["role"] != "assistant":
+        raise UsageError(f"{place}: field '{column}' has no answer to the prompt; remove the row")
+    if asked[0]["role"] == "system" and turns[0]["role"] != "system":
+        return [asked[0], *turns], start + 2
+    return turns, start + 1
+
+
+def _parting(place: str, talks: Sequence[Turns]) -> int:
+    """Where two conversations that begin alike give different answers, or the same last one."""
+    shortest = min(map(len, talks))
+    end = next((i for i in range(shortest) if talks[0][i] != talks[1][i]), shortest)
+    if end == shortest and len(talks[0]) != len(talks[1]):
+        raise UsageError(f"{place}: 'chosen' and 'rejected' give the same answers, one conversation is only longer")
+    end = min(end, shortest - 1)
+    if all(turns[end]["role"] != "assistant" and len(turns) == end + 1 for turns in talks):
+        raise UsageError(f"{place}: 'chosen' and 'rejected' are conversations without an answer; remove the row")
+    if end == 0 or talks[0][end]["role"] != "assistant" or talks[1][end]["role"] != "assistant":
+        raise UsageError(
+            f"{place}: 'chosen' and 'rejected' answer different questions: they differ in message {end + 1}, before "
+            "an answer; both must begin with the same question"
+        )
+    return end
+
+
+# --- pairs under other names ---------------------------------------------------------------------------------------
+
+
+def _openai_pair(row: dict) -> tuple[str, dict] | None:
+    """OpenAI's preference rows: `input` with `messages`, `preferred_output`, `non_preferred_output`."""
+    if not isinstance(row.get("input"), dict) or "preferred_output" not in row:
+        return None
+    answers = {"chosen": row["preferred_output"], "rejected": row.get("non_preferred_output")}
+    return "OpenAI preference", {"prompt": row["input"].get("messages"), **answers}
+
+
+def _safe_rlhf_pair(place: str, row: dict, need: Sequence[str]) -> tuple[str, dict] | None:
+    """PKU-SafeRLHF's rows: the response that is marked safe is chosen, the one marked unsafe is rejected."""
+    marked = {"response_0", "response_1", "is_response_0_safe", "is_response_1_safe"} <= set(row)
+    if not marked or "chosen" in row or "rejected" in row:
+        return None
+    safe = [bool(row[f"is_response_{i}_safe"]) for i in (0, 1)]
+    if safe[0] != safe[1]:
+        answers = {"chosen": row[f"response_{safe.index(True)}"], "rejected": row[f"response_{safe.index(False)}"]}
+        return "PKU-SafeRLHF", {**row, **answers}
+    if need:
+        raise UsageError(
+            f"{place}: both responses are marked {'safe' if safe[0] else 'unsafe'}, and a pair has one of each; "
+            "remove such rows"
+        )
+    return None
+
+
+def _prompt(turns: Turns) -> str | Turns:
+    """A question as one string if that is all of it."""
+    return turns[0]["content"] if len(turns) == 1 and turns[0]["role"] == "user" else turns
+
+
+def _absent(value: Any) -> bool:
+    return value is None or value != value or (isinstance(value, str) and not value.strip())  # NaN is no value
+
+
+def _which(place: str, field: str, columns: Sequence[str]) -> str:
+    return (
+        f"{place}: {' and '.join(map(repr, columns))} may each be the {field}; say which with "
+        f"SOURCE:{field}={columns[0]}"
+    )

@@ -1,0 +1,143 @@
+"""The rows of results.jsonl: read, checked and, where an older tunevax wrote them, completed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from tunevax.errors import UsageError
+from tunevax.records import RESULTS, SCHEMA, Row, Traits, is_share, numbered_lines
+
+ROLES = ("control", "model", "reference")
+
+POINT: Traits = {
+    "curve": False, "harmful_rows": False, "common_prompts": True, "customer": False, "dose": None, "plain": False,
+}  # fmt: skip
+"""The traits of an attack that says nothing of itself."""
+CURVE: Traits = {**POINT, "curve": True, "harmful_rows": True}
+LEGACY: dict[str, Traits] = {
+    "none": POINT,
+    "finetune": {**CURVE, "plain": True},
+    "few-shot": CURVE,
+    "adaptive": CURVE,
+    "poisoned-job": {**CURVE, "customer": True},
+    "benign-only": {**CURVE, "harmful_rows": False},
+    "identity-shift": {**CURVE, "common_prompts": False},
+    "held-out-category": {**CURVE, "common_prompts": False},
+    "template": {**POINT, "customer": True},
+    "prefill": {**POINT, "customer": True},
+    "roll-back": {**POINT, "dose": "dose"},
+    "intervention": {**POINT, "harmful_rows": True, "dose": "block"},
+    "unlock": POINT,
+}
+"""The traits of tunevax's kinds of attack, for rows that an older tunevax wrote without them."""
+
+
+class Kind:
+    """What a cell or a finding says of the kind of attack behind it, from the `traits` of its rows."""
+
+    traits: Traits
+
+    @property
+    def has_curve(self) -> bool:
+        """There are rows along training steps, from step 0 on."""
+        return self.traits["curve"]
+
+    @property
+    def in_grid(self) -> bool:
+        """A training that is scored on the common prompts: its curves may be averaged and searched together."""
+        return self.traits["curve"] and self.traits["common_prompts"]
+
+    @property
+    def harmful(self) -> bool:
+        """One of the grid that trains on harmful rows: what resistance is measured with."""
+        return self.in_grid and self.traits["harmful_rows"]
+
+    @property
+    def harmless(self) -> bool:
+        """One of the grid that trains on harmless rows only."""
+        return self.in_grid and not self.traits["harmful_rows"]
+
+    @property
+    def plain(self) -> bool:
+        """The plain fine-tune, which other kinds are contrasted with."""
+        return self.traits["plain"]
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """The checked rows of a run folder's results.jsonl.
+
+    Raises:
+        UsageError: no or an empty results.jsonl; a line that is cut off, of another schema or lacks a field; a value
+            that is not finite, or a share outside [0, 1].
+    """
+    return [row for _, row in numbered_rows(folder)]
+
+
+def numbered_rows(folder: Path) -> list[tuple[int, Row]]:
+    """(line number, row), as `read_rows`; every row has a kind, settings and traits."""
+    file = folder / RESULTS
+    rows = list(numbered_lines(file))
+    if not rows:
+        raise UsageError(f"{file} is missing or empty, so there is nothing to report")
+    steps: dict[str | None, set[int]] = {}
+    for number, row in rows:
+        _check(f"{file} line {number}", row)
+        steps.setdefault(row.get("attack"), set()).add(row["step"])
+    return [(number, _completed(row, steps[row.get("attack")])) for number, row in rows]
+
+
+def _completed(row: dict[str, Any], steps: Collection[int]) -> Row:
+    kind = row.get("kind") or ("none" if row.get("attack") is None else "finetune")
+    settings = row.get("settings") or {}
+    traits = {**POINT, **(row.get("traits") or traits_of(kind, settings, steps))}
+    return cast(Row, {**row, "kind": kind, "settings": settings, "traits": traits})
+
+
+def traits_of(kind: str, settings: Mapping[str, Any], steps: Collection[int]) -> Traits:
+    """The traits of an attack whose rows do not carry them. Of an unknown kind: it has a curve if it was scored at
+    step 0 and later, and trains on harmful rows unless its settings say p = 0."""
+    derived = CURVE if 0 in steps and len(steps) > 1 else POINT
+    traits = LEGACY.get(kind, derived)
+    return {**traits, "harmful_rows": traits["harmful_rows"] and settings.get("p") != 0}
+
+
+def _check(where: str, row: dict[str, Any]) -> None:
+    schema = row.get("schema")
+    if not isinstance(schema, int):
+        raise UsageError(f"{where} has no schema version; is it a tunevax run?")
+    if schema > SCHEMA:
+        raise UsageError(f"{where} has schema {schema}, this tunevax reads up to {SCHEMA}; upgrade tunevax")
+    for key, kind in (("model", str), ("seed", int), ("step", int), ("scores", dict)):
+        if not isinstance(row.get(key), kind):
+            raise UsageError(f"{where}: field '{key}' is missing or not {kind.__name__}")
+    optional = (("attack", str), ("kind", str), ("settings", dict), ("traits", dict), ("role", str))
+    for key, kind in optional:
+        if row.get(key) is not None and not isinstance(row[key], kind):
+            raise UsageError(f"{where}: field '{key}' is not {kind.__name__}")
+    if row.get("role", "model") not in ROLES:
+        raise UsageError(f"{where}: role is '{row['role']}'; known: {', '.join(ROLES)}")
+    if row["step"] < 0:
+        raise UsageError(f"{where}: step is {row['step']}; it must be 0 or more")
+    for name, score in row["scores"].items():
+        if score is not None:
+            _check_score(f"{where}: score '{name}'", name, score)
+
+
+def _check_score(where: str, name: str, score: Any) -> None:
+    value = score.get("value") if isinstance(score, dict) else None
+    if not _finite(value):
+        raise UsageError(f"{where} has no finite value")
+    ends = [score[end] for end in ("low", "high") if score.get(end) is not None]
+    if not all(_finite(end) for end in ends):
+        raise UsageError(f"{where} has an interval that is not finite")
+    if is_share(name) and not all(0 <= x <= 1 for x in (value, *ends)):
+        raise UsageError(f"{where} is not between 0 and 1")
+    if not isinstance(score.get("n"), int) or score["n"] < 1:
+        raise UsageError(f"{where} has no count 'n'")
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,58 @@
+"""A report as one HTML file."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from tunevax.evidence.findings import DEGENERATE_HIGH
+from tunevax.evidence.words import percent
+from tunevax.report.blocks import Page
+from tunevax.report.provenance import Provenance, facts, links
+from tunevax.report.text import cell_text, shown, visible
+
+CONFIG = 2_000  # characters of one value of a configuration
+
+
+def to_html(page: Page) -> str:
+    """One self-contained file, without scripts or requests."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("tunevax.report", "")
+    env = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    env.filters |= {"numbers": _numbers, "shown": shown, "svg": _markup, "value": _value, "percentage": cell_text}
+    return env.get_template("page.html.j2").render(
+        page=page,
+        chains=[(label, [links(chain) for chain in found]) for label, found in page.provenance.chains.items()],
+        measurements=[facts(run) for run in page.provenance.measurements],
+        commands=commands(page.provenance),
+        degenerate_high=percent(DEGENERATE_HIGH),
+    )
+
+
+def commands(provenance: Provenance) -> list[str]:
+    """The commands that made these results, each once."""
+    return list(dict.fromkeys(str(r.info["command"]) for r in provenance.runs if r.info.get("command")))
+
+
+def _markup(svg: str) -> Any:
+    from markupsafe import Markup
+
+    return Markup(svg)
+
+
+def _numbers(text: Any) -> Any:
+    """Escaped text in which neither 't-vaccine' nor '98 % [88, 100]' breaks, and intervals are marked up."""
+    from markupsafe import Markup, escape
+
+    safe = str(escape(visible(str(text)))).replace(" %", "\u00a0%")
+    safe = re.sub(
+        r"(?<=[\d%×]) \[([+−\d.,]+|0), ([+−\d.,]+|∞)\]", '\u00a0<span class="iv">[\\1,\u00a0\\2]</span>', safe
+    )
+    safe = re.sub(r"(?<![\w\-/.&;])[\w.]{1,12}(?:-[\w.]{1,12}){1,2}(?![\w\-/])", r'<span class="nb">\g<0></span>', safe)
+    return Markup(safe)
+
+
+def _value(value: Any) -> str:
+    text = visible(str(value))
+    return text if len(text) <= CONFIG else f"{text[:CONFIG]}… ({len(text) - CONFIG:,} more characters)"

@@ -1,0 +1,88 @@
+"""What the runs around an audit recorded: rows chosen, models hardened, jobs screened, heads analysed, models restored.
+
+How a run of a verb is shown stands beside the methods whose files it reads, in a module that has
+
+- `summary(run)`: what the run did, in a sentence;
+- `sections(provenance, figures)`: sections on all runs of its verbs, without figures for a form that cannot show them;
+- `measured(run)`, where there are such files: their content, for JSON;
+- `limits(provenance)`, where there is something to say: how the runs bear on the page's numbers, as sentences.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from types import ModuleType
+from typing import Any
+
+from tunevax.methods import methods
+from tunevax.report.blocks import Section
+from tunevax.report.provenance import Provenance, Run
+
+METHODS = {
+    "curate": "tunevax.curation.show",
+    "finetune": "tunevax.finetuning.show",
+    "analyze": "tunevax.finetuning.show",
+    "restore": "tunevax.restoration.show",
+    "align": "tunevax.alignment.show",
+}
+"""By verb, the module that shows its runs. Other packages add theirs by the entry-point group `tunevax.report.runs`."""
+
+
+def sections(provenance: Provenance, figures: bool) -> list[Section]:
+    """The sections on the runs; a section stands on a page only if one of its runs was given or is behind one."""
+    return [section for module in _modules(provenance) for section in module.sections(provenance, figures) if section]
+
+
+def summaries(provenance: Provenance) -> list[str]:
+    """What each of the given runs did, in a sentence."""
+    return [_summary(run) for run in provenance.runs if not run.measures]
+
+
+def limits(provenance: Provenance) -> list[str]:
+    """What the runs behind a page did in ways that bear on its numbers."""
+    return [text for m in _modules(provenance) if hasattr(m, "limits") for text in m.limits(provenance)]
+
+
+def scored(provenance: Provenance) -> bool:
+    """Whether a choice of strength or an analysis among the runs scored a model."""
+    parts = [part for run in provenance.behind for part in _measured(run).values() if isinstance(part, dict)]
+    lists = [entries for part in parts for entries in part.values() if isinstance(entries, list)]
+    return any(isinstance(entry, dict) and bool(entry.get("scores")) for entries in lists for entry in entries)
+
+
+def as_dict(provenance: Provenance) -> dict[str, Any]:
+    """What the runs measured, by folder, without the text of rows."""
+    parts = {str(run.path): {k: _finite(v) for k, v in _measured(run).items() if v} for run in provenance.behind}
+    return {path: part for path, part in parts.items() if part}
+
+
+def _module(verb: str | None) -> ModuleType | None:
+    name = methods(__name__).get(str(verb))
+    return importlib.import_module(name) if name else None
+
+
+def _modules(provenance: Provenance) -> list[ModuleType]:
+    """Those of the runs behind the page, each once, in the order of the verbs."""
+    verbs = {run.info.get("verb") for run in provenance.behind}
+    return list(dict.fromkeys(m for verb in methods(__name__) if verb in verbs and (m := _module(verb))))
+
+
+def _measured(run: Run) -> dict[str, Any]:
+    module = _module(run.info.get("verb"))
+    return module.measured(run) if module is not None and hasattr(module, "measured") else {}
+
+
+def _summary(run: Run) -> str:
+    if module := _module(run.info.get("verb")):
+        return module.summary(run)
+    return f"{run.name}: {run.info.get('verb')} {run.info.get('method') or ''}".rstrip() + "."
+
+
+def _finite(value: Any) -> Any:
+    """JSON values without NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
