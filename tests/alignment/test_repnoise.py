@@ -289,24 +289,11 @@ def test_safety_rows_are_paired_after_mixing(monkeypatch):
     assert sorted(found) == [(n, 20 + n) for n in range(1, 13)] + [(40, 0)] * 4
 
 
-def test_noise_is_new_each_time_and_resumes(make, tmp_path):
-    """A run of four steps, and the same run cut after two and continued: equal weights to the bit."""
-    options = {
-        "max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2, "beta": 0.5, "save_total_limit": 4,
-        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
-    }  # fmt: skip
-    trainers = [make(model=tiny_lora(), output_dir=str(tmp_path / n), **options) for n in "ab"]
-    for trainer in trainers:
-        del trainer.noise_generator
-    straight, resumed = trainers
-    first, second = (straight.noise_generator("cpu").initial_seed() for _ in range(2))
-    assert first != second
-    straight.drawn = 0
-    straight.train()
-    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
-    assert resumed.drawn == straight.drawn == 8 and resumed.seen == straight.seen
-    for a, b in zip(straight.parameters, resumed.parameters, strict=True):
-        assert torch.equal(a, b)
+def test_noise_is_new_each_time(make):
+    trainer = make()
+    del trainer.noise_generator
+    first, second = (trainer.noise_generator("cpu").initial_seed() for _ in range(2))
+    assert first != second and trainer.drawn == 2
 
 
 def test_cost_counts_tokens_and_heads(make):

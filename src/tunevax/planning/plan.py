@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from tunevax.errors import UsageError, unknown
+from tunevax.methods import attribute
 from tunevax.mixins import TrainedModelOptions, require_given
 
 FOLDERS = ("tunevax.alignment", "tunevax.finetuning", "tunevax.curation", "tunevax.restoration")
@@ -26,12 +27,6 @@ RECOMPUTE = {
     "frozen": (("all", "the update is the same; one more forward pass"),),
     "all": (),
 }
-MODELS = {
-    "loss-rank": 1, "perplexity": 1, "k-center": 1, "extract-lock": 1, "antidote": 1, "safetylock": 1, "safe-lora": 3,
-}  # fmt: skip
-"""Methods that train nothing, and how many models each holds at most. Gradient similarity trains as SFT does."""
-WITHOUT = ("random", "dsir", "convert-lock")
-"""Methods that need no model."""
 
 
 @dataclass
@@ -119,7 +114,8 @@ def plan(options: PlanOptions, method: Any, args: Any) -> Plan:
     from tunevax.modeling.loading import resolve
     from tunevax.planning.step import predict, predict_forward, scaled
 
-    if options.method in WITHOUT:
+    trainer, models = trainer_of(method), models_of(method)
+    if models == 0:
         raise UsageError(f"{options.method} needs no model, so there is nothing to plan")
     base, _ = resolve(options.model)
     config = config_of(base, options.revision)
@@ -128,17 +124,16 @@ def plan(options: PlanOptions, method: Any, args: Any) -> Plan:
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context and getattr(args, "max_length", 0) > context:  # rows are cut there
         args = replace(args, max_length=context)
-    if options.method in MODELS:
+    if trainer is None:
         where.pop("response_length")
         rows = getattr(args, "batch_size", 0)
         needs = predict_forward(
             config, rows, getattr(args, "max_length", 0), quantization=options.quantization, **where
         )
-        others = (MODELS[options.method] - 1) * needs.kinds["weights"]
+        others = (models - 1) * needs.kinds["weights"]
         kinds = {**needs.kinds, "weights": needs.kinds["weights"] + others}
         needs = replace(needs, peak=needs.peak + others, kinds=kinds)
         return Plan(needs, None, args, limit and needs.peak + RESERVE <= limit)
-    trainer = trainer_of(method)
     if not hasattr(args, "per_device_train_batch_size"):  # gradient similarity, which trains as SFT does
         args = SFTConfig(args.output_dir, max_length=args.max_length, per_device_train_batch_size=args.batch_size)
 
@@ -175,14 +170,15 @@ def plan(options: PlanOptions, method: Any, args: Any) -> Plan:
     return Plan(needs, plain, args, False, refused=tuple(refused))
 
 
-def trainer_of(method: Any) -> type:
-    """The trainer of a method: itself, or the one whose configuration it is."""
-    from tunevax.alignment.sft import SFTTrainer
-    from tunevax.curation.pharmacist import PharmacistConfig, PharmacistTrainer
+def trainer_of(method: Any) -> Any:
+    """The trainer of a method: itself, or the one that it names as `trainer`; None if it trains nothing."""
+    named = getattr(method, "trainer", None)
+    return method if hasattr(method, "config_class") else named and attribute(named)
 
-    if method is PharmacistConfig:
-        return PharmacistTrainer
-    return method if hasattr(method, "config_class") else SFTTrainer
+
+def models_of(method: Any) -> int:
+    """How many models a method that trains nothing holds at most: its `models`, or else one, if it needs any."""
+    return getattr(method, "models", int("model" in getattr(method, "needs", ("model",))))
 
 
 def dtype_of(name: str) -> Any:

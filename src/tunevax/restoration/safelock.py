@@ -79,6 +79,7 @@ class ConvertLock:
     lock: str | None = field(default=None, metadata={"help": "the .safelock file to convert"})
 
     paper: ClassVar[str] = "2410.10343"
+    models: ClassVar[int] = 0
 
     def run(self, job: Job) -> None:
         """Read, check, write.
