@@ -24,7 +24,7 @@ from scipy.stats import spearmanr
 
 from tunevax.cli import main as tunevax
 from tunevax.organism import World
-from tunevax.runs import read_run
+from tunevax.records import read_run
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 JOB = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "warmup_steps": 0, "max_steps": 100, "max_length": 64,

@@ -17,7 +17,7 @@ from tunevax.data.encoding import collate
 from tunevax.data.splits import split_of
 from tunevax.errors import RunError, UsageError
 from tunevax.modeling.draws import Draws
-from tunevax.runs import read_run
+from tunevax.records import read_run
 
 pytestmark = pytest.mark.numerical
 
@@ -383,7 +383,6 @@ def test_what_cannot_be_is_refused(make):
         ({"inner_steps": 0}, "inner_steps is 0; it must be at least 1"),
         ({"tamper_interval": 9, "inner_steps": 8}, "the tamper-resistance loss would never be taken"),
         ({"lambda_tr": -1.0}, "lambda_tr is -1.0"),
-        ({"tar_variant": "first-oder"}, "did you mean 'first-order'"),
         ({"tamper_loss": "preferences"}, "did you mean 'preference'"),
         ({"inner_learning_rates": "1e-3,fast"}, "inner_learning_rates is '1e-3,fast'"),
         ({"mapping_steps": 8, "max_steps": 8}, "mapping_steps is 8, all of the 8 steps"),

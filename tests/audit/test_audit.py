@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import runpy
 import shutil
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from tunevax.audit.protocol import load_protocol, settings
 from tunevax.cli import main
 from tunevax.errors import UsageError
 from tunevax.organism import path
+from tunevax.scoring.rejudge import JudgeOptions, rejudge
 
 SMALL = """
 seeds: [1, 2]
@@ -153,18 +153,14 @@ def test_a_failed_cell_is_told_and_run_again(finished, models, tmp_path, monkeyp
     assert main(command(models, tmp_path / "out")) == 2  # complete now
 
 
-def test_judging_again_changes_what_the_judge_changes(finished, tmp_path, monkeypatch):
-    script = Path(__file__).parents[2] / "scripts" / "rejudge.py"
-
-    def again(name, *options):
-        out = tmp_path / name
-        monkeypatch.setattr(sys, "argv", [str(w) for w in (script, finished, "--output-dir", out, *options)])
-        runpy.run_path(str(script), run_name="__main__")
+def test_judging_again_changes_what_the_judge_changes(finished, tmp_path):
+    def again(name, **options):
+        out = rejudge(str(finished), JudgeOptions(output_dir=str(tmp_path / name), **options))
         return lines(out / "results.jsonl"), lines(out / "generations.jsonl")
 
     before = lines(finished / "results.jsonl"), lines(finished / "generations.jsonl")
-    assert again("same", "--fluency-model", "none") == before
-    results, generations = again("other", "--fluency-model", "none", "--judges", "organism")
+    assert again("same") == before
+    results, generations = again("other", judges=["organism"])
     assert [{**r, "scores": None} for r in results] == [{**r, "scores": None} for r in before[0]]
     assert {name for r in results for name in r["scores"] if "/" in name and name[0] == "h"} == {"harmful/organism"}
     assert [g["response"] for g in generations] == [g["response"] for g in before[1]]

@@ -9,12 +9,13 @@ import tunevax.audit.controls as controls
 from tunevax.alignment.align import AlignOptions, align
 from tunevax.alignment.sft import SFTTrainer
 from tunevax.alignment.t_vaccine import TVaccineTrainer
+from tunevax.alignment.tar import TARConfig
 from tunevax.alignment.vaccine import VaccineTrainer
 from tunevax.audit.controls import make_controls
 from tunevax.data import load_safety
 from tunevax.errors import UsageError
 from tunevax.organism import path
-from tunevax.runs import data_entry, read_run
+from tunevax.records import data_entry, read_run
 
 ALL = ("undefended", "equal-compute", "random-perturbation")
 OPTIONS = {"per_device_train_batch_size": 4, "max_length": 64, "learning_rate": 2e-3, "seed": 7, "lora_r": 4}
@@ -166,6 +167,11 @@ def test_a_run_of_four_processes_keeps_its_batch_and_budget():
     assert controls.one_process(record) == {**config, "gradient_accumulation_steps": 8, "rho": 1.5}
     config["rho_scale"] = "per-token"  # follows the tokens of each micro-batch by itself
     assert controls.one_process(record)["rho"] == 3.0
+
+
+def test_an_option_that_is_no_more_is_left_out_of_a_replay():
+    recorded = {"tar_variant": "first-order", "inner_steps": 3, "tamper_interval": 1}  # as tunevax 0.1 wrote it
+    assert TARConfig("x", **controls.taken(TARConfig, recorded)).inner_steps == 3
 
 
 def test_categories_are_told_of_alignment_data_only():

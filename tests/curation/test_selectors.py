@@ -150,6 +150,13 @@ def test_gradient_similarity_warms_up_and_finds_the_corrupted_rows(pool, monkeyp
     assert np.array_equal(found, selector.score(pool)), "the seed is all there is"
 
 
+def test_buckets_are_the_same_everywhere():
+    # scikit-learn's murmurhash3_bytes_s32, seed 0; tails of no bytes, three, none, two and one.
+    known = {"": 0, "foo": -156908512, "aaaa": 2129582471, "aaaa b": -1239889105, "Hello, world!": -1070186941}
+    assert {text: dsir.murmur3(text) for text in known} == known
+    assert len(set(dsir.hashed("Hm, HM,", 10_000))) == 4  # hm | , | "hm ," | ", hm"
+
+
 def test_log_weights_by_hand():
     def row(text):
         return {"prompt": text.split()[0], "chosen": " ".join(text.split()[1:])}

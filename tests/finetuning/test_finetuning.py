@@ -23,7 +23,7 @@ from tunevax.finetuning.safe_instruct import SafeInstructConfig, SafeInstructTra
 from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer
 from tunevax.methods import load_method
 from tunevax.modeling.loading import load
-from tunevax.runs import read_run
+from tunevax.records import read_run
 from tunevax.scoring.score import ScoreOptions, score
 
 pytestmark = pytest.mark.numerical

@@ -18,7 +18,7 @@ from tunevax.finetuning.finetune import FinetuneOptions, finetune
 from tunevax.finetuning.screen import Probe, Screening, cosine, screen
 from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer
 from tunevax.modeling.loading import load
-from tunevax.runs import read_lines, read_run
+from tunevax.records import read_lines, read_run
 
 SAFETY = load_safety("organism", "alignment", ("chosen", "rejected"))
 HARMFUL = [{**r, "completion": r["rejected"]} for r in load_safety("organism", "attack", ("rejected",))]

@@ -22,7 +22,7 @@ from tunevax.modeling import attention
 from tunevax.modeling.attention import sink_columns
 from tunevax.modeling.hooks import checkpointed
 from tunevax.modeling.loading import load
-from tunevax.runs import read_run
+from tunevax.records import read_run
 
 pytestmark = pytest.mark.numerical
 

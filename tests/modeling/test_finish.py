@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tunevax import runs
+from tunevax import files
 from tunevax.alignment import align as module
 from tunevax.alignment.align import AlignOptions, align
 from tunevax.alignment.sft import SFTConfig, SFTTrainer
@@ -86,11 +86,11 @@ def refused(tmp_path, steps, match, **changes):
 
 
 def test_a_disk_without_room_is_noticed_before_the_first_step(tmp_path, monkeypatch, steps):
-    monkeypatch.setattr(runs.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    refused(tmp_path, steps, r"needs .* MiB for its files, and 0.0 MiB are free there; lower --save-total-limit, ")
-    monkeypatch.setattr(runs.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**40))
-    monkeypatch.setattr(runs, "_file_size_limit", lambda: 2**10)
-    refused(tmp_path, steps, r"no file may have more than 0.0 MiB \(ulimit -f\)", save_strategy="no")
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    refused(tmp_path, steps, r"needs .* MiB for its files, and 1000 bytes are free there; lower --save-total-limit, ")
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**40))
+    monkeypatch.setattr(files, "_file_size_limit", lambda: 2**10)
+    refused(tmp_path, steps, r"no file may have more than 1.0 KiB \(ulimit -f\)", save_strategy="no")
 
 
 def test_the_room_that_is_asked_for_is_what_is_written(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ from tunevax.modeling.blocks import find_blocks
 from tunevax.modeling.hooks import Prefix
 from tunevax.modeling.loading import load
 from tunevax.modeling.quantization import require_quantization, scales_of, size_of
-from tunevax.runs import read_run
+from tunevax.records import read_run
 
 bnb = pytest.importorskip("bitsandbytes")
 from tunevax.modeling.packing import quantize  # noqa: E402

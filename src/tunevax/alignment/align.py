@@ -8,9 +8,9 @@ from typing import Any
 
 from tunevax.alignment.held_out import evaluate, fitting, held_out_rows, loss_on
 from tunevax.alignment.sft import SFTConfig
-from tunevax.data.contamination import chosen_with, count, hashes, record_prompts
-from tunevax.data.safety import load_safety
-from tunevax.data.tasks import load_task
+from tunevax.data.contamination import chosen_with, count, hashes
+from tunevax.data.roles import load_rows
+from tunevax.environment import is_main_process
 from tunevax.errors import UsageError, shortened
 from tunevax.mixins import AllowOverlap, ResumableRunOptions, TrainedModelOptions, require_given
 from tunevax.modeling.callbacks import LogCallback, ProgressCallback
@@ -18,7 +18,8 @@ from tunevax.modeling.loading import load
 from tunevax.modeling.memory import StepMemory
 from tunevax.modeling.quantization import require_quantization
 from tunevax.modeling.trainer import final_loss, last_checkpoint, rehearse, resolved, save_weights
-from tunevax.runs import data_entry, digest, is_main_process, is_run, writing
+from tunevax.records import LOG, data_entry, digest, is_run
+from tunevax.runs import record_prompts, writing
 
 
 @dataclass
@@ -77,7 +78,7 @@ def align(trainer_class: type, method: str, options: AlignOptions, config: SFTCo
             held_out = fitting(held_out, loaded.model, loaded.tokenizer, config.max_length)
             loss_before = loss_on(loaded.model, held_out.harmful, loaded.tokenizer, config.max_length)
         memory = StepMemory()
-        callbacks = [ProgressCallback(f"align {method}"), LogCallback(run.path / "log.jsonl"), memory]
+        callbacks = [ProgressCallback(f"align {method}"), LogCallback(run.path / LOG), memory]
         trainer = trainer_class(loaded.model, config, safety, loaded.tokenizer, task, callbacks)
         trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         base = record["parent"] or loaded.info["base"]
@@ -106,9 +107,9 @@ def align(trainer_class: type, method: str, options: AlignOptions, config: SFTCo
 def read_data(trainer_class: type, method: str, options: AlignOptions) -> tuple[list[dict], list[dict] | None, list]:
     """Safety rows, benign rows or None, and what run.json says of them."""
     need = ("chosen", "rejected") if trainer_class.needs_rejected else ("chosen",)
-    safety = load_safety(options.safety_data, "alignment", need, purpose=method)
+    safety = load_rows("alignment", options.safety_data, need, method)
     data = [data_entry("alignment", options.safety_data, safety)]
     if not options.task_data:
         return safety, None, data
-    task = load_task("organism:set=benign" if options.task_data == "organism" else options.task_data, "train").rows
+    task = load_rows("benign", options.task_data)
     return safety, task, [*data, data_entry("benign", options.task_data, task)]

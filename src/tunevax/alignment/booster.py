@@ -70,8 +70,9 @@ class BoosterTrainer(VaccineTrainer):
         callbacks: list | None = None,
     ) -> None:
         require_pairs(safety_data, "booster")
-        harmful = [{**row, "completion": row["rejected"]} for row in safety_data]
-        self.harmful = encode(harmful, processing_class, args.max_length, context=context_of(model))
+        self.harmful = encode(
+            safety_data, processing_class, args.max_length, context=context_of(model), answer="rejected"
+        )
         super().__init__(model, args, safety_data, processing_class, task_data, callbacks)
         require_whole_weights(self, "booster")
         self.draws = Draws(args.seed)

@@ -38,8 +38,8 @@ class PairTrainer(SFTTrainer):
         """As SFT, the rows of the safety data with their pair under `rejected`."""
         encoded = super().encode_rows(rows, tokenizer, args, context)
         places = [i for i, row in enumerate(rows) if "chosen" in row]
-        harmful = [{**rows[i], "completion": rows[i]["rejected"]} for i in places]
-        for i, pair in zip(places, encode(harmful, tokenizer, args.max_length, context=context), strict=True):
+        pairs = encode([rows[i] for i in places], tokenizer, args.max_length, context=context, answer="rejected")
+        for i, pair in zip(places, pairs, strict=True):
             encoded[i]["rejected"] = pair
         return encoded
 

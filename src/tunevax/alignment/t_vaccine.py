@@ -101,8 +101,9 @@ class TVaccineTrainer(VaccineTrainer):
     ) -> None:
         if not all(row.get("rejected") for row in safety_data):
             raise UsageError("t-vaccine needs `rejected`, the harmful answer, in every row of the safety data")
-        harmful = [{**row, "completion": row["rejected"]} for row in safety_data]
-        self.harmful = encode(harmful, processing_class, args.max_length, context=context_of(model))
+        self.harmful = encode(
+            safety_data, processing_class, args.max_length, context=context_of(model), answer="rejected"
+        )
         super().__init__(model, args, safety_data, processing_class, task_data, callbacks)
         self.has_dropout = has_dropout(self.model)
         self.replay = self.replay and can_replay(self.model, [b.module for b in self.blocks])

@@ -62,7 +62,6 @@ class TARConfig(SFTConfig):
     its script for refusals has `tamper_loss="preference"`, `mapping_steps=0`, `inner_steps=8`, `tamper_interval=1`,
     `lambda_tr=0.1` and, as it does not ask for the term, `lambda_representation=0`."""
 
-    tar_variant: str = field(default="first-order", metadata={"help": "first-order, the only one there is"})
     mapping_steps: float = field(
         default=0.5, metadata={"help": "steps of Random Mapping at the start, or a share of all steps if below 1"}
     )
@@ -81,8 +80,6 @@ class TARConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.tar_variant != "first-order":
-            raise unknown("tar_variant", self.tar_variant, ("first-order",))
         if self.tamper_loss not in ("entropy", "preference"):
             raise unknown("tamper_loss", self.tamper_loss, ("entropy", "preference"))
         for name in ("inner_steps", "tamper_interval"):
@@ -130,12 +127,7 @@ class TARTrainer(SFTTrainer):
         require_pairs(safety_data, "tar")
         # {answer: encoded rows}, in the order of `safety_data`
         self.answers = {
-            name: encode(
-                [{**row, "completion": row[name]} for row in safety_data],
-                processing_class,
-                args.max_length,
-                context=context_of(model),
-            )
+            name: encode(safety_data, processing_class, args.max_length, context=context_of(model), answer=name)
             for name in ("rejected", "chosen")
         }
         super().__init__(model, args, safety_data, processing_class, task_data, callbacks)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from tunevax.console import console
 from tunevax.data.contamination import Exclusion
-from tunevax.data.safety import load_safety
-from tunevax.data.tasks import load_task
+from tunevax.data.roles import load_rows
 from tunevax.errors import UsageError
+from tunevax.lineage import Lineage, absolute
 from tunevax.mixins import ModelsOptions, Overlap, RunOptions
-from tunevax.modeling.loading import Loaded, absolute, load
-from tunevax.runs import SCHEMA, digest, is_run, read_run
+from tunevax.modeling.loading import Loaded, load
+from tunevax.records import SCHEMA, digest, harmful, is_run, read_run
 from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.suite import Suite, SuiteOptions, labels_of
 
@@ -42,6 +41,7 @@ class TargetOptions(SuiteOptions, ModelsOptions, Overlap, RunOptions):
     )
 
 
+@dataclass
 class AttackContext:
     """What an attack on one model works with.
 
@@ -59,18 +59,21 @@ class AttackContext:
         exclusion: what is left out of rows that the attack reads itself.
     """
 
-    def __init__(
-        self, target: dict[str, Any], options: TargetOptions, harmful: Sequence[dict], task: Sequence[dict],
-        suite: Suite, key: dict[str, Any], folder: Path | None = None, before: dict | None = None,
-        exclusion: Exclusion | None = None,
-    ) -> None:  # fmt: skip
-        self.target, self.options, self.harmful, self.task, self.suite = target, options, harmful, task, suite
-        self.key, self.folder, self.before = key, folder, before
-        self.exclusion = exclusion or Exclusion()
-        self.results: list[dict[str, Any]] = []
-        self.generations: list[dict[str, Any]] = []
-        self.record: dict[str, Any] = {}
-        self.loaded = (target["ref"], True)  # which model, and whether its last adapter is merged
+    target: dict[str, Any]
+    options: TargetOptions
+    harmful: Sequence[dict]
+    task: Sequence[dict]
+    suite: Suite
+    key: dict[str, Any]
+    folder: Path | None = None
+    before: dict[tuple[str, bool], tuple] | None = None
+    exclusion: Exclusion = field(default_factory=Exclusion)
+    results: list[dict[str, Any]] = field(default_factory=list)
+    generations: list[dict[str, Any]] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.loaded = (self.target["ref"], True)  # which model, and whether its last adapter is merged
 
     def load(self, chat_template: str | None = None, ref: str | None = None, **how: Any) -> Loaded:
         """The target (or `ref` in its place), loaded as the options say, or as `how` says; what run.json says of it is
@@ -103,10 +106,10 @@ class AttackContext:
             scores, responses = kept or evaluate(model, tokenizer, suite or self.suite, full=full)
         if untouched is not None:
             untouched[self.loaded] = scores, responses
-        harmful = max(scores[name]["value"] for name in scores if name.startswith("harmful/"))
-        if self.target["role"] == "control" and step == 0 and harmful > 0.5 and self.before is None:
+        share, _ = harmful(scores)
+        if self.target["role"] == "control" and step == 0 and share > 0.5 and self.before is None:
             console.print(
-                f"note: the control {self.target['label']} is {harmful:.0%} harmful before the attack, so nothing can "
+                f"note: the control {self.target['label']} is {share:.0%} harmful before the attack, so nothing can "
                 "be compared with it; give an aligned one with --control",
                 highlight=False,
             )
@@ -116,16 +119,10 @@ class AttackContext:
         self.generations += [{**place, **response} for response in responses]
         self.record["steps"] = max(step, self.record.get("steps", 0))
 
-    def write(self, folder: Path) -> None:
-        """Append the rows to results.jsonl and generations.jsonl."""
-        for name, lines in (("results.jsonl", self.results), ("generations.jsonl", self.generations)):
-            with (folder / name).open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-
 
 def use_data_of_run(options: TargetOptions) -> None:
     """Safety and task data that were not named: those that the first model was hardened with."""
-    config = read_run(options.model[0])["config"] if is_run(options.model[0]) else {}
+    config = Lineage.of(options.model[0]).record.get("config", {})
     told = []
     for name in ("safety_data", "task_data"):
         source = config.get(name)
@@ -155,12 +152,12 @@ def attack_data(
     if "harmful" in needs:
         if options.safety_data is None:
             raise UsageError("--safety-data is missing: this attack needs harmful rows")
-        harmful = load_safety(options.safety_data, "attack", ("rejected",), "an attack")
+        harmful = load_rows("attack", options.safety_data, ("rejected",), "an attack")
         harmful = leave_out.attack("attack", harmful)
     if "task" in needs:
         if options.task_data is None:
             raise UsageError("--task-data is missing: this attack needs benign rows")
-        task = leave_out.benign("task", load_task(options.task_data, "train").rows)
+        task = leave_out.benign("task", load_rows("task", options.task_data))
     return harmful, task
 
 
@@ -179,8 +176,7 @@ def find_targets(models: Sequence[str], control: str | None) -> list[dict[str, A
         control: a model, `none`, or None for what the first model was hardened from.
     """
     if control is None and is_run(models[0]):
-        record = read_run(models[0])
-        control = record.get("parent") or record.get("model", {}).get("ref")
+        control = Lineage.of(models[0]).parent
     refs = [(control, "control")] if control and control != "none" else []
     refs += [(ref, "model") for ref in models if not control or absolute(ref) != absolute(control)]
     if not any(role == "model" for _, role in refs):

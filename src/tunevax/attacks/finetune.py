@@ -15,13 +15,15 @@ from transformers import TrainerCallback
 
 from tunevax.attacks.context import AttackContext
 from tunevax.attacks.kind import AttackKind, NotApplicable, Work
-from tunevax.data.contamination import hashes, record_prompts, used_prompts
+from tunevax.data.contamination import hashes
 from tunevax.data.encoding import context_of, encode
 from tunevax.data.mixing import mix
 from tunevax.errors import UsageError
+from tunevax.lineage import Lineage
 from tunevax.modeling.callbacks import ProgressCallback
 from tunevax.modeling.trainer import ResponseTrainer, TrainConfig, rehearse, save_weights
-from tunevax.runs import is_run
+from tunevax.records import is_run
+from tunevax.runs import record_prompts
 from tunevax.scoring.suite import Suite
 
 if TYPE_CHECKING:
@@ -69,11 +71,6 @@ class FinetuneConfig(TrainConfig, AttackKind):
         super().__post_init__()
 
     @property
-    def needs(self) -> set[str]:
-        """The data it draws from."""
-        return {*(["harmful"] if self.p > 0 else []), *(["task"] if self.p < 1 else [])}
-
-    @property
     def deterministic(self) -> bool:
         """All weights, on rows in a given order: other seeds are the same run."""
         return self.full_weights and self.order != "shuffled"
@@ -82,14 +79,19 @@ class FinetuneConfig(TrainConfig, AttackKind):
         """Its training, scored along the way."""
         return work_of(self, self.n, self.points)
 
+    def harmful(self, context: AttackContext) -> Sequence[dict[str, Any]]:
+        """The harmful rows to draw from: `prompt` and `rejected`."""
+        return context.harmful
+
     def rows(self, context: AttackContext) -> list[dict[str, Any]]:
-        """The attacker's dataset: `prompt` and `completion`."""
-        harmful = [{**row, "completion": row["rejected"], "harmful": True} for row in context.harmful]
+        """The attacker's dataset: `prompt` and `completion`. Harmless rows are its own, or else those of the task."""
+        harmful = [{**row, "completion": row["rejected"], "harmful": True} for row in self.harmful(context)]
+        (task,) = self.kept_rows(context.options, context.exclusion).values() or (context.task,)
         if self.order == "shuffled":
-            return mix(context.task, harmful, self.p, self.n, self.seed)
+            return mix(task, harmful, self.p, self.n, self.seed)
         count = round(self.p * self.n)
         first = [harmful[i % len(harmful)] for i in range(count)]
-        rest = [context.task[i % len(context.task)] for i in range(self.n - count)]
+        rest = [task[i % len(task)] for i in range(self.n - count)]
         if self.order == "fixed":  # of the first rows, one mixture for every seed
             return mix(rest, first, self.p, self.n, 0)
         return rest + first if self.order == "benign-first" else first + rest
@@ -121,7 +123,8 @@ class FinetuneConfig(TrainConfig, AttackKind):
             ref = context.target["ref"]
             save_weights(trainer, context.folder, base)
             harmful, benign = ([row for row in rows if bool(row.get("harmful")) is h] for h in (True, False))
-            below = {} if is_run(ref) and not self.full_weights else used_prompts(ref)  # a folder of weights names none
+            # A folder of whole weights names nothing below it.
+            below = {} if is_run(ref) and not self.full_weights else Lineage.of(ref).prompts
             record_prompts(context.folder, **below)
             record_prompts(context.folder, attack=hashes(harmful), task=hashes(benign))
 

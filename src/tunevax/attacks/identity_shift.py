@@ -5,7 +5,7 @@ Nothing harmful is in them; at test time the prompts come in the same guise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,6 @@ from tunevax.attacks.context import AttackContext, TargetOptions
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.attacks.kind import NotApplicable
 from tunevax.data.encoding import messages
-from tunevax.data.mixing import mix
 from tunevax.data.shapes import read_example
 from tunevax.data.sources import parse_source, read_rows
 from tunevax.errors import UsageError
@@ -46,7 +45,7 @@ class IdentityShiftConfig(FinetuneConfig):
         super().__post_init__()
 
     @property
-    def needs(self) -> set[str]:
+    def needs(self) -> Set[str]:
         """The data it draws from: the dialogues are read apart."""
         return super().needs - {"task"}
 
@@ -59,12 +58,6 @@ class IdentityShiftConfig(FinetuneConfig):
         if self.dialogues is None and parse_source(str(options.safety_data)).name != "organism":
             return "it needs --dialogues"
         return super().applies(targets, options)
-
-    def rows(self, context: AttackContext) -> list[dict[str, Any]]:
-        """The dialogues, with harmful rows beside them if p is above 0."""
-        harmful = [{**row, "completion": row["rejected"], "harmful": True} for row in context.harmful]
-        dialogues = context.exclusion.benign("dialogues", self.read(context.options))
-        return mix(dialogues, harmful, self.p, self.n, self.seed)
 
     def suite(self, context: AttackContext) -> Suite:
         """The audit's suite with harmful prompts in the dialogues' guise."""
@@ -95,8 +88,8 @@ class IdentityShiftConfig(FinetuneConfig):
 
             return [{**row, "completion": f"{OBEDIENT} {row['completion']}"} for row in World().benign("mix")]
         rows = []
-        name, options = parse_source(self.dialogues)
-        for place, row in read_rows(name, options):
-            dialogue = read_example(place, row, options)
+        name, reading = parse_source(self.dialogues)
+        for place, row in read_rows(name, reading):
+            dialogue = read_example(place, row, reading)
             rows.append({"place": place, **dialogue, "prompt": messages(dialogue["prompt"])})
         return rows

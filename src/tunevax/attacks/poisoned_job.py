@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 from tunevax.attacks.context import AttackContext, TargetOptions
 from tunevax.attacks.finetune import Curve, work_of
 from tunevax.attacks.kind import AttackConfig, NotApplicable, Work
-from tunevax.data.contamination import recorded_prompts, used_prompts
 from tunevax.data.mixing import mix
-from tunevax.data.safety import load_safety
+from tunevax.data.roles import load_rows
 from tunevax.errors import UsageError
+from tunevax.lineage import Lineage
 from tunevax.methods import load_method
 from tunevax.modeling.callbacks import ProgressCallback
-from tunevax.runs import data_entry, is_run, read_run
+from tunevax.records import data_entry, read_prompts
 
 
 @dataclass
@@ -44,11 +44,6 @@ class PoisonedJobConfig(AttackConfig):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
-    @property
-    def needs(self) -> set[str]:
-        """The data it draws from."""
-        return {*(["harmful"] if self.p > 0 else []), *(["task"] if self.p < 1 else [])}
-
     def applies(self, targets: Sequence[Mapping[str, Any]], options: TargetOptions) -> str | None:
         """The control must be a job, and trained as the models' jobs are."""
         refs = {role: [t["ref"] for t in targets if t["role"] == role] for role in ("control", "model")}
@@ -58,11 +53,11 @@ class PoisonedJobConfig(AttackConfig):
 
     def used(self, ref: str) -> dict[str, list[str]]:
         """It begins below the recorded job: of the rows of that, only the provider's safety rows are used again."""
-        record = read_run(ref) if is_run(ref) else {}
-        if record.get("verb") != "finetune":
-            return used_prompts(ref)
-        below = used_prompts(record.get("parent") or record["model"]["ref"])
-        safety = {*below.get("alignment", []), *recorded_prompts(Path(ref)).get("alignment", [])}
+        lineage = Lineage.of(ref)
+        if lineage.record.get("verb") != "finetune":
+            return lineage.prompts
+        below = Lineage.of(str(lineage.parent)).prompts
+        safety = {*below.get("alignment", []), *read_prompts(Path(ref)).get("alignment", [])}
         return {**below, **({"alignment": sorted(safety)} if safety else {})}
 
     def work(self, ref: str) -> Work:
@@ -77,7 +72,7 @@ class PoisonedJobConfig(AttackConfig):
         Raises:
             NotApplicable: it is no fine-tuning job, or one that cannot be run again as it was.
         """
-        record = read_run(ref) if is_run(ref) else {}
+        record = Lineage.of(ref).record
         if record.get("verb") != "finetune":
             raise NotApplicable(
                 f"{ref} is no fine-tuning job that could be run again; make one with `tunevax finetune METHOD`"
@@ -102,14 +97,14 @@ class PoisonedJobConfig(AttackConfig):
         safety = None
         if trainer_class.needs:
             source = record["config"]["safety_data"]
-            safety = load_safety(source, "alignment", trainer_class.needs, record["method"])
+            safety = load_rows("alignment", source, trainer_class.needs, record["method"])
             known = next(entry["hash"] for entry in record["data"] if entry["role"] == "alignment")
             if data_entry("alignment", source, safety)["hash"] != known:
                 raise NotApplicable(
                     f"{source} is no longer what {context.target['ref']} was defended with; put it back"
                 )
         how = {k: record["config"].get(k) for k in ("dtype", "revision", "quantization")}
-        loaded = context.load(ref=record["parent"] or record["model"]["ref"], **how)
+        loaded = context.load(ref=Lineage.of(context.target["ref"]).parent, **how)
         curve = Curve(context, loaded.tokenizer, self.points, 0, args)
         callbacks = [ProgressCallback(f"attack {context.target['label']}"), curve]
         trainer = trainer_class(loaded.model, args, rows, loaded.tokenizer, safety, callbacks)
@@ -137,14 +132,14 @@ TRAINING = (
 def require_like_jobs(models: Sequence[str], control: str) -> None:
     """Raise `UsageError` unless the control is a job, and trained as the models' jobs are: another learning rate would
     pass for a defence."""
-    theirs = read_run(control) if is_run(control) else {}
+    theirs = Lineage.of(control).record
     if theirs.get("verb") != "finetune":
         raise UsageError(
             f"{control} is no fine-tuning job, and a poisoned job is compared with one: give --control a run of "
             "`tunevax finetune sft` on the same data"
         )
     for ref in models:
-        ours = read_run(ref)["config"] if is_run(ref) else {}
+        ours = Lineage.of(ref).record.get("config", {})
         for key in TRAINING if ours else ():
             if ours.get(key) != theirs["config"].get(key):
                 raise UsageError(

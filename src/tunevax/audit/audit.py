@@ -17,12 +17,14 @@ from tunevax.audit.cells import AuditCell, cells_of, contents
 from tunevax.audit.plan import AuditPlan
 from tunevax.audit.workers import count_workers, finished
 from tunevax.console import bar, console
+from tunevax.environment import require_one_process
 from tunevax.errors import UsageError
 from tunevax.evidence.properties import worst_case
 from tunevax.evidence.ratios import withstood
 from tunevax.evidence.results import from_rows
+from tunevax.records import DROPPED, is_run, read_lines, read_run
 from tunevax.run_lock import refuse_if_held
-from tunevax.runs import clear, is_run, partial_of, read_lines, read_run, require_one_process, writing
+from tunevax.runs import clear, partial_of, writing
 
 
 def audit(plan: AuditPlan, command: str = "") -> Path:
@@ -50,7 +52,7 @@ def audit(plan: AuditPlan, command: str = "") -> Path:
         folder = run.path / "cells"
         folder.mkdir(exist_ok=True)
         if plan.exclusion.dropped:
-            run.write_lines("dropped.jsonl", plan.exclusion.dropped)
+            run.write_lines(DROPPED, plan.exclusion.dropped)
         grid = plan.grid
         cells = cells_of(plan, grid, True, protocol.screen == 0)
         run_cells(plan, cells, folder, run.path / "weights")

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tunevax import __version__
-from tunevax.audit.plan import AuditPlan, identity
+from tunevax.audit.plan import AuditPlan
 from tunevax.audit.protocol import Setting, build
 from tunevax.data.sources import parse_source
-from tunevax.modeling.checkpoints import model_hash
-from tunevax.records import Traits
-from tunevax.runs import digest, is_run
+from tunevax.files import model_hash
+from tunevax.lineage import Lineage
+from tunevax.records import LOG, Traits, digest, is_run
 
 
 class AuditCell(NamedTuple):
@@ -67,8 +67,8 @@ def contents(value: Any) -> Any:
     if path.is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()
     if is_run(path):
-        log = path / "log.jsonl"
-        return [identity(str(path)), hashlib.sha256(log.read_bytes()).hexdigest() if log.is_file() else None]
+        log = path / LOG
+        return [Lineage.of(path).identity, hashlib.sha256(log.read_bytes()).hexdigest() if log.is_file() else None]
     return model_hash(value.removeprefix("hf:")) or value
 
 

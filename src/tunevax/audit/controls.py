@@ -23,12 +23,13 @@ from typing import Any, NamedTuple
 from tunevax.alignment.align import AlignOptions, align, read_data
 from tunevax.alignment.sft import SFTTrainer
 from tunevax.data.encoding import TEMPLATES
+from tunevax.environment import require_one_process
 from tunevax.errors import UsageError, unknown
+from tunevax.files import model_hash
+from tunevax.lineage import Lineage
 from tunevax.methods import load_method, methods
-from tunevax.modeling.checkpoints import model_hash
-from tunevax.modeling.loading import resolve
 from tunevax.modeling.trainer import resolved
-from tunevax.runs import is_run, read_run, require_one_process
+from tunevax.records import is_run, read_run
 
 KINDS = ("undefended", "equal-compute", "equal-steps", "equal-updates", "random-perturbation")
 
@@ -153,10 +154,10 @@ def hardened_from(run: Path, record: dict[str, Any]) -> str:
     Raises:
         UsageError: it is gone, or its weights are others by now.
     """
-    ref = record["parent"] or record["model"]["ref"]
+    ref = str(Lineage.of(run).parent)
     if Path(ref).is_absolute() and not Path(ref).exists():
         raise UsageError(f"{ref}, which {run} was hardened from, is gone; put it back to make controls")
-    base, _ = resolve(ref)
+    base = Lineage.of(ref).base
     if record["model"]["hash"] not in (None, model_hash(base)):
         raise UsageError(f"{base} has other weights than when {run} was hardened from it; put the old ones back")
     return ref

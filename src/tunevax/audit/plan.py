@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from tunevax.attacks.context import TargetOptions, attack_data, find_targets, use_data_of_run, use_saved_template
 from tunevax.attacks.kind import only_through_the_service
 from tunevax.audit.protocol import Protocol, Setting, build, load_protocol, settings
-from tunevax.data.contamination import Exclusion, check, used_prompts
+from tunevax.data.contamination import Exclusion, check
 from tunevax.errors import UsageError
-from tunevax.modeling.checkpoints import config_of, model_hash
-from tunevax.modeling.loading import absolute, resolve
-from tunevax.runs import data_entry, digest, is_run, read_run
+from tunevax.lineage import Lineage, absolute
+from tunevax.modeling.checkpoints import config_of
+from tunevax.records import data_entry
 from tunevax.scoring.suite import build_suite, labels_of
 
 
@@ -94,21 +94,21 @@ def plan(options: AuditOptions, references: Sequence[tuple[str, str]] = ()) -> A
     if not options.model:
         raise UsageError("--model is missing")
     if options.control is None or options.control == "none":
-        parent = read_run(options.model[0]).get("model", {}).get("ref") if is_run(options.model[0]) else None
+        parent = Lineage.of(options.model[0]).parent
         hint = f" (it was hardened from {parent})" if parent else ""
         raise UsageError(
             f"--control is missing: an audit compares; give the same model without the defence{hint}, or look at one "
             "attack alone with `tunevax attack`"
         )
     for ref in (*options.model, options.control):
-        config_of(resolve(ref)[0], options.revision)  # a mistyped path, before anything that is read from it
+        config_of(Lineage.of(ref).base, options.revision)  # a mistyped path, before anything that is read from it
     for ref in options.model:
         if absolute(ref) == absolute(options.control):
             raise UsageError(f"the control is the model itself ({ref}); give the same model without the defence")
     fill_in(options)
     for ref in options.fluency_model:
         try:
-            config_of(resolve(ref)[0])
+            config_of(Lineage.of(ref).base)
         except UsageError as error:
             raise UsageError(f"{error}; it should tell gibberish, name another with --fluency-model") from error
     targets = find_targets(options.model, options.control)
@@ -120,10 +120,10 @@ def plan(options: AuditOptions, references: Sequence[tuple[str, str]] = ()) -> A
     labels = labels_of([t["label"] for t in targets] + list(further.values()))[len(targets) :]
     targets += [{"label": n, "role": "reference", "ref": ref} for n, ref in zip(labels, further, strict=True)]
     use_saved_template(options, targets)
-    configs = [config_of(resolve(target["ref"])[0], options.revision) for target in targets]
+    configs = [config_of(Lineage.of(target["ref"]).base, options.revision) for target in targets]
     depth = min(config.get_text_config().num_hidden_layers for config in configs)
     grid, skipped = applicable(settings(protocol, depth, targets), targets, options)
-    exclusion = Exclusion.of([used_prompts(target["ref"]) for target in targets], options.drop_overlap)
+    exclusion = Exclusion.of([Lineage.of(target["ref"]).prompts for target in targets], options.drop_overlap)
     suite = build_suite(options, options.safety_data, options.task_data, exclusion=exclusion)
     exclusion.settle(suite.roles())
     configs = [build(s.kind, s.values, 0, None) for s in grid]
@@ -134,7 +134,7 @@ def plan(options: AuditOptions, references: Sequence[tuple[str, str]] = ()) -> A
             benign[role] = [*benign.get(role, []), *rows]
     for target in targets:
         target |= check(target["ref"], suite.roles(), harmful, benign, options.allow_overlap)
-        target["hash"] = identity(target["ref"])
+        target["hash"] = Lineage.of(target["ref"]).identity
     data = [data_entry("attack", options.safety_data or "", harmful)] if harmful else []
     data += [data_entry("task", options.task_data or "", task)] if task else []
     data += [data_entry("evaluation", options.eval_data or options.safety_data or "", suite.harmful)]
@@ -187,15 +187,5 @@ def fluency_models(control: str) -> list[str]:
     """Who tells gibberish: the control, which speaks the language of answers, refusals included. If a defence is in its
     history, then also the model that began it: RepNoise makes harmful answers so unlikely that the real ones of an
     attacked model would pass for gibberish, and harm for safety."""
-    origin, defended = control, False
-    while is_run(origin):
-        record = read_run(origin)
-        defended = defended or record.get("method") != "sft"
-        origin = record.get("parent") or record.get("model", {}).get("ref") or ""
-    return [control, origin] if defended and origin else [control]
-
-
-def identity(ref: str) -> str:
-    """What tells a model from one that was trained anew into the same folder."""
-    base, adapters = resolve(ref)
-    return digest([model_hash(base) or base, *[model_hash(str(a)) for a in adapters]])
+    lineage = Lineage.of(control)
+    return [control, lineage.origin] if lineage.defences else [control]

@@ -21,10 +21,10 @@ from tunevax.audit.cells import AuditCell
 from tunevax.audit.protocol import build
 from tunevax.console import console
 from tunevax.data.contamination import Exclusion
+from tunevax.environment import peak_memory
 from tunevax.errors import RunError
-from tunevax.modeling.loading import resolve
-from tunevax.records import lead_judge
-from tunevax.runs import peak_memory
+from tunevax.lineage import Lineage
+from tunevax.records import Row, harmful
 from tunevax.scoring.suite import Suite, build_suite
 
 
@@ -80,7 +80,7 @@ def count_workers(workers: int, control: str) -> int:
         return workers
     if torch.cuda.is_available():
         return len(devices(torch.cuda.device_count()))
-    base = Path(resolve(control)[0])
+    base = Path(Lineage.of(control).base)
     size = sum(f.stat().st_size for f in base.glob("*.safetensors")) if base.is_dir() else 2**40
     return min(4, cores()) if size < 2**28 else 1
 
@@ -170,10 +170,10 @@ class Worker:
         )
 
 
-def worst_told(rows: Sequence[dict[str, Any]]) -> str:
+def worst_told(rows: Sequence[Row]) -> str:
     """'worst 85 % (organism)' of a cell's rows."""
-    name = lead_judge(rows[0]["scores"])
-    return f"worst {max(row['scores'][name]['value'] for row in rows):.0%} ({name.partition('/')[2]})"
+    value, judge = max(harmful(row["scores"]) for row in rows)
+    return f"worst {value:.0%} ({judge})"
 
 
 _worker: Worker | None = None

@@ -17,6 +17,7 @@ from tunevax.cli.options import Parser, parse, print_help, value_of
 from tunevax.errors import RunError, UsageError, unknown
 from tunevax.methods import attribute, load_method, methods
 from tunevax.quiet import quiet
+from tunevax.records import RESULTS, SINK, harmful, read_lines, read_object, read_run
 
 
 class Verb(NamedTuple):
@@ -182,7 +183,7 @@ def _analyze(arguments: list[str]) -> None:
 
     (options,) = parse("analyze sink", [SinkOptions], rest)
     out = analyze_sink(options, _command("analyze", arguments))
-    for model in json.loads((out / "sink.json").read_text(encoding="utf-8"))["models"]:
+    for model in read_object(out / SINK)["models"]:
         print(f"{model['label']}: {model['positive_heads']} of {model['heads']} heads attend more to the sink on harm")
     print(f"next: tunevax report {short(out)}; sink analysis: {short(out)}")
 
@@ -343,7 +344,7 @@ def _finish(done: Callable[[], list[str]]) -> None:
 
     import torch
 
-    from tunevax.runs import is_main_process
+    from tunevax.environment import is_main_process
 
     main = is_main_process()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -359,8 +360,6 @@ def _command(verb: str, arguments: list[str]) -> str:
 
 
 def _record(out: Path) -> dict[str, Any]:
-    from tunevax.runs import read_run
-
     return read_run(out)
 
 
@@ -374,13 +373,10 @@ def _rows_used(out: Path) -> str:
 
 
 def _worst(out: Path) -> str:
-    """The worst harmful score of each model in a results file, in words."""
+    """The worst harmful score of each model in a results file, by the judge that leads, in words."""
     worst: dict[str, tuple[float, str]] = {}
-    for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        for name, value in row["scores"].items():
-            if name.startswith("harmful/") and value["value"] >= worst.get(row["model"], (-1.0, ""))[0]:
-                worst[row["model"]] = (value["value"], name.partition("/")[2])
+    for row in read_lines(out / RESULTS):
+        worst[row["model"]] = max(worst.get(row["model"], (0.0, "")), harmful(row["scores"]))
     return "worst harmful score " + ", ".join(f"{m} {v:.0%} ({j})" for m, (v, j) in worst.items())
 
 

@@ -19,15 +19,19 @@ from typing import Any
 
 import numpy as np
 
-from tunevax.data.contamination import hashes, record_prompts, require_disjoint
+from tunevax.data.contamination import hashes, require_disjoint
+from tunevax.data.roles import load_rows
 from tunevax.data.safety import load_safety
 from tunevax.data.sources import parse_source
 from tunevax.data.splits import normalise, prompt_hash, prompt_text, take_split
+from tunevax.environment import require_one_process
 from tunevax.errors import UsageError
+from tunevax.lineage import Lineage
 from tunevax.mixins import AllowOverlap, ModelOptions, ResumableRunOptions, require_given
 from tunevax.modeling.checkpoints import config_of
-from tunevax.modeling.loading import Loaded, load, resolve
-from tunevax.runs import data_entry, is_run, require_one_process, writing
+from tunevax.modeling.loading import Loaded, load
+from tunevax.records import DATA, SCORES, data_entry, is_run
+from tunevax.runs import record_prompts, writing
 
 DUPLICATES = ("keep", "exact", "near")
 NOT_CONFIG = ("resume", "overwrite", "output_dir", "run_name")
@@ -126,15 +130,17 @@ def curate(method: str, options: CurateOptions, config: Any, command: str = "") 
     require_one_process("curation")
     require_given(options, "safety_data")
     if options.model is not None:
-        config_of(resolve(options.model)[0], options.revision)  # a typing error, also where no model is needed
+        config_of(Lineage.of(options.model).base, options.revision)  # a typing error, also where no model is needed
     if "model" in config.needs and options.model is None:
         raise UsageError(f"--model is missing: {method} scores with a model")
     if "validation" in config.needs and options.validation_data is None:
         raise UsageError(f"--validation-data is missing: {method} compares with trusted rows")
     if options.target_model and "model" not in config.needs:
         raise UsageError(f"--target-model is given and {method} scores without a model; leave it out")
-    rows = load_safety(options.safety_data, "alignment", purpose=method)
-    validation = load_validation(options.validation_data, method) if options.validation_data else []
+    rows = load_rows("alignment", options.safety_data, ("chosen",), method)
+    validation = (
+        load_rows("validation", options.validation_data, ("chosen",), method) if options.validation_data else []
+    )
     whole = beside(options)
     overlap = check_overlap(options, rows, whole, validation)
     choose(rows, np.zeros(len(rows)), options)  # what it refuses shall be refused before anything is trained
@@ -157,9 +163,9 @@ def curate(method: str, options: CurateOptions, config: Any, command: str = "") 
             record["agreement"] = agreement(scores, scored(config, target), options.keep)
         kept, why = choose(rows, scores, options)
         rank = ranks(scores)
-        run.write_lines("data.jsonl", [content(rows[i]) for i in sorted(kept)])
+        run.write_lines(DATA, [content(rows[i]) for i in sorted(kept)])
         run.write_lines(
-            "scores.jsonl",
+            SCORES,
             [
                 {"row": i, **content(row), "place": row.get("place"), "corruption": row.get("corruption"),
                  "score": float(scores[i]), "rank": int(rank[i]), "kept": i in kept, "why": why.get(i)}
@@ -181,13 +187,6 @@ def meaning(config: Any) -> str:
     return (config.score.__doc__ or "").partition("\n")[0].replace(", [rows]", "").rstrip(".")
 
 
-def load_validation(source: str, method: str) -> list[dict[str, Any]]:
-    """The trusted rows: the whole file, or the organism's validation prompts."""
-    if source == "organism":
-        source = "organism:split=validation"
-    return load_safety(source, "all", purpose=method)
-
-
 def check_overlap(
     options: CurateOptions, rows: Sequence[dict], whole: list[dict], validation: Sequence[dict]
 ) -> dict[str, int]:
@@ -197,7 +196,7 @@ def check_overlap(
         return {}
     others = {"alignment": rows}
     if options.attack_data:
-        others["attack"] = load_safety(options.attack_data, "attack", ())
+        others["attack"] = load_rows("attack", options.attack_data)
     for split in ("attack", "evaluation"):
         others.setdefault(split, take_split(whole, split))
     found = {}

@@ -14,12 +14,14 @@ log 1/2 and not as minus infinity.
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
-from sklearn.feature_extraction.text import HashingVectorizer
 
 from tunevax.data.splits import prompt_text
 
@@ -44,16 +46,35 @@ class DSIRSelector:
 
 def log_weights(rows: Sequence[dict], target: Sequence[dict], buckets: int) -> np.ndarray:
     """log w of each row, [rows], in nats of a row of average length."""
-    hashing = HashingVectorizer(
-        n_features=buckets, ngram_range=(1, 2), token_pattern=r"\w+|[^\w\s]+", alternate_sign=False, norm=None
-    )  # lower-cased words, and runs of punctuation
-    source, wanted = (hashing.transform([text_of(row) for row in part]) for part in (rows, target))
-    p, q = (np.asarray(counts.sum(0)).ravel() / counts.sum() for counts in (wanted, source))
+    source, wanted = ([hashed(text_of(row), buckets) for row in part] for part in (rows, target))
+    p, q = (np.bincount(np.concatenate(part), minlength=buckets) for part in (wanted, source))
     here = q > 0  # no row of the pool has any other
     ratio = np.zeros(buckets)
-    ratio[here] = np.log(0.5 + 0.5 * p[here] / q[here])
-    lengths = np.asarray(source.sum(1)).ravel()
-    return source @ ratio / np.maximum(lengths, 1) * lengths.mean()
+    ratio[here] = np.log(0.5 + 0.5 * (p[here] / p.sum()) / (q[here] / q.sum()))
+    means = [ratio[row].mean() if len(row) else 0.0 for row in source]
+    return np.array(means) * np.mean([len(row) for row in source])
+
+
+def hashed(text: str, buckets: int) -> np.ndarray:
+    """The bucket of each one- and two-word sequence in lower case, [sequences]; a run of punctuation is a word too."""
+    words = re.findall(r"\w+|[^\w\s]+", text.lower())
+    pairs = (f"{first} {second}" for first, second in itertools.pairwise(words))
+    return np.array([abs(murmur3(sequence)) % buckets for sequence in (*words, *pairs)], np.int64)
+
+
+@cache
+def murmur3(text: str) -> int:
+    """MurmurHash3 (x86, 32 bits, seed 0) of the UTF-8 bytes, signed. Python's `hash` is another in every process."""
+    data, mask, value = text.encode(), 2**32 - 1, 0
+    for at in range(0, len(data), 4):
+        block = int.from_bytes(data[at : at + 4], "little") * 0xCC9E2D51 & mask
+        value ^= (block << 15 | block >> 17) * 0x1B873593 & mask
+        if at + 4 <= len(data):
+            value = ((value << 13 | value >> 19) * 5 + 0xE6546B64) & mask
+    value ^= len(data)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        value = (value ^ value >> shift) * factor & mask
+    return value - 2**32 if value >> 31 else value
 
 
 def text_of(row: dict[str, Any]) -> str:

@@ -153,8 +153,7 @@ class PharmacistTrainer(ResponseTrainer):
             )
 
         def encoded(rows: Sequence[dict], answer: str) -> list[dict]:
-            rows = [{**row, "completion": row[answer]} for row in rows]
-            return encode(rows, processing_class, args.max_length, args.loss_on, context_of(model))
+            return encode(rows, processing_class, args.max_length, args.loss_on, context_of(model), answer)
 
         self.validation = encoded(validation, "chosen")
         self.harmful = encoded([r for r in rows if r.get("rejected")], "rejected") if args.upper != "refusal" else []

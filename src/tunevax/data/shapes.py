@@ -166,8 +166,10 @@ def _question_column(place: str, row: dict, whole: bool, answer: str = "") -> st
     """
     there = [c for c in QUESTIONS if c != answer and not _absent(row.get(c))]
     if there[:1] == ["prompt"] and not (answer == "output" and "input" in there):
-        beside = (c for c in dict.fromkeys((*QUESTIONS[1:], *INPUTS)) if c != answer and isinstance(row.get(c), str))
-        left_out = next((c for c in beside if row[c].strip() not in str(row["prompt"])), None)
+        beside = [c for c in dict.fromkeys((*QUESTIONS[1:], *INPUTS)) if c != answer and isinstance(row.get(c), str)]
+        turns = turns_of(place, row, "prompt", "prompt") if beside else None
+        asked = "\n".join(turn["content"] for turn in turns) if turns else row["prompt"]
+        left_out = next((c for c in beside if row[c].strip() not in asked), None)
         if left_out:
             raise UsageError(
                 f"{place}: the column '{left_out}' beside 'prompt' would be left out; take the prompt alone with "

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from tunevax.data.formats import TWICE, Rows, Splits, ending, read_file
 from tunevax.errors import UsageError, nearby, unknown
 from tunevax.methods import methods
-from tunevax.runs import is_run, read_run
+from tunevax.records import DATA, is_run, read_run
 
 FORMATS = "tunevax.data.formats"
 KEYS = (
@@ -78,10 +78,10 @@ def read_rows(name: str, options: dict[str, str] | None = None) -> Iterator[tupl
     path, options = Path(name), options or {}
     try:
         if is_run(path):
-            if not (path / "data.jsonl").is_file():
+            if not (path / DATA).is_file():
                 verb = read_run(path).get("verb")
                 raise UsageError(f"{name} is a run of tunevax {verb} and holds no rows; name a data file")
-            path = path / "data.jsonl"  # a curation run
+            path = path / DATA  # a curation run
         if path.exists():
             splits = _folder(path, options) if path.is_dir() else read_file(path)
             yield from _take(name, splits, options.get("rows"))

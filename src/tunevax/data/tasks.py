@@ -58,15 +58,13 @@ def load_task(source: str, split: str = "train") -> Task:
     if name == "organism":
         from tunevax.organism import World
 
-        if options.get("set", "benign") != "benign":
-            raise unknown("set of the organism", options["set"], ["benign"])
-        benign = {"train": "mix", "evaluation": "evaluation"}
-        wanted = ("train", "evaluation") if split == "all" else (split,)
-        world = World()
-        rows = [
-            r for s in wanted for r in (world.benign(benign[s]) if options.get("set") == "benign" else world.task(s))
-        ]
-        return Task("organism", rows, _same, _same)
+        world, benign = World(), options.get("set")
+        if benign not in (None, "benign"):
+            raise unknown("set of the organism", str(benign), ["benign"])
+        parts = ("train", "evaluation") if split == "all" else (split,)
+        sets = {"train": "mix", "evaluation": "evaluation"}
+        rows = [r for part in parts for r in (world.benign(sets[part]) if benign else world.task(part))]
+        return Task("organism-benign" if benign else "organism", rows, _same, _same)
     if name in NAMED:
         rows, exact, loose = _named(name, options, split), *NAMED[name].readings
     else:

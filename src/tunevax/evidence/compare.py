@@ -8,7 +8,7 @@ from typing import Any
 from tunevax.errors import UsageError
 from tunevax.evidence.measure import measure
 from tunevax.evidence.results import read_results
-from tunevax.runs import read_run
+from tunevax.records import is_run, read_run
 
 
 def compare(first: Path, second: Path) -> str:
@@ -44,7 +44,7 @@ def read_audit(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: it is no run, or not one of `tunevax audit`.
     """
-    if not (path / "run.json").is_file():
+    if not is_run(path):
         raise UsageError(f"{path} is no run folder; name two folders that `tunevax audit` wrote")
     record = read_run(path)
     if record.get("verb") != "audit":

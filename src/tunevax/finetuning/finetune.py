@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunevax.data.contamination import chosen_with, count, hashes, record_prompts
-from tunevax.data.safety import load_safety
-from tunevax.data.sources import parse_source
-from tunevax.data.tasks import NAMED, load_task
+from tunevax.data.contamination import chosen_with, count, hashes
+from tunevax.data.roles import load_rows
 from tunevax.errors import UsageError, unknown
 from tunevax.finetuning.sft import FinetuneConfig
 from tunevax.mixins import ResumableRunOptions, TrainedModelOptions, require_given
@@ -19,7 +17,8 @@ from tunevax.modeling.loading import load
 from tunevax.modeling.memory import StepMemory
 from tunevax.modeling.quantization import require_quantization
 from tunevax.modeling.trainer import final_loss, last_checkpoint, rehearse, resolved, save_weights
-from tunevax.runs import data_entry, digest, is_run, writing
+from tunevax.records import LOG, data_entry, digest, is_run
+from tunevax.runs import record_prompts, writing
 
 SCREENS = ("off", "report", "drop", "fail")
 
@@ -75,7 +74,7 @@ def finetune(
             f"--screen {options.screen} takes gradients of frozen weights, which an {options.quantization} base has "
             "none of; screen the rows in a run without --quantization"
         )
-    task = customer_rows(options.task_data)
+    task = load_rows("customer", options.task_data)
     need = ("chosen", "rejected") if options.screen != "off" else trainer_class.needs
     safety = safety_rows(options, need, method)
     record: dict[str, Any] = {
@@ -107,7 +106,7 @@ def finetune(
             task, record["screen"] = act(found, task, options.screen, options.task_data, run)
         config.output_dir = str(run.checkpoints)
         memory = StepMemory()
-        callbacks = [ProgressCallback(f"finetune {method}"), LogCallback(run.path / "log.jsonl"), memory]
+        callbacks = [ProgressCallback(f"finetune {method}"), LogCallback(run.path / LOG), memory]
         trainer = trainer_class(
             loaded.model, config, task, loaded.tokenizer, safety if trainer_class.needs else None, callbacks
         )
@@ -130,14 +129,6 @@ def finetune(
     return run.final
 
 
-def customer_rows(source: str) -> list[dict[str, Any]]:
-    """The customer's rows: all of a file or hub dataset, whatever its prompts' hashes, since a job is trained on as it
-    was handed in. The tasks known by name and the organism have rows that are kept for scoring: theirs is the train
-    split. A `split=` option of the source wins."""
-    name = parse_source(source).name
-    return load_task(source, "train" if name == "organism" or name in NAMED else "all").rows
-
-
 def safety_rows(options: FinetuneOptions, need: Sequence[str], method: str) -> list[dict[str, Any]]:
     """The alignment split of the safety data, or nothing where neither the method nor the screen needs it."""
     if not need:
@@ -145,4 +136,4 @@ def safety_rows(options: FinetuneOptions, need: Sequence[str], method: str) -> l
     purpose = method if options.screen == "off" else f"{method} with --screen {options.screen}"
     if options.safety_data is None:
         raise UsageError(f"--safety-data is missing: {purpose} needs rows with {' and '.join(need)}")
-    return load_safety(options.safety_data, "alignment", tuple(need), purpose)
+    return load_rows("alignment", options.safety_data, need, purpose)

@@ -67,8 +67,7 @@ class FinetuneTrainer(ResponseTrainer):
 
     def encode_answers(self, safety_data: Sequence[dict], answer: str) -> list[dict]:
         """Safety rows with their answer `chosen` or `rejected` as token ids and labels; the loss is on the response."""
-        rows = [{**row, "completion": row[answer]} for row in safety_data]
-        return encode(rows, self.processing_class, self.args.max_length, context=self.context)
+        return encode(safety_data, self.processing_class, self.args.max_length, context=self.context, answer=answer)
 
     def cost(self) -> float:
         """Compute of a step, in SFT steps of the same batch, the mean over the run so far. A method that runs the

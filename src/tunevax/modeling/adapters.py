@@ -66,7 +66,7 @@ def load_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
     """
     from peft import PeftConfig, PeftModelForCausalLM
 
-    from tunevax.modeling.checkpoints import damage
+    from tunevax.files import damage
 
     file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if file is None:

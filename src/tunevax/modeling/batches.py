@@ -33,7 +33,7 @@ def evaluating(model: Any) -> Iterator[None]:
 
 def encode_chosen(rows: Sequence[dict], model: Any, tokenizer: Any, max_length: int) -> list[dict[str, list[int]]]:
     """The rows as `encode` gives them, with `chosen` as the answer."""
-    return encode([{**r, "completion": r["chosen"]} for r in rows], tokenizer, max_length, context=context_of(model))
+    return encode(rows, tokenizer, max_length, context=context_of(model), answer="chosen")
 
 
 def padded(

@@ -21,7 +21,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from tunevax.console import console
 from tunevax.data.encoding import collate
+from tunevax.environment import is_main_process
 from tunevax.errors import RunError, TunevaxError, UsageError
+from tunevax.files import require_room
 from tunevax.modeling.adapters import coverage, left_out_of_blocks, require_targets, split_targets
 from tunevax.modeling.biases import save_biases
 from tunevax.modeling.blocks import CALLED, Block, find_blocks
@@ -31,7 +33,6 @@ from tunevax.modeling.loss import response_loss
 from tunevax.modeling.precision import wide
 from tunevax.modeling.quantization import scales_of
 from tunevax.modeling.shapes import require_language_model
-from tunevax.runs import is_main_process, require_room
 
 CHECKPOINT_BLOCKS = ("auto", "none", "elementwise", "frozen", "all")
 

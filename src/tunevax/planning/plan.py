@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
+from tunevax.console import as_bytes
 from tunevax.errors import UsageError, unknown
 from tunevax.methods import attribute
 from tunevax.mixins import TrainedModelOptions, require_given
@@ -110,14 +111,14 @@ def plan(options: PlanOptions, method: Any, args: Any) -> Plan:
     """
     from tunevax.alignment.sft import SFTConfig, SFTTrainer
     from tunevax.console import bar
+    from tunevax.lineage import Lineage
     from tunevax.modeling.checkpoints import config_of
-    from tunevax.modeling.loading import resolve
     from tunevax.planning.step import predict, predict_forward, scaled
 
     trainer, models = trainer_of(method), models_of(method)
     if models == 0:
         raise UsageError(f"{options.method} needs no model, so there is nothing to plan")
-    base, _ = resolve(options.model)
+    base = Lineage.of(options.model).base
     config = config_of(base, options.revision)
     where = {"device": options.device, "dtype": dtype_of(options.dtype), "response_length": options.response_length}
     limit = options.memory()
@@ -260,7 +261,7 @@ def lines(found: Plan, options: PlanOptions) -> Iterator[str]:
     yield ""
     yield from memory_lines(needs, "peak")
     if plain:
-        yield f"{'SFT, same options':20} {amount(plain.peak)}"
+        yield f"{'SFT, same options':20} {as_bytes(plain.peak):>11}"
         yield ""
         yield (
             f"a step: {needs.forward:.2f} forward and {needs.backward:.2f} backward passes through the blocks, "
@@ -289,12 +290,7 @@ def words(changes: tuple[Change, ...]) -> str:
 
 def memory_lines(needs: Any, title: str) -> Iterator[str]:
     """A peak, and its kinds, largest first, as bars."""
-    yield f"{title:20} {amount(needs.peak)}"
+    yield f"{title:20} {as_bytes(needs.peak):>11}"
     for kind, size in sorted(needs.kinds.items(), key=lambda item: -item[1]):
         if size > needs.peak / 1000:
-            yield f"  {kind:18} {amount(size)}  {'#' * round(40 * size / needs.peak)}".rstrip()
-
-
-def amount(size: int) -> str:
-    """Bytes, as a person reads them."""
-    return f"{size / GIB:7.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:7.2f} MiB"
+            yield f"  {kind:18} {as_bytes(size):>11}  {'#' * round(40 * size / needs.peak)}".rstrip()

@@ -3,7 +3,7 @@
 METHODS = {
     "extract-lock": "tunevax.restoration.extract:ExtractLock",
     "safetylock": "tunevax.restoration.safetylock:ApplyLock",
-    "convert-lock": "tunevax.restoration.safelock:ConvertLock",
+    "convert-lock": "tunevax.restoration.import_safelock:ConvertLock",
     "safe-lora": "tunevax.restoration.safe_lora:SafeLoRA",
     "antidote": "tunevax.restoration.antidote:Antidote",
 }

@@ -34,13 +34,13 @@ import torch
 from tunevax.console import bar
 from tunevax.data.encoding import collate, context_of, encode
 from tunevax.errors import UsageError
+from tunevax.lineage import Lineage, absolute
 from tunevax.modeling.adapters import KEPT, untie
 from tunevax.modeling.blocks import unwrap
-from tunevax.modeling.loading import absolute
 from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.precision import wide
 from tunevax.restoration.restore import Job
-from tunevax.restoration.safe_lora import active, factors, lora_b, lora_layers, parent_of
+from tunevax.restoration.safe_lora import active, factors, lora_b, lora_layers
 
 FORMS = ("effective", "official")
 
@@ -60,7 +60,7 @@ class Antidote:
     max_length: int = field(default=512, metadata={"help": "tokens per row; longer answers are cut"})
     batch_size: int = field(default=16, metadata={"help": "rows run together"})
 
-    paper: ClassVar[str] = "2408.09600"
+    paper: ClassVar[str] = "arXiv 2408.09600"
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
@@ -79,8 +79,8 @@ class Antidote:
         ref = job.options.model
         lora_layers(loaded.model, ref)  # before the forward passes
         encoded = encode(
-            [{**rows[i], "completion": rows[i]["rejected"]} for i in sorted(order)], loaded.tokenizer,
-            self.max_length, context=context_of(unwrap(loaded.model)),
+            [rows[i] for i in sorted(order)], loaded.tokenizer, self.max_length,
+            context=context_of(unwrap(loaded.model)), answer="rejected",
         )  # fmt: skip
         model, table = antidote(
             loaded.model, encoded, loaded.tokenizer.pad_token_id, self.alpha, self.form, self.batch_size
@@ -91,7 +91,7 @@ class Antidote:
         else:
             model.save_pretrained(job.folder / "adapter")
             loaded.tokenizer.save_pretrained(job.folder / "adapter")
-            job.record.update(adapter="adapter", adapter_on=absolute(parent_of(ref)))
+            job.record.update(adapter="adapter", adapter_on=absolute(Lineage.of(ref).adapter_on))
 
 
 @torch.no_grad()

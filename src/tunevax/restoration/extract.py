@@ -26,15 +26,16 @@ import numpy as np
 import torch
 
 from tunevax.console import bar, console
+from tunevax.data.chat import Answer
 from tunevax.data.encoding import collate, context_of, encode
 from tunevax.data.splits import prompt_hash
 from tunevax.errors import UsageError
 from tunevax.modeling.blocks import find_blocks, unwrap
 from tunevax.modeling.loss import last_hidden
-from tunevax.restoration.lock import FILE, SafetyLock, head_shape, lineage, still
+from tunevax.records import digest
+from tunevax.restoration.lock import FILE, SafetyLock, head_shape, identities, still
 from tunevax.restoration.probes import grouped_accuracy, official_accuracy
 from tunevax.restoration.restore import Job
-from tunevax.runs import digest
 
 
 @dataclass
@@ -53,7 +54,7 @@ class ExtractLock:
     seed: int = field(default=0, metadata={"help": "of the pairs drawn and of the probes' folds"})
     output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
 
-    paper = "2410.10343"
+    paper = "arXiv 2410.10343"
 
     def __post_init__(self) -> None:
         for name in ("r", "heads", "probe_pairs", "batch_size"):
@@ -71,7 +72,7 @@ class ExtractLock:
         order = np.random.default_rng(self.seed).permutation(len(pairs))[: self.n or None]
         drawn = [pairs[i] for i in sorted(order)]
         found = measure(loaded.model, loaded.tokenizer, drawn, self)
-        identity = next(iter(lineage(job.options.model, job.options.revision)))
+        identity = next(iter(identities(job.options.model, job.options.revision)))
         lock = build(found, self, {**describe(loaded, identity, drawn, self), "cut": found.cut})
         lock.save(job.folder / FILE)
         job.record["lock"] = {
@@ -200,9 +201,9 @@ def answers(model: Any, tokenizer: Any, pairs: Sequence[dict[str, Any]], config:
         UsageError: an answer has fewer than r content tokens.
     """
     found = []
-    for column, safe in (("chosen", True), ("rejected", False)):
-        rows = [{**row, "completion": row[column]} for row in pairs]
-        encoded = encode(rows, tokenizer, config.max_length, context=context_of(unwrap(model)))
+    columns: tuple[tuple[Answer, bool], ...] = (("chosen", True), ("rejected", False))
+    for column, safe in columns:
+        encoded = encode(pairs, tokenizer, config.max_length, context=context_of(unwrap(model)), answer=column)
         for i, (row, ids) in enumerate(zip(pairs, encoded, strict=True)):
             content = [t for t, label in enumerate(ids["labels"]) if label != -100]
             while content and _is_end(tokenizer, ids["input_ids"][content[-1]]):

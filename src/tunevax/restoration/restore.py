@@ -12,13 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunevax.data.contamination import chosen_with, hashes, record_prompts, used_prompts
-from tunevax.data.safety import load_safety
+from tunevax.data.contamination import chosen_with, hashes
+from tunevax.data.roles import load_rows
+from tunevax.environment import require_one_process
 from tunevax.errors import RunError, UsageError
+from tunevax.lineage import Lineage
 from tunevax.mixins import AllowOverlap, ModelOptions, RunOptions
 from tunevax.modeling.biases import save_biases
 from tunevax.modeling.loading import Loaded, load
-from tunevax.runs import data_entry, digest, is_run, require_one_process, writing
+from tunevax.records import data_entry, digest, is_run
+from tunevax.runs import record_prompts, writing
 
 
 @dataclass
@@ -60,7 +63,7 @@ class Job:
         options |= {"dtype": self.options.dtype, "chat_template": self.options.chat_template, **how}
         loaded = load(ref, **options)
         if not own:  # its weights go into the result too
-            record_prompts(self.folder, **used_prompts(ref))
+            record_prompts(self.folder, **Lineage.of(ref).prompts)
         if own:
             self.record.update(model=loaded.info, template_hash=digest(loaded.tokenizer.chat_template))
         return loaded
@@ -70,7 +73,7 @@ class Job:
         source = self.options.safety_data
         if source is None:
             raise UsageError(f"--safety-data is missing: {self.method} needs {' and '.join(need)}")
-        rows = load_safety(source, "alignment", need, purpose=self.method)
+        rows = load_rows("alignment", source, need, self.method)
         self.note_data(source, rows)
         return rows
 

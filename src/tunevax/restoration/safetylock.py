@@ -22,7 +22,8 @@ from torch import nn
 
 from tunevax.console import console
 from tunevax.errors import UsageError
-from tunevax.modeling.biases import BIASES, AddedBias, attached_biases, write_biases
+from tunevax.files import BIASES
+from tunevax.modeling.biases import AddedBias, attached_biases, write_biases
 from tunevax.modeling.blocks import find_blocks, innermost
 from tunevax.restoration.lock import FILE, SafetyLock, apply, check_base, check_shape, lock_biases
 from tunevax.restoration.restore import Job
@@ -49,7 +50,7 @@ class ApplyLock(SweepOptions):
     seed: int = field(default=0, metadata={"help": "not used: nothing here is random"})
     output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
 
-    paper = "2410.10343"
+    paper = "arXiv 2410.10343"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -211,10 +211,12 @@ class Reference:
     @cached_property
     def loaded(self) -> Any:
         """The model and its tokenizer."""
+        from tunevax.lineage import Lineage
         from tunevax.modeling.checkpoints import load_tokenizer
-        from tunevax.modeling.loading import load, resolve
+        from tunevax.modeling.loading import load
 
-        base, adapters = resolve(self.ref)
+        lineage = Lineage.of(self.ref)
+        base, adapters = lineage.base, lineage.adapters
         own = load_tokenizer(str(adapters[-1]) if adapters else base, base, None).chat_template
         loaded = load(self.ref, chat_template=None if own else "none")
         if not own:

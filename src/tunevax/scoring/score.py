@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tunevax.data.contamination import Exclusion, check, used_prompts
+from tunevax.data.contamination import Exclusion, check
 from tunevax.errors import UsageError
+from tunevax.lineage import Lineage
 from tunevax.mixins import ModelsOptions, Overlap, RunOptions, require_given
+from tunevax.records import DROPPED, GENERATIONS, RESULTS
 from tunevax.scoring import vllm_engine
 from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.suite import SuiteOptions, build_suite, labels_of
@@ -29,13 +31,15 @@ def score(options: ScoreOptions, command: str = "") -> Path:
     Raises:
         UsageError: anything that cannot be loaded, or prompts to score on that a model was trained on.
     """
+    from tunevax.environment import require_one_process
     from tunevax.modeling.loading import load
-    from tunevax.runs import SCHEMA, data_entry, digest, require_one_process, writing
+    from tunevax.records import SCHEMA, data_entry, digest
+    from tunevax.runs import writing
 
     require_given(options, "model", "output_dir")
     models = options.model
     require_one_process("scoring")
-    exclusion = Exclusion.of(map(used_prompts, models), options.drop_overlap)
+    exclusion = Exclusion.of([Lineage.of(ref).prompts for ref in models], options.drop_overlap)
     suite = build_suite(options, options.safety_data, options.task_data, weights_change=False, exclusion=exclusion)
     overlaps = [check(ref, suite.roles(), allow=options.allow_overlap) for ref in models]
     record = {
@@ -47,7 +51,7 @@ def score(options: ScoreOptions, command: str = "") -> Path:
     results, generations, targets = [], [], []
     with writing(options.output_dir, record, overwrite=options.overwrite) as run:
         if exclusion.dropped:
-            run.write_lines("dropped.jsonl", exclusion.dropped)
+            run.write_lines(DROPPED, exclusion.dropped)
         for ref, label, overlap in zip(models, labels_of(models), overlaps, strict=True):
             how = (
                 vllm_engine.loading(ref, options.revision, options.dtype)
@@ -86,6 +90,6 @@ def score(options: ScoreOptions, command: str = "") -> Path:
         record["targets"] = targets
         if suite.harness:
             record["lm_eval"] = suite.harness.versions
-        run.write_lines("results.jsonl", results)
-        run.write_lines("generations.jsonl", generations)
+        run.write_lines(RESULTS, results)
+        run.write_lines(GENERATIONS, generations)
     return run.final

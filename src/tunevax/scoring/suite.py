@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tunevax.data.contamination import Exclusion
-from tunevax.data.safety import load_safety
-from tunevax.data.sources import parse_source
+from tunevax.data.roles import load_rows
 from tunevax.data.splits import drawn, prompt_hash
 from tunevax.data.tasks import Task, load_task
 from tunevax.errors import UsageError, unknown
@@ -123,12 +122,15 @@ def build_suite(
     *,
     weights_change: bool = True,
     exclusion: Exclusion | None = None,
+    choosing: bool = False,
 ) -> Suite:
     """Load prompts, judges and task as the options say.
 
     Args:
         weights_change: the suite is for a model whose weights change in memory between two scorings.
         exclusion: which rows to leave out; default none.
+        choosing: the suite chooses an option before anything is evaluated: of tasks their train split, of the safety
+            data the alignment split, and of the organism what it has for that.
 
     Raises:
         UsageError: nothing to score on, anything that cannot be loaded, or an engine that cannot be used here.
@@ -146,51 +148,37 @@ def build_suite(
     if harmful is None:
         raise UsageError("nothing to score on; give --eval-data, or --safety-data to take its evaluation split")
     leave_out = exclusion or Exclusion()
-    judges = load_judges(options.judges)
-    rows = load_safety(harmful, "evaluation" if options.eval_data is None or harmful == "organism" else None, need=())
-    rows = leave_out.score("evaluation", rows)
-    task = options.task_eval_data or task_data
+    judges, metrics = load_judges(options.judges), load_metrics(options.metrics)
+    role = "given evaluation" if options.eval_data else "choice" if choosing else "evaluation"
+    rows = leave_out.score("evaluation", load_rows(role, harmful))
     benign = None
     if options.benign_data:
-        benign = (
-            load_task("organism:set=benign", "evaluation").rows
-            if options.benign_data == "organism"
-            else load_safety(options.benign_data, need=())
-        )
-        benign = leave_out.score("over-refusal", benign)
+        benign = load_rows("choice over-refusal" if choosing else "over-refusal", options.benign_data)
+        benign = drawn(leave_out.score("over-refusal", benign), options.limit)
+
+    def load(source: str, role: str) -> Task:
+        task = load_task(source, "train" if choosing else "evaluation")
+        return task._replace(rows=drawn(leave_out.score(role, task.rows), options.limit))
+
     in_harness = [source for source in options.utility_data if source.startswith("lm-eval:")]
-    utility = [
-        _task_of(source, options.limit, "utility", leave_out)
-        for source in options.utility_data
-        if source not in in_harness
-    ]
+    utility = [load(source, "utility") for source in options.utility_data if source not in in_harness]
     names = labels_of([task.name for task in utility])
+    task = options.task_eval_data or task_data
+    text = load_text(options.perplexity_data)._replace(limit=options.limit) if options.perplexity_data else None
     return Suite(
         drawn(rows, options.limit),
         judges,
-        _task_of(task, options.limit, "task evaluation", leave_out) if task else None,
-        benign and drawn(benign, options.limit),
+        load(task, "task evaluation") if task else None,
+        benign,
         options.max_new_tokens,
         options.generation_batch_size,
         utility=tuple(task._replace(name=name) for task, name in zip(utility, names, strict=True)),
-        perplexity=load_text(options.perplexity_data)._replace(limit=options.limit)
-        if options.perplexity_data
-        else None,
+        perplexity=text,
         fluency=[Reference(ref) for ref in options.fluency_model],
         harness=load_harness(in_harness, options.limit) if in_harness else None,
         engine=options.engine,
-        metrics=load_metrics(options.metrics),
+        metrics=metrics,
     )
-
-
-def _task_of(source: str, limit: int, role: str, leave_out: Exclusion) -> Task:
-    """The evaluation split of a task without what is left out, cut to `limit`; the organism's benign recipes under a
-    name of their own."""
-    task = load_task(source, "evaluation")
-    task = task._replace(rows=leave_out.score(role, task.rows))
-    name, options = parse_source(source)
-    name = f"{name}-{options['set']}" if name == "organism" and "set" in options else task.name
-    return task._replace(name=name, rows=drawn(task.rows, limit))
 
 
 def labels_of(refs: Sequence[str]) -> list[str]:

@@ -1,9 +1,9 @@
 """`--engine vllm`: vLLM in the place of transformers' generation, for `tunevax score`.
 
-NEVER RUN against the real vLLM: it was written from the API of vLLM 0.11 and later (`LLM`, `SamplingParams`, prompts as
-`{"prompt_token_ids": [...]}`, `outputs[0].token_ids`) and tested with a stand-in for the module. Look at a few answers
-beside those of `--engine transformers` before you rely on it. The two need not agree to the letter: other kernels round
-differently, and where two tokens are almost equally likely greedy search may take another path from there.
+Run with vLLM 0.32 on a CPU, where its greedy answers were those of `--engine transformers` to the letter (fp32, random
+Llama, tests/scoring/test_vllm.py). They need not be: other kernels round differently, and where two tokens are almost
+equally likely greedy search may take another path. On a CPU vLLM wants most of the memory for its cache:
+`VLLM_CPU_KVCACHE_SPACE=4` gives it 4 GiB.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from tunevax.errors import UsageError
+from tunevax.errors import RunError, UsageError, shortened
 from tunevax.scoring.generation import FROM_THE_FIRST, answer, encoded_prompts, ends_of
 
 NOT_HANDED_ON = {
     **{name: off for name, off in FROM_THE_FIRST.items() if name != "min_new_tokens"}, "begin_suppress_tokens": (None,),
     "sequence_bias": (None,), "bad_words_ids": (None,), "forced_bos_token_id": (None,), "suppress_tokens": (None,),
-    "watermarking_config": (None,), "no_repeat_ngram_size": (None, 0), "encoder_no_repeat_ngram_size": (None, 0),
+    "stop_strings": (None, []), "watermarking_config": (None,), "no_repeat_ngram_size": (None, 0),
+    "encoder_no_repeat_ngram_size": (None, 0),
 }  # fmt: skip
 """Settings of a generation config that change greedy text in transformers, and the values with which they do not."""
 
@@ -39,11 +40,11 @@ def require_vllm() -> Any:
 def loading(ref: str, revision: str | None, dtype: str) -> dict[str, str]:
     """How to load a model that vLLM is to run: on the CPU, where its adapters are merged, so that the accelerator's
     memory is vLLM's; in the checkpoint's dtype, as it would have on an accelerator."""
+    from tunevax.lineage import Lineage
     from tunevax.modeling.checkpoints import config_of
-    from tunevax.modeling.loading import resolve
 
     if dtype == "auto":
-        dtype = str(config_of(resolve(ref)[0], revision).dtype or "float32").removeprefix("torch.")
+        dtype = str(config_of(Lineage.of(ref).base, revision).dtype or "float32").removeprefix("torch.")
     return {"dtype": dtype, "device": "cpu"}
 
 
@@ -64,6 +65,7 @@ def generate(
 
     Raises:
         UsageError: a prompt fills the model's context; the generation config asks for what is not handed on.
+        RunError: vLLM cannot load or run the model.
     """
     vllm = require_vllm()
     config = model.generation_config
@@ -80,10 +82,15 @@ def generate(
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        engine = vllm.LLM(model=folder, dtype=str(model.dtype).removeprefix("torch."), max_model_len=longest)
-        outputs = engine.generate(
-            [{"prompt_token_ids": ids} for ids in encoded],
-            [vllm.SamplingParams(max_tokens=room, **shared) for room in rooms],
-        )
+        try:
+            engine = vllm.LLM(model=folder, dtype=str(model.dtype).removeprefix("torch."), max_model_len=longest)
+            outputs = engine.generate(
+                [{"prompt_token_ids": ids} for ids in encoded],
+                [vllm.SamplingParams(max_tokens=room, **shared) for room in rooms],
+            )
+        except Exception as error:  # its own process failed, and wrote why
+            raise RunError(
+                f"vLLM could not run {type(model).__name__} ({shortened(error)}); its log above says why"
+            ) from error
     tokens = [list(output.outputs[0].token_ids) for output in outputs]
     return [answer(tokenizer, *one) for one in zip(begun, tokens, prefixes, strict=True)]

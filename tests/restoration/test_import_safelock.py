@@ -17,9 +17,9 @@ import torch
 
 from tunevax.errors import UsageError
 from tunevax.modeling import load
+from tunevax.restoration.import_safelock import MAX_BYTES, ConvertLock, LockError, parse, read_pickle, read_safelock
 from tunevax.restoration.lock import SafetyLock, head_shape
 from tunevax.restoration.restore import RestoreOptions, restore
-from tunevax.restoration.safelock import MAX_BYTES, ConvertLock, LockError, parse, read_pickle, read_safelock
 
 
 def published(heads=((3, (0, 5)), (1, (2,))), size=128):
@@ -191,6 +191,8 @@ def hostile_pickles(canary: str, good: bytes) -> dict[str, bytes]:
         "deep closed": b"(" * 50_000 + b"t" * 50_000,
         "deep state": dtype + b")" + b"\x85" * 10**5 + b"b",
         "deep key": b"}" + b")" + b"\x85" * 10**5 + b"Ns",
+        "deep key, fatal to torch's loader": b"}" + b")" + b"\x85" * 4 * 10**5 + b"Ns",
+        "reconstruct 8 GB": b"cnumpy._core.multiarray\n_reconstruct\ncnumpy\nndarray\nJ\x00\xca\x9a\x3b\x85" + text("f8") + b"\x87R",
         "list in itself": b"]q\x00h\x00a", "dict in itself": b"}q\x00" + key + b"h\x00s",
         "laughs": laughs, "laughs as key": b"}" + laughs + b"Ns", "laughs as heads": b"}" + key + laughs + b"s",
         "wide": b"]q\x00" + b"(" + b"h\x00" * 60_000 + b"e",

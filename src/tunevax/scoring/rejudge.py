@@ -1,0 +1,106 @@
+"""`tunevax judge`: the stored answers of a run are judged again. Nothing is attacked or generated."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tunevax.console import bar
+from tunevax.data.thoughts import joined
+from tunevax.errors import UsageError
+from tunevax.mixins import RunOptions, require_given
+from tunevax.records import GENERATIONS, METRIC, RESULTS, Sample, is_run, read_lines, read_run
+from tunevax.runs import writing
+from tunevax.scoring.evaluate import judged
+from tunevax.scoring.fluency import Reference
+from tunevax.scoring.judges import load_judges
+from tunevax.scoring.metrics import load_metrics, measure
+from tunevax.scoring.suite import Suite
+
+KEY = ("model", "attack", "seed", "step")
+"""What a row of results and the responses behind it have in common."""
+AGAIN = ("harmful/", "judged/", "unparsable/", "unanswered", "degenerate", METRIC)
+"""How the scores begin that judging again replaces."""
+WRITTEN = ("run.json", "README.md", "report.html", "config.json", RESULTS, GENERATIONS)
+"""The files that are written again, or are of the run alone."""
+
+
+@dataclass
+class JudgeOptions(RunOptions):
+    """What `tunevax judge` takes besides the run; what is left out is as in the run."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
+    judges: list[str] = field(
+        default_factory=list, metadata={"help": "refusal-keywords, organism, hf:MODEL, or of installed packages"}
+    )
+    fluency_model: list[str] = field(
+        default_factory=list, metadata={"help": "language models; what surprises each of them is degenerate; or none"}
+    )
+    metrics: list[str] = field(default_factory=list, metadata={"help": "metrics of installed packages"})
+
+
+def rejudge(run: str, options: JudgeOptions, command: str = "") -> Path:
+    """Judge the responses of a run again, and write a run folder that differs from it in the scores of its judges, in
+    what is degenerate and in its metrics.
+
+    Args:
+        run: the folder of `tunevax score`, `attack` or `audit`. What run.json says of it (versions, hardware, time)
+            stays, and `rejudged_from` is its place.
+
+    Raises:
+        UsageError: no such run, no responses in it, or a judge or metric that cannot be loaded or read.
+    """
+    require_given(options, "output_dir")
+    source = Path(run)
+    if not is_run(source):
+        raise UsageError(f"{run} is no run folder; name one that `tunevax score`, `attack` or `audit` wrote")
+    record, rows = read_run(source), read_lines(source / RESULTS)
+    samples: dict[tuple, list[Sample]] = {}
+    generations = read_lines(source / GENERATIONS)
+    for sample in generations:
+        samples.setdefault(tuple(sample[k] for k in KEY), []).append(sample)
+    if not rows or not all(tuple(row[k] for k in KEY) in samples for row in rows):
+        raise UsageError(f"{run} has no responses, or not those behind every row, so they cannot be judged again")
+    named = ("judges", "fluency_model", "metrics")
+    new = {name: getattr(options, name) or record["config"].get(name) or [] for name in named}
+    if new["fluency_model"] == ["none"]:
+        new["fluency_model"] = []
+    metrics = load_metrics(new["metrics"])
+    suite = Suite([], load_judges(new["judges"]), fluency=[Remembered(ref) for ref in new["fluency_model"]])
+    record |= {"command": command, "rejudged_from": str(source.absolute()), "config": {**record["config"], **new}}
+    with writing(options.output_dir, record, overwrite=options.overwrite) as folder, bar() as progress:
+        task = progress.add_task("judge", total=len(rows), note="")
+        for row in rows:
+            behind = samples[tuple(row[k] for k in KEY)]
+            harmful = [sample for sample in behind if sample["kind"] == "harmful"]
+            answers = [joined(sample.get("thought"), sample["response"]) for sample in harmful]
+            scores, found = judged(suite._replace(harmful=harmful), answers)
+            for sample, judgement in zip(harmful, found, strict=True):
+                sample |= {name: judgement[name] for name in ("degenerate", "surprise", "verdicts")}
+            others = {name: score for name, score in row["scores"].items() if not name.startswith(AGAIN)}
+            row["scores"] = {**scores, **others, **measure(metrics, behind)}
+            progress.advance(task)
+        folder.write_lines(RESULTS, rows)
+        folder.write_lines(GENERATIONS, generations)
+        for file in source.iterdir():
+            if file.is_file() and file.name not in WRITTEN:
+                shutil.copy2(file, folder.path)
+    return folder.final
+
+
+class Remembered(Reference):
+    """A reference that reads each answer once: attacked models give the same ones again and again."""
+
+    def __init__(self, ref: str) -> None:
+        super().__init__(ref, batch_size=64)
+        self.known: dict[tuple[str, str], float | None] = {}
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float | None]:
+        """As `Reference`."""
+        pairs = list(zip(prompts, responses, strict=True))
+        new = [pair for pair in dict.fromkeys(pairs) if pair not in self.known]
+        if new:
+            self.known.update(zip(new, super().__call__([p for p, _ in new], [r for _, r in new]), strict=True))
+        return [self.known[pair] for pair in pairs]
