@@ -59,12 +59,15 @@ class SafeLoRA:
 
     models_held: ClassVar[int] = 3
     paper: ClassVar[str] = "arXiv 2405.16833"
+    models: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         if self.projector not in PROJECTORS:
             raise UsageError(f"projector is {self.projector!r}; known: {', '.join(PROJECTORS)}")
         if self.number < 1:
             raise UsageError(f"number is {self.number}; it must be at least 1")
+        if self.threshold is not None and not -1 <= self.threshold <= 1:
+            raise UsageError(f"threshold, a cosine, is {self.threshold}; it must be between -1 and 1")
 
     def run(self, job: Job) -> None:
         """Find the models, project, and write the adapter; the record has a row per layer under `layers`."""

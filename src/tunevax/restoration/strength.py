@@ -60,6 +60,9 @@ class SweepOptions(SuiteOptions):
         super().__post_init__()
         if not self.strengths or not all(map(math.isfinite, self.strengths)):
             raise UsageError(f"strengths is {self.strengths}; give the numbers to try")
+        for name in ("harmful_target", "max_utility_loss", "max_over_refusal"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
 
     def suite(self, job: Job, lock: SafetyLock) -> Suite:
         """What the strengths are scored on. Its prompts are noted as used in hardening, and the job's record gets
