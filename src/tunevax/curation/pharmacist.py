@@ -141,6 +141,10 @@ class PharmacistTrainer(ResponseTrainer):
         UsageError: fewer rows than a batch; no harmful answers where they are needed.
     """
 
+    args: PharmacistConfig
+    processing_class: PreTrainedTokenizerBase
+    model: PreTrainedModel
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -298,7 +302,7 @@ def refusal(trainer: PharmacistTrainer, batch: dict[str, torch.Tensor]) -> Loss:
 def after_attack(trainer: PharmacistTrainer, batch: dict[str, torch.Tensor]) -> Loss:
     """The same at theta - a * grad h / ||grad h||, h the loss of harmful answers; how that point moves is left out."""
     _, harmful, _ = trainer.gradient(trainer.drawn(trainer.harmful))
-    norm = sum(g.square().sum() for g in harmful).sqrt() + 1e-12
+    norm = sum((g.square().sum() for g in harmful), harmful[0].new_zeros(())).sqrt() + 1e-12
     shifted = [
         p.detach() - g * (trainer.args.attack_step / norm) for p, g in zip(trainer.parameters, harmful, strict=True)
     ]
