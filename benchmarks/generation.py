@@ -52,7 +52,7 @@ def words() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 2, **{str(i): i for i in range(3, VOCABULARY)}}))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     found = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
-    found.chat_template = "{{ messages[0].content }}"
+    found.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
     return found
 
 

@@ -149,6 +149,9 @@ class PharmacistTrainer(ResponseTrainer):
 
     config_class = PharmacistConfig
     needs = frozenset({"chosen", "validation"})
+    args: PharmacistConfig
+    processing_class: PreTrainedTokenizerBase
+    model: PreTrainedModel
 
     def __init__(
         self,
@@ -312,7 +315,7 @@ def refusal(trainer: PharmacistTrainer, batch: dict[str, torch.Tensor]) -> Loss:
 def after_attack(trainer: PharmacistTrainer, batch: dict[str, torch.Tensor]) -> Loss:
     """The same at theta - a * grad h / ||grad h||, h the loss of harmful answers; how that point moves is left out."""
     _, harmful, _ = trainer.gradient(trainer.drawn(trainer.harmful))
-    norm = sum(g.square().sum() for g in harmful).sqrt() + 1e-12
+    norm = sum((g.square().sum() for g in harmful), harmful[0].new_zeros(())).sqrt() + 1e-12
     shifted = [
         p.detach() - g * (trainer.args.attack_step / norm) for p, g in zip(trainer.parameters, harmful, strict=True)
     ]

@@ -129,7 +129,7 @@ def antidote(
             in a dtype that rounds the update away.
     """
     layers = lora_layers(model, "the model")
-    modules: dict[Key, torch.nn.Module] = {**layers}
+    modules: dict[Key, torch.nn.Module] = dict(layers.items())
     if form == "effective":
         untie(model)  # what is added to a head's weight must not reach the embedding
     kept = total = 0.0

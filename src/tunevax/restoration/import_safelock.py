@@ -96,8 +96,9 @@ class ConvertLock:
             raise UsageError("--lock is missing: the .safelock file to convert")
         found = read_safelock(self.lock)
         digest = hashlib.sha256(Path(self.lock).read_bytes()).hexdigest()[:16]
+        u, sigma, layer, head = (torch.from_numpy(array) for array in found)
         lock = SafetyLock(
-            *(torch.from_numpy(array) for array in found),
+            u, sigma, layer, head,
             {
                 "base": None, "n_layers": None, "n_heads": None, "head_dim": found.u.shape[1], "r": None, "probe": None,
                 "accuracy": None, "template_hash": None, "data_hash": None, "prompts": [], "pairs": None, "seed": None,
@@ -186,11 +187,12 @@ def check_entries(entries: list[zipfile.ZipInfo], place: str) -> None:
 # --- the pickle ----------------------------------------------------------------------------------------------------
 
 
-OPCODES = {
+ALLOWED = {
     "PROTO", "STOP", "MARK", "TUPLE", "EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "APPEND", "APPENDS",
     "EMPTY_DICT", "SETITEM", "SETITEMS", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "BINUNICODE",
     "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "REDUCE", "BUILD",
 }  # fmt: skip
+OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes if opcode.name in ALLOWED}
 PLAIN = {
     "EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "NONE": lambda: None, "NEWTRUE": lambda: True,
     "NEWFALSE": lambda: False,
@@ -233,11 +235,12 @@ def read_pickle(data: bytes, place: str) -> Any:
         stream, name = io.BytesIO(data), ""
         while name != "STOP":
             at = stream.tell()
-            opcode = pickletools.code2op.get(stream.read(1).decode("latin-1"))
-            name = opcode.name if opcode else "none"
-            if name not in OPCODES or (name == "PROTO") != (at == 0):
-                raise ValueError(f"its opcode is {name}, which no lock has there")
-            argument = opcode.arg.reader(stream) if opcode.arg else None
+            opcode = OPCODES.get(stream.read(1))
+            if opcode is None or (opcode.name == "PROTO") != (at == 0):
+                raise ValueError("its opcode is one that no lock has there")
+            name = opcode.name
+            decode: Any = opcode.arg and opcode.arg.reader
+            argument: Any = decode(stream) if decode else None
             if name in PLAIN:
                 stack.append(PLAIN[name]())
             elif name in ("BININT", "BININT1", "BININT2", "BINUNICODE"):

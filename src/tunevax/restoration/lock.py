@@ -77,7 +77,8 @@ class SafetyLock:
         try:
             with safe_open(path, "pt") as file:
                 meta = json.loads((file.metadata() or {})["tunevax_lock"])
-                lock = cls(*(file.get_tensor(name) for name in ("u", "sigma", "layer", "head")), meta)
+                u, sigma, layer, head = (file.get_tensor(name) for name in ("u", "sigma", "layer", "head"))
+            lock = cls(u, sigma, layer, head, meta)
             if not isinstance(meta, dict) or not isinstance(version := meta.pop("format", 0), int):
                 raise ValueError("its metadata is no description of a lock")
             if version <= FORMAT:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tunevax.console import bar, console
 from tunevax.data.contamination import count, hashes, require_disjoint
@@ -127,7 +127,7 @@ def sweep(
     Returns:
         The smallest strength that is within every limit; None if none is, with a finding in the job's record.
     """
-    curve = []
+    curve: list[dict[str, Any]] = []
     with bar() as progress:
         task = progress.add_task("strength", total=len(options.strengths) + 1, note="")
         for strength in [0.0, *sorted(options.strengths, key=abs)]:
@@ -138,7 +138,12 @@ def sweep(
             progress.advance(task)
     chosen = next((point["strength"] for point in curve if not point["misses"]), None)
     limits = {name: getattr(options, name) for name in ("harmful_target", "max_utility_loss", "max_over_refusal")}
-    content = {"limits": limits, "chosen": chosen, "prompts": len(suite.harmful), **job.record["validation"]}
+    content: dict[str, Any] = {
+        "limits": limits,
+        "chosen": chosen,
+        "prompts": len(suite.harmful),
+        **job.record["validation"],
+    }
     content["curve"] = curve
     (job.folder / STRENGTH).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if chosen is None:
