@@ -197,6 +197,18 @@ def _score(arguments: list[str]) -> None:
     print(f"scored, {_worst(out)}; results: {short(out)}")
 
 
+def _judge(arguments: list[str]) -> None:
+    quiet()
+    from tunevax.scoring.rejudge import JudgeOptions, rejudge
+
+    run, *rest = arguments or ["--help"]
+    if run.startswith("-") and run not in ("--help", "-h"):
+        raise UsageError("`tunevax judge` takes a run folder first: tunevax judge RUN --judges JUDGE --output-dir OUT")
+    (options,) = parse("judge RUN", [JudgeOptions], rest if rest else ["--help"])
+    out = rejudge(run, options, _command("judge", arguments))
+    print(f"judged again, {_worst(out)}; results: {short(out)}")
+
+
 def _audit(arguments: list[str]) -> None:
     if "--compare" in arguments:
         _compare(arguments)
@@ -297,6 +309,7 @@ VERBS = {
         _audit,
     ),
     "score": Verb("score --model REF --safety-data SRC --output-dir OUT", "score a model as it is", _score),
+    "judge": Verb("judge RUN --judges JUDGE --output-dir OUT", "judge the stored answers of a run again", _judge),
     "analyze": Verb(
         "analyze sink --model RUN --safety-data SRC --output-dir OUT",
         "look for the attention heads that turn to harmful text",
