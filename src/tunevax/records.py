@@ -311,7 +311,7 @@ class RunRecord(TypedDict, total=False):
         attack, targets, failed, stopped, skipped, cells, cell_seconds, lm_eval, scoring: of what measures models;
             scoring holds the options that decide scores, as contents.
         score, kept, elsewhere, spoilt_kept, passes, dropped, seconds_scoring, agreement: of a curation.
-        lock, layers, rows, validation, finding: of a restoration; a finding is why it came to no model.
+        lock, layers, aligned, base, rows, validation, finding: of a restoration; a finding is why there is no model.
     """
 
     schema: int
@@ -368,6 +368,8 @@ class RunRecord(TypedDict, total=False):
     # restore
     lock: dict[str, Any]
     layers: list[dict[str, Any]]
+    aligned: str
+    base: str
     rows: int
     validation: dict[str, Any]
     finding: str

@@ -288,7 +288,7 @@ def test_every_option_decides_a_cell_unless_it_says_otherwise(models):
 
 
 def test_what_decides_a_cell_is_its_content(tmp_path):
-    from tunevax.audit.cells import contents
+    from tunevax.data.sources import contents
 
     file = tmp_path / "aoa.jsonl"
     file.write_text("a")

@@ -90,6 +90,7 @@ class TVaccineTrainer(VaccineTrainer):
     config_class = TVaccineConfig
     paper = "arXiv 2410.09760"
     needs = frozenset({"chosen", "rejected"})
+    off = None
     args: TVaccineConfig
 
     def prepare(self) -> None:

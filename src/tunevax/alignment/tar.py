@@ -114,6 +114,7 @@ class TARTrainer(SFTTrainer):
     paper = "arXiv 2408.00761"
     needs = frozenset({"chosen", "rejected"})
     different = True
+    off = {"lambda_tr": 0, "lambda_representation": 0, "mapping_steps": 0}
     args: TARConfig
 
     def prepare(self) -> None:

@@ -86,6 +86,7 @@ class VaccineTrainer(SFTTrainer):
 
     config_class = VaccineConfig
     paper = "arXiv 2402.01109"
+    off = {"rho": 0}
     replay = True  # run the blocks below the first selected one once, for both passes
     args: VaccineConfig
     perturbed = 0  # micro-batches given a random perturbation so far
@@ -111,7 +112,9 @@ class VaccineTrainer(SFTTrainer):
 
     def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
         """Two passes over the same micro-batch; the gradient of the second is the update. A random perturbation needs
-        no first pass."""
+        no first pass, and without a budget the step is the base's."""
+        if self.args.rho == 0:
+            return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
         if self.args.perturbation == "random":
             offsets = self.random_perturbation(inputs)
@@ -180,7 +183,7 @@ class VaccineTrainer(SFTTrainer):
         return self.args.rho * (tokens / self.args.rho_reference_tokens).sqrt()
 
     def cost(self) -> float:
-        """Compute of a step, in SFT steps: 2, or 1 with a random perturbation (5/3 and 1 with full weights)."""
+        """Compute of a step, in SFT steps: 2, or 1 with a random perturbation or none (5/3 and 1 with full weights)."""
         return self.step_cost()
 
     def step_cost(self, above: float = 1.0, trained: float = 1.0, reach: float = 1.0) -> float:
@@ -191,7 +194,8 @@ class VaccineTrainer(SFTTrainer):
         is 2 reach F, SFT is 2 F. The weight gradients of a block cost another forward of it, those of an adapter
         nothing. Not counted on either side: recomputation, which buys memory, the embeddings and the head.
         """
-        both = 1 + above + 2 * reach if self.args.perturbation == "gradient" else 1 + reach
+        first_pass = self.args.perturbation == "gradient" and self.args.rho > 0
+        both = 1 + above + 2 * reach if first_pass else 1 + reach
         weights = 1 if self.args.full_weights else 0
         return (both + weights * trained) / (2 + weights)
 

@@ -13,10 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-from tunevax.audit.cells import AuditCell, cells_of, contents, read_cell, write_cell
+from tunevax.audit.cells import AuditCell, cells_of, read_cell, write_cell
 from tunevax.audit.plan import AuditOptions, AuditPlan, plan, with_references
 from tunevax.audit.workers import Run, count_workers, pool
 from tunevax.console import bar, console
+from tunevax.data.sources import contents
 from tunevax.environment import require_one_process
 from tunevax.errors import UsageError
 from tunevax.evidence.properties import worst_case

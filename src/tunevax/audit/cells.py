@@ -7,7 +7,6 @@ behind them. They are the truth of an audit, and results.jsonl is made of them. 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -17,11 +16,9 @@ from typing import Any, NamedTuple, cast
 from tunevax import __version__
 from tunevax.audit.plan import AuditPlan
 from tunevax.audit.protocol import Setting, build
-from tunevax.data.sources import parse_source
-from tunevax.files import model_hash
-from tunevax.lineage import Lineage
+from tunevax.data.sources import contents
 from tunevax.mixins import deciding
-from tunevax.records import LOG, CellRecord, Generation, Target, Traits, digest, is_run, read_object
+from tunevax.records import CellRecord, Generation, Target, Traits, digest, read_object
 
 
 class AuditCell(NamedTuple):
@@ -42,21 +39,6 @@ class AuditCell(NamedTuple):
         """For the screen: model, attack and seed."""
         attack = f"{self.setting.name} · seed {self.key['seed']}" if self.setting else "as it is"
         return f"{self.target['label']} · {attack}"
-
-
-def contents(value: Any) -> Any:
-    """An option as what it stands for: a file's or a model's content in place of its name, inside lists too."""
-    if isinstance(value, list | tuple):
-        return [contents(v) for v in value]
-    if not isinstance(value, str):
-        return value
-    path = Path(parse_source(value.removeprefix("hf:")).name)
-    if path.is_file():
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    if is_run(path):
-        log = path / LOG
-        return [Lineage.of(path).identity, hashlib.sha256(log.read_bytes()).hexdigest() if log.is_file() else None]
-    return model_hash(value.removeprefix("hf:")) or value
 
 
 def cells_of(plan: AuditPlan, chosen: Sequence[Setting], first_seed: bool, others: bool) -> list[AuditCell]:

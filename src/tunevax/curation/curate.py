@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -32,6 +32,9 @@ from tunevax.modeling.checkpoints import config_of
 from tunevax.modeling.loading import Loaded, load
 from tunevax.records import DATA, SCORES, Example, data_entry, is_run
 from tunevax.runs import record_prompts, writing
+
+if TYPE_CHECKING:
+    from tunevax.records import ModelInfo, RunRecord
 
 DUPLICATES = ("keep", "exact", "near")
 NOT_CONFIG = ("resume", "overwrite", "output_dir", "run_name")
@@ -103,7 +106,7 @@ class Pool:
     ref: str | None
     folder: Path
     passes: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "backward": 0.0})
-    info: dict[str, Any] = field(default_factory=dict)
+    info: ModelInfo | None = None
 
     @property
     def resume(self) -> bool:
@@ -114,7 +117,7 @@ class Pool:
         """The scoring model, fresh; what run.json says of it is noted."""
         o = self.options
         loaded = load(self.ref, revision=o.revision, dtype=o.dtype, chat_template=o.chat_template, **how)
-        self.info = loaded.info
+        self.info = cast("ModelInfo", loaded.info)
         return loaded
 
 
@@ -148,7 +151,7 @@ def curate(method: str, options: CurateOptions, config: Any, command: str = "") 
     entries = [data_entry("alignment", options.safety_data, rows)]
     if validation:
         entries.append(data_entry("validation", options.validation_data, validation))
-    record: dict[str, Any] = {
+    record: RunRecord = {
         "verb": "curate", "method": method, "paper": config.paper, "command": command, "seed": config.seed,
         "data": entries, "overlap": overlap, "parent": None, "score": meaning(config),
         "config": {k: v for k, v in {**values, **vars(options)}.items() if k not in NOT_CONFIG},
@@ -175,9 +178,11 @@ def curate(method: str, options: CurateOptions, config: Any, command: str = "") 
         # What was aligned on these rows has learnt from the trusted ones, too.
         record_prompts(run.path, validation=hashes(validation))
         record.update(
-            model=pool.info or None, kept=len(kept), elsewhere=max(0, len(whole) - len(rows)),
-            spoilt_kept=sum("corruption" in rows[i] for i in kept), passes=pool.passes,
-            dropped=dict(Counter(reason.partition(" of row")[0] for reason in why.values())),
+            {
+                "model": pool.info, "kept": len(kept), "elsewhere": max(0, len(whole) - len(rows)),
+                "spoilt_kept": sum("corruption" in rows[i] for i in kept), "passes": pool.passes,
+                "dropped": dict(Counter(reason.partition(" of row")[0] for reason in why.values())),
+            }
         )  # fmt: skip
     return run.final
 
@@ -199,7 +204,7 @@ def check_overlap(
         others["attack"] = load_rows("attack", options.attack_data)
     for split in ("attack", "evaluation"):
         others.setdefault(split, take_split(whole, split))
-    found = {}
+    found: dict[str, int] = {}
     for role, theirs in others.items():
         if theirs:
             found |= require_disjoint({"validation": validation, role: theirs}, options.allow_overlap)

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -40,9 +40,14 @@ from tunevax.data.chat import Answer
 from tunevax.data.encoding import collate, context_of, encode
 from tunevax.errors import UsageError, unknown
 from tunevax.modeling.callbacks import ProgressCallback
+from tunevax.modeling.lora import factors
 from tunevax.modeling.loss import row_losses
 from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
 from tunevax.records import Example, read_object
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import Linear
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MODES = ("single", "double", "unrolled")
 Loss = tuple[torch.Tensor, list[torch.Tensor]]
@@ -73,6 +78,7 @@ class PharmacistConfig(TrainConfig):
 
     needs: ClassVar[frozenset[str]] = frozenset({"model", "validation"})
     paper: ClassVar[str] = "arXiv 2510.10085"
+    trainer: ClassVar[str] = "tunevax.curation.pharmacist:PharmacistTrainer"
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -143,15 +149,18 @@ class PharmacistTrainer(ResponseTrainer):
 
     config_class = PharmacistConfig
     needs = frozenset({"chosen", "validation"})
+    args: PharmacistConfig
+    processing_class: PreTrainedTokenizerBase
+    model: PreTrainedModel
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         args: PharmacistConfig,
         *,
         safety_data: Sequence[Example],
         validation_data: Sequence[Example],
-        processing_class: Any,
+        processing_class: PreTrainedTokenizerBase,
         callbacks: list | None = None,
     ) -> None:
         rows = safety_data
@@ -201,7 +210,9 @@ class PharmacistTrainer(ResponseTrainer):
         """p, [rows]: positive, of mean 1."""
         return len(self.omega) * torch.softmax(self.omega, 0)
 
-    def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict, num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The gradients of theta, put where the optimiser finds them, and a step of w (and of theta')."""
         model.train()
         inputs = self._prepare_inputs(inputs)
@@ -304,7 +315,7 @@ def refusal(trainer: PharmacistTrainer, batch: dict[str, torch.Tensor]) -> Loss:
 def after_attack(trainer: PharmacistTrainer, batch: dict[str, torch.Tensor]) -> Loss:
     """The same at theta - a * grad h / ||grad h||, h the loss of harmful answers; how that point moves is left out."""
     _, harmful, _ = trainer.gradient(trainer.drawn(trainer.harmful))
-    norm = sum(g.square().sum() for g in harmful).sqrt() + 1e-12
+    norm = sum((g.square().sum() for g in harmful), harmful[0].new_zeros(())).sqrt() + 1e-12
     shifted = [
         p.detach() - g * (trainer.args.attack_step / norm) for p, g in zip(trainer.parameters, harmful, strict=True)
     ]
@@ -344,18 +355,13 @@ def swapped(parameters: Sequence[torch.nn.Parameter], tensors: Sequence[torch.Te
             parameter.data = data
 
 
-def adapted(model: torch.nn.Module) -> list[Any]:
+def adapted(model: torch.nn.Module) -> list[Linear]:
     """The linear layers with a LoRA adapter."""
     return [
         m
         for m in model.modules()
         if hasattr(m, "lora_A") and "default" in m.lora_A and not len(m.lora_magnitude_vector)  # no DoRA
     ]
-
-
-def factors(layer: Any) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
-    """A and B of a LoRA layer."""
-    return layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
 
 @contextmanager
@@ -372,7 +378,7 @@ def along(model: torch.nn.Module, direction: Sequence[torch.Tensor], rows: int) 
     wanted = dict(zip((p for p in model.parameters() if p.requires_grad), direction, strict=True))
     found = direction[0].new_zeros(rows)
 
-    def hook(layer: Any, args: tuple, output: torch.Tensor) -> None:
+    def hook(layer: Linear, args: tuple, output: torch.Tensor) -> None:
         if not output.requires_grad:
             return
         (a, b), scale, x = factors(layer), layer.scaling["default"], args[0].detach()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from tunevax.console import bar
+from tunevax.data.sources import contents
 from tunevax.data.thoughts import joined
 from tunevax.errors import UsageError
 from tunevax.mixins import RunOptions, require_given
@@ -83,7 +84,7 @@ def rejudge(run: str, options: JudgeOptions, command: str = "") -> Path:
     suite = Suite([], load_judges(new["judges"]), fluency=[remembering(ref) for ref in new["fluency_model"]])
     record |= {"command": command, "rejudged_from": str(source.absolute()), "config": {**record["config"], **new}}
     if "scoring" in record:
-        record["scoring"] = {**record["scoring"], **new}
+        record["scoring"] = {**record["scoring"], **{name: contents(value) for name, value in new.items()}}
     with writing(str(options.output_dir), record, overwrite=options.overwrite) as folder, bar() as progress:
         task = progress.add_task("judge", total=len(rows), note="")
         for row in rows:
