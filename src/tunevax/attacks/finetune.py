@@ -78,9 +78,10 @@ class FinetuneConfig(TrainConfig, AttackKind):
         """The harmful rows to draw from: `prompt` and `rejected`."""
         return context.harmful
 
-    def rows(self, context: AttackContext) -> list[dict[str, Any]]:
+    def rows(self, context: AttackContext) -> list[Any]:
         """The attacker's dataset: `prompt` and `completion`. Harmless rows are its own, or else those of the task."""
         harmful = [{**row, "completion": row["rejected"], "harmful": True} for row in self.harmful(context)]
+        task: Sequence[Any]
         (task,) = self.kept_rows(context.options, context.exclusion).values() or (context.task,)
         if self.order == "shuffled":
             return mix(task, harmful, self.p, self.n, self.seed)

@@ -26,7 +26,7 @@ from tunevax.errors import UsageError, unknown
 from tunevax.files import model_hash
 from tunevax.lineage import Lineage
 from tunevax.methods import load_method, methods
-from tunevax.records import is_run, read_run
+from tunevax.records import DataEntry, RunRecord, is_run, read_run
 from tunevax.training import other_data, replay, resolved
 
 KINDS = ("undefended", "equal-compute", "equal-steps", "equal-updates", "random-perturbation")
@@ -63,7 +63,7 @@ def make_controls(run: str | Path, kinds: Sequence[str], folder: str | Path, com
     for kind in kinds:
         if kind not in KINDS:
             raise unknown("control", kind, KINDS)
-    record = read_run(run) if is_run(run) else {}
+    record: RunRecord = read_run(run) if is_run(run) else {}
     if record.get("verb") != "align":
         raise UsageError(f"{run} is not a run of tunevax align, so it has no controls of its own")
     makers = {"undefended": undefended, "random-perturbation": random_perturbation}
@@ -72,12 +72,12 @@ def make_controls(run: str | Path, kinds: Sequence[str], folder: str | Path, com
     return [makers[kind](Path(run), record, Path(folder), command) for kind in kinds]
 
 
-def undefended(run: Path, record: dict[str, Any], folder: Path, command: str) -> Control:
+def undefended(run: Path, record: RunRecord, folder: Path, command: str) -> Control:
     """What was hardened; nothing is trained."""
     return Control("undefended", hardened_from(run, record), f"what {run.name} was hardened from")
 
 
-def plain(run: Path, record: dict[str, Any], folder: Path, command: str, alike: str) -> Control:
+def plain(run: Path, record: RunRecord, folder: Path, command: str, alike: str) -> Control:
     """SFT for as many steps as make it equal to the run in `alike`: compute, steps or updates.
 
     Raises:
@@ -102,7 +102,7 @@ def plain(run: Path, record: dict[str, Any], folder: Path, command: str, alike: 
     return Control(label, ref, f"plain fine-tuning for {steps} steps, {why}")
 
 
-def random_perturbation(run: Path, record: dict[str, Any], folder: Path, command: str) -> Control:
+def random_perturbation(run: Path, record: RunRecord, folder: Path, command: str) -> Control:
     """The run's method with a random direction."""
     label, method = f"{run.name}-random", record["method"]
     if method not in methods("tunevax.alignment"):
@@ -119,11 +119,17 @@ def random_perturbation(run: Path, record: dict[str, Any], folder: Path, command
 
 
 def train(
-    run: Path, record: dict[str, Any], trainer: type, method: str, changes: dict[str, Any], out: Path, command: str
+    run: Path,
+    record: RunRecord,
+    trainer: type[SFTTrainer],
+    method: str,
+    changes: dict[str, Any],
+    out: Path,
+    command: str,
 ) -> str:
     """Train as `run` was, but by `trainer` and with `changes`, into `out`; returns it as a reference."""
     options = replay(record, AlignOptions, resume=True, model=hardened_from(run, record))
-    options.revision = options.revision or record["model"]["revision"]
+    options.revision = options.revision or (record["model"] or {}).get("revision")
     if (saved := saved_template(run, options.chat_template)) is not None:
         options.chat_template = str(saved)
     try:
@@ -140,7 +146,7 @@ def train(
     return str(out)
 
 
-def hardened_from(run: Path, record: dict[str, Any]) -> str:
+def hardened_from(run: Path, record: RunRecord) -> str:
     """The reference of the model that `run` started from.
 
     Raises:
@@ -150,7 +156,7 @@ def hardened_from(run: Path, record: dict[str, Any]) -> str:
     if Path(ref).is_absolute() and not Path(ref).exists():
         raise UsageError(f"{ref}, which {run} was hardened from, is gone; put it back to make controls")
     base = Lineage.of(ref).base
-    if record["model"]["hash"] not in (None, model_hash(base)):
+    if (record["model"] or {}).get("hash") not in (None, model_hash(base)):
         raise UsageError(f"{base} has other weights than when {run} was hardened from it; put the old ones back")
     return ref
 
@@ -161,7 +167,7 @@ def saved_template(run: Path, template: str | None) -> Path | None:
     return next((c for c in copies if c.is_file()), None) if template not in (None, *TEMPLATES) else None
 
 
-def differs(record: dict[str, Any], method: str, config: dict[str, Any], data: list[dict[str, Any]]) -> str | None:
+def differs(record: RunRecord, method: str, config: dict[str, Any], data: list[DataEntry]) -> str | None:
     """How a finished run is not the one that these options would give, or None."""
     if (record["verb"], record["method"]) != ("align", method):
         return f"made by {record['verb']} {record['method']}"

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import os.path
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, tzinfo
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -234,7 +234,7 @@ def conversation(prompt: str | Sequence[dict[str, str]], chat: Chat) -> list[dic
 
 def render(
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str | Sequence[dict[str, str]],
+    prompt: str | Sequence[Mapping[str, Any]],
     place: str = "a prompt",
     generate: bool = True,
 ) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tunevax.data.splits import marks, prompt_hash, user_words
+from tunevax.data.splits import Row, marks, prompt_hash, user_words
 from tunevax.errors import UsageError
 from tunevax.lineage import Lineage
 from tunevax.records import DATA, read_prompts
@@ -248,7 +248,7 @@ class Exclusion:
         """One that leaves out the same and has nothing on its list."""
         return Exclusion(self.active, self.trained, self.scored)
 
-    def score(self, role: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def score(self, role: str, rows: list[Row]) -> list[Row]:
         """Rows to score on, without what was trained on."""
         return self._without(role, rows, self.trained)
 
@@ -257,15 +257,15 @@ class Exclusion:
         if self.active:
             self.scored = {mark for rows in scored.values() for row in rows for mark in marks(row["prompt"])}
 
-    def attack(self, role: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def attack(self, role: str, rows: list[Row]) -> list[Row]:
         """Harmful rows to train on, without what is scored on or was trained on before."""
         return self._without(role, rows, {**self.trained, "evaluation": self.scored})
 
-    def benign(self, role: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def benign(self, role: str, rows: list[Row]) -> list[Row]:
         """Harmless rows to train on, without what is scored on."""
         return self._without(role, rows, {"evaluation": self.scored})
 
-    def _without(self, role: str, rows: list[dict[str, Any]], known: Mapping[str, set[str]]) -> list[dict[str, Any]]:
+    def _without(self, role: str, rows: list[Row], known: Mapping[str, set[str]]) -> list[Row]:
         if not self.active:
             return rows
         kept = []

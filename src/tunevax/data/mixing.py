@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from tunevax.errors import UsageError
 
+Row = TypeVar("Row", bound=Mapping[str, Any])
 
-def mix(task: Sequence[dict], harmful: Sequence[dict], ratio: float, size: int, seed: int) -> list[dict[str, Any]]:
+
+def mix(task: Sequence[Row], harmful: Sequence[Row], ratio: float, size: int, seed: int) -> list[Row]:
     """`round(ratio * size)` rows of `harmful` and the rest of `task`, shuffled.
 
     Rows are drawn without replacement; where there are too few, all are taken and the drawing starts again.
@@ -33,12 +35,12 @@ def mix(task: Sequence[dict], harmful: Sequence[dict], ratio: float, size: int, 
     return rows
 
 
-def _draw(rows: Sequence[dict], count: int, generator: random.Random, kind: str) -> list[dict]:
+def _draw(rows: Sequence[Row], count: int, generator: random.Random, kind: str) -> list[Row]:
     if count and not rows:
         raise UsageError(
             f"{count} {kind} rows are wanted and there are none; give --{'task' if kind == 'task' else 'safety'}-data"
         )
-    drawn: list[dict] = []
+    drawn: list[Row] = []
     while len(drawn) < count:
         drawn += generator.sample(list(rows), min(len(rows), count - len(drawn)))
     return drawn

@@ -6,10 +6,12 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from tunevax.errors import UsageError
+
+Row = TypeVar("Row", bound=Mapping[str, Any])
 
 SHARES = {"alignment": 0.5, "attack": 0.25, "evaluation": 0.25}
 """Share of the hash range that belongs to each split of a safety dataset."""
@@ -34,7 +36,7 @@ SPELLINGS = {
 """Other words for a split, in a row's `split` field or in the `split` option of a source."""
 
 
-def prompt_text(prompt: str | Sequence[dict[str, str]]) -> str:
+def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
     """A prompt as one string: itself, or its messages, one per line."""
     return prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
 
@@ -45,7 +47,7 @@ def normalise(text: str) -> str:
     return text.rstrip(" .?!") or text
 
 
-def user_words(prompt: str | Sequence[dict[str, str]]) -> str:
+def user_words(prompt: str | Sequence[Mapping[str, Any]]) -> str:
     """What the user says in a prompt: the text itself, or the user's turns, one per line. Neither a system message nor
     the assistant's earlier turns make another question of it. Messages without a user turn count whole."""
     if isinstance(prompt, str):
@@ -53,12 +55,12 @@ def user_words(prompt: str | Sequence[dict[str, str]]) -> str:
     return prompt_text([m for m in prompt if m["role"] == "user"] or prompt)
 
 
-def prompt_hash(prompt: str | Sequence[dict[str, str]]) -> str:
+def prompt_hash(prompt: str | Sequence[Mapping[str, Any]]) -> str:
     """16 hexadecimal digits of the SHA-256 of the user's words, normalised."""
     return _digest(user_words(prompt))
 
 
-def marks(prompt: str | Sequence[dict[str, str]]) -> set[str]:
+def marks(prompt: str | Sequence[Mapping[str, Any]]) -> set[str]:
     """The hashes under which a run may have recorded a prompt: `prompt_hash`, and the hash of the whole text, by which
     earlier versions knew a prompt with a system message or with earlier answers."""
     return {_digest(user_words(prompt)), _digest(prompt_text(prompt))}
@@ -68,7 +70,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(normalise(text).encode()).hexdigest()[:16]
 
 
-def split_of(prompt: str | Sequence[dict[str, str]], shares: dict[str, float] = SHARES) -> str:
+def split_of(prompt: str | Sequence[Mapping[str, Any]], shares: dict[str, float] = SHARES) -> str:
     """The split a prompt belongs to, by its hash."""
     position, edge = int(prompt_hash(prompt), 16) / 16**16, 0.0
     for name, share in shares.items():
@@ -149,7 +151,7 @@ def no_rows(name: str, split: str, rows: Sequence[dict[str, Any]], shares: dict[
     return UsageError(f"{name} has no row in the {split} split: by the {by} {one} {parts}; {way}")
 
 
-def drawn(rows: Sequence[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+def drawn(rows: Sequence[Row], limit: int) -> list[Row]:
     """At most `limit` of these rows, in the order of the file: of each `category` its share.
 
     The share is exact to within one row, for a category and for all that stand together by name, as those do whose
