@@ -236,10 +236,12 @@ def test_resumed_is_the_same_run(tmp_path, monkeypatch):
 
 def test_rejected_is_stepped_on_and_chosen_is_trained(make, monkeypatch):
     seen = {}
-    monkeypatch.setattr(booster, "encode", lambda data, *_, **__: seen.update(harmful=data[0]) or rows("harmful"))
+    monkeypatch.setattr(
+        booster, "encode", lambda data, *_, answer, **__: seen.update(harmful=data[0][answer]) or rows("harmful")
+    )
     monkeypatch.setattr(sft, "encode", lambda data, *_, **__: seen.update(train=data[0]) or rows("safe"))
     make()
-    assert (seen["harmful"]["completion"], seen["train"]["completion"]) == ("r", "c")
+    assert (seen["harmful"], seen["train"]["completion"]) == ("r", "c")
 
 
 def test_cost_in_sft_steps(make):

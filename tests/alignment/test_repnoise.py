@@ -274,8 +274,8 @@ def test_benign_rows_enter_the_retain_loss_only(make, variant):
 
 
 def test_safety_rows_are_paired_after_mixing(monkeypatch):
-    def encode(data, *_, **__):
-        return [{"input_ids": [1, 5, len(r["completion"])], "labels": [-100, 5, len(r["completion"])]} for r in data]
+    def encode(data, *_, answer="completion", **__):
+        return [{"input_ids": [1, 5, len(r[answer])], "labels": [-100, 5, len(r[answer])]} for r in data]
 
     monkeypatch.setattr(sft, "encode", encode), monkeypatch.setattr(pairs, "encode", encode)
     safety = [{"prompt": "p", "chosen": "c" * n, "rejected": "r" * (20 + n)} for n in range(1, 13)]

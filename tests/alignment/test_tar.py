@@ -40,7 +40,7 @@ ENCODED = {"r": rows("harmful") + rows("safe"), "c": rows("safe") + rows("harmfu
 @pytest.fixture
 def make(monkeypatch, tmp_path):
     monkeypatch.setattr(sft, "encode", lambda *_, **__: rows("safe"))
-    monkeypatch.setattr(tar, "encode", lambda data, *_, **__: ENCODED[data[0]["completion"]])
+    monkeypatch.setattr(tar, "encode", lambda data, *_, answer, **__: ENCODED[data[0][answer]])
 
     def build(cls=TARTrainer, model=None, **options):
         own = {k: v for k, v in OPTIONS.items() if cls is TARTrainer or k in sft.SFTConfig.__dataclass_fields__}

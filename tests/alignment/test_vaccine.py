@@ -578,10 +578,12 @@ def test_kinds_of_sampling(make, monkeypatch):
 
 def test_rejected_is_probed_and_chosen_is_trained(make, monkeypatch):
     seen = {}
-    monkeypatch.setattr(t_vaccine, "encode", lambda data, *_, **__: seen.update(probe=data[0]) or rows("harmful"))
+    monkeypatch.setattr(
+        t_vaccine, "encode", lambda data, *_, answer, **__: seen.update(probe=data[0][answer]) or rows("harmful")
+    )
     monkeypatch.setattr(sft, "encode", lambda data, *_, **__: seen.update(train=data[0]) or rows("safe"))
     make(TVaccineTrainer, gamma=3)
-    assert (seen["probe"]["completion"], seen["train"]["completion"]) == ("r", "c")
+    assert (seen["probe"], seen["train"]["completion"]) == ("r", "c")
 
 
 def test_a_probe_that_is_not_finite_stops_the_run(make):
