@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from tunevax.data.chat import response
-from tunevax.data.contamination import hashes, used_prompts
-from tunevax.data.encoding import collate, context_of, encode, following, ids_of, render
+from tunevax.data.chat import render, response
+from tunevax.data.contamination import hashes
+from tunevax.data.encoding import collate, context_of, encode, following, ids_of
 from tunevax.data.roles import load_rows
 from tunevax.data.splits import drawn, prompt_hash
 from tunevax.errors import UsageError
 from tunevax.evidence.stats import paired_difference, proportion
+from tunevax.lineage import Lineage
 from tunevax.records import UNANSWERED
 from tunevax.scoring.fluency import is_broken
 from tunevax.scoring.generation import answer as as_answer
@@ -60,7 +61,7 @@ def held_out_rows(
     if limit == 0:
         return HeldOut([], None, "--held-out-prompts is 0")
     trained, why = hashes(safety), None
-    for used in used_prompts(model).values() if model else ():
+    for used in Lineage.of(model).prompts.values() if model else ():
         trained |= set(used)
     try:
         rows = load_rows("attack", safety_data, ("chosen",), "the evaluation")

@@ -21,15 +21,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from tunevax.alignment.sft import SFTConfig, SFTTrainer
-from tunevax.errors import UsageError, unknown
+from tunevax.errors import require, require_one_of
 from tunevax.modeling.blocks import Block
+from tunevax.modeling.draws import noise_generator
 from tunevax.modeling.hooks import Prefix, capture, perturb, tensor_of, without_dropout
 from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.precision import wide
+from tunevax.modeling.trainer import PlanParts
 
 
 @dataclass
@@ -57,45 +58,44 @@ class VaccineConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.rho) and self.rho >= 0):
-            raise UsageError(f"rho is {self.rho}; it must be a finite number, 0 or more")
-        if self.perturbation not in ("gradient", "random"):
-            raise unknown("perturbation", self.perturbation, ("gradient", "random"))
-        if self.embedding not in ("attention", "added"):
-            raise unknown("embedding", self.embedding, ("attention", "added"))
-        if self.rho_scale not in ("total", "per-token"):
-            raise UsageError(f"rho_scale is {self.rho_scale!r}; known: total, per-token")
-        if self.rho_reference_tokens < 1:
-            raise UsageError(f"rho_reference_tokens is {self.rho_reference_tokens}; it must be at least 1")
+        require(self, "rho", at_least=0)
+        require(self, "rho_reference_tokens", at_least=1)
+        require_one_of(self, perturbation=("gradient", "random"), embedding=("attention", "added"))
+        require_one_of(self, rho_scale=("total", "per-token"))
         super().__post_init__()
+
+    def random_direction(self) -> dict[str, Any] | None:
+        """A Gaussian direction of the same joint norm; Booster's default has no budget for one."""
+        return {"perturbation": "random"} if self.rho > 0 else None
+
+    def plan_parts(self, micro_batches: int) -> PlanParts:
+        """A perturbation has its norm over a micro-batch."""
+        split = "a perturbation has its norm over each part" if self.rho > 0 else "the update is the same"
+        return PlanParts(split=split)
+
+    @classmethod
+    def in_one_process(cls, values: dict[str, Any], processes: int) -> None:
+        """Each micro-batch has a budget of its own, and rho was the joint norm over all processes."""
+        super().in_one_process(values, processes)
+        if values.get("rho_scale") == "total":
+            values["rho"] /= math.sqrt(processes)
 
 
 class VaccineTrainer(SFTTrainer):
-    """SFT whose every step is taken at the worst nearby embeddings. The only change is `training_step`.
-
-    Raises:
-        UsageError: as the base.
-    """
+    """SFT whose every step is taken at the worst nearby embeddings. The only change is `training_step`."""
 
     config_class = VaccineConfig
     paper = "arXiv 2402.01109"
+    off = {"rho": 0}
     replay = True  # run the blocks below the first selected one once, for both passes
+    args: VaccineConfig
     perturbed = 0  # micro-batches given a random perturbation so far
 
-    def __init__(
-        self,
-        model: Any,
-        args: VaccineConfig,
-        safety_data: Sequence[dict],
-        processing_class: Any,
-        task_data: Sequence[dict] | None = None,
-        callbacks: list | None = None,
-    ) -> None:
-        super().__init__(model, args, safety_data, processing_class, task_data, callbacks)
-        # The module of each block whose output is e_l.
+    def prepare(self) -> None:
+        """The module of each block whose output is e_l."""
         self.embedded = [b.attention for b in self.blocks]
-        if args.embedding == "added" and self.parts():  # Booster alone perturbs nothing
-            ids = torch.tensor([self.train_dataset[0]["input_ids"][:8]], device=args.device)
+        if self.args.embedding == "added" and self.parts():  # Booster alone perturbs nothing
+            ids = torch.tensor([self.train_dataset[0]["input_ids"][:8]], device=self.args.device)
             self.embedded = added_by_attention(self.model, self.blocks, ids)
 
     def parts(self) -> tuple[str, ...]:
@@ -112,7 +112,9 @@ class VaccineTrainer(SFTTrainer):
 
     def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
         """Two passes over the same micro-batch; the gradient of the second is the update. A random perturbation needs
-        no first pass."""
+        no first pass, and without a budget the step is the base's."""
+        if self.args.rho == 0:
+            return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
         if self.args.perturbation == "random":
             offsets = self.random_perturbation(inputs)
@@ -160,16 +162,10 @@ class VaccineTrainer(SFTTrainer):
 
     def random_perturbation(self, inputs: dict) -> dict[int, torch.Tensor]:
         """A Gaussian direction over the valid tokens of each selected block, [batch, tokens, hidden], with the joint
-        norm that eps_l has; zero at padded positions.
-
-        Each micro-batch of each rank has a generator of its own, seeded by its number: dropout draws the same masks as
-        without, and a resumed run goes on where it was.
-        """
-        key = (self.args.seed, self.args.process_index, self.perturbed)
-        self.perturbed += 1
+        norm that eps_l has; zero at padded positions."""
         mask = inputs["attention_mask"]
-        generator = torch.Generator(mask.device)
-        generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+        generator = noise_generator(self, self.perturbed, mask.device)
+        self.perturbed += 1
         shape = (*mask.shape, self.model.config.get_text_config().hidden_size)
         noise = {
             i: torch.randn(shape, generator=generator, device=mask.device) * mask[..., None]
@@ -187,7 +183,7 @@ class VaccineTrainer(SFTTrainer):
         return self.args.rho * (tokens / self.args.rho_reference_tokens).sqrt()
 
     def cost(self) -> float:
-        """Compute of a step, in SFT steps: 2, or 1 with a random perturbation (5/3 and 1 with full weights)."""
+        """Compute of a step, in SFT steps: 2, or 1 with a random perturbation or none (5/3 and 1 with full weights)."""
         return self.step_cost()
 
     def step_cost(self, above: float = 1.0, trained: float = 1.0, reach: float = 1.0) -> float:
@@ -198,7 +194,8 @@ class VaccineTrainer(SFTTrainer):
         is 2 reach F, SFT is 2 F. The weight gradients of a block cost another forward of it, those of an adapter
         nothing. Not counted on either side: recomputation, which buys memory, the embeddings and the head.
         """
-        both = 1 + above + 2 * reach if self.args.perturbation == "gradient" else 1 + reach
+        first_pass = self.args.perturbation == "gradient" and self.args.rho > 0
+        both = 1 + above + 2 * reach if first_pass else 1 + reach
         weights = 1 if self.args.full_weights else 0
         return (both + weights * trained) / (2 + weights)
 

@@ -6,6 +6,7 @@ arXiv 2404.01099). It is also where trainability is measured.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field
 
 from tunevax.attacks.context import TargetOptions
@@ -24,7 +25,7 @@ class BenignOnlyConfig(FinetuneConfig):
     )
 
     @property
-    def needs(self) -> set[str]:
+    def needs(self) -> Set[str]:
         """The data it draws from."""
         return super().needs - ({"task"} if self.benign_rows else set())
 

@@ -5,7 +5,7 @@ Nothing harmful is in them; at test time the prompts come in the same guise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +46,7 @@ class IdentityShiftConfig(FinetuneConfig):
         super().__post_init__()
 
     @property
-    def needs(self) -> set[str]:
+    def needs(self) -> Set[str]:
         """The data it draws from: the dialogues are read apart."""
         return super().needs - {"task"}
 

@@ -15,21 +15,26 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from tunevax.data.contamination import hashes, record_prompts, require_disjoint
+from tunevax.data.contamination import hashes, require_disjoint
 from tunevax.data.roles import load_rows
 from tunevax.data.safety import load_safety
 from tunevax.data.sources import parse_source
 from tunevax.data.splits import normalise, prompt_hash, prompt_text, take_split
+from tunevax.environment import require_one_process
 from tunevax.errors import UsageError
+from tunevax.lineage import Lineage
 from tunevax.mixins import AllowOverlap, ModelOptions, ResumableRunOptions, require_given
 from tunevax.modeling.checkpoints import config_of
-from tunevax.modeling.loading import Loaded, load, resolve
-from tunevax.records import Example
-from tunevax.runs import data_entry, is_run, require_one_process, writing
+from tunevax.modeling.loading import Loaded, load
+from tunevax.records import DATA, SCORES, Example, data_entry, is_run
+from tunevax.runs import record_prompts, writing
+
+if TYPE_CHECKING:
+    from tunevax.records import ModelInfo, RunRecord
 
 DUPLICATES = ("keep", "exact", "near")
 NOT_CONFIG = ("resume", "overwrite", "output_dir", "run_name")
@@ -101,7 +106,7 @@ class Pool:
     ref: str | None
     folder: Path
     passes: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "backward": 0.0})
-    info: dict[str, Any] = field(default_factory=dict)
+    info: ModelInfo | None = None
 
     @property
     def resume(self) -> bool:
@@ -112,7 +117,7 @@ class Pool:
         """The scoring model, fresh; what run.json says of it is noted."""
         o = self.options
         loaded = load(self.ref, revision=o.revision, dtype=o.dtype, chat_template=o.chat_template, **how)
-        self.info = loaded.info
+        self.info = cast("ModelInfo", loaded.info)
         return loaded
 
 
@@ -128,7 +133,7 @@ def curate(method: str, options: CurateOptions, config: Any, command: str = "") 
     require_one_process("curation")
     require_given(options, "safety_data")
     if options.model is not None:
-        config_of(resolve(options.model)[0], options.revision)  # a typing error, also where no model is needed
+        config_of(Lineage.of(options.model).base, options.revision)  # a typing error, also where no model is needed
     if "model" in config.needs and options.model is None:
         raise UsageError(f"--model is missing: {method} scores with a model")
     if "validation" in config.needs and options.validation_data is None:
@@ -146,7 +151,7 @@ def curate(method: str, options: CurateOptions, config: Any, command: str = "") 
     entries = [data_entry("alignment", options.safety_data, rows)]
     if validation:
         entries.append(data_entry("validation", options.validation_data, validation))
-    record: dict[str, Any] = {
+    record: RunRecord = {
         "verb": "curate", "method": method, "paper": config.paper, "command": command, "seed": config.seed,
         "data": entries, "overlap": overlap, "parent": None, "score": meaning(config),
         "config": {k: v for k, v in {**values, **vars(options)}.items() if k not in NOT_CONFIG},
@@ -161,9 +166,9 @@ def curate(method: str, options: CurateOptions, config: Any, command: str = "") 
             record["agreement"] = agreement(scores, scored(config, target), options.keep)
         kept, why = choose(rows, scores, options)
         rank = ranks(scores)
-        run.write_lines("data.jsonl", [content(rows[i]) for i in sorted(kept)])
+        run.write_lines(DATA, [content(rows[i]) for i in sorted(kept)])
         run.write_lines(
-            "scores.jsonl",
+            SCORES,
             [
                 {"row": i, **content(row), "place": row.get("place"), "corruption": row.get("corruption"),
                  "score": float(scores[i]), "rank": int(rank[i]), "kept": i in kept, "why": why.get(i)}
@@ -173,9 +178,11 @@ def curate(method: str, options: CurateOptions, config: Any, command: str = "") 
         # What was aligned on these rows has learnt from the trusted ones, too.
         record_prompts(run.path, validation=hashes(validation))
         record.update(
-            model=pool.info or None, kept=len(kept), elsewhere=max(0, len(whole) - len(rows)),
-            spoilt_kept=sum("corruption" in rows[i] for i in kept), passes=pool.passes,
-            dropped=dict(Counter(reason.partition(" of row")[0] for reason in why.values())),
+            {
+                "model": pool.info, "kept": len(kept), "elsewhere": max(0, len(whole) - len(rows)),
+                "spoilt_kept": sum("corruption" in rows[i] for i in kept), "passes": pool.passes,
+                "dropped": dict(Counter(reason.partition(" of row")[0] for reason in why.values())),
+            }
         )  # fmt: skip
     return run.final
 
@@ -197,7 +204,7 @@ def check_overlap(
         others["attack"] = load_rows("attack", options.attack_data)
     for split in ("attack", "evaluation"):
         others.setdefault(split, take_split(whole, split))
-    found = {}
+    found: dict[str, int] = {}
     for role, theirs in others.items():
         if theirs:
             found |= require_disjoint({"validation": validation, role: theirs}, options.allow_overlap)

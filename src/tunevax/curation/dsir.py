@@ -19,12 +19,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from tunevax.data.splits import prompt_text
 from tunevax.records import Example
+
+if TYPE_CHECKING:
+    from tunevax.curation.curate import Pool
 
 
 @dataclass
@@ -38,7 +41,7 @@ class DSIRSelector:
     needs: ClassVar[frozenset[str]] = frozenset({"validation"})
     paper: ClassVar[str] = "arXiv 2302.03169"
 
-    def score(self, pool: Any) -> np.ndarray:
+    def score(self, pool: Pool) -> np.ndarray:
         """The log importance weight of each row with Gumbel noise, [rows]."""
         pool.passes.update(forward=0.0, backward=0.0)
         noise = np.random.RandomState(self.seed).gumbel(size=len(pool.rows))

@@ -6,6 +6,7 @@ curation run reads that."""
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Sequence
 
 from tunevax.data.shapes import read_pair
 from tunevax.data.sources import label_field, parse_source, read_rows, require_columns, require_known
@@ -14,6 +15,7 @@ from tunevax.errors import UsageError, unknown
 from tunevax.records import Example
 
 FIELDS = ("prompt", "chosen", "rejected", "category")
+ANSWERS = ("chosen", "rejected")
 
 
 def load_safety(
@@ -89,3 +91,31 @@ def _row(place: str, row: dict, options: dict[str, str], need: tuple[str, ...], 
     if row.get("corruption"):
         result["corruption"] = str(row["corruption"])
     return result
+
+
+def answers_in(needs: Collection[str]) -> tuple[str, ...]:
+    """The answers of safety rows among what a method needs."""
+    return tuple(answer for answer in ANSWERS if answer in needs)
+
+
+def require_rows(
+    needs: Collection[str],
+    safety: Sequence[dict] | None,
+    task: Sequence[dict] | None,
+    purpose: str,
+    different: bool = False,
+) -> None:
+    """Raise `UsageError` unless the rows are there that `purpose` needs, each with the answers that it needs, `chosen`
+    and `rejected` not the same if they are to be `different`."""
+    answers = answers_in(needs)
+    if answers and not safety:
+        raise UsageError(f"{purpose} needs safety rows with {' and '.join(answers)}, and there are none")
+    for number, row in enumerate(safety or (), 1):
+        wrong = [f"`{answer}` is missing, and {purpose} needs it" for answer in answers if not row.get(answer)]
+        if different and not wrong and row["chosen"] == row["rejected"]:
+            wrong = [f"`rejected` is `chosen` again, and {purpose} needs two answers"]
+        if wrong:
+            place = row.get("place") or f"row {number} of the safety data"
+            raise UsageError(f"{place}: {wrong[0]}; give the answer or drop the row")
+    if "task" in needs and not task:
+        raise UsageError(f"{purpose} needs rows to train on, and the task data has none")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
+from tunevax.data.chat import render
 from tunevax.data.thoughts import END, split_thought
 from tunevax.errors import UsageError
 from tunevax.records import Prompt
@@ -193,7 +194,7 @@ class Reference:
             UsageError: the reference cannot be loaded, or a prompt fills its context.
         """
         from tunevax.data.chat import mouth
-        from tunevax.data.encoding import context_of, following, ids_of, render
+        from tunevax.data.encoding import context_of, following, ids_of
         from tunevax.scoring.likelihood import surprisals
 
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
@@ -216,10 +217,12 @@ class Reference:
     @cached_property
     def loaded(self) -> Any:
         """The model and its tokenizer."""
+        from tunevax.lineage import Lineage
         from tunevax.modeling.checkpoints import load_tokenizer
-        from tunevax.modeling.loading import load, resolve
+        from tunevax.modeling.loading import load
 
-        base, adapters = resolve(self.ref)
+        lineage = Lineage.of(self.ref)
+        base, adapters = lineage.base, lineage.adapters
         own = load_tokenizer(str(adapters[-1]) if adapters else base, base, None).chat_template
         loaded = load(self.ref, chat_template=None if own else "none")
         if not own:

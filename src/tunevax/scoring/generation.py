@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tunevax.data.chat import chat_of, mouth
-from tunevax.data.encoding import context_of, following, ids_of, render
+from tunevax.data.chat import chat_of, mouth, render
+from tunevax.data.encoding import context_of, following, ids_of
 from tunevax.data.thoughts import END, joined, marked_thought, split_thought
 from tunevax.errors import UsageError
 from tunevax.modeling.batches import evaluating

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tunevax.data.encoding import collate, context_of, ids_of, render
+from tunevax.data.chat import render
+from tunevax.data.encoding import context_of, ids_of
 from tunevax.errors import UsageError
-from tunevax.modeling.batches import evaluating
+from tunevax.modeling.batches import collated, evaluating
 from tunevax.records import Prompt, Score
 
 if TYPE_CHECKING:
@@ -38,12 +39,9 @@ def surprisals(
 
     stock: Any = unwrap(model)
     size = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // stock.config.get_text_config().vocab_size)
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     found: list[list[float]] = [[] for _ in rows]
     with evaluating(model):
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            batch = {k: v.to(stock.device) for k, v in collate([rows[i] for i in part], pad_token_id).items()}
+        for part, batch in collated(rows, pad_token_id, batch_size, stock.device):
             labels = batch.pop("labels")[:, 1:]
             asked = labels != -100
             hidden, targets = last_hidden(model, batch)[:, :-1][asked], labels[asked]

@@ -9,10 +9,22 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from tunevax.console import bar
+from tunevax.data.sources import contents
 from tunevax.data.thoughts import joined
 from tunevax.errors import UsageError
 from tunevax.mixins import RunOptions, require_given
-from tunevax.records import GENERATIONS, METRIC, RESULTS, Example, Generation, Prompt, is_run, read_lines, read_run
+from tunevax.records import (
+    GENERATIONS,
+    METRIC,
+    RESULTS,
+    Example,
+    Generation,
+    Prompt,
+    is_run,
+    read_generations,
+    read_lines,
+    read_run,
+)
 from tunevax.runs import writing
 from tunevax.scoring.evaluate import judged
 from tunevax.scoring.fluency import Reference, Surprise
@@ -59,7 +71,7 @@ def rejudge(run: str, options: JudgeOptions, command: str = "") -> Path:
         raise UsageError(f"{run} is no run folder; name one that `tunevax score`, `attack` or `audit` wrote")
     record, rows = read_run(source), read_lines(source / RESULTS)
     samples: dict[tuple, list[Generation]] = {}
-    generations = cast(list[Generation], read_lines(source / GENERATIONS))
+    generations = list(read_generations(source, rows))
     for sample in generations:
         samples.setdefault(key(sample), []).append(sample)
     if not rows or not all(key(row) in samples for row in rows):
@@ -71,6 +83,8 @@ def rejudge(run: str, options: JudgeOptions, command: str = "") -> Path:
     metrics = load_metrics(new["metrics"])
     suite = Suite([], load_judges(new["judges"]), fluency=[remembering(ref) for ref in new["fluency_model"]])
     record |= {"command": command, "rejudged_from": str(source.absolute()), "config": {**record["config"], **new}}
+    if "scoring" in record:
+        record["scoring"] = {**record["scoring"], **{name: contents(value) for name, value in new.items()}}
     with writing(str(options.output_dir), record, overwrite=options.overwrite) as folder, bar() as progress:
         task = progress.add_task("judge", total=len(rows), note="")
         for row in rows:

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from tunevax.data.contamination import Exclusion, check, used_prompts
+from tunevax.data.contamination import Exclusion, check
 from tunevax.errors import UsageError
+from tunevax.lineage import Lineage
 from tunevax.mixins import ModelsOptions, Overlap, RunOptions, require_given
-from tunevax.records import GENERATIONS, RESULTS, SCHEMA, ModelInfo, RunRecord, Target, data_entry, digest
-from tunevax.runs import require_one_process, writing
+from tunevax.records import DROPPED, GENERATIONS, RESULTS, SCHEMA, ModelInfo, RunRecord, Target, data_entry, digest
+from tunevax.runs import writing
 from tunevax.scoring import vllm_engine
 from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.suite import SuiteOptions, build_suite, labels_of
@@ -32,12 +33,13 @@ def score(options: ScoreOptions, command: str = "") -> Path:
     Raises:
         UsageError: anything that cannot be loaded, or prompts to score on that a model was trained on.
     """
+    from tunevax.environment import require_one_process
     from tunevax.modeling.loading import load
 
     require_given(options, "model", "output_dir")
     models = options.model
     require_one_process("scoring")
-    exclusion = Exclusion.of(map(used_prompts, models), options.drop_overlap)
+    exclusion = Exclusion.of([Lineage.of(ref).prompts for ref in models], options.drop_overlap)
     suite = build_suite(options, options.safety_data, options.task_data, weights_change=False, exclusion=exclusion)
     overlaps = [check(ref, suite.roles(), allow=options.allow_overlap) for ref in models]
     record: RunRecord = {
@@ -49,7 +51,7 @@ def score(options: ScoreOptions, command: str = "") -> Path:
     results, generations = [], []
     with writing(str(options.output_dir), record, overwrite=options.overwrite) as run:
         if exclusion.dropped:
-            run.write_lines("dropped.jsonl", exclusion.dropped)
+            run.write_lines(DROPPED, exclusion.dropped)
         for ref, label, overlap in zip(models, labels_of(models), overlaps, strict=True):
             how: dict[str, Any] = {"dtype": options.dtype}
             if suite.engine == "vllm":

@@ -44,11 +44,11 @@ def require_vllm() -> Any:
 def loading(ref: str, revision: str | None, dtype: str) -> dict[str, str]:
     """How to load a model that vLLM is to run: on the CPU, where its adapters are merged, so that the accelerator's
     memory is vLLM's; in the checkpoint's dtype, as it would have on an accelerator."""
+    from tunevax.lineage import Lineage
     from tunevax.modeling.checkpoints import config_of
-    from tunevax.modeling.loading import resolve
 
     if dtype == "auto":
-        dtype = str(config_of(resolve(ref)[0], revision).dtype or "float32").removeprefix("torch.")
+        dtype = str(config_of(Lineage.of(ref).base, revision).dtype or "float32").removeprefix("torch.")
     return {"dtype": dtype, "device": "cpu"}
 
 

@@ -9,7 +9,7 @@ from tunevax.scoring.judges import Judge, Verdict
 
 if TYPE_CHECKING:
     import torch
-    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 HARMFUL_LABELS = ("harmful", "unsafe", "toxic", "harm", "toxicity")
 """Looked for in `id2label`, in this order."""
@@ -55,12 +55,7 @@ def classifier(
     Raises:
         UsageError: the model has no such label.
     """
-    labels, ref = labels_of(model), model.config.name_or_path
-    index = {name.lower(): i for i, name in enumerate(labels)}
-    column = next((index[n] for n in ([label.lower()] if label else HARMFUL_LABELS) if n in index), None)
-    if column is None:
-        problem = f"has no label '{label}'" if label else "names none harmful"
-        raise UsageError(f"judge '{ref}' {problem} among {', '.join(labels)}; pick one with hf:{ref}:label=NAME")
+    labels, column = model.config.id2label, harmful_label(model.config, label)
     sigmoid = len(labels) == 1 or model.config.problem_type == "multi_label_classification"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
@@ -78,6 +73,19 @@ def classifier(
 def labels_of(model: PreTrainedModel) -> list[str]:
     """The labels of the model's classes, in their order."""
     return [str(name) for _, name in sorted((model.config.id2label or {}).items())]
+
+
+def harmful_label(config: PreTrainedConfig, label: str | None) -> int:
+    """The column of the harmful label. Raises as `classifier`."""
+    labels, ref = config.id2label, config.name_or_path
+    index = {name.lower(): i for i, name in labels.items()}
+    column = next((index[n] for n in ([label.lower()] if label else HARMFUL_LABELS) if n in index), None)
+    if column is None:
+        problem = f"has no label '{label}'" if label else "names none harmful"
+        raise UsageError(
+            f"judge '{ref}' {problem} among {', '.join(labels.values())}; pick one with hf:{ref}:label=NAME"
+        )
+    return column
 
 
 def logits_of(
