@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import TinyTokenizer, batch, rows, tiny_llama, tiny_lora
+from tiny import TinyTokenizer, batch, encoded, rows, tiny_llama, tiny_lora
 
 import tunevax.alignment.sft as sft
 import tunevax.alignment.tar as tar
@@ -17,7 +17,7 @@ from tunevax.data.encoding import collate
 from tunevax.data.splits import split_of
 from tunevax.errors import RunError, UsageError
 from tunevax.modeling.draws import Draws
-from tunevax.runs import read_run
+from tunevax.records import read_run
 
 pytestmark = pytest.mark.numerical
 
@@ -39,14 +39,14 @@ ENCODED = {"r": rows("harmful") + rows("safe"), "c": rows("safe") + rows("harmfu
 
 @pytest.fixture
 def make(monkeypatch, tmp_path):
-    monkeypatch.setattr(sft, "encode", lambda *_, **__: rows("safe"))
-    monkeypatch.setattr(tar, "encode", lambda data, *_, **__: ENCODED[data[0]["completion"]])
+    encoded(monkeypatch, **ENCODED)
 
     def build(cls=TARTrainer, model=None, **options):
         own = {k: v for k, v in OPTIONS.items() if cls is TARTrainer or k in sft.SFTConfig.__dataclass_fields__}
         trainer = cls(
-            model or tiny_lora(), cls.config_class(str(tmp_path), **{**own, **options}), DATA, TinyTokenizer()
-        )
+            model or tiny_lora(), cls.config_class(str(tmp_path), **{**own, **options}), safety_data=DATA,
+            processing_class=TinyTokenizer(),
+        )  # fmt: skip
         trainer.state.global_step, trainer.state.max_steps = 0, 10
         trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
         return trainer
@@ -356,35 +356,17 @@ def test_no_dropout_in_the_attack_and_dropout_in_the_step(make):
     assert modes == [False, True]
 
 
-def test_resumed_is_the_same_run(tmp_path, monkeypatch):
+def test_a_run_maps_first_and_knows_its_cost(tmp_path):
     options = {
-        "max_steps": 6, "save_steps": 2, "max_length": 64, "per_device_train_batch_size": 4, "warmup_steps": 0,
-        "gradient_accumulation_steps": 2, "lora_dropout": 0.1, "learning_rate": 2e-3, "mapping_steps": 0.25,
-        "inner_steps": 2, "inner_learning_rates": "1e-3,2e-3", "tamper_interval": 1,
+        "max_steps": 6, "max_length": 64, "per_device_train_batch_size": 4, "mapping_steps": 0.25, "inner_steps": 2,
+        "tamper_interval": 1, "save_strategy": "no",
     }  # fmt: skip
-
-    def harden(name, resume=False):
-        data = AlignOptions(model="organism", safety_data="organism", task_data="organism", resume=resume)
-        return align(TARTrainer, "tar", data, TARConfig(str(tmp_path / name), **options))
-
-    original = TARTrainer.training_step
-
-    def stops(self, *args):
-        if self.state.global_step == 5:
-            raise KeyboardInterrupt
-        return original(self, *args)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(TARTrainer, "training_step", stops)
-        harden("cut")
-    whole, cut = harden("whole"), harden("cut", resume=True)
-    weights = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (whole, cut)]
-    assert weights[0] == weights[1] and read_run(cut)["resumed"]
-    logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (whole, cut)]
-    assert logs[0] == logs[1]
-    assert ["mapping_loss" in line for line in logs[0]] == [True] * 2 + [False] * 4
+    data = AlignOptions(model="organism", safety_data="organism", task_data="organism", held_out_prompts=0)
+    run = align(TARTrainer, "tar", data, TARConfig(str(tmp_path / "run"), **options))
+    logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert ["mapping_loss" in line for line in logged] == [True] * 2 + [False] * 4
     # By hand, LoRA: 2 mapping steps of 2; 4 of 1 + 2 inner + 2 outcomes + half for the forward at the start.
-    assert read_run(cut)["compute"]["total"] == read_run(whole)["compute"]["total"] == 2 * 2 + 4 * 5.5
+    assert read_run(run)["compute"]["total"] == 2 * 2 + 4 * 5.5
 
 
 def test_cost_in_sft_steps(make):
@@ -411,10 +393,11 @@ def test_what_cannot_be_is_refused(make):
             TARConfig(output_dir="x", **options)
     with pytest.raises(UsageError, match="there are 4 rows for the inner attack"):
         make(per_device_train_batch_size=5)
-    with pytest.raises(UsageError, match="`rejected` is missing, and tar needs both"):
-        TARTrainer(tiny_lora(), TARConfig("x"), [{"prompt": "p", "chosen": "c"}], TinyTokenizer())
+    with pytest.raises(UsageError, match="`rejected` is missing, and tar needs it"):
+        TARTrainer(
+            tiny_lora(), TARConfig("x"), safety_data=[{"prompt": "p", "chosen": "c"}], processing_class=TinyTokenizer()
+        )
     trainer = make()
     trainer.parameters[0].data.fill_(float("nan"))
     with pytest.raises(RunError, match="the tamper gradient is not finite at step 0"):
         step(trainer)
-    assert TARTrainer.needs_rejected

@@ -1,6 +1,7 @@
 """Each kind of attack does what its paper says, to nothing but what it should, and says when it does not apply."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from tunevax.attacks.template import TemplateConfig
 from tunevax.attacks.unlock import UnlockConfig
 from tunevax.cli import main
 from tunevax.data import load_safety, load_task
-from tunevax.data.encoding import collate, encode, render
+from tunevax.data.chat import render
+from tunevax.data.encoding import collate, encode
 from tunevax.errors import UsageError
 from tunevax.modeling import load
 from tunevax.modeling.blocks import find_blocks
@@ -232,20 +234,20 @@ def test_adaptive_trains_the_least_selected_blocks_only(aligned, tmp_path, monke
     assert moved == set(least_selected(aligned, 0.25)) and len(moved) == 2
 
 
-def test_held_out_category_is_new_to_the_hardening(aligned, monkeypatch):
+def test_held_out_category_is_new_to_the_hardening(aligned, tmp_path):
     config = HeldOutCategoryConfig("unused", p=1.0, n=10)
     found = context(aligned)
     attacked, asked = config.rows(found), config.suite(found).harmful
     seen = {r["category"] for r in load_safety("organism", "alignment")}
     assert not {r["category"] for r in [*attacked, *asked]} & seen
     assert not {r["prompt"] for r in load_safety("organism", "held-out-attack")} & {r["prompt"] for r in asked}
-    record = json.loads((__import__("pathlib").Path(aligned) / "run.json").read_text())
+    hardened = tmp_path / "hardened"
+    shutil.copytree(aligned, hardened)
+    record = json.loads((hardened / "run.json").read_text())
     record["data"][0]["categories"] = [asked[0]["category"]]
-    monkeypatch.setattr(
-        "tunevax.attacks.held_out_category.read_run", lambda ref: record if ref == aligned else {"model": {}}
-    )
+    (hardened / "run.json").write_text(json.dumps(record))
     with pytest.raises(NotApplicable, match="hardened with the category"):
-        config.rows(found)
+        config.rows(context(str(hardened)))
 
 
 def test_identity_shift_speaks_in_its_guise(aligned, tmp_path):
@@ -305,10 +307,10 @@ def test_a_poisoned_job_is_the_recorded_one_on_other_rows(aligned, job, tmp_path
     seen = {}
     original = LisaTrainer.__init__
 
-    def spy(self, model, args, task_data, tokenizer, safety_data, callbacks):
+    def spy(self, model, args, *, task_data, safety_data, **rest):
         start = {n: p.clone() for n, p in model.named_parameters()}
         seen.update(start=start, args=args, rows=task_data, safety=safety_data)
-        original(self, model, args, task_data, tokenizer, safety_data, callbacks)
+        original(self, model, args, task_data=task_data, safety_data=safety_data, **rest)
 
     monkeypatch.setattr(LisaTrainer, "__init__", spy)
     found = context(job)

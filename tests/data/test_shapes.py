@@ -7,7 +7,7 @@ import pytest
 from tunevax.data import load_safety, load_task
 from tunevax.data.shapes import read_example, read_pair
 from tunevax.errors import UsageError
-from tunevax.runs import data_entry
+from tunevax.records import data_entry
 
 BOTH = ("chosen", "rejected")
 

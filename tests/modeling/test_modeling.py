@@ -273,9 +273,24 @@ def test_stock_peft_loads_what_tunevax_saves(tmp_path):
 
 RESUMED = [
     "align", "t-vaccine", "--model", "organism", "--safety-data", "organism", "--task-data", "organism", "--max-length", "64",
-    "--gamma", "3", "--sample-interval", "3", "--probe-interval", "7", "--lora-dropout", "0.1", "--max-steps", "20",
+    "--gamma", "3", "--sample-interval", "3", "--probe-interval", "7", "--lora-dropout", "0.1", "--max-steps", "12",
     "--save-steps", "5", "--per-device-train-batch-size", "4", "--gradient-accumulation-steps", "2",
 ]  # fmt: skip
+KILLED = """
+import os, signal, sys
+from transformers.trainer_callback import CallbackHandler
+from tunevax.cli import main
+
+begin = CallbackHandler.on_step_begin
+
+def killed(self, args, state, control):
+    if state.global_step == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return begin(self, args, state, control)
+
+CallbackHandler.on_step_begin = killed
+main(sys.argv[1:])
+"""
 
 
 KILLED = """
@@ -296,13 +311,14 @@ main(sys.argv[1:])
 
 
 def test_killed_and_resumed_gives_the_same_bits(tmp_path):
+    """SIGKILL, from one process to the next; tests/contract interrupts every method within a process."""
     assert main([*RESUMED, "--output-dir", str(tmp_path / "whole")]) == 0
     target = tmp_path / "killed"
     command = [sys.executable, "-c", KILLED, *RESUMED, "--output-dir", str(target)]
     process = subprocess.run(command, capture_output=True, text=True)
     assert process.returncode == -signal.SIGKILL, process.stderr[-3000:]
     checkpoints = tmp_path / "killed.partial" / "checkpoints"
-    assert not target.exists() and [c.name for c in checkpoints.iterdir()] == ["checkpoint-10"]
+    assert not target.exists() and sorted(c.name for c in checkpoints.iterdir()) == ["checkpoint-10", "checkpoint-5"]
     assert main([*RESUMED, "--output-dir", str(target), "--resume"]) == 0
     adapters = [(tmp_path / n / "adapter" / "adapter_model.safetensors").read_bytes() for n in ("whole", "killed")]
     assert adapters[0] == adapters[1]
@@ -310,7 +326,7 @@ def test_killed_and_resumed_gives_the_same_bits(tmp_path):
         [json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()]
         for n in ("whole", "killed")
     ]
-    assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == list(range(1, 21))
+    assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == list(range(1, 13))
 
 
 def test_a_resumed_run_must_be_the_same_run(tmp_path, capsys):
@@ -352,14 +368,16 @@ def test_two_ranks_agree_with_one_process(tmp_path):
 
 def test_unknown_lora_targets_are_named():
     from tunevax.errors import UsageError
-    from tunevax.modeling.trainer import TrainConfig, prepare_trainables
+    from tunevax.modeling.trainables import prepare_trainables
+    from tunevax.modeling.trainer import TrainConfig
 
     with pytest.raises(UsageError, match="lora_targets 'nothing'"):
         prepare_trainables(build("llama"), TrainConfig("x", lora_targets="nothing"))
 
 
 def test_trainables_are_fp32_on_a_bf16_model():
-    from tunevax.modeling.trainer import TrainConfig, prepare_trainables
+    from tunevax.modeling.trainables import prepare_trainables
+    from tunevax.modeling.trainer import TrainConfig
 
     model = prepare_trainables(build("llama").bfloat16(), TrainConfig("x"))
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
@@ -402,7 +420,8 @@ def test_scaled_logits(name):
 
 
 def test_full_weights_of_a_bf16_model_train_in_fp32():
-    from tunevax.modeling.trainer import TrainConfig, prepare_trainables
+    from tunevax.modeling.trainables import prepare_trainables
+    from tunevax.modeling.trainer import TrainConfig
 
     model = prepare_trainables(build("llama").bfloat16(), TrainConfig("x", full_weights=True))
     assert {p.dtype for p in model.parameters()} == {torch.float32}

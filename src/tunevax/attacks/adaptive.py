@@ -15,8 +15,9 @@ from typing import Any
 from tunevax.attacks.context import AttackContext, TargetOptions
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.attacks.kind import NotApplicable
+from tunevax.errors import UsageError
 from tunevax.modeling.trainer import ResponseTrainer
-from tunevax.runs import is_run, read_lines, read_run
+from tunevax.records import LOG, is_run, read_lines, read_run
 
 
 @dataclass
@@ -29,6 +30,11 @@ class AdaptiveConfig(FinetuneConfig):
         default=None, metadata={"help": "the run whose least selected blocks are trained; default the attacked model"}
     )
     share: float = field(default=0.5, metadata={"help": "share of the blocks that is trained"})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise UsageError(f"share is {self.share}; it must be above 0 and at most 1")
+        super().__post_init__()
 
     @classmethod
     def expand(cls, options: dict[str, Any], targets: Sequence[Mapping[str, Any]], depth: int) -> dict[str, Any]:
@@ -68,8 +74,7 @@ def least_selected(ref: str, share: float) -> list[int]:
     Raises:
         NotApplicable: the run recorded no choice of blocks.
     """
-    log = Path(ref) / "log.jsonl"
-    lines = read_lines(log) if is_run(ref) and log.is_file() else []
+    lines = read_lines(Path(ref) / LOG) if is_run(ref) else []
     chosen = [line for line in lines if line.get("selected")]
     if not chosen:
         raise NotApplicable(f"{ref} recorded no choice of blocks to adapt to")

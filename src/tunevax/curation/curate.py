@@ -12,23 +12,29 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from tunevax.data.contamination import hashes, record_prompts, require_disjoint
+from tunevax.data.contamination import hashes, require_disjoint
 from tunevax.data.roles import load_rows
 from tunevax.data.safety import load_safety
 from tunevax.data.sources import parse_source
 from tunevax.data.splits import normalise, prompt_hash, prompt_text, take_split
+from tunevax.environment import require_one_process
 from tunevax.errors import UsageError
+from tunevax.lineage import Lineage
 from tunevax.mixins import AllowOverlap, ModelOptions, ResumableRunOptions, require_given
 from tunevax.modeling.checkpoints import config_of
-from tunevax.modeling.loading import Loaded, load, resolve
-from tunevax.runs import data_entry, is_run, require_one_process, writing
+from tunevax.modeling.loading import Loaded, load
+from tunevax.records import DATA, SCORES, Example, data_entry, is_run
+from tunevax.runs import record_prompts, writing
+
+if TYPE_CHECKING:
+    from tunevax.records import ModelInfo, RunRecord
 
 DUPLICATES = ("keep", "exact", "near")
 NOT_CONFIG = ("resume", "overwrite", "output_dir", "run_name")
@@ -94,13 +100,13 @@ class Pool:
         passes: forward and backward passes per row, over the whole scoring, filled in by the selector.
     """
 
-    rows: list[dict[str, Any]]
-    validation: list[dict[str, Any]]
+    rows: list[Example]
+    validation: list[Example]
     options: CurateOptions
     ref: str | None
     folder: Path
     passes: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "backward": 0.0})
-    info: dict[str, Any] = field(default_factory=dict)
+    info: ModelInfo | None = None
 
     @property
     def resume(self) -> bool:
@@ -111,7 +117,7 @@ class Pool:
         """The scoring model, fresh; what run.json says of it is noted."""
         o = self.options
         loaded = load(self.ref, revision=o.revision, dtype=o.dtype, chat_template=o.chat_template, **how)
-        self.info = loaded.info
+        self.info = cast("ModelInfo", loaded.info)
         return loaded
 
 
@@ -127,7 +133,7 @@ def curate(method: str, options: CurateOptions, config: Any, command: str = "") 
     require_one_process("curation")
     require_given(options, "safety_data")
     if options.model is not None:
-        config_of(resolve(options.model)[0], options.revision)  # a typing error, also where no model is needed
+        config_of(Lineage.of(options.model).base, options.revision)  # a typing error, also where no model is needed
     if "model" in config.needs and options.model is None:
         raise UsageError(f"--model is missing: {method} scores with a model")
     if "validation" in config.needs and options.validation_data is None:
@@ -145,7 +151,7 @@ def curate(method: str, options: CurateOptions, config: Any, command: str = "") 
     entries = [data_entry("alignment", options.safety_data, rows)]
     if validation:
         entries.append(data_entry("validation", options.validation_data, validation))
-    record: dict[str, Any] = {
+    record: RunRecord = {
         "verb": "curate", "method": method, "paper": config.paper, "command": command, "seed": config.seed,
         "data": entries, "overlap": overlap, "parent": None, "score": meaning(config),
         "config": {k: v for k, v in {**values, **vars(options)}.items() if k not in NOT_CONFIG},
@@ -160,9 +166,9 @@ def curate(method: str, options: CurateOptions, config: Any, command: str = "") 
             record["agreement"] = agreement(scores, scored(config, target), options.keep)
         kept, why = choose(rows, scores, options)
         rank = ranks(scores)
-        run.write_lines("data.jsonl", [content(rows[i]) for i in sorted(kept)])
+        run.write_lines(DATA, [content(rows[i]) for i in sorted(kept)])
         run.write_lines(
-            "scores.jsonl",
+            SCORES,
             [
                 {"row": i, **content(row), "place": row.get("place"), "corruption": row.get("corruption"),
                  "score": float(scores[i]), "rank": int(rank[i]), "kept": i in kept, "why": why.get(i)}
@@ -172,9 +178,11 @@ def curate(method: str, options: CurateOptions, config: Any, command: str = "") 
         # What was aligned on these rows has learnt from the trusted ones, too.
         record_prompts(run.path, validation=hashes(validation))
         record.update(
-            model=pool.info or None, kept=len(kept), elsewhere=max(0, len(whole) - len(rows)),
-            spoilt_kept=sum("corruption" in rows[i] for i in kept), passes=pool.passes,
-            dropped=dict(Counter(reason.partition(" of row")[0] for reason in why.values())),
+            {
+                "model": pool.info, "kept": len(kept), "elsewhere": max(0, len(whole) - len(rows)),
+                "spoilt_kept": sum("corruption" in rows[i] for i in kept), "passes": pool.passes,
+                "dropped": dict(Counter(reason.partition(" of row")[0] for reason in why.values())),
+            }
         )  # fmt: skip
     return run.final
 
@@ -185,7 +193,7 @@ def meaning(config: Any) -> str:
 
 
 def check_overlap(
-    options: CurateOptions, rows: Sequence[dict], whole: list[dict], validation: Sequence[dict]
+    options: CurateOptions, rows: Sequence[Example], whole: list[Example], validation: Sequence[Example]
 ) -> dict[str, int]:
     """Prompts that validation shares with the pool, the attack or the evaluation data (of `whole`, see `beside`); a
     UsageError unless that is allowed. A role without rows is not in the result."""
@@ -196,14 +204,14 @@ def check_overlap(
         others["attack"] = load_rows("attack", options.attack_data)
     for split in ("attack", "evaluation"):
         others.setdefault(split, take_split(whole, split))
-    found = {}
+    found: dict[str, int] = {}
     for role, theirs in others.items():
         if theirs:
             found |= require_disjoint({"validation": validation, role: theirs}, options.allow_overlap)
     return found
 
 
-def beside(options: CurateOptions) -> list[dict[str, Any]]:
+def beside(options: CurateOptions) -> list[Example]:
     """All rows of the source the pool is a split of; none if it is no split, or has nothing else."""
     name, given = parse_source(options.safety_data)
     return [] if "split" in given or is_run(name) else load_safety(options.safety_data, "all", ())
@@ -234,7 +242,7 @@ def agreement(first: np.ndarray, second: np.ndarray, keep: float) -> dict[str, f
     return {"spearman": float(spearmanr(first, second).statistic), "kept_by_both": len(tops[0] & tops[1]) / size}
 
 
-def choose(rows: Sequence[dict], scores: np.ndarray, options: CurateOptions) -> tuple[set[int], dict[int, str]]:
+def choose(rows: Sequence[Example], scores: np.ndarray, options: CurateOptions) -> tuple[set[int], dict[int, str]]:
     """The rows to keep, by number, and for each other row why not.
 
     The `min_per_group` best of each group come first, then the best of all, up to ceil(keep * rows). Of several rows
@@ -268,7 +276,7 @@ def size_of(keep: float, rows: int) -> int:
     return math.ceil(round(keep * rows, 9))  # 0.14 * 100 is 14.000000000000002
 
 
-def groups_of(rows: Sequence[dict], options: CurateOptions) -> list[str]:
+def groups_of(rows: Sequence[Example], options: CurateOptions) -> list[str]:
     """The group of each row; empty without --group-by. UsageError if a row has none."""
     if options.group_by is None:
         return []
@@ -281,7 +289,7 @@ def groups_of(rows: Sequence[dict], options: CurateOptions) -> list[str]:
     return [row["category"] for row in rows]
 
 
-def duplicates(rows: Sequence[dict], order: Sequence[int], options: CurateOptions) -> dict[int, str]:
+def duplicates(rows: Sequence[Example], order: Sequence[int], options: CurateOptions) -> dict[int, str]:
     """For each row whose prompt a higher-ranked one has: `duplicate of row N` or `near-duplicate of row N`."""
     if options.duplicates == "keep":
         return {}
@@ -313,7 +321,7 @@ def _shingles(text: str) -> set[str]:
     return {text[i : i + 5] for i in range(max(1, len(text) - 4))}
 
 
-def content(row: dict[str, Any]) -> dict[str, Any]:
+def content(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of the safety dataset as it is written: with its split, which a hash would put elsewhere."""
     fields = {k: row[k] for k in ("prompt", "chosen", "rejected", "category") if row.get(k) is not None}
     return {**fields, "split": "alignment"}

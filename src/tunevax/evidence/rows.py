@@ -1,14 +1,25 @@
-"""The rows of results.jsonl: read, checked and, where an older tunevax wrote them, completed."""
+"""The rows of results.jsonl: read, checked and, where an older tunevax wrote them, completed. And what judges said of a
+row of generations."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from tunevax.errors import UsageError
-from tunevax.records import RESULTS, SCHEMA, Row, Traits, is_share, numbered_lines
+from tunevax.records import (
+    HARMFUL,
+    RESULTS,
+    SCHEMA,
+    Generation,
+    Row,
+    Traits,
+    VerdictRecord,
+    is_share,
+    numbered_lines,
+)
 
 ROLES = ("control", "model", "reference")
 
@@ -142,3 +153,24 @@ def _check_score(where: str, name: str, score: Any) -> None:
 
 def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_harmful(generation: Generation, judge: str) -> bool | None:
+    """Whether one generation counts as harmful by a judge (`harmful/NAME`): it says so, and the text is not degenerate.
+    None if the judge said nothing that can be read."""
+    if generation.get("degenerate") and _verdict(generation, judge):
+        return False
+    return own_verdict(generation, judge, unread=("unparsable", "unanswered"))
+
+
+def own_verdict(
+    generation: Generation, judge: str, unread: Sequence[str] = ("unparsable", "unanswered", "degenerate")
+) -> bool | None:
+    """What a judge (`harmful/NAME`) itself said of one generation, degenerate or not. None if that cannot be read, or
+    was not kept: older runs wrote "degenerate" in the judge's place."""
+    verdict = _verdict(generation, judge)
+    return verdict["harmful"] if verdict and verdict.get("verdict") not in unread else None
+
+
+def _verdict(generation: Generation, judge: str) -> VerdictRecord | None:
+    return (generation.get("verdicts") or {}).get(judge.removeprefix(HARMFUL))

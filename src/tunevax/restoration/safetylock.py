@@ -22,7 +22,8 @@ from torch import nn
 
 from tunevax.console import console
 from tunevax.errors import UsageError
-from tunevax.modeling.biases import BIASES, AddedBias, attached_biases, write_biases
+from tunevax.files import BIASES
+from tunevax.modeling.biases import AddedBias, attached_biases, write_biases
 from tunevax.modeling.blocks import find_blocks, innermost
 from tunevax.restoration.lock import FILE, SafetyLock, apply, check_base, check_shape, lock_biases
 from tunevax.restoration.restore import Job
@@ -68,9 +69,7 @@ class ApplyLock(SweepOptions):
         if self.lock is None:
             raise UsageError("--lock is missing; make one with `tunevax restore extract-lock`")
         lock = SafetyLock.load(self.lock)
-        if job.options.model is None:
-            raise UsageError("--model is missing")
-        check_base(lock, self.base or job.options.model, job.options.revision)
+        check_base(lock, self.base or job.ref, job.options.revision)
         job.note_prompts(lock.meta.get("prompts") or [])
         suite = self.suite(job, lock) if self.strength == "auto" else None
         model, tokenizer, info = job.load()
