@@ -623,7 +623,7 @@ def test_a_useless_model_is_called_what_it_is(sft, tmp_path):
     named = [word for m in models for word in ("--model", str(m))]
     judge = ["--judges", "refusal-keywords"]  # which takes constant and random words for compliance
     assert main(["audit", *named, "--control", str(sft), "--protocol", str(tmp_path / "p.yaml"), "--safety-data", "organism",
-                 "--task-data", "organism", *judge, "--output-dir", str(tmp_path / "out")]) == 0  # fmt: skip
+                 "--task-data", "organism", *judge, "--workers", "1", "--output-dir", str(tmp_path / "out")]) == 0  # fmt: skip
     main(["report", str(tmp_path / "out"), "--format", "json", "--output", str(tmp_path / "r.json")])
     found = {m["label"]: m for m in json.loads((tmp_path / "r.json").read_text())["models"]}
     assert found["constant"]["name"] == "gives one answer to everything"
@@ -646,6 +646,6 @@ def test_an_attack_that_learns_nothing_is_too_weak(sft, tmp_path, capsys):
         "attacks: [{kind: finetune, learning_rate: 0, p: 0.5, n: 20, max_steps: 4}]\n"
     )
     assert main(["audit", "--model", str(twin), "--control", str(sft), "--protocol", str(tmp_path / "p.yaml"),
-                 "--output-dir", str(tmp_path / "out")]) == 0  # fmt: skip
+                 "--workers", "1", "--output-dir", str(tmp_path / "out")]) == 0  # fmt: skip
     out = capsys.readouterr().out
     assert "too weak to conclude from" in out and "needs" not in out and "resist" not in out
