@@ -35,11 +35,13 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("contract")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", methods("tunevax.alignment"))
 def test_aligner(name, folder):
     check_aligner(name, folder, *FEW_STEPS.get(name, ()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", methods("tunevax.finetuning"))
 def test_finetuner(name, folder):
     check_finetuner(name, folder, *FEW_STEPS.get(name, ()))
