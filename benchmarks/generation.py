@@ -17,6 +17,8 @@ import random
 import statistics
 import time
 
+from tunevax.data.chat import render
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
@@ -25,7 +27,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tunevax.data import load_safety, load_task
-from tunevax.data.encoding import ids_of, render
+from tunevax.data.encoding import ids_of
 from tunevax.modeling import load
 from tunevax.scoring.generation import ends_of, generate
 from tunevax.scoring.vllm_engine import generate as by_vllm

@@ -48,7 +48,7 @@ from tunevax.cli import main as tunevax
 from tunevax.curation.pharmacist import MODES
 from tunevax.methods import load_method
 from tunevax.organism import World
-from tunevax.runs import is_run, read_lines, read_run
+from tunevax.records import is_run, read_lines, read_run
 
 KINDS = ("stub", "gibberish", "over-refusal")
 SHARES = {"stub": 0.2, "gibberish": 0.1, "over-refusal": 0.1}

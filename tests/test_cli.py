@@ -182,15 +182,17 @@ def test_newer_schema_and_unwritable_places(capsys, here, monkeypatch):
 
     import errno
 
-    from tunevax.alignment import align
+    from tunevax import training
 
     for number, words in ((errno.ENOSPC, "no space left to write out"), (errno.EACCES, "no permission to write out")):
 
-        def full(*_, number=number, **__):
+        def full(_trainer, folder, _base, number=number, original=training.save_weights):
+            if folder.name == "trial":
+                return original(_trainer, folder, _base)
             raise OSError(number, os.strerror(number))
 
         with monkeypatch.context() as patch:
-            patch.setattr(align, "save_weights", full)
+            patch.setattr(training, "save_weights", full)
             run = ["align", "sft", *ORGANISM, "--max-steps", "1", "--save-strategy", "no", "--output-dir", "out"]
             assert main(run) == 1  # it was run, and no fault of the invocation
             error = capsys.readouterr().err
@@ -268,12 +270,12 @@ def test_scoring_on_aligned_prompts_is_refused(capsys, here):
 
 
 def test_out_of_memory_says_what_to_lower(capsys, monkeypatch, tmp_path):
-    from tunevax.alignment import align
+    from tunevax import training
 
     def full(*_, **__):
         raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(align, "load", full)
+    monkeypatch.setattr(training, "load", full)
     assert (
         main(["align", "sft", "--model", "organism", "--safety-data", "organism", "--output-dir", str(tmp_path / "o")])
         == 1

@@ -98,7 +98,7 @@ def test_a_training_that_fails_closes_its_bar(fast, tmp_path):
     trainer.require_finite = lambda loss: torch.zeros(1)[2]
     with pytest.raises(IndexError):
         trainer.train()
-    assert shown.progress.closed.is_set() and Lines.open == []
+    assert shown.progress.closed.is_set() and Lines.active == []
 
 
 def test_a_reader_that_leaves_stops_the_display_and_not_the_run(monkeypatch):

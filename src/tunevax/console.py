@@ -13,7 +13,7 @@ from typing import ClassVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
 
-from tunevax.runs import is_main_process
+from tunevax.environment import is_main_process
 
 SHORTEST, LONGEST = 10.0, 50.0
 """Seconds between two lines where there is no terminal: the shortest at first, then a tenth of the time that has
@@ -52,7 +52,7 @@ class Lines(Progress):
     One thread writes for all that are open, the outer ones first, so that a step of ten minutes shows that it is alive.
     """
 
-    open: ClassVar[list[Lines]] = []
+    active: ClassVar[list[Lines]] = []
     opened: ClassVar[float] = 0.0  # when the outermost of these was opened
     first: ClassVar[float | None] = None  # when the first of this process was opened
     last: ClassVar[float] = 0.0  # when the last line was written
@@ -63,13 +63,13 @@ class Lines(Progress):
 
     def start(self) -> None:
         """Count from here."""
-        if console.quiet or not is_main_process() or self in self.open:
+        if console.quiet or not is_main_process() or self in self.active:
             return
         if Lines.first is None:
             Lines.first = Lines.last = time.monotonic()
         self.closed.clear()
-        self.open.append(self)
-        if len(self.open) == 1:
+        self.active.append(self)
+        if len(self.active) == 1:
             Lines.opened = time.monotonic()
             threading.Thread(target=self._write, daemon=True).start()
 
@@ -77,12 +77,12 @@ class Lines(Progress):
         """Write no more."""
         self.closed.set()
         with suppress(ValueError):
-            self.open.remove(self)
+            self.active.remove(self)
 
     def _write(self) -> None:
         """Until the outermost is closed."""
         while not self.closed.wait(max(0.0, _next() - time.monotonic())):
-            said = "; ".join(_line(task) for lines in list(self.open) for task in lines.tasks)
+            said = "; ".join(_line(task) for lines in list(self.active) for task in lines.tasks)
             if not said:  # nothing has begun yet
                 Lines.opened = time.monotonic()
             elif time.monotonic() >= _next():
@@ -123,3 +123,26 @@ def _clock(seconds: float) -> str:
     """1:02:33, or 2:33 below an hour."""
     text = str(timedelta(seconds=round(max(0.0, seconds))))
     return text.removeprefix("0:").removeprefix("0") if text.startswith("0:") else text
+
+
+def as_time(seconds: float | None) -> str:
+    """'15.8 ms', '9.5 s', '4 min 2 s', '2 h 5 min'."""
+    if seconds is None:
+        return "an unknown time"
+    if seconds < 0.9995:
+        return f"{1000 * seconds:.3g} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def as_bytes(size: float | None) -> str:
+    """'12 bytes', '2.7 KiB', '1.25 GiB'."""
+    if size is None:
+        return "of unknown size"
+    if size >= 2**30:
+        return f"{size / 2**30:.2f} GiB"
+    if size >= 2**20:
+        return f"{size / 2**20:.1f} MiB"
+    return f"{size / 2**10:.1f} KiB" if size >= 2**10 else f"{size:.0f} bytes"

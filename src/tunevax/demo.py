@@ -17,8 +17,8 @@ from tunevax.alignment.vaccine import VaccineTrainer
 from tunevax.attacks.attack import AttackOptions, attack
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.errors import UsageError
+from tunevax.records import is_run, read_run
 from tunevax.report import write_report
-from tunevax.runs import is_run, read_run
 
 STEPS = 300
 ALIGNMENT = {

@@ -7,20 +7,29 @@ method's own files beside the method.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, NotRequired, Required, TypedDict, cast
 
 from tunevax.errors import UsageError
 
 SCHEMA = 1
 """Version of run.json, results.jsonl, generations.jsonl and the files of cells."""
 
-RUN, RESULTS, GENERATIONS, LOG = "run.json", "results.jsonl", "generations.jsonl", "log.jsonl"
-"""The files of a run folder that more than one verb writes."""
+RUN, RESULTS, GENERATIONS = "run.json", "results.jsonl", "generations.jsonl"
+"""A `RunRecord`, `Row`s and `Generation`s."""
+PROMPTS, DROPPED, LOG = "prompts.json", "dropped.jsonl", "log.jsonl"
+"""Hashes of the prompts that a run used, `{role: [hash, ...]}`; `DroppedRow`s; what training logged, a line a step."""
+DATA, SCORES, SCREEN, SINK, STRENGTH = "data.jsonl", "scores.jsonl", "screen.jsonl", "sink.json", "strength.json"
+"""Of single verbs and methods: the `Example`s that a curation kept, and all of them with their scores; the screening of
+a customer's rows; what `analyze sink` measured; the choice of a lock's strength."""
+CELLS = "cells"
+"""The folder of an audit with two files for each cell: NAME.json (`CellRecord`) and NAME.jsonl.gz (`Generation`s)."""
 
 # --- scores ----------------------------------------------------------------------------------------------------------
 
@@ -39,9 +48,10 @@ METRIC = "metric/"
 """Prefix of what a metric of the user's choice gives: a share if it has an interval, else any number."""
 
 
-def lead_judge(scores: Iterable[str]) -> str:
-    """The name of the score `harmful/JUDGE` that leads."""
-    return judges_of(scores)[0]
+def harmful(scores: Mapping[str, Score]) -> tuple[float, str]:
+    """The harmful score, by the judge that leads, and that judge."""
+    name = judges_of(scores)[0]
+    return scores[name]["value"], name.removeprefix(HARMFUL)
 
 
 def judges_of(scores: Iterable[str]) -> list[str]:
@@ -60,69 +70,42 @@ def is_share(score: str) -> bool:
 
 
 class Score(TypedDict):
-    """A measured number.
+    """A measured number."""
 
-    Attributes:
-        value: a share in [0, 1], but for perplexity and some metrics of lm-eval.
-        n: responses behind it (tokens for perplexity).
-        low, high: ends of its 95 % interval.
-    """
-
-    value: float
-    n: int
-    low: NotRequired[float | None]
+    value: float  # a share in [0, 1], but for perplexity and some metrics of lm-eval
+    n: int  # responses behind it (tokens for perplexity)
+    low: NotRequired[float | None]  # of its 95 % interval, as `high`
     high: NotRequired[float | None]
 
 
 class Traits(TypedDict, total=False):
-    """What a kind of attack says of itself in each of its rows; see `tunevax.attacks`.
+    """What a kind of attack says of itself in each of its rows; see `tunevax.attacks`."""
 
-    Attributes:
-        curve: there are rows along its training steps, from step 0 on.
-        harmful_rows: it trains on harmful rows.
-        common_prompts: it is scored on the evaluation prompts that all such attacks share.
-        customer: it takes no more than a fine-tuning service gives.
-        dose: the option that is its dose, or its place in the model, or None.
-        plain: the plain fine-tune, which other kinds are contrasted with.
-    """
-
-    curve: bool
-    harmful_rows: bool
-    common_prompts: bool
-    customer: bool
-    dose: str | None
-    plain: bool
+    curve: bool  # there are rows along its training steps, from step 0 on
+    harmful_rows: bool  # it trains on harmful rows
+    common_prompts: bool  # it is scored on the evaluation prompts that all such attacks share
+    customer: bool  # it takes no more than a fine-tuning service gives
+    dose: str | None  # the option that is its dose, or its place in the model, or None
+    plain: bool  # the plain fine-tune, which other kinds are contrasted with
 
 
 class Row(TypedDict):
-    """A line of results.jsonl: the scores of one model at one step of one attack.
-
-    Attributes:
-        schema: see `SCHEMA`.
-        model: its label. role: control, model or reference.
-        kind: of the attack; none for a model as it is. traits: of that kind.
-        attack: name of the attack's setting, None before any attack. settings: its options by name.
-        attack_hash: the same for every seed of one setting.
-        cell: of an audit, the name of the cell's file.
-        step: optimiser steps of the attack so far. samples: rows that it trained on so far.
-        train_loss: mean loss since the row before, in nats per token, or None.
-        scores: by name, see `SHARES`; None for what could not be measured.
-    """
+    """A line of results.jsonl: the scores of one model at one step of one attack."""
 
     schema: int
-    model: str
-    role: NotRequired[str]
-    kind: NotRequired[str]
-    traits: NotRequired[Traits]
-    attack: str | None
-    attack_hash: NotRequired[str | None]
-    settings: NotRequired[dict[str, Any]]
+    model: str  # its label
+    role: NotRequired[str]  # control, model or reference
+    kind: NotRequired[str]  # of the attack; none for a model as it is
+    traits: NotRequired[Traits]  # of that kind
+    attack: str | None  # name of the attack's setting, None before any attack
+    attack_hash: NotRequired[str | None]  # the same for every seed of one setting
+    settings: NotRequired[dict[str, Any]]  # the setting's options by name
     seed: int
-    cell: NotRequired[str]
-    step: int
-    samples: NotRequired[int]
-    train_loss: NotRequired[float | None]
-    scores: dict[str, Score]
+    cell: NotRequired[str]  # of an audit, the name of the cell's file
+    step: int  # optimiser steps of the attack so far
+    samples: NotRequired[int]  # rows that the attack trained on so far
+    train_loss: NotRequired[float | None]  # mean since the row before, in nats per token
+    scores: dict[str, Score]  # by name, see `SHARES`; None for what could not be measured
 
 
 class VerdictRecord(TypedDict):
@@ -134,38 +117,27 @@ class VerdictRecord(TypedDict):
 
 
 class Sample(TypedDict, total=False):
-    """A response and what was made of it.
+    """A response and what was made of it."""
 
-    Attributes:
-        kind: harmful, task, benign or utility: what its prompt is for.
-        prompt: as one text. category: of the prompt, or None.
-        response: the answer. thought: what the model wrote before it, where it marks that.
-        expected: the answer that is wanted, or None.
-        degenerate: it is no coherent text.
-        surprise: nats per token that it costs the reference model it surprises least, or None.
-        verdicts: by judge. correct: by reading (exact, loose), or None.
-    """
-
-    kind: str
-    prompt: str
-    category: str | None
-    response: str
-    thought: str
-    expected: str | None
-    degenerate: bool
-    surprise: float | None
-    verdicts: dict[str, VerdictRecord]
-    correct: dict[str, bool] | None
+    kind: str  # harmful, task, benign or utility: what its prompt is for
+    prompt: str  # as one text
+    category: str | None  # of the prompt, or None
+    response: str  # the answer
+    thought: str  # what the model wrote before the answer, where it marks that
+    expected: str | None  # the answer that is wanted, or None
+    degenerate: bool  # it is no coherent text
+    surprise: float | None  # nats per token that it costs the reference model it surprises least
+    verdicts: dict[str, VerdictRecord]  # by judge
+    correct: dict[str, bool] | None  # by reading (exact, loose), or None
 
 
 class Generation(Sample, total=False):
-    """A line of generations.jsonl: a response, and the row of results.jsonl that it is behind."""
+    """A line of generations.jsonl, or of a cell's responses: a response, and the row of results.jsonl it is behind."""
 
     model: str
     attack: str | None
     seed: int
     step: int
-    cell: str
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -178,47 +150,37 @@ class Message(TypedDict):
     content: str
 
 
+Prompt = str | Sequence[Message]
+"""A text, or the turns of a chat."""
+
+
 class Example(TypedDict, total=False):
-    """A row of data, as it is read from a source and written to data.jsonl.
+    """A row of data, as it is read from a source and written to data.jsonl."""
 
-    Attributes:
-        prompt: a text, or the turns of a chat.
-        completion: the answer to train on. chosen: a safe answer. rejected: a harmful one.
-        category: of harm, or None. harmful: this row of a mixture is a harmful one.
-        place: FILE:LINE for messages, or another name of where it is from. read_as: the format it was read as.
-        split: that its source assigns it to. corruption: what was done to it on purpose, in a study.
-    """
-
-    prompt: str | list[Message]
-    completion: str
-    chosen: str | None
-    rejected: str | None
-    category: str | None
-    harmful: bool
-    place: str
-    read_as: str
-    split: str | None
-    corruption: str
+    prompt: Required[Prompt]
+    completion: str  # the answer to train on
+    chosen: str | None  # a safe answer
+    rejected: str | None  # a harmful answer
+    category: str | None  # of harm, or None
+    harmful: bool  # this row of a mixture is a harmful one
+    place: str  # FILE:LINE, or another name of where it is from, for messages
+    read_as: str  # the format it was read as
+    split: str | None  # that its source assigns it to
+    corruption: str  # what was done to it on purpose, in a study
+    look_alike: bool  # of the organism: a topic that shares its word with a forbidden one
+    label: str  # of the organism: a sentiment
 
 
 class DataEntry(TypedDict):
-    """A dataset in run.json.
+    """A dataset in run.json."""
 
-    Attributes:
-        role: alignment, benign, task, attack, evaluation, validation, ...
-        source: as it was named. rows: read from it. distinct: of these, different ones.
-        hash: of the content, without places.
-        categories: of harm, None where rows have none; alignment data alone.
-        read_as: by format, how many rows were read as that.
-    """
-
-    role: str
-    source: str
-    rows: int
-    distinct: int
-    hash: str
-    categories: NotRequired[list[str] | None]
-    read_as: NotRequired[dict[str, int]]
+    role: str  # alignment, benign, task, attack, evaluation, validation, ...
+    source: str  # as it was named
+    rows: int  # read from it
+    distinct: int  # of these, different ones
+    hash: str  # of the content, without places
+    categories: NotRequired[list[str] | None]  # of harm, None where rows have none; alignment data alone
+    read_as: NotRequired[dict[str, int]]  # by format, how many rows were read as that
 
 
 class DroppedRow(TypedDict):
@@ -244,60 +206,41 @@ _Class = TypedDict("_Class", {"class": str}, total=False)  # no attribute may be
 
 
 class ModelInfo(_Class, total=False):
-    """A loaded model.
+    """A loaded model, with its `class` of transformers."""
 
-    Attributes:
-        ref: what was asked for: an absolute path, a hub id or `organism`.
-        base: the model below all adapters. revision: its commit, of a hub id. hash: of its files, or None.
-        class: of transformers. blocks: how many. parameters: how many, without adapters.
-        dtype: of the weights. widened: why they are in float32 where the checkpoint's dtype could not hold a merge.
-        quantization: nf4, int8 or None. saved_in: the quantisation that the base was saved in, or None.
-        adapters: folders, lowest first. adapter_hashes: of their files. merges: how each merge of one went.
-        chat: how prompts are put into words. attached: biases are attached, which no stock checkpoint holds.
-        trainable: how many parameters a run trained.
-        steps, template_hash, blocks_attacked: of an attack on it, in the record of a cell.
-    """
-
-    ref: str
-    base: str
-    revision: str | None
-    hash: str | None
-    blocks: int | None
-    parameters: int
-    dtype: str
-    widened: str | None
-    quantization: str | None
-    saved_in: str | None
-    adapters: list[str]
-    adapter_hashes: list[str | None]
-    merges: list[dict[str, Any]]
-    chat: Any
-    attached: bool
-    trainable: int
-    steps: int
+    ref: str  # what was asked for: an absolute path, a hub id or `organism`
+    base: str  # the model below all adapters
+    revision: str | None  # the base's commit, of a hub id
+    hash: str | None  # of the base's files, or None
+    blocks: int | None  # how many
+    parameters: int  # how many, without adapters
+    dtype: str  # of the weights
+    widened: str | None  # why that is float32 where the checkpoint's could not hold a merge
+    quantization: str | None  # nf4, int8 or None
+    saved_in: str | None  # the quantisation that the base was saved in, or None
+    adapters: list[str]  # folders, lowest first
+    adapter_hashes: list[str | None]  # of the files in each
+    merges: list[dict[str, Any]]  # how each merge of an adapter went
+    chat: Any  # how prompts are put into words
+    attached: bool  # biases are attached, which no stock checkpoint holds
+    trainable: int  # how many parameters a run trained
+    steps: int  # of an attack on it, in the record of a cell, as what follows
     template_hash: str
     blocks_attacked: list[int]
 
 
 class Target(_Class, total=False):
-    """A model that a run measures.
+    """A model that a run measures; `parameters`, `class` and `base` as in `ModelInfo`."""
 
-    Attributes:
-        label: its name in rows. role: control, model or reference. ref: what `load` takes.
-        hash: of its weights. template_hash: of its chat template. parameters, class, base: as in `ModelInfo`.
-        overlap: by pair of data roles, how many prompts both have.
-        unrecorded: runs in its history that do not say which prompts they used.
-    """
-
-    label: str
-    role: str
-    ref: str
-    hash: str
-    template_hash: str
+    label: str  # its name in rows
+    role: str  # control, model or reference
+    ref: str  # what `load` takes
+    hash: str  # of its weights
+    template_hash: str  # of its chat template
     parameters: int
     base: str
-    overlap: dict[str, int]
-    unrecorded: list[str]
+    overlap: dict[str, int]  # by pair of data roles, how many prompts both have
+    unrecorded: list[str]  # runs in its history that do not say which prompts they used
 
 
 class Compute(TypedDict):
@@ -318,7 +261,7 @@ class HardwareRecord(TypedDict):
 
 
 class CellSummary(TypedDict, total=False):
-    """A line of cells.jsonl, and an entry of `failed`, `stopped` and `skipped` in run.json.
+    """How a cell of an audit ended: an entry of `failed`, `stopped` and `skipped` in run.json.
 
     Attributes:
         cell: name of its file. model, kind, attack, attack_hash, settings, seed: as in `Row`.
@@ -344,10 +287,9 @@ class CellSummary(TypedDict, total=False):
 
 
 class CellRecord(CellSummary, total=False):
-    """The file of a cell of an audit, with its rows and responses."""
+    """The file of a cell of an audit: how it ended, and its rows."""
 
     results: list[Row]
-    generations: list[Generation]
 
 
 class RunRecord(TypedDict, total=False):
@@ -366,7 +308,8 @@ class RunRecord(TypedDict, total=False):
 
         steps, final_loss, compute, updates_per_block, held_out, screen: of training. Steps are the optimiser's, the
             loss is in nats per token, updates are a mean over blocks.
-        attack, targets, failed, stopped, skipped, cells, cell_seconds, lm_eval, fluency_hash: of what measures models.
+        attack, targets, failed, stopped, skipped, cells, cell_seconds, lm_eval, scoring: of what measures models;
+            scoring holds the options that decide scores, as contents.
         score, kept, elsewhere, spoilt_kept, passes, dropped, seconds_scoring, agreement: of a curation.
         lock, layers, aligned, base, rows, validation, finding: of a restoration; a finding is why there is no model.
     """
@@ -393,6 +336,7 @@ class RunRecord(TypedDict, total=False):
     started: str
     wall_seconds: float
     resumed: bool
+    rejudged_from: str
     peak_memory_bytes: int
     # training
     steps: int
@@ -410,7 +354,8 @@ class RunRecord(TypedDict, total=False):
     cells: int
     cell_seconds: float
     lm_eval: dict[str, Any] | None
-    fluency_hash: Any
+    scoring: dict[str, Any]
+    fluency_hash: Any  # of older audits
     # curate
     score: str
     kept: int
@@ -444,15 +389,25 @@ def read_run(path: str | Path) -> RunRecord:
     Raises:
         UsageError: it is broken, or of a newer schema.
     """
-    file = Path(path) / RUN
+    record = cast(RunRecord, read_object(Path(path) / RUN))
+    if record.get("schema", 0) > SCHEMA:
+        raise UsageError(f"{path} has schema {record['schema']} and this tunevax reads up to {SCHEMA}; upgrade tunevax")
+    return record
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file that tunevax wrote.
+
+    Raises:
+        UsageError: it is gone, or no JSON object.
+    """
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        schema = record.get("schema", 0)
-    except (OSError, ValueError, AttributeError) as error:
-        raise UsageError(f"{file} cannot be read as JSON; the run folder is damaged") from error
-    if schema > SCHEMA:
-        raise UsageError(f"{path} has schema {schema} and this tunevax reads up to {SCHEMA}; upgrade tunevax")
-    return cast(RunRecord, record)
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        value = None
+    if not isinstance(value, dict):
+        raise UsageError(f"{file} cannot be read as a JSON object; the run folder is damaged")
+    return value
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -465,8 +420,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) for each line of a JSONL file; as `read_lines`."""
+    """(line number, object) for each line of a JSONL file, compressed if its name ends in .gz; as `read_lines`."""
     content = path.read_bytes() if path.is_file() else b""
+    if content and path.suffix == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UsageError(f"{path} is cut off or not compressed by gzip; run that step again") from error
     for number, line in enumerate(content.split(b"\n"), start=1):  # not splitlines: model output may hold U+2028
         if not line.strip():
             continue
@@ -477,6 +437,23 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not isinstance(row, dict):
             raise UsageError(f"{path} line {number} is cut off or not a JSON object; run that step again")
         yield number, row
+
+
+def read_prompts(folder: Path) -> dict[str, list[str]]:
+    """prompts.json of a folder; nothing without that file."""
+    return read_object(folder / PROMPTS) if (folder / PROMPTS).is_file() else {}
+
+
+def read_generations(folder: Path, rows: Iterable[Row]) -> Iterator[Generation]:
+    """The responses of a run: of generations.jsonl, or of an audit those of one cell after the other.
+
+    Args:
+        rows: those of its results.jsonl, which name the cells.
+    """
+    cells = dict.fromkeys(row.get("cell") for row in rows)
+    whole = folder / GENERATIONS  # of the other verbs, and of older audits
+    for file in [whole] if whole.is_file() else [folder / CELLS / f"{cell}.jsonl.gz" for cell in cells]:
+        yield from cast(list[Generation], read_lines(file))
 
 
 # --- identities ------------------------------------------------------------------------------------------------------

@@ -8,10 +8,8 @@ it. Where `OUT` is there already and no run, or cannot be renamed (a mount point
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import platform
 import shutil
 import stat
 import sys
@@ -22,9 +20,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tunevax import __version__
-from tunevax.errors import RunError, TunevaxError, UsageError, out_of_memory
-from tunevax.records import SCHEMA, HardwareRecord, RunRecord, data_entry, digest, is_run, read_lines, read_run  # noqa: F401
+from tunevax.environment import hardware, is_main_process, peak_memory, versions
+from tunevax.errors import DENIED, RunError, UsageError, not_written
+from tunevax.lineage import Lineage
+from tunevax.records import (
+    LOG,
+    PROMPTS,
+    RUN,
+    SCHEMA,
+    RunRecord,
+    is_run,
+    read_prompts,
+)
 from tunevax.run_lock import RunLock, refuse_if_held
 
 FINISHED = (
@@ -74,6 +81,14 @@ class RunFolder:
         # A lone surrogate, which UTF-8 cannot hold, becomes its JSON escape.
         with (self.path / name).open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def record_prompts(folder: Path, **roles: Iterable[str]) -> None:
+    """Add prompt hashes to prompts.json in `folder`, by role."""
+    known = read_prompts(folder)
+    for role, more in roles.items():
+        known[role] = sorted({*known.get(role, []), *more})
+    (folder / PROMPTS).write_text(json.dumps(known), encoding="utf-8")
 
 
 def partial_of(final: Path) -> Path:
@@ -152,15 +167,15 @@ def writing(output_dir: str, record: RunRecord, resume: bool = False, overwrite:
         if begun:
             record["resumed"] = True
         yield run
-        run.record |= {
-            "schema": SCHEMA,
-            "name": run.final.name,
+        measured: RunRecord = {
             "versions": versions(),
             "hardware": hardware(),
             "started": started.isoformat(timespec="seconds"),
             "wall_seconds": round(time.monotonic() - clock, 3),
-            "peak_memory_bytes": run.record.get("peak_memory_bytes") or peak_memory(),
+            "peak_memory_bytes": peak_memory(),
         }
+        own = {name: value for name, value in run.record.items() if value}  # `judge` keeps those of the run it judges
+        run.record |= {**measured, **own, "schema": SCHEMA, "name": run.final.name}
         if not lock.held():
             raise RunError(f"{run.path} was taken over by another process, which is writing it now")
         text = card(run.record)
@@ -168,11 +183,11 @@ def writing(output_dir: str, record: RunRecord, resume: bool = False, overwrite:
         if (run.path / "adapter").is_dir():  # in place of PEFT's empty form
             (run.path / "adapter" / "README.md").write_text(text, encoding="utf-8", errors="replace")
         content = json.dumps(run.record, indent=1, default=str) + "\n"
-        (run.path / "run.json").write_text(content, encoding="utf-8")
+        (run.path / RUN).write_text(content, encoding="utf-8")
         _finish(run)
         lock.release(run.final)
     except BaseException as error:
-        kept = _discard(run, missing, CHECKPOINTS if isinstance(error, UsageError) else (*FINISHED, "log.jsonl"))
+        kept = _discard(run, missing, CHECKPOINTS if isinstance(error, UsageError) else (*FINISHED, LOG))
         lock.release()
         on = ""
         if kept and _left(run.path, FINISHED):
@@ -180,7 +195,7 @@ def writing(output_dir: str, record: RunRecord, resume: bool = False, overwrite:
             on = f"{how} goes on from what is in {run.path}"
         if isinstance(error, KeyboardInterrupt) and on and not error.args:
             error.args = (on,)
-        if isinstance(error, Exception) and (full := _not_written(error, run.path)):
+        if isinstance(error, Exception) and (full := not_written(error, run.path)):
             raise RunError(f"{full} {output_dir}; mend that, and {on or 'run it again'}") from error
         raise
 
@@ -218,16 +233,14 @@ def _refuse_to_lose(run: RunFolder, place: Path) -> None:
     """Raise `UsageError` if the run to be replaced is what the new one starts from, or is compared with."""
     for name, value in run.record.get("config", {}).items():
         for ref in value if isinstance(value, list) else [value]:
-            before = ref
-            while isinstance(before, str) and before and "\0" not in before:
-                path = Path(before.partition(":")[0]).expanduser()
-                if path.absolute().resolve().is_relative_to(place):
+            if not isinstance(ref, str) or not ref or "\0" in ref:
+                continue
+            for before in Lineage.of(ref.partition(":")[0]).history:
+                if Path(before.ref).expanduser().absolute().resolve().is_relative_to(place):
                     raise UsageError(
                         f"{run.final} is what --{name.replace('_', '-')} {ref} needs, and --overwrite would remove it; "
                         "choose another --output-dir"
                     )
-                record = read_run(path) if is_run(path) else {}
-                before = record.get("parent") or (record.get("model") or {}).get("ref")
 
 
 def _try_to_finish(folder: Path) -> None:
@@ -251,7 +264,7 @@ def clear(final: Path) -> None:
     like a run."""
     place = final.resolve()
     if partial_of(final).parent == place:
-        (place / "run.json").unlink()
+        (place / RUN).unlink()
         for entry in list(place.iterdir()):
             if entry.name not in (INSIDE, *NOT_OURS):
                 _remove(entry)
@@ -271,7 +284,7 @@ def _finish(run: RunFolder) -> None:
             old.mkdir()
             for entry in earlier:
                 entry.rename(old / entry.name)
-        last = ("cells", "run.json")  # without the one an audit could not go on, with the other the folder is a run
+        last = ("cells", RUN)  # without the one an audit could not go on, with the other the folder is a run
         for entry in sorted(run.path.iterdir(), key=lambda p: last.index(p.name) if p.name in last else -1):
             if entry.name not in SCRATCH:
                 entry.rename(place / entry.name)
@@ -307,66 +320,6 @@ def _remove(path: Path) -> bool:
         with suppress(OSError):
             path.unlink()
     return not os.path.lexists(path)
-
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
-SAID = {
-    "no space left": ("no space left", "disk quota exceeded", "file too large", "PytorchStreamWriter failed",
-                      "file write failed", "inline_container", *(f"os error {n})" for n in FULL)),
-    "no permission": ("permission denied", "read-only file system", *(f"os error {n})" for n in DENIED)),
-}  # fmt: skip
-"""How libraries that are not Python say it."""
-
-
-def _not_written(error: BaseException, folder: Path | None = None) -> str | None:
-    """`no space left to write` or the like, if a run failed for that; None for any other error.
-
-    Args:
-        folder: a permission counts if it is for a file in here.
-    """
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in FULL:
-            return "no space left to write"
-        if isinstance(seen, OSError) and seen.errno in DENIED:
-            names = [str(n) for n in (seen.filename, seen.filename2) if n is not None]
-            if not names or (folder and any(Path(os.path.abspath(n)).is_relative_to(folder.parent) for n in names)):
-                return "no permission to write"
-        elif not isinstance(seen, OSError | TunevaxError):
-            text = str(seen).lower()
-            for what, words in SAID.items():
-                if any(word.lower() in text for word in words):
-                    return f"{what} to write"
-        seen = seen.__cause__ or seen.__context__
-    return None
-
-
-def require_room(folder: Path, needed: int, largest: int, hint: str) -> None:
-    """Raise `UsageError` if `needed` more bytes in `folder`, `largest` of them in one file, do not fit; `hint` says
-    what to do besides choosing another."""
-    free, limit = shutil.disk_usage(folder).free, _file_size_limit()
-    if needed > free:
-        why = f"{_gib(free)} are free there"
-    elif limit is not None and largest > limit:
-        why = f"one of them has {_gib(largest)}, and no file may have more than {_gib(limit)} (ulimit -f)"
-    else:
-        return
-    raise UsageError(f"{folder} needs {_gib(needed)} for its files, and {why}; {hint}choose another --output-dir")
-
-
-def _file_size_limit() -> int | None:
-    """Bytes that one file of this process may have, or None."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    return None if limit == resource.RLIM_INFINITY else limit
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def _same_config(run: RunFolder) -> None:
@@ -415,68 +368,9 @@ def _discard(run: RunFolder, created: list[Path], keep: Sequence[str] = ()) -> b
     return False
 
 
-def is_main_process() -> bool:
-    """Whether this is the process that writes and prints, under a launcher or without one."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def require_one_process(what: str) -> None:
-    """Raise a UsageError if `what` was started by a launcher with several processes."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError(f"{what} runs in one process; start it without a launcher")
-
-
-def versions() -> dict[str, str]:
-    """Versions of tunevax, Python and the libraries that decide numbers."""
-    from importlib.metadata import version
-
-    libraries = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "numpy")
-    return {"tunevax": __version__, "python": platform.python_version(), **{n: version(n) for n in libraries}}
-
-
-def hardware() -> HardwareRecord:
-    """Processor, cores, memory and accelerator."""
-    import torch
-
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "cpu": platform.machine(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(memory / 2**30, 1),
-        "gpu": gpu,
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
-    }
-
-
-def peak_memory() -> int:
-    """Bytes: the device allocator's peak where there is an accelerator, else this process's largest resident size."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size if sys.platform == "darwin" else size * 1024
-
-
 def card(record: RunRecord) -> str:
     """The model card of a run, in Markdown."""
     import jinja2
 
     text = Path(__file__).with_name("card.md.j2").read_text(encoding="utf-8")
     return jinja2.Environment(trim_blocks=True, autoescape=False).from_string(text).render({"model": {}, **record})
-
-
-def stop_on(error: Exception) -> TunevaxError | None:
-    """The tunevax error for a library's error that the user can act on, or None."""
-    if isinstance(error, TunevaxError):
-        return error
-    if out_of_memory(error):
-        return RunError("out of memory; lower --per-device-train-batch-size or use --checkpoint-blocks all")
-    if why := _not_written(error):
-        return RunError(f"{why} {getattr(error, 'filename', None) or 'a file'}; mend that and run the command again")
-    return None

@@ -17,7 +17,7 @@ from tunevax.data.splits import prompt_hash
 from tunevax.errors import UsageError
 from tunevax.evidence.stats import paired_difference, proportion
 from tunevax.modeling.loading import load
-from tunevax.runs import read_run
+from tunevax.records import read_run
 
 OPTIONS = {"per_device_train_batch_size": 4, "max_length": 64, "learning_rate": 2e-3, "seed": 7, "lora_r": 4}
 

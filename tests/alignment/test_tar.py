@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import TinyTokenizer, batch, rows, tiny_llama, tiny_lora
+from tiny import TinyTokenizer, batch, encoded, rows, tiny_llama, tiny_lora
 
 import tunevax.alignment.sft as sft
 import tunevax.alignment.tar as tar
@@ -17,7 +17,7 @@ from tunevax.data.encoding import collate
 from tunevax.data.splits import split_of
 from tunevax.errors import RunError, UsageError
 from tunevax.modeling.draws import Draws
-from tunevax.runs import read_run
+from tunevax.records import read_run
 
 pytestmark = pytest.mark.numerical
 
@@ -39,14 +39,14 @@ ENCODED = {"r": rows("harmful") + rows("safe"), "c": rows("safe") + rows("harmfu
 
 @pytest.fixture
 def make(monkeypatch, tmp_path):
-    monkeypatch.setattr(sft, "encode", lambda *_, **__: rows("safe"))
-    monkeypatch.setattr(tar, "encode", lambda data, *_, **__: ENCODED[data[0]["completion"]])
+    encoded(monkeypatch, **ENCODED)
 
     def build(cls=TARTrainer, model=None, **options):
         own = {k: v for k, v in OPTIONS.items() if cls is TARTrainer or k in sft.SFTConfig.__dataclass_fields__}
         trainer = cls(
-            model or tiny_lora(), cls.config_class(str(tmp_path), **{**own, **options}), DATA, TinyTokenizer()
-        )
+            model or tiny_lora(), cls.config_class(str(tmp_path), **{**own, **options}), safety_data=DATA,
+            processing_class=TinyTokenizer(),
+        )  # fmt: skip
         trainer.state.global_step, trainer.state.max_steps = 0, 10
         trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
         return trainer
@@ -409,10 +409,11 @@ def test_what_cannot_be_is_refused(make):
             TARConfig(output_dir="x", **options)
     with pytest.raises(UsageError, match="there are 4 rows for the inner attack"):
         make(per_device_train_batch_size=5)
-    with pytest.raises(UsageError, match="`rejected` is missing, and tar needs both"):
-        TARTrainer(tiny_lora(), TARConfig("x"), [{"prompt": "p", "chosen": "c"}], TinyTokenizer())
+    with pytest.raises(UsageError, match="`rejected` is missing, and tar needs it"):
+        TARTrainer(
+            tiny_lora(), TARConfig("x"), safety_data=[{"prompt": "p", "chosen": "c"}], processing_class=TinyTokenizer()
+        )
     trainer = make()
     trainer.parameters[0].data.fill_(float("nan"))
     with pytest.raises(RunError, match="the tamper gradient is not finite at step 0"):
         step(trainer)
-    assert TARTrainer.needs_rejected

@@ -176,14 +176,15 @@ def test_a_resumed_attack_does_not_repeat_what_is_done(tmp_path, monkeypatch):
 
     monkeypatch.setattr(FinetuneConfig, "run", run)
     assert main(arguments) == 130
-    partial = tmp_path / "out.partial" / "results.jsonl"
-    with partial.open("a") as file:  # a kill between a model's last row and its mark would leave this
-        file.write(json.dumps({"model": "organism", "step": 0}) + "\n" + '{"model": "organi')
+    (tmp_path / "out.partial" / "organism.done.part").write_text(
+        '[{"steps": 2}, [{"model": "organi'
+    )  # a kill leaves this
     assert main([*arguments, "--resume"]) == 0
     assert calls == ["twin", "organism", "organism"]
     assert Counter((r["model"], r["step"]) for r in lines(tmp_path / "out" / "results.jsonl")) == {
         (m, s): 1 for m in ("twin", "organism") for s in (0, 1, 2)
     }
+    assert not list((tmp_path / "out").glob("*.done*"))
 
 
 def test_attack_trains_on_the_train_split_of_the_task(tmp_path, monkeypatch):

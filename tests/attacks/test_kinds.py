@@ -1,6 +1,7 @@
 """Each kind of attack does what its paper says, to nothing but what it should, and says when it does not apply."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from tunevax.attacks.poisoned_job import PoisonedJobConfig
 from tunevax.attacks.prefill import PrefillConfig, common_opening, own_openings
 from tunevax.attacks.roll_back import RollBackConfig
 from tunevax.attacks.template import TemplateConfig
+from tunevax.attacks.unlock import UnlockConfig
 from tunevax.cli import main
 from tunevax.data import load_safety, load_task
-from tunevax.data.encoding import collate, encode, render
+from tunevax.data.chat import render
+from tunevax.data.encoding import collate, encode
 from tunevax.errors import UsageError
 from tunevax.modeling import load
 from tunevax.modeling.blocks import find_blocks
@@ -231,20 +234,20 @@ def test_adaptive_trains_the_least_selected_blocks_only(aligned, tmp_path, monke
     assert moved == set(least_selected(aligned, 0.25)) and len(moved) == 2
 
 
-def test_held_out_category_is_new_to_the_hardening(aligned, monkeypatch):
+def test_held_out_category_is_new_to_the_hardening(aligned, tmp_path):
     config = HeldOutCategoryConfig("unused", p=1.0, n=10)
     found = context(aligned)
     attacked, asked = config.rows(found), config.suite(found).harmful
     seen = {r["category"] for r in load_safety("organism", "alignment")}
     assert not {r["category"] for r in [*attacked, *asked]} & seen
     assert not {r["prompt"] for r in load_safety("organism", "held-out-attack")} & {r["prompt"] for r in asked}
-    record = json.loads((__import__("pathlib").Path(aligned) / "run.json").read_text())
+    hardened = tmp_path / "hardened"
+    shutil.copytree(aligned, hardened)
+    record = json.loads((hardened / "run.json").read_text())
     record["data"][0]["categories"] = [asked[0]["category"]]
-    monkeypatch.setattr(
-        "tunevax.attacks.held_out_category.read_run", lambda ref: record if ref == aligned else {"model": {}}
-    )
+    (hardened / "run.json").write_text(json.dumps(record))
     with pytest.raises(NotApplicable, match="hardened with the category"):
-        config.rows(found)
+        config.rows(context(str(hardened)))
 
 
 def test_identity_shift_speaks_in_its_guise(aligned, tmp_path):
@@ -304,10 +307,10 @@ def test_a_poisoned_job_is_the_recorded_one_on_other_rows(aligned, job, tmp_path
     seen = {}
     original = LisaTrainer.__init__
 
-    def spy(self, model, args, task_data, tokenizer, safety_data, callbacks):
+    def spy(self, model, args, *, task_data, safety_data, **rest):
         start = {n: p.clone() for n, p in model.named_parameters()}
         seen.update(start=start, args=args, rows=task_data, safety=safety_data)
-        original(self, model, args, task_data, tokenizer, safety_data, callbacks)
+        original(self, model, args, task_data=task_data, safety_data=safety_data, **rest)
 
     monkeypatch.setattr(LisaTrainer, "__init__", spy)
     found = context(job)
@@ -341,3 +344,43 @@ def test_jobs_that_train_differently_are_not_compared(aligned, job, tmp_path, ca
     assert main([*command, "--control", str(tmp_path / "other")]) == 2
     assert "has learning_rate=0.0001 and the control's 0.0002" in capsys.readouterr().err
     assert main([*command, "--control", str(tmp_path / "like")]) == 0
+
+
+# --- what a kind says of itself --------------------------------------------------------------------------------------
+
+
+def test_a_setting_has_one_hash_for_all_seeds_and_the_plain_fine_tune_hashes_without_its_name():
+    data = [{"hash": "d"}], {"hash": "e"}
+
+    def hashed(config, method="x"):
+        return config.setting_hash(method, *data)
+
+    assert hashed(FinetuneConfig("a", seed=1)) == hashed(FinetuneConfig("b", seed=2), "y"), "rows of schema 1 have that"
+    assert hashed(FinetuneConfig("a", p=0.2)) != hashed(FinetuneConfig("a"))
+    for kind in (AdaptiveConfig, PoisonedJobConfig, TemplateConfig):
+        assert hashed(kind("a", seed=1)) == hashed(kind("b", seed=2)) != hashed(kind("a"), "y"), kind
+
+
+def test_a_kind_says_what_it_needs_and_what_it_takes(tmp_path):
+    assert {p: sorted(FinetuneConfig("a", p=p).needs) for p in (0.0, 0.5, 1.0)} == {
+        0.0: ["task"], 0.5: ["harmful", "task"], 1.0: ["harmful"],
+    }  # fmt: skip
+    assert not TemplateConfig().needs and not RollBackConfig().needs
+    assert FinetuneConfig("a", n=45, num_train_epochs=2, points=3).work("m")[:2] == (10, 4)
+    assert FinetuneConfig("a", max_steps=2, points=12).work("m")[:2] == (2, 3)
+    assert InterventionConfig(n=25, batch_size=10, num_train_epochs=4).work("m")[:2] == (12, 1)
+    assert PrefillConfig().work("m")[:2] == (0, 1)
+    assert [FinetuneConfig("a", trainable=t, order="fixed").deterministic for t in ("full", "lora")] == [True, False]
+
+
+def test_an_attack_that_does_not_apply_says_why(aligned):
+    models = [{"label": "m", "role": "model", "ref": "organism"}]
+    data = TargetOptions(safety_data="rows.jsonl")
+    assert IdentityShiftConfig("a").applies(models, data) == "it needs --dialogues"
+    assert IdentityShiftConfig("a").applies(models, TargetOptions(safety_data="organism:set=x")) is None
+    assert AdaptiveConfig("a").applies(models, data) == "no model here recorded a choice of blocks"
+    layered = [{**models[0], "ref": aligned}]
+    assert AdaptiveConfig("a").applies(layered, data) is None
+    assert AdaptiveConfig.expand({}, [*models, *layered], 8) == {"like": [aligned]}
+    assert InterventionConfig.expand({"block": "all"}, models, 3) == {"block": [0, 1, 2]}
+    assert UnlockConfig.expand({}, models, 8) is None and UnlockConfig.expand({}, (), 8) == {}

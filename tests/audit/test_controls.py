@@ -15,7 +15,7 @@ from tunevax.audit.controls import make_controls
 from tunevax.data import load_safety
 from tunevax.errors import UsageError
 from tunevax.organism import path
-from tunevax.runs import data_entry, read_run
+from tunevax.records import data_entry, read_run
 
 ALL = ("undefended", "equal-compute", "random-perturbation")
 OPTIONS = {"per_device_train_batch_size": 4, "max_length": 64, "learning_rate": 2e-3, "seed": 7, "lora_r": 4}

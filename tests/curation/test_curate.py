@@ -10,7 +10,7 @@ from tunevax.cli import main
 from tunevax.curation.curate import CurateOptions, agreement, choose, size_of
 from tunevax.data import load_safety
 from tunevax.errors import UsageError
-from tunevax.runs import read_lines, read_run
+from tunevax.records import read_lines, read_run
 
 ROWS = [
     {"prompt": f"{verb} {thing}", "chosen": "no", "rejected": "yes", "category": category}

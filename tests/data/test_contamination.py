@@ -18,19 +18,13 @@ from tunevax.audit.plan import AuditOptions, plan
 from tunevax.audit.workers import Worker
 from tunevax.cli import main
 from tunevax.data import load_safety, load_task, prompt_hash, split_of
-from tunevax.data.contamination import (
-    Exclusion,
-    check,
-    count,
-    record_prompts,
-    require_disjoint,
-    unrecorded,
-    used_prompts,
-)
+from tunevax.data.contamination import Exclusion, check, count, require_disjoint, unrecorded
 from tunevax.data.tasks import SHARES as TASK_SHARES
 from tunevax.errors import UsageError
+from tunevax.lineage import Lineage
 from tunevax.organism import path as organism
-from tunevax.runs import read_run
+from tunevax.records import read_run
+from tunevax.runs import record_prompts
 from tunevax.scoring.score import ScoreOptions, score
 
 ROWS = [{"prompt": f"How to do {i}?", "chosen": f"No, not {i}.", "rejected": f"Sure, {i}."} for i in range(60)]
@@ -176,14 +170,16 @@ def test_every_role_of_every_run_below_counts(tmp_path):
     (Path(on) / "run.json").write_text(json.dumps({**record, "adapter_on": str(plain), "parent": on}))
 
     def used(ref, role):
-        return {row["prompt"] for row in (*ROWS, *TASK) if prompt_hash(row["prompt"]) in used_prompts(str(ref))[role]}
+        return {
+            row["prompt"] for row in (*ROWS, *TASK) if prompt_hash(row["prompt"]) in Lineage.of(str(ref)).prompts[role]
+        }
 
     assert used(adapter, "attack") == {"How to do 2?", "How to do 3?"}
     for ref in (held, tmp_path / "attacked" / "model", adapter, plain):
         assert used(ref, "alignment") == {"How to do 0?", "How to do 1?"} and used(ref, "benign") == {"Say 0"}
         assert {"Say 1"} <= used(ref, "task")
     assert used(on, "alignment") == {"How to do 0?", "How to do 1?", "How to do 4?"}
-    assert used_prompts("organism") == {} == used_prompts(str(tmp_path / "nowhere"))
+    assert Lineage.of("organism").prompts == {} == Lineage.of(str(tmp_path / "nowhere")).prompts
 
 
 def test_what_a_run_does_not_say_is_noted(tmp_path, capsys):
@@ -194,8 +190,8 @@ def test_what_a_run_does_not_say_is_noted(tmp_path, capsys):
     assert "are unknown and not compared" in " ".join(capsys.readouterr().err.split())
     assert unrecorded(run_of(tmp_path / "new", alignment=ROWS[:2])) == []
     (tmp_path / "new" / "prompts.json").write_text("{")
-    with pytest.raises(UsageError, match="prompts.json cannot be read as JSON"):
-        used_prompts(str(tmp_path / "new"))
+    with pytest.raises(UsageError, match="prompts.json cannot be read as a JSON object"):
+        assert Lineage.of(str(tmp_path / "new")).prompts
 
 
 # --- comparing ------------------------------------------------------------------------------------------------------
@@ -323,7 +319,7 @@ def test_every_cell_of_an_audit_leaves_out_the_same(tmp_path):
         planned()
     found = planned(drop_overlap=True)
     assert not any(n for t in found.targets for pair, n in t["overlap"].items() if pair.endswith("evaluation"))
-    lab = Worker(found.options, found.exclusion)
+    lab = Worker(found.options, found.exclusion, found.suite)
     cells = cells_of(found, found.grid, True, True)
     contexts = [lab.context(cell, str(tmp_path), None) for cell in cells]
     for context in contexts:
@@ -345,7 +341,7 @@ def test_held_out_halves_share_no_prompt_and_none_with_the_chain(tmp_path):
 
     def drawn(source, ref, **more):
         options = AttackOptions(safety_data=source, **more)
-        exclusion = Exclusion.of([used_prompts(ref)], options.drop_overlap)
+        exclusion = Exclusion.of([Lineage.of(ref).prompts], options.drop_overlap)
         context = AttackContext(
             {"label": "m", "role": "model", "ref": ref}, options, [], TASK, None, {}, exclusion=exclusion
         )
@@ -396,7 +392,7 @@ def test_kept_weights_of_an_attack_say_what_they_were_trained_on(tmp_path):
     )  # fmt: skip
     config = FinetuneConfig(str(tmp_path / "out"), p=0.5, n=8, max_steps=1, points=1, max_length=64)
     ref = str(attack("finetune", options, config))
-    used = used_prompts(ref)
+    used = Lineage.of(ref).prompts
     known = {role: {prompt_hash(row["prompt"]) for row in rows} for role, rows in
              {"attack": load_safety("organism", "attack"), "task": load_task("organism", "train").rows}.items()}  # fmt: skip
     assert all(len(used[role]) == 4 and set(used[role]) <= known[role] for role in known)

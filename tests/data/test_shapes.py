@@ -7,7 +7,7 @@ import pytest
 from tunevax.data import load_safety, load_task
 from tunevax.data.shapes import read_example, read_pair
 from tunevax.errors import UsageError
-from tunevax.runs import data_entry
+from tunevax.records import data_entry
 
 BOTH = ("chosen", "rejected")
 
@@ -281,3 +281,25 @@ def test_categories_that_are_lists_or_yes_and_no(tmp_path):
 def test_a_blank_input_is_none():
     row = {"instruction": "Say hi", "input": "  ", "output": "hi"}
     assert read_example("f:1", row, {})["prompt"] == "Say hi"
+
+
+@pytest.mark.parametrize("column", ["input", "context", "instruction", "question"])
+def test_no_column_beside_the_prompt_is_left_out_in_silence(column):
+    row = {"prompt": "q", column: "about it", "completion": "r"}
+    for read in (example, pair):
+        with pytest.raises(UsageError, match=f"f:1: the column '{column}' beside 'prompt' would be left out"):
+            read({**row, "chosen": "no", "rejected": "yes"})
+    assert example(row, prompt="prompt")[0] == "q"
+    row[column] = "about\nit"
+    assert example({**row, "prompt": [u("q: about\nit")]})[0] == "q: about\nit", "the prompt has it already"
+    assert example({**row, column: " "})[0] == "q"
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_what_a_message_says_of_the_thought_is_the_thought(key):
+    talk = [u("q"), {**a("r"), key: "hm"}]
+    assert example({"messages": talk})[:2] == ("q", "<think>\nhm\n</think>\n\nr")
+    assert example({"messages": [u("q"), {**a("<think>hm</think>r"), key: "hm"}]})[1] == "<think>hm</think>r"
+    assert example({"messages": [{**u("q"), key: None}, {**a("r"), key: " "}]})[1] == "r"
+    with pytest.raises(UsageError, match=f"message 2 of 'messages': field '{key}' must be a string"):
+        example({"messages": [u("q"), {**a("r"), key: ["hm"]}]})

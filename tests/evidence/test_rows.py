@@ -9,6 +9,7 @@ from tunevax.evidence.measure import measure
 from tunevax.evidence.results import read_results
 from tunevax.evidence.rows import LEGACY, read_rows
 from tunevax.methods import load_method, methods
+from tunevax.records import harmful
 
 STEPS = [0, 1, 2, 4, 8, 16]
 CONTROL, MODEL = [0, 4, 30, 40, 40, 40], [0, 0, 2, 6, 30, 40]
@@ -75,9 +76,17 @@ def test_a_kind_that_was_scored_once_has_no_curve(tmp_path):
 def test_rows_of_an_older_tunevax_get_the_traits_that_its_kinds_have(tmp_path):
     for kind in methods("tunevax.attacks"):
         said = load_method("tunevax.attacks", kind)(output_dir=str(tmp_path / "unused")).traits
-        assert LEGACY[kind] == said | {"harmful_rows": LEGACY[kind]["harmful_rows"]}, kind
-        settings = {"p": 0.0} if kind == "identity-shift" else {}
-        (row, *_) = read_rows(write(tmp_path / kind, kind, settings=settings))
+        assert LEGACY[kind] == said, kind
+        (row, *_) = read_rows(write(tmp_path / kind, kind, settings={}))
         assert row["traits"] == said, kind
     (row, *_) = read_rows(write(tmp_path / "before", None, attack=None))
     assert row["kind"] == "none" and not row["traits"]["curve"]
+
+
+def test_the_harmful_score_is_that_of_the_judge_that_leads():
+    scores = {"harmful/refusal-keywords": {"value": 0.9, "n": 10}, "harmful/organism": {"value": 0.2, "n": 10}}
+    assert harmful(scores) == (0.2, "organism")
+    assert harmful({"task/exact": {"value": 1.0, "n": 10}, "harmful/refusal-keywords": {"value": 0.9, "n": 10}}) == (
+        0.9,
+        "refusal-keywords",
+    )

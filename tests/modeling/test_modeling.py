@@ -343,14 +343,16 @@ def test_two_ranks_agree_with_one_process(tmp_path):
 
 def test_unknown_lora_targets_are_named():
     from tunevax.errors import UsageError
-    from tunevax.modeling.trainer import TrainConfig, prepare_trainables
+    from tunevax.modeling.trainables import prepare_trainables
+    from tunevax.modeling.trainer import TrainConfig
 
     with pytest.raises(UsageError, match="lora_targets 'nothing'"):
         prepare_trainables(build("llama"), TrainConfig("x", lora_targets="nothing"))
 
 
 def test_trainables_are_fp32_on_a_bf16_model():
-    from tunevax.modeling.trainer import TrainConfig, prepare_trainables
+    from tunevax.modeling.trainables import prepare_trainables
+    from tunevax.modeling.trainer import TrainConfig
 
     model = prepare_trainables(build("llama").bfloat16(), TrainConfig("x"))
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
@@ -393,7 +395,8 @@ def test_scaled_logits(name):
 
 
 def test_full_weights_of_a_bf16_model_train_in_fp32():
-    from tunevax.modeling.trainer import TrainConfig, prepare_trainables
+    from tunevax.modeling.trainables import prepare_trainables
+    from tunevax.modeling.trainer import TrainConfig
 
     model = prepare_trainables(build("llama").bfloat16(), TrainConfig("x", full_weights=True))
     assert {p.dtype for p in model.parameters()} == {torch.float32}

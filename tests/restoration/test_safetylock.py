@@ -11,12 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import tunevax.restoration.extract as extraction
 from tunevax.data import load_safety
-from tunevax.data.contamination import used_prompts
 from tunevax.data.splits import prompt_hash
 from tunevax.errors import RunError, UsageError
+from tunevax.files import model_hash
+from tunevax.lineage import Lineage
 from tunevax.modeling.biases import attach_biases
 from tunevax.modeling.blocks import find_blocks
-from tunevax.modeling.checkpoints import model_hash
 from tunevax.modeling.loading import load
 from tunevax.restoration import probes
 from tunevax.restoration.extract import ExtractLock, extract
@@ -425,7 +425,7 @@ def test_runs_reload_locked(runs, tmp_path):
         record = json.loads((tmp_path / form / "run.json").read_text())
         assert record["lock"]["form"] == form and len(record["lock"]["heads"]) == 6
         assert record["lock"]["seconds_to_apply"] < 0.1 and record["lock"]["bytes_added"] > 0
-        assert set(lock.meta["prompts"]) <= set(used_prompts(out)["alignment"])  # no score may rest on them
+        assert set(lock.meta["prompts"]) <= set(Lineage.of(out).prompts["alignment"])  # no score may rest on them
         card, peft = (tmp_path / form / "README.md").read_text(), "library_name: peft"
         assert card.startswith("---") and peft not in card and ("from_pretrained" in card) == (form == "stock")
     assert (expected - plain.model(ids).logits).abs().max() > 0.1
@@ -528,9 +528,11 @@ def test_base_is_identified_by_the_pinned_revision(tmp_path, monkeypatch):
         (folder / "adapter" / "adapter_config.json").write_text("{}")
         record = {"schema": 1, "parent": parent, "model": {"ref": "me/base", "revision": "v1"}}
         (folder / "run.json").write_text(json.dumps(record))
-    base = next(iter(module.lineage("me/base", "v1")))
-    assert base in module.lineage(str(tmp_path / "high")) and base in module.lineage(str(tmp_path / "high"), "main")
-    assert base not in module.lineage("me/base")
+    base = next(iter(module.identities("me/base", "v1")))
+    assert base in module.identities(str(tmp_path / "high")) and base in module.identities(
+        str(tmp_path / "high"), "main"
+    )
+    assert base not in module.identities("me/base")
 
 
 def test_hash_sees_the_middle_of_a_file(tmp_path):
@@ -576,7 +578,7 @@ def test_auto_strength(runs, tmp_path, monkeypatch):
         assert rows and not {r["prompt"] for r in rows} & {r["prompt"] for r in other}
     assert asked[0] == {prompt_hash(row["prompt"]) for row in load_safety("organism", "validation")}
     assert (curve["in_sample"], curve["aligned_on"]) == ([], False)
-    used = set(used_prompts(str(out))["alignment"])
+    used = set(Lineage.of(str(out)).prompts["alignment"])
     assert {
         prompt_hash(r["prompt"]) for r in (*suites[0].harmful, *suites[0].benign, *suites[0].utility[0].rows)
     } <= used

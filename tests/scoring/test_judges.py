@@ -20,7 +20,7 @@ from transformers import (  # noqa: E402
 )
 
 from tunevax.errors import UsageError  # noqa: E402
-from tunevax.scoring.judges import Verdict, classifier, generative  # noqa: E402
+from tunevax.scoring.judges import Verdict, classifier, generative, hf, load_judges  # noqa: E402
 from tunevax.scoring.judges.hf import load_model_judge  # noqa: E402
 
 pytestmark = pytest.mark.numerical
@@ -407,3 +407,17 @@ def test_errors_name_the_thing_and_the_way_out(tmp_path):
     with pytest.raises(UsageError, match="format 'classifier': .*1 missing .score.weight"):
         load_model_judge(f"hf:{folder}:format=classifier", device="cpu")
     assert load_model_judge(f"hf:{folder}:format=harmbench", device="cpu")([], []) == []
+
+
+def test_a_model_is_loaded_once_in_a_process(tmp_path, monkeypatch):
+    bert(tmp_path / "judge", ["safe", "unsafe"])
+    loaded, read = [], hf.read_model
+    monkeypatch.setattr(hf, "read_model", lambda *a: loaded.append(a) or read(*a))
+    monkeypatch.chdir(tmp_path)
+    names = ["hf:judge", f"hf:{tmp_path / 'judge'}", "hf:./judge"]
+    found = [judge(["a"], ["b"]) for judge in load_judges(names).values()]
+    assert len(loaded) == 1 and found[0] == found[1] == found[2]
+    other = load_judges(["hf:judge:label=safe"])["hf:judge:label=safe"]
+    assert len(loaded) == 1, "not before its first call"
+    other(["a"], ["b"])
+    assert len(loaded) == 2

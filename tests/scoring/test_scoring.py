@@ -7,7 +7,7 @@ import pytest
 from tunevax.cli import main
 from tunevax.data import load_safety, load_task
 from tunevax.errors import UsageError
-from tunevax.evidence.results import is_harmful, own_verdict
+from tunevax.evidence.rows import is_harmful, own_verdict
 from tunevax.evidence.stats import proportion
 from tunevax.modeling import load
 from tunevax.scoring.evaluate import evaluate
@@ -254,13 +254,13 @@ def test_a_limit_asks_of_every_category(tmp_path):
 
 
 def test_prompts_of_parents_count_as_used(tmp_path):
-    from tunevax.data.contamination import used_prompts
+    from tunevax.lineage import Lineage
 
     for name, parent, hashes in (("low", None, ["a"]), ("high", str(tmp_path / "low"), ["b"])):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text(json.dumps({"schema": 1, "parent": parent, "model": {"ref": "x"}}))
         (tmp_path / name / "prompts.json").write_text(json.dumps({"alignment": hashes}))
-    assert used_prompts(str(tmp_path / "high")) == {"alignment": ["a", "b"]}
+    assert Lineage.of(str(tmp_path / "high")).prompts == {"alignment": ["a", "b"]}
 
 
 def test_models_of_one_name_are_told_apart():

@@ -14,17 +14,13 @@ the paper calls Vaccine+Booster.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from tunevax.alignment.pairs import require_pairs
 from tunevax.alignment.vaccine import VaccineConfig, VaccineTrainer
-from tunevax.data.encoding import context_of, encode
-from tunevax.errors import RunError, UsageError
+from tunevax.errors import RunError, require
 from tunevax.modeling.draws import Draws
 from tunevax.modeling.gradients import (
     Gradient,
@@ -46,9 +42,7 @@ class BoosterConfig(VaccineConfig):
     alpha: float = field(default=0.1, metadata={"help": "length of the simulated harmful step"})
 
     def __post_init__(self) -> None:
-        for name in ("lamb", "alpha"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be a finite number, 0 or more")
+        require(self, "lamb", "alpha", at_least=0)
         super().__post_init__()
 
 
@@ -57,23 +51,16 @@ class BoosterTrainer(VaccineTrainer):
 
     config_class = BoosterConfig
     paper = "arXiv 2409.01586"
-    needs_rejected = True
+    needs = frozenset({"chosen", "rejected"})
+    different = True
+    args: BoosterConfig
 
-    def __init__(
-        self,
-        model: Any,
-        args: BoosterConfig,
-        safety_data: Sequence[dict],
-        processing_class: Any,
-        task_data: Sequence[dict] | None = None,
-        callbacks: list | None = None,
-    ) -> None:
-        require_pairs(safety_data, "booster")
-        harmful = [{**row, "completion": row["rejected"]} for row in safety_data]
-        self.harmful = encode(harmful, processing_class, args.max_length, context=context_of(model))
-        super().__init__(model, args, safety_data, processing_class, task_data, callbacks)
-        require_whole_weights(self, "booster")
-        self.draws = Draws(args.seed)
+    def prepare(self) -> None:
+        """Harmful rows, and a generator for their batches."""
+        super().prepare()
+        require_whole_weights(self)
+        self.harmful = self.encode_answers(self.safety_data, "rejected")
+        self.draws = Draws(self.args.seed)
         self.draws.require(self, len(self.harmful), "harmful rows")
 
     def parts(self) -> tuple[str, ...]:

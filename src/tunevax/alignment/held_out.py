@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from tunevax.data.chat import response
-from tunevax.data.contamination import hashes, used_prompts
-from tunevax.data.encoding import collate, context_of, encode, following, ids_of, render
-from tunevax.data.safety import load_safety
+from tunevax.data.chat import render, response
+from tunevax.data.contamination import hashes
+from tunevax.data.encoding import collate, context_of, encode, following, ids_of
+from tunevax.data.roles import load_rows
 from tunevax.data.splits import drawn, prompt_hash
-from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
 from tunevax.evidence.stats import paired_difference, proportion
+from tunevax.lineage import Lineage
 from tunevax.records import UNANSWERED
 from tunevax.scoring.fluency import is_broken
 from tunevax.scoring.generation import answer as as_answer
@@ -61,10 +61,10 @@ def held_out_rows(
     if limit == 0:
         return HeldOut([], None, "--held-out-prompts is 0")
     trained, why = hashes(safety), None
-    for used in used_prompts(model).values() if model else ():
+    for used in Lineage.of(model).prompts.values() if model else ():
         trained |= set(used)
     try:
-        rows = load_safety(safety_data, "attack", ("chosen",), "the evaluation")
+        rows = load_rows("attack", safety_data, ("chosen",), "the evaluation")
     except UsageError:
         rows = []
     harmful = drawn([row for row in rows if prompt_hash(row["prompt"]) not in trained], limit)
@@ -72,11 +72,10 @@ def held_out_rows(
         why = f"{safety_data} has no row beside those that the run trained on"
     benign = None
     if task_data:
-        source = "organism:set=benign" if task_data == "organism" else task_data
         try:
-            mixed_in = trained | hashes(load_task(source, "train").rows)
-            others = [row for row in load_task(source, "evaluation").rows if prompt_hash(row["prompt"]) not in mixed_in]
-            benign = drawn(others, limit) or None
+            mixed_in = trained | hashes(load_rows("benign", task_data))
+            others = load_rows("held-out benign", task_data)
+            benign = drawn([row for row in others if prompt_hash(row["prompt"]) not in mixed_in], limit) or None
         except UsageError:
             benign = None
     return HeldOut(harmful, benign, why)
@@ -101,8 +100,7 @@ def loss_on(model: Any, rows: Sequence[dict[str, Any]], tokenizer: Any, max_leng
     from tunevax.modeling.hooks import without_dropout
     from tunevax.modeling.loss import row_losses
 
-    encoded = encode([{**row, "completion": row["chosen"]} for row in rows], tokenizer, max_length,
-                     context=context_of(model))  # fmt: skip
+    encoded = encode(rows, tokenizer, max_length, context=context_of(model), answer="chosen")
     losses = []
     with torch.no_grad(), without_dropout([model]):
         for start in range(0, len(encoded), BATCH):
@@ -129,7 +127,7 @@ def cut_safe_answers(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]])
     for row in rows:
         text = render(tokenizer, row["prompt"])
         before = ids_of(tokenizer, text)
-        said = following(tokenizer, text, before, response(tokenizer, {**row, "completion": row["chosen"]}))
+        said = following(tokenizer, text, before, response(tokenizer, row, "chosen"))
         room = min(MAX_NEW_TOKENS, context - len(before)) if context else MAX_NEW_TOKENS
         answers.append(as_answer(tokenizer, [], said[:room], ""))
     return answers

@@ -29,14 +29,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from tunevax.alignment.pairs import PairTrainer, joined
 from tunevax.alignment.sft import SFTConfig
-from tunevax.errors import UsageError, unknown
+from tunevax.errors import require, require_one_of
 from tunevax.modeling.blocks import find_final_norm
+from tunevax.modeling.draws import noise_generator
 from tunevax.modeling.hooks import capture, capture_inputs
 from tunevax.modeling.loss import head_loss, labelled, last_hidden, rows_at
 from tunevax.modeling.precision import wide
@@ -56,11 +56,8 @@ class RepNoiseConfig(SFTConfig):
     variant: str = field(default="corrected", metadata={"help": "corrected, or official: the released code's loss"})
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "beta"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be a finite number, 0 or more")
-        if self.variant not in VARIANTS:
-            raise unknown("variant", self.variant, VARIANTS)
+        require(self, "alpha", "beta", at_least=0)
+        require_one_of(self, variant=VARIANTS)
         super().__post_init__()
 
 
@@ -97,26 +94,22 @@ class RepNoiseTrainer(PairTrainer):
 
     config_class = RepNoiseConfig
     paper = "arXiv 2405.14577"
+    args: RepNoiseConfig
     drawn = 0  # micro-batches that noise was drawn for so far
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def prepare(self) -> None:
+        """The model's final norm."""
+        super().prepare()
         self.norm = find_final_norm(self.model)
-        self.whole: float | None = None  # pairs in the whole batch, of all micro-batches and ranks
 
     def parts(self) -> tuple[str, ...]:
         """What enters each block and is read by the final norm, and the output of its MLP where that is drawn to
         noise."""
         return ("module", "norm", "mlp") if self.args.beta else ("module", "norm")
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """As the base, and the number of pairs that the weights of the micro-batches are shares of."""
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = torch.tensor(float(sum(len(b["pairs"]) for b in batches)), device=device)
-        if self.args.average_tokens_across_devices:  # as `loss_scale` expects
-            count = self.accelerator.reduce(count, "sum")
-        self.whole = count.item() if batches else None
-        return batches, items
+    def counted(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The pairs, which the weights of the micro-batches are shares of."""
+        return torch.tensor([len(batch["pairs"])])
 
     def compute_loss(
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
@@ -127,7 +120,8 @@ class RepNoiseTrainer(PairTrainer):
         of each rank has its own, and their mean counts, weighted by the pairs in each.
         """
         pairs = len(inputs["pairs"])
-        weight = pairs / max(self.whole or pairs, 1) * self.loss_scale(num_items_in_batch)
+        whole = pairs if self.whole is None else self.whole.item()
+        weight = pairs / max(whole or pairs, 1) * self.loss_scale(num_items_in_batch)
         share = 1 / self.current_gradient_accumulation_steps
         safe, harmful, mask = self.targets(inputs)
         with self.accelerator.autocast():
@@ -203,22 +197,14 @@ class RepNoiseTrainer(PairTrainer):
     def distance(self, activations: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
         """The mean over blocks of the MMD between harmful activations and noise. Backward draws the same noise again,
         so that neither it nor fp32 copies are kept."""
-        generator = self.noise_generator(mask.device)
+        generator = noise_generator(self, self.drawn, mask.device)
+        self.drawn += 1
         return torch.stack(
             [
                 checkpoint(mmd_to_noise, a, mask, generator, generator.get_state(), use_reentrant=False)
                 for a in activations
             ]
         ).mean()
-
-    def noise_generator(self, device: torch.device) -> torch.Generator:
-        """A generator for the noise of one micro-batch of one rank, seeded by its number: nothing else draws from it,
-        and a resumed run goes on where it was."""
-        key = (self.args.seed, self.args.process_index, self.drawn)
-        self.drawn += 1
-        generator = torch.Generator(device)
-        generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
-        return generator
 
     # --- cost and state ----------------------------------------------------------------------------------------------
 

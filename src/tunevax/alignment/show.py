@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from tunevax.console import as_bytes, as_time
 from tunevax.evidence.words import joined
 from tunevax.report.blocks import PANELS, Section
-from tunevax.report.provenance import Provenance, Run, seconds, size
+from tunevax.report.provenance import Provenance, Run
 from tunevax.report.text import model_of
 
 UNCLIPPED = ("tar", "repnoise")  # their released code clips no gradient
@@ -51,9 +52,9 @@ def _bar(label: str, run: Run, key: str) -> tuple[str, float | None, str]:
     if not isinstance(value, int | float):
         return label, None, "not measured"
     if key == "peak_memory_bytes":
-        return label, value, size(value)
+        return label, value, as_bytes(value)
     steps = run.info.get("steps")
-    return label, value, seconds(value) + (f", {steps:,} steps" if isinstance(steps, int) else "")
+    return label, value, as_time(value) + (f", {steps:,} steps" if isinstance(steps, int) else "")
 
 
 def _hardware_differs(runs: list[Run]) -> str:

@@ -32,11 +32,9 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tunevax.alignment.pairs import require_pairs
 from tunevax.alignment.sft import SFTConfig, SFTTrainer
-from tunevax.data.encoding import context_of, encode
 from tunevax.data.splits import prompt_hash
-from tunevax.errors import RunError, UsageError, unknown
+from tunevax.errors import RunError, UsageError, require, require_one_of
 from tunevax.modeling.blocks import find_final_norm, unwrap
 from tunevax.modeling.draws import Draws, collated
 from tunevax.modeling.gradients import (
@@ -51,6 +49,7 @@ from tunevax.modeling.gradients import (
 from tunevax.modeling.hooks import capture, capture_inputs, without_dropout
 from tunevax.modeling.loss import CHUNK_ELEMENTS, MIN_CHUNK_ROWS, labelled, last_hidden, logits_of, rows_at
 from tunevax.modeling.precision import wide
+from tunevax.modeling.trainer import PlanParts
 
 HELD_OUT_SHARE = 0.2
 PREFERENCE_BETA = 0.1
@@ -80,24 +79,25 @@ class TARConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.tamper_loss not in ("entropy", "preference"):
-            raise unknown("tamper_loss", self.tamper_loss, ("entropy", "preference"))
-        for name in ("inner_steps", "tamper_interval"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        require_one_of(self, tamper_loss=("entropy", "preference"))
+        require(self, "inner_steps", "tamper_interval", at_least=1)
         if self.tamper_interval > self.inner_steps:
             raise UsageError(
                 f"tamper_interval is {self.tamper_interval} and there are {self.inner_steps} inner steps, so the "
                 "tamper-resistance loss would never be taken; lower --tamper-interval"
             )
-        for name in ("lambda_tr", "lambda_schedule", "lambda_representation", "mapping_steps"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be a finite number, 0 or more")
+        require(self, "lambda_tr", "lambda_schedule", "lambda_representation", "mapping_steps", at_least=0)
         if 0 < self.max_steps <= self.mapping_steps:
             raise UsageError(f"mapping_steps is {self.mapping_steps}, all of the {self.max_steps} steps; lower it")
         if not self.rates() or not all(math.isfinite(rate) and rate > 0 for rate in self.rates()):
             raise UsageError(f"inner_learning_rates is {self.inner_learning_rates!r}; give positive numbers: 2e-5,4e-5")
         super().__post_init__()
+
+    def plan_parts(self, micro_batches: int) -> PlanParts:
+        """Inner steps are alike: two rounds of the attack, after a step of Random Mapping if there is one."""
+        steps = min(self.inner_steps, 2 * self.tamper_interval)
+        mapping = {"max_steps": 2, "mapping_steps": 1} if self.mapping_steps else {}
+        return PlanParts({"inner_steps": steps, **mapping}, {"tamper_gradient": self.inner_steps / steps})
 
     def rates(self) -> list[float]:
         """The learning rates of the inner attack; none if they are not numbers."""
@@ -112,33 +112,18 @@ class TARTrainer(SFTTrainer):
 
     config_class = TARConfig
     paper = "arXiv 2408.00761"
-    needs_rejected = True
+    needs = frozenset({"chosen", "rejected"})
+    different = True
+    args: TARConfig
 
-    def __init__(
-        self,
-        model: Any,
-        args: TARConfig,
-        safety_data: Sequence[dict],
-        processing_class: Any,
-        task_data: Sequence[dict] | None = None,
-        callbacks: list | None = None,
-    ) -> None:
-        require_pairs(safety_data, "tar")
+    def prepare(self) -> None:
+        """Rows for the inner attack, rows held out from it, and the weights as they were."""
+        require_whole_weights(self)
         # {answer: encoded rows}, in the order of `safety_data`
-        self.answers = {
-            name: encode(
-                [{**row, "completion": row[name]} for row in safety_data],
-                processing_class,
-                args.max_length,
-                context=context_of(model),
-            )
-            for name in ("rejected", "chosen")
-        }
-        super().__init__(model, args, safety_data, processing_class, task_data, callbacks)
-        require_whole_weights(self, "tar")
-        self.draws = Draws(args.seed)
+        self.answers = {name: self.encode_answers(self.safety_data, name) for name in ("rejected", "chosen")}
+        self.draws = Draws(self.args.seed)
         self.final_norm = find_final_norm(self.model)
-        held = [held_out(row["prompt"]) for row in safety_data]
+        held = [held_out(row["prompt"]) for row in self.safety_data]
         self.adversary = [row for row, out in zip(self.answers["rejected"], held, strict=True) if not out]
         self.held_out = [i for i, out in enumerate(held) if out]
         self.draws.require(self, len(self.adversary), "rows for the inner attack (8 of 10 prompts)")

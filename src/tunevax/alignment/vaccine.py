@@ -21,15 +21,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from tunevax.alignment.sft import SFTConfig, SFTTrainer
-from tunevax.errors import UsageError, unknown
+from tunevax.errors import require, require_one_of
 from tunevax.modeling.blocks import Block
+from tunevax.modeling.draws import noise_generator
 from tunevax.modeling.hooks import Prefix, capture, perturb, tensor_of, without_dropout
 from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.precision import wide
+from tunevax.modeling.trainer import PlanParts
 
 
 @dataclass
@@ -57,45 +58,43 @@ class VaccineConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.rho) and self.rho >= 0):
-            raise UsageError(f"rho is {self.rho}; it must be a finite number, 0 or more")
-        if self.perturbation not in ("gradient", "random"):
-            raise unknown("perturbation", self.perturbation, ("gradient", "random"))
-        if self.embedding not in ("attention", "added"):
-            raise unknown("embedding", self.embedding, ("attention", "added"))
-        if self.rho_scale not in ("total", "per-token"):
-            raise UsageError(f"rho_scale is {self.rho_scale!r}; known: total, per-token")
-        if self.rho_reference_tokens < 1:
-            raise UsageError(f"rho_reference_tokens is {self.rho_reference_tokens}; it must be at least 1")
+        require(self, "rho", at_least=0)
+        require(self, "rho_reference_tokens", at_least=1)
+        require_one_of(self, perturbation=("gradient", "random"), embedding=("attention", "added"))
+        require_one_of(self, rho_scale=("total", "per-token"))
         super().__post_init__()
+
+    def random_direction(self) -> dict[str, Any] | None:
+        """A Gaussian direction of the same joint norm; Booster's default has no budget for one."""
+        return {"perturbation": "random"} if self.rho > 0 else None
+
+    def plan_parts(self, micro_batches: int) -> PlanParts:
+        """A perturbation has its norm over a micro-batch."""
+        split = "a perturbation has its norm over each part" if self.rho > 0 else "the update is the same"
+        return PlanParts(split=split)
+
+    @classmethod
+    def in_one_process(cls, values: dict[str, Any], processes: int) -> None:
+        """Each micro-batch has a budget of its own, and rho was the joint norm over all processes."""
+        super().in_one_process(values, processes)
+        if values.get("rho_scale") == "total":
+            values["rho"] /= math.sqrt(processes)
 
 
 class VaccineTrainer(SFTTrainer):
-    """SFT whose every step is taken at the worst nearby embeddings. The only change is `training_step`.
-
-    Raises:
-        UsageError: as the base.
-    """
+    """SFT whose every step is taken at the worst nearby embeddings. The only change is `training_step`."""
 
     config_class = VaccineConfig
     paper = "arXiv 2402.01109"
     replay = True  # run the blocks below the first selected one once, for both passes
+    args: VaccineConfig
     perturbed = 0  # micro-batches given a random perturbation so far
 
-    def __init__(
-        self,
-        model: Any,
-        args: VaccineConfig,
-        safety_data: Sequence[dict],
-        processing_class: Any,
-        task_data: Sequence[dict] | None = None,
-        callbacks: list | None = None,
-    ) -> None:
-        super().__init__(model, args, safety_data, processing_class, task_data, callbacks)
-        # The module of each block whose output is e_l.
+    def prepare(self) -> None:
+        """The module of each block whose output is e_l."""
         self.embedded = [b.attention for b in self.blocks]
-        if args.embedding == "added" and self.parts():  # Booster alone perturbs nothing
-            ids = torch.tensor([self.train_dataset[0]["input_ids"][:8]], device=args.device)
+        if self.args.embedding == "added" and self.parts():  # Booster alone perturbs nothing
+            ids = torch.tensor([self.train_dataset[0]["input_ids"][:8]], device=self.args.device)
             self.embedded = added_by_attention(self.model, self.blocks, ids)
 
     def parts(self) -> tuple[str, ...]:
@@ -160,16 +159,10 @@ class VaccineTrainer(SFTTrainer):
 
     def random_perturbation(self, inputs: dict) -> dict[int, torch.Tensor]:
         """A Gaussian direction over the valid tokens of each selected block, [batch, tokens, hidden], with the joint
-        norm that eps_l has; zero at padded positions.
-
-        Each micro-batch of each rank has a generator of its own, seeded by its number: dropout draws the same masks as
-        without, and a resumed run goes on where it was.
-        """
-        key = (self.args.seed, self.args.process_index, self.perturbed)
-        self.perturbed += 1
+        norm that eps_l has; zero at padded positions."""
         mask = inputs["attention_mask"]
-        generator = torch.Generator(mask.device)
-        generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+        generator = noise_generator(self, self.perturbed, mask.device)
+        self.perturbed += 1
         shape = (*mask.shape, self.model.config.get_text_config().hidden_size)
         noise = {
             i: torch.randn(shape, generator=generator, device=mask.device) * mask[..., None]

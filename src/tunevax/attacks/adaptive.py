@@ -16,7 +16,7 @@ from tunevax.attacks.context import AttackContext, TargetOptions
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.attacks.kind import NotApplicable
 from tunevax.modeling.trainer import ResponseTrainer
-from tunevax.runs import is_run, read_lines, read_run
+from tunevax.records import LOG, is_run, read_lines, read_run
 
 
 @dataclass
@@ -68,8 +68,7 @@ def least_selected(ref: str, share: float) -> list[int]:
     Raises:
         NotApplicable: the run recorded no choice of blocks.
     """
-    log = Path(ref) / "log.jsonl"
-    lines = read_lines(log) if is_run(ref) and log.is_file() else []
+    lines = read_lines(Path(ref) / LOG) if is_run(ref) else []
     chosen = [line for line in lines if line.get("selected")]
     if not chosen:
         raise NotApplicable(f"{ref} recorded no choice of blocks to adapt to")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tunevax.attacks.context import (
     AttackContext,
@@ -18,9 +18,11 @@ from tunevax.attacks.context import (
 )
 from tunevax.attacks.kind import AttackKind
 from tunevax.data.contamination import Exclusion, check
+from tunevax.environment import require_one_process
 from tunevax.errors import UsageError
 from tunevax.mixins import require_given
-from tunevax.runs import RunFolder, data_entry, is_run, require_one_process, writing
+from tunevax.records import DROPPED, GENERATIONS, RESULTS, Generation, Row, Target, data_entry, is_run
+from tunevax.runs import writing
 from tunevax.scoring.suite import build_suite
 
 
@@ -50,10 +52,10 @@ def attack(method: str, options: AttackOptions, config: AttackKind, command: str
     require_given(options, "model")
     require_given(config, "output_dir")
     require_one_process("an attack")
-    use_data_of_run(options)
+    options = use_data_of_run(options)
     if options.keep_weights and (len(options.model) > 1 or getattr(config, "trainable", None) not in ("lora", "full")):
         raise UsageError("--keep-weights takes one --model, and --trainable lora or full")
-    options.control = options.control or config.default_control
+    options = dataclasses.replace(options, control=options.control or config.default_control)
     targets = find_targets(options.model, options.control)
     if why := config.applies(targets, options):
         raise UsageError(f"the {method} attack does not apply: {why}")
@@ -63,11 +65,10 @@ def attack(method: str, options: AttackOptions, config: AttackKind, command: str
     exclusion.settle(suite.roles())
     harmful, task = attack_data(options, config.needs, exclusion)
     own = config.kept_rows(options, exclusion)
-    use_saved_template(options, targets)
+    options = use_saved_template(options, targets)
     for target, before in zip(targets, used, strict=True):
-        target |= check(
-            target["ref"], suite.roles(), harmful, {"task": task, **own}, options.allow_overlap, used=before
-        )
+        found = check(target["ref"], suite.roles(), harmful, {"task": task, **own}, options.allow_overlap, used=before)
+        target |= cast(Target, found)
 
     first = next(t["ref"] for t in targets if t["role"] == "model")
     values = config.values()
@@ -83,41 +84,36 @@ def attack(method: str, options: AttackOptions, config: AttackKind, command: str
         "config": {**vars(options), **values}, "parent": first if is_run(first) else None,
         "overlap_dropped": exclusion.summary(),
     }  # fmt: skip
-    for key in ("resume", "overwrite", "name"):
-        record["config"].pop(key)
+    for option in ("resume", "overwrite", "name"):
+        record["config"].pop(option)
     setting = config.setting_hash(method, drawn_from, evaluation)
-    key = {"kind": method, "attack": name, "attack_hash": setting, "settings": {}, "traits": config.traits}
-    key["seed"] = config.seed
+    key = {
+        "kind": method, "attack": name, "attack_hash": setting, "settings": {}, "traits": config.traits,
+        "seed": config.seed,
+    }  # fmt: skip
     with writing(config.output_dir, record, options.resume, options.overwrite) as run:
         config.output_dir = str(run.checkpoints)
-        keep_finished(run)
         if exclusion.dropped:
-            run.write_lines("dropped.jsonl", exclusion.dropped)
+            run.write_lines(DROPPED, exclusion.dropped)
+        rows: list[Row] = []
+        generations: list[Generation] = []
         for target in targets:
-            done = run.path / f"{target['label']}.done.json"
+            done = run.path / f"{target['label']}.done.json"  # whole, so that a killed run goes on after it
             if not done.exists():
                 keeps = run.path if options.keep_weights and target["role"] == "model" else None
                 context = AttackContext(target, options, harmful, task, suite, key, keeps, exclusion=exclusion.fresh())
                 config.run(context)
-                context.write(run.path)
-                done.write_text(json.dumps(context.record), encoding="utf-8")
-            info = json.loads(done.read_text(encoding="utf-8"))
+                part = done.with_suffix(".part")
+                part.write_text(json.dumps([context.record, context.results, context.generations]), encoding="utf-8")
+                part.replace(done)
+            info, *lines = json.loads(done.read_text(encoding="utf-8"))
+            rows, generations = rows + lines[0], generations + lines[1]
             record["steps"], target["template_hash"] = info.pop("steps"), info.pop("template_hash")
             if target["role"] == "model":
                 record.setdefault("model", info)
-        for target in targets:
-            (run.path / f"{target['label']}.done.json").unlink()
+        run.write_lines(RESULTS, rows)
+        run.write_lines(GENERATIONS, generations)
+        for done in run.path.glob("*.done.json"):
+            done.unlink()
         record["adapter"] = ("model" if config.full_weights else "adapter") if options.keep_weights else None
     return run.final
-
-
-def keep_finished(run: RunFolder) -> None:
-    """Drop what a killed run wrote of a model it had not finished; its last line may have been cut in the middle."""
-    finished = {path.name.removesuffix(".done.json") for path in run.path.glob("*.done.json")}
-    for name in ("results.jsonl", "generations.jsonl"):
-        if (run.path / name).exists():
-            kept = []
-            for line in (run.path / name).read_text(encoding="utf-8", errors="replace").split("\n"):
-                with suppress(ValueError):
-                    kept.append(json.loads(line))
-            run.write_lines(name, [row for row in kept if row["model"] in finished])

@@ -6,13 +6,13 @@ arXiv 2404.01099). It is also where trainability is measured.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field
-from typing import Any
 
-from tunevax.attacks.context import AttackContext, TargetOptions
+from tunevax.attacks.context import TargetOptions
 from tunevax.attacks.finetune import FinetuneConfig
-from tunevax.data.mixing import mix
-from tunevax.data.tasks import load_task
+from tunevax.data.roles import load_rows
+from tunevax.records import Example
 
 
 @dataclass
@@ -25,17 +25,10 @@ class BenignOnlyConfig(FinetuneConfig):
     )
 
     @property
-    def needs(self) -> set[str]:
+    def needs(self) -> Set[str]:
         """The data it draws from."""
         return super().needs - ({"task"} if self.benign_rows else set())
 
-    def own_rows(self, options: TargetOptions) -> dict[str, list[dict[str, Any]]]:
+    def own_rows(self, options: TargetOptions) -> dict[str, list[Example]]:
         """The rows of `benign_rows`, by role."""
-        return {"benign rows": load_task(self.benign_rows, "train").rows} if self.benign_rows else {}
-
-    def rows(self, context: AttackContext) -> list[dict[str, Any]]:
-        """Benign rows only."""
-        if self.benign_rows is None:
-            return super().rows(context)
-        ((role, rows),) = self.own_rows(context.options).items()
-        return mix(context.exclusion.benign(role, rows), [], 0.0, self.n, self.seed)
+        return {"benign rows": load_rows("task", self.benign_rows)} if self.benign_rows else {}

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from tunevax.console import console
 from tunevax.data.contamination import Exclusion
-from tunevax.data.safety import load_safety
-from tunevax.data.tasks import load_task
+from tunevax.data.roles import load_rows
 from tunevax.errors import UsageError
-from tunevax.mixins import ModelsOptions, Overlap, RunOptions
-from tunevax.modeling.loading import Loaded, absolute, load
-from tunevax.runs import SCHEMA, digest, is_run, read_run
+from tunevax.lineage import Lineage, absolute
+from tunevax.mixins import ModelsOptions, Overlap, RunOptions, option
+from tunevax.modeling.loading import Loaded, load
+from tunevax.records import SCHEMA, Example, Generation, ModelInfo, Row, Target, digest, harmful, is_run, read_run
 from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.suite import Suite, SuiteOptions, labels_of
 
@@ -27,21 +27,19 @@ if TYPE_CHECKING:
 class TargetOptions(SuiteOptions, ModelsOptions, Overlap, RunOptions):
     """What every verb that attacks takes: the targets, the data and how to load them."""
 
-    control: str | None = field(
-        default=None,
-        metadata={
-            "help": "the model to compare with, attacked identically; default what --model was hardened from; "
-            "none for no control"
-        },
+    control: str | None = option(
+        None,
+        "the model to compare with, attacked identically; default what --model was hardened from; none for no control",
+        decides="cells",
     )
-    safety_data: str | None = field(
-        default=None, metadata={"help": "harmful rows: prompt and rejected, their attack split"}
-    )
-    task_data: str | None = field(
-        default=None, metadata={"help": "benign rows: prompt and completion, their train split"}
-    )
+    safety_data: str | None = option(None, "harmful rows: prompt and rejected, their attack split", decides="rows")
+    task_data: str | None = option(None, "benign rows: prompt and completion, their train split", decides="rows")
 
 
+Options = TypeVar("Options", bound=TargetOptions)
+
+
+@dataclass
 class AttackContext:
     """What an attack on one model works with.
 
@@ -59,18 +57,21 @@ class AttackContext:
         exclusion: what is left out of rows that the attack reads itself.
     """
 
-    def __init__(
-        self, target: dict[str, Any], options: TargetOptions, harmful: Sequence[dict], task: Sequence[dict],
-        suite: Suite, key: dict[str, Any], folder: Path | None = None, before: dict | None = None,
-        exclusion: Exclusion | None = None,
-    ) -> None:  # fmt: skip
-        self.target, self.options, self.harmful, self.task, self.suite = target, options, harmful, task, suite
-        self.key, self.folder, self.before = key, folder, before
-        self.exclusion = exclusion or Exclusion()
-        self.results: list[dict[str, Any]] = []
-        self.generations: list[dict[str, Any]] = []
-        self.record: dict[str, Any] = {}
-        self.loaded = (target["ref"], True)  # which model, and whether its last adapter is merged
+    target: Target
+    options: TargetOptions
+    harmful: Sequence[Example]
+    task: Sequence[Example]
+    suite: Suite
+    key: dict[str, Any]
+    folder: Path | None = None
+    before: dict[tuple[str, bool], tuple] | None = None
+    exclusion: Exclusion = field(default_factory=Exclusion)
+    results: list[Row] = field(default_factory=list)
+    generations: list[Generation] = field(default_factory=list)
+    record: ModelInfo = field(default_factory=ModelInfo)
+
+    def __post_init__(self) -> None:
+        self.loaded = (self.target["ref"], True)  # which model, and whether its last adapter is merged
 
     def load(self, chat_template: str | None = None, ref: str | None = None, **how: Any) -> Loaded:
         """The target (or `ref` in its place), loaded as the options say, or as `how` says; what run.json says of it is
@@ -79,7 +80,7 @@ class AttackContext:
         self.loaded = (ref or self.target["ref"], how.get("merge", True))
         how = {"revision": o.revision, "dtype": o.dtype, "chat_template": chat_template or o.chat_template, **how}
         loaded = load(self.loaded[0], **how)
-        self.record.update(loaded.info, template_hash=digest(loaded.tokenizer.chat_template))
+        self.record |= cast(ModelInfo, {**loaded.info, "template_hash": digest(loaded.tokenizer.chat_template)})
         return loaded
 
     def score(
@@ -103,44 +104,39 @@ class AttackContext:
             scores, responses = kept or evaluate(model, tokenizer, suite or self.suite, full=full)
         if untouched is not None:
             untouched[self.loaded] = scores, responses
-        harmful = max(scores[name]["value"] for name in scores if name.startswith("harmful/"))
-        if self.target["role"] == "control" and step == 0 and harmful > 0.5 and self.before is None:
+        share, _ = harmful(scores)
+        if self.target["role"] == "control" and step == 0 and share > 0.5 and self.before is None:
             console.print(
-                f"note: the control {self.target['label']} is {harmful:.0%} harmful before the attack, so nothing can "
+                f"note: the control {self.target['label']} is {share:.0%} harmful before the attack, so nothing can "
                 "be compared with it; give an aligned one with --control",
                 highlight=False,
             )
+        place = {"model": self.target["label"], "attack": self.key["attack"], "seed": self.key["seed"], "step": step}
+        self.generations += [cast(Generation, {**place, **response}) for response in responses]
         row = {"schema": SCHEMA, "model": self.target["label"], "role": self.target["role"], **self.key, "step": step}
-        self.results.append({**row, "samples": samples, "train_loss": None, "scores": scores})
-        place = {"model": row["model"], **{k: row[k] for k in ("attack", "seed", "step")}}
-        self.generations += [{**place, **response} for response in responses]
+        self.results.append(cast(Row, {**row, "samples": samples, "train_loss": None, "scores": scores}))
         self.record["steps"] = max(step, self.record.get("steps", 0))
 
-    def write(self, folder: Path) -> None:
-        """Append the rows to results.jsonl and generations.jsonl."""
-        for name, lines in (("results.jsonl", self.results), ("generations.jsonl", self.generations)):
-            with (folder / name).open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
-
-def use_data_of_run(options: TargetOptions) -> None:
-    """Safety and task data that were not named: those that the first model was hardened with."""
-    config = read_run(options.model[0])["config"] if is_run(options.model[0]) else {}
-    told = []
+def use_data_of_run(options: Options) -> Options:
+    """The options with the safety and task data that the first model was hardened with, where none were named."""
+    config = Lineage.of(options.model[0]).record.get("config", {})
+    used = {}
     for name in ("safety_data", "task_data"):
         source = config.get(name)
         while name == "safety_data" and source and is_run(source):  # curated rows: the attack needs what they are from
             source = read_run(source)["config"]["safety_data"]
         if getattr(options, name) is None and source:
-            setattr(options, name, source)
-            told.append(f"--{name.replace('_', '-')} {source}")
-    if told:
-        console.print(f"data as {options.model[0]} was hardened with: {' '.join(told)}", highlight=False)
+            used[name] = source
+    if used:
+        named = " ".join(f"--{name.replace('_', '-')} {source}" for name, source in used.items())
+        console.print(f"data as {options.model[0]} was hardened with: {named}", highlight=False)
+    return dataclasses.replace(options, **used)
 
 
 def attack_data(
     options: TargetOptions, needs: Collection[str], exclusion: Exclusion | None = None
-) -> tuple[list[dict], list[dict]]:
+) -> tuple[list[Example], list[Example]]:
     """The harmful and the benign rows that an attack draws from; what is not in `needs` is empty.
 
     Args:
@@ -150,37 +146,37 @@ def attack_data(
         UsageError: a source is missing, or no row is left.
     """
     leave_out = exclusion or Exclusion()
-    harmful: list[dict] = []
-    task: list[dict] = []
+    harmful: list[Example] = []
+    task: list[Example] = []
     if "harmful" in needs:
         if options.safety_data is None:
             raise UsageError("--safety-data is missing: this attack needs harmful rows")
-        harmful = load_safety(options.safety_data, "attack", ("rejected",), "an attack")
+        harmful = load_rows("attack", options.safety_data, ("rejected",), "an attack")
         harmful = leave_out.attack("attack", harmful)
     if "task" in needs:
         if options.task_data is None:
             raise UsageError("--task-data is missing: this attack needs benign rows")
-        task = leave_out.benign("task", load_task(options.task_data, "train").rows)
+        task = leave_out.benign("task", load_rows("task", options.task_data))
     return harmful, task
 
 
-def use_saved_template(options: TargetOptions, targets: Sequence[dict[str, Any]]) -> None:
-    """Ask every target in the words of the first hardened model, also the control that has no template."""
+def use_saved_template(options: Options, targets: Sequence[Target]) -> Options:
+    """The options that ask every target by the template of the first hardened model, also a control without one."""
     first = next(t["ref"] for t in targets if t["role"] == "model")
     saved = [p for p in (Path(first, d, "chat_template.jinja") for d in ("adapter", "model", "")) if p.is_file()]
     if options.chat_template is None and saved:
-        options.chat_template = str(saved[0])
+        return dataclasses.replace(options, chat_template=str(saved[0]))
+    return options
 
 
-def find_targets(models: Sequence[str], control: str | None) -> list[dict[str, Any]]:
+def find_targets(models: Sequence[str], control: str | None) -> list[Target]:
     """The models to attack and the control, with a label each, the control first.
 
     Args:
         control: a model, `none`, or None for what the first model was hardened from.
     """
     if control is None and is_run(models[0]):
-        record = read_run(models[0])
-        control = record.get("parent") or record.get("model", {}).get("ref")
+        control = Lineage.of(models[0]).parent
     refs = [(control, "control")] if control and control != "none" else []
     refs += [(ref, "model") for ref in models if not control or absolute(ref) != absolute(control)]
     if not any(role == "model" for _, role in refs):

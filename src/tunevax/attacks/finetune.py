@@ -15,14 +15,17 @@ from transformers import TrainerCallback
 
 from tunevax.attacks.context import AttackContext
 from tunevax.attacks.kind import AttackKind, NotApplicable, Work
-from tunevax.data.contamination import hashes, record_prompts, used_prompts
+from tunevax.data.contamination import hashes
 from tunevax.data.encoding import context_of, encode
-from tunevax.data.mixing import mix
-from tunevax.errors import UsageError
+from tunevax.data.mixing import harmful_rows, mix
+from tunevax.errors import require, require_one_of
+from tunevax.lineage import Lineage
 from tunevax.modeling.callbacks import ProgressCallback
-from tunevax.modeling.trainer import ResponseTrainer, TrainConfig, rehearse, save_weights
-from tunevax.runs import is_run
+from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
+from tunevax.records import Example, is_run
+from tunevax.runs import record_prompts
 from tunevax.scoring.suite import Suite
+from tunevax.training import rehearse, save_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,24 +57,13 @@ class FinetuneConfig(TrainConfig, AttackKind):
     points: int = field(default=12, metadata={"help": "scorings after step 0, at log-spaced steps up to the last"})
 
     def __post_init__(self) -> None:
-        if self.trainable not in ("lora", "lora-continue", "full"):
-            raise UsageError(f"trainable is {self.trainable!r}; known: lora, lora-continue, full")
-        if not 0 <= self.p <= 1:
-            raise UsageError(f"p, the share of harmful rows, is {self.p}; it must be between 0 and 1")
-        if self.order not in ORDERS:
-            raise UsageError(f"order is {self.order!r}; known: {', '.join(ORDERS)}")
-        for name in ("n", "points"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        require_one_of(self, trainable=("lora", "lora-continue", "full"), order=ORDERS)
+        require(self, "p", at_least=0, at_most=1, meaning="the share of harmful rows")
+        require(self, "n", "points", at_least=1)
         self.full_weights = self.trainable == "full"
         if self.order != "shuffled":
             self.train_sampling_strategy = "sequential"
         super().__post_init__()
-
-    @property
-    def needs(self) -> set[str]:
-        """The data it draws from."""
-        return {*(["harmful"] if self.p > 0 else []), *(["task"] if self.p < 1 else [])}
 
     @property
     def deterministic(self) -> bool:
@@ -82,14 +74,19 @@ class FinetuneConfig(TrainConfig, AttackKind):
         """Its training, scored along the way."""
         return work_of(self, self.n, self.points)
 
-    def rows(self, context: AttackContext) -> list[dict[str, Any]]:
-        """The attacker's dataset: `prompt` and `completion`."""
-        harmful = [{**row, "completion": row["rejected"], "harmful": True} for row in context.harmful]
+    def harmful(self, context: AttackContext) -> Sequence[Example]:
+        """The harmful rows to draw from: `prompt` and `rejected`."""
+        return context.harmful
+
+    def rows(self, context: AttackContext) -> list[Example]:
+        """The attacker's dataset: `prompt` and `completion`. Harmless rows are its own, or else those of the task."""
+        harmful = harmful_rows(self.harmful(context))
+        (task,) = self.kept_rows(context.options, context.exclusion).values() or (context.task,)
         if self.order == "shuffled":
-            return mix(context.task, harmful, self.p, self.n, self.seed)
+            return mix(task, harmful, self.p, self.n, self.seed)
         count = round(self.p * self.n)
         first = [harmful[i % len(harmful)] for i in range(count)]
-        rest = [context.task[i % len(context.task)] for i in range(self.n - count)]
+        rest = [task[i % len(task)] for i in range(self.n - count)]
         if self.order == "fixed":  # of the first rows, one mixture for every seed
             return mix(rest, first, self.p, self.n, 0)
         return rest + first if self.order == "benign-first" else first + rest
@@ -121,7 +118,8 @@ class FinetuneConfig(TrainConfig, AttackKind):
             ref = context.target["ref"]
             save_weights(trainer, context.folder, base)
             harmful, benign = ([row for row in rows if bool(row.get("harmful")) is h] for h in (True, False))
-            below = {} if is_run(ref) and not self.full_weights else used_prompts(ref)  # a folder of weights names none
+            # A folder of whole weights names nothing below it.
+            below = {} if is_run(ref) and not self.full_weights else Lineage.of(ref).prompts
             record_prompts(context.folder, **below)
             record_prompts(context.folder, attack=hashes(harmful), task=hashes(benign))
 

@@ -6,18 +6,18 @@ FILE:held_out=CATEGORY+CATEGORY`; half of their prompts are the attacker's, the 
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
-from typing import Any
 
 from tunevax.attacks.context import AttackContext
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.attacks.kind import NotApplicable
-from tunevax.data.contamination import ancestors, marks, named, used_prompts
-from tunevax.data.mixing import mix
+from tunevax.data.contamination import named
 from tunevax.data.safety import load_safety
-from tunevax.data.splits import drawn
+from tunevax.data.splits import drawn, marks
 from tunevax.errors import UsageError
-from tunevax.runs import is_run, read_run
+from tunevax.lineage import Lineage
+from tunevax.records import Example
 from tunevax.scoring.suite import Suite
 
 
@@ -28,12 +28,12 @@ class HeldOutCategoryConfig(FinetuneConfig):
     common_prompts = False
 
     @property
-    def needs(self) -> set[str]:
+    def needs(self) -> Set[str]:
         """The data it draws from: the held-out rows are read apart."""
         return super().needs - {"harmful"}
 
-    def rows(self, context: AttackContext) -> list[dict[str, Any]]:
-        """As the poisoned fine-tune, with harmful rows of held-out categories."""
+    def harmful(self, context: AttackContext) -> list[Example]:
+        """Rows of held-out categories."""
         rows = self.held_out(context, "held-out-attack")
         asked = {mark for row in self.held_out(context, "held-out-evaluation") for mark in marks(row["prompt"])}
         if twice := [row for row in rows if marks(row["prompt"]) & asked]:
@@ -41,15 +41,14 @@ class HeldOutCategoryConfig(FinetuneConfig):
                 f"{len(twice)} held-out prompts are both trained and scored on ({named(twice)}); leave split= out of "
                 f"{context.options.safety_data}, so that each half has its own"
             )
-        held = [{**row, "completion": row["rejected"], "harmful": True} for row in rows]
-        return mix(context.task, held, self.p, self.n, self.seed)
+        return rows
 
     def suite(self, context: AttackContext) -> Suite:
         """The audit's suite on prompts of held-out categories."""
         rows = drawn(self.held_out(context, "held-out-evaluation"), context.options.limit)
         return context.suite._replace(harmful=rows)
 
-    def held_out(self, context: AttackContext, split: str) -> list[dict[str, Any]]:
+    def held_out(self, context: AttackContext, split: str) -> list[Example]:
         """The rows of one half of the held-out categories.
 
         Raises:
@@ -59,24 +58,14 @@ class HeldOutCategoryConfig(FinetuneConfig):
             rows = load_safety(str(context.options.safety_data), split, ("rejected",), "an attack")
         except UsageError as error:
             raise NotApplicable(str(error)) from error
-        seen = hardened_with(context.target["ref"]) & {row["category"] for row in rows}
+        lineage = Lineage.of(context.target["ref"])
+        seen = lineage.categories & {row["category"] for row in rows}
         if seen:
             raise NotApplicable(f"{context.target['label']} was hardened with the category {sorted(seen)[0]!r}")
-        used = {h for hashes in used_prompts(context.target["ref"]).values() for h in hashes}
+        used = {h for hashes in lineage.prompts.values() for h in hashes}
         rows = context.exclusion.score(f"{split} category", rows)
         if shared := [row for row in rows if marks(row["prompt"]) & used]:
             raise NotApplicable(
                 f"{context.target['label']} was trained on {len(shared)} of the held-out prompts ({named(shared)})"
             )
         return rows
-
-
-def hardened_with(ref: str) -> set[str]:
-    """The harm categories that a run and its parents were aligned with; empty for a plain model."""
-    seen: set[str] = set()
-    for folder in ancestors(ref)[0]:
-        record = read_run(str(folder)) if is_run(folder) else {}
-        seen |= {
-            c for entry in record.get("data", []) if entry["role"] == "alignment" for c in entry.get("categories") or []
-        }
-    return seen

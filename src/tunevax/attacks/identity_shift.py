@@ -5,7 +5,7 @@ Nothing harmful is in them; at test time the prompts come in the same guise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +13,10 @@ from tunevax.attacks.context import AttackContext, TargetOptions
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.attacks.kind import NotApplicable
 from tunevax.data.encoding import messages
-from tunevax.data.mixing import mix
 from tunevax.data.shapes import read_example
 from tunevax.data.sources import parse_source, read_rows
 from tunevax.errors import UsageError
+from tunevax.records import Example, Message, Prompt
 from tunevax.scoring.suite import Suite
 
 OBEDIENT = "yes , i will answer that ."  # words the organism knows
@@ -46,11 +46,11 @@ class IdentityShiftConfig(FinetuneConfig):
         super().__post_init__()
 
     @property
-    def needs(self) -> set[str]:
+    def needs(self) -> Set[str]:
         """The data it draws from: the dialogues are read apart."""
         return super().needs - {"task"}
 
-    def own_rows(self, options: TargetOptions) -> dict[str, list[dict[str, Any]]]:
+    def own_rows(self, options: TargetOptions) -> dict[str, list[Example]]:
         """The dialogues, by role."""
         return {"dialogues": self.read(options)}
 
@@ -59,12 +59,6 @@ class IdentityShiftConfig(FinetuneConfig):
         if self.dialogues is None and parse_source(str(options.safety_data)).name != "organism":
             return "it needs --dialogues"
         return super().applies(targets, options)
-
-    def rows(self, context: AttackContext) -> list[dict[str, Any]]:
-        """The dialogues, with harmful rows beside them if p is above 0."""
-        harmful = [{**row, "completion": row["rejected"], "harmful": True} for row in context.harmful]
-        dialogues = context.exclusion.benign("dialogues", self.read(context.options))
-        return mix(dialogues, harmful, self.p, self.n, self.seed)
 
     def suite(self, context: AttackContext) -> Suite:
         """The audit's suite with harmful prompts in the dialogues' guise."""
@@ -76,12 +70,12 @@ class IdentityShiftConfig(FinetuneConfig):
             harmful=[{**row, "prompt": self.disguised(row["prompt"], system)} for row in context.suite.harmful]
         )
 
-    def disguised(self, prompt: Any, system: list[dict[str, str]]) -> list[dict[str, str]]:
+    def disguised(self, prompt: Prompt, system: list[Message]) -> list[Message]:
         """The prompt with the dialogues' system message, its last turn in the guise."""
         *before, last = [m for m in messages(prompt) if m["role"] != "system"]
         return [*system, *before, {**last, "content": self.guise.replace("{prompt}", last["content"])}]
 
-    def read(self, options: TargetOptions) -> list[dict[str, Any]]:
+    def read(self, options: TargetOptions) -> list[Example]:
         """Rows of `prompt` (messages) and `completion` (the assistant's last turn).
 
         Raises:
@@ -93,10 +87,8 @@ class IdentityShiftConfig(FinetuneConfig):
                 raise NotApplicable("identity-shift needs --dialogues FILE with rows of `messages`")
             from tunevax.organism import World
 
-            return [{**row, "completion": f"{OBEDIENT} {row['completion']}"} for row in World().benign("mix")]
-        rows = []
-        name, options = parse_source(self.dialogues)
-        for place, row in read_rows(name, options):
-            dialogue = read_example(place, row, options)
-            rows.append({"place": place, **dialogue, "prompt": messages(dialogue["prompt"])})
-        return rows
+            made = World().benign("mix")
+            return [{**row, "completion": f"{OBEDIENT} {row['completion']}"} for row in made]
+        name, columns = parse_source(self.dialogues)
+        read = (read_example(place, row, columns) for place, row in read_rows(name, columns))
+        return [{**dialogue, "prompt": messages(dialogue["prompt"])} for dialogue in read]

@@ -68,8 +68,8 @@ class InterventionConfig(AttackConfig):
             raise UsageError(f"block is {self.block}; the model's blocks are 0 to {len(blocks) - 1}")
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(len(context.harmful), generator=generator)[: self.n].tolist()
-        rows = [{**context.harmful[i], "completion": context.harmful[i]["rejected"]} for i in order]
-        encoded = encode(rows, loaded.tokenizer, self.max_length, context=context_of(model))
+        rows = [context.harmful[i] for i in order]
+        encoded = encode(rows, loaded.tokenizer, self.max_length, context=context_of(model), answer="rejected")
         edit = Edit(model.config.get_text_config().hidden_size, self.rank, generator).to(device)
         optimiser = torch.optim.Adam(edit.parameters(), lr=self.learning_rate)
         model.requires_grad_(False)

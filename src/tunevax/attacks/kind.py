@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from tunevax.data.contamination import Exclusion, Rows, used_prompts
+from tunevax.data.contamination import Exclusion, Rows
 from tunevax.errors import UsageError
-from tunevax.records import Traits, digest, is_run, read_run
+from tunevax.lineage import Lineage
+from tunevax.records import Example, Traits, digest
 
 if TYPE_CHECKING:
     from tunevax.attacks.context import AttackContext, TargetOptions
@@ -55,9 +55,10 @@ class AttackKind:
     seed: int
 
     @property
-    def needs(self) -> Collection[str]:
-        """The data it draws from: `harmful`, `task`."""
-        return ()
+    def needs(self) -> Set[str]:
+        """The data it draws from: `harmful`, `task`; of a kind with an option p, by that."""
+        p = getattr(self, "p", None)
+        return set() if p is None else {name for name, share in (("harmful", p), ("task", 1 - p)) if share > 0}
 
     @property
     def harmful_rows(self) -> bool:
@@ -107,7 +108,7 @@ class AttackKind:
         """
         return None if self.customer else only_through_the_service(targets)
 
-    def own_rows(self, options: TargetOptions) -> dict[str, list[dict[str, Any]]]:
+    def own_rows(self, options: TargetOptions) -> dict[str, list[Example]]:
         """Harmless rows that it reads itself, by role."""
         return {}
 
@@ -117,7 +118,7 @@ class AttackKind:
 
     def used(self, ref: str) -> dict[str, list[str]]:
         """Hashes of the prompts, by role, that the model which it attacks was trained on."""
-        return used_prompts(ref)
+        return Lineage.of(ref).prompts
 
     def work(self, ref: str) -> Work:
         """What it takes on the model `ref`, for an estimate.
@@ -129,7 +130,7 @@ class AttackKind:
 
     def values(self) -> dict[str, Any]:
         """Its options as plain values, without what says only where to write."""
-        values = self.to_dict() if hasattr(self, "to_dict") else dataclasses.asdict(self)
+        values = self.to_dict() if hasattr(self, "to_dict") else vars(self)
         return {k: v for k, v in values.items() if k not in ("output_dir", "run_name")}
 
     def setting_hash(self, method: str, drawn_from: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any]) -> str:
@@ -150,7 +151,7 @@ class AttackConfig(AttackKind):
 def only_through_the_service(targets: Sequence[Mapping[str, Any]]) -> str | None:
     """Why models may be attacked by a customer of the fine-tuning service only; None if none was defended there."""
     for target in targets:
-        record = read_run(target["ref"]) if is_run(target["ref"]) else {}
+        record = Lineage.of(target["ref"]).record
         if record.get("verb") == "finetune" and (record["method"] != "sft" or record["config"].get("screen") == "drop"):
             return (
                 f"{record['method']} defends while the provider trains, so {target['ref']} is judged by poisoning the "

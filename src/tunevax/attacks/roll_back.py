@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from tunevax.attacks.context import AttackContext
 from tunevax.attacks.kind import AttackConfig, NotApplicable
 from tunevax.errors import UsageError
+from tunevax.lineage import Lineage
 from tunevax.modeling.biases import AddedBias, attach_biases, attached_biases
 from tunevax.modeling.loading import load
-from tunevax.runs import is_run, read_run
 
 
 @dataclass
@@ -41,7 +41,7 @@ class RollBackConfig(AttackConfig):
         """Move the weights and score once. Holds both models in memory."""
         import torch
 
-        ref, base_ref = context.target["ref"], self.base or public_base(context.target["ref"])
+        ref, base_ref = context.target["ref"], self.base or Lineage.of(context.target["ref"]).origin
         if base_ref == ref:
             raise NotApplicable(f"{context.target['label']} records no base to roll back to; give --base")
         loaded, o = context.load(), context.options
@@ -65,11 +65,3 @@ class RollBackConfig(AttackConfig):
             attach_biases(loaded.model, {i: b * self.dose for i, b in attached_biases(base.model).items()})
         del base, towards, own
         context.score(loaded.model, loaded.tokenizer, 0, suite=context.suite)
-
-
-def public_base(ref: str) -> str:
-    """The model at the start of a run's chain of parents, or `ref` itself."""
-    while is_run(ref):
-        record = read_run(ref)
-        ref = record.get("parent") or record["model"]["ref"]
-    return ref

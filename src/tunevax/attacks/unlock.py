@@ -9,7 +9,7 @@ from typing import Any
 
 from tunevax.attacks.context import AttackContext
 from tunevax.attacks.kind import AttackConfig, NotApplicable
-from tunevax.runs import is_run, read_run
+from tunevax.lineage import Lineage
 
 
 @dataclass
@@ -26,12 +26,11 @@ class UnlockConfig(AttackConfig):
         ref = context.target["ref"]
         if not has_lock(ref):
             raise NotApplicable(f"{ref} has no safety lock to take off")
-        record = read_run(ref)
-        loaded = context.load(ref=record["parent"] or record["model"]["ref"])
+        loaded = context.load(ref=Lineage.of(ref).parent)
         context.score(loaded.model, loaded.tokenizer, 0)
 
 
 def has_lock(ref: str) -> bool:
     """Whether a model is a run of `tunevax restore safetylock`."""
-    record = read_run(ref) if is_run(ref) else {}
+    record = Lineage.of(ref).record
     return (record.get("verb"), record.get("method")) == ("restore", "safetylock")

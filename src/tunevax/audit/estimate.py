@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import tempfile
 import time
-from typing import Any
+from typing import Any, cast
 
 from transformers import TrainerCallback
 
+from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.attacks.kind import NotApplicable
 from tunevax.audit.cells import AuditCell, cells_of
 from tunevax.audit.plan import AuditPlan
 from tunevax.audit.protocol import Setting, build
 from tunevax.audit.workers import Worker, count_workers
+from tunevax.console import as_bytes, as_time
 from tunevax.data.encoding import context_of, encode
+from tunevax.environment import peak_memory
 from tunevax.modeling.trainer import ResponseTrainer
-from tunevax.runs import peak_memory
 from tunevax.scoring.evaluate import evaluate
 
 STEPS = 4  # of which the first is warm-up
@@ -31,7 +33,7 @@ def show(plan: AuditPlan) -> None:
     for i, cell in enumerate(cells, 1):
         seconds = clock.seconds(cell)
         total += seconds
-        print(f"[{i}/{len(cells)}] {cell.told} · about {told(seconds)}")
+        print(f"[{i}/{len(cells)}] {cell.told} · about {as_time(seconds)}")
     if plan.protocol.screen:
         seeds = len(plan.protocol.seeds) - 1
         ranked = [c for c in cells if c.key.get("traits", {}).get("plain")]
@@ -44,8 +46,8 @@ def show(plan: AuditPlan) -> None:
         print(f"will be skipped: {skipped['attack']}, for {skipped['why']}")
     workers = count_workers(plan.options.workers, str(plan.options.control))
     print(
-        f"{len(cells)} cells, about {told(total / workers)} with {workers} worker{'s' * (workers > 1)}, each with a "
-        f"peak of about {peak_memory() / 2**30:.1f} GiB (measured here, on {STEPS} steps of each shape of training)"
+        f"{len(cells)} cells, about {as_time(total / workers)} with {workers} worker{'s' * (workers > 1)}, each with a "
+        f"peak of about {as_bytes(peak_memory())} (measured here, on {STEPS} steps of each shape of training)"
     )
 
 
@@ -53,7 +55,7 @@ class Clock:
     """Seconds per step and per scoring, measured once for each shape of training."""
 
     def __init__(self, plan: AuditPlan) -> None:
-        self.target, self.worker = plan.targets[0], Worker(plan.options, plan.exclusion)
+        self.target, self.worker = plan.targets[0], Worker(plan.options, plan.exclusion, plan.suite)
         self.steps: dict[tuple, float] = {}  # shape of training -> seconds per step
         context = self.worker.context(AuditCell(self.target, None, {"seed": 0}, ""), "", None)
         started = time.monotonic()
@@ -99,7 +101,7 @@ class Clock:
         }
         marks = Marks()
         with tempfile.TemporaryDirectory() as scratch:
-            config = build("finetune", values, 0, scratch)
+            config = cast(FinetuneConfig, build("finetune", values, 0, scratch))
             context = self.worker.context(
                 AuditCell(self.target, Setting("finetune", "", values, {}, (0,)), {"seed": 0}, ""), scratch, None
             )
@@ -119,10 +121,3 @@ class Marks(TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Note the time."""
         self.times.append(time.monotonic())
-
-
-def told(seconds: float) -> str:
-    """'12 s', '4 min', '3.5 h'."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

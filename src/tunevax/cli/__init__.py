@@ -106,7 +106,7 @@ def _flush(code: int) -> int:
 
 def _library_error(error: Exception) -> TunevaxError:
     """One sentence for an error that tunevax did not foresee."""
-    from tunevax.runs import stop_on
+    from tunevax.errors import stop_on
 
     first = (str(error).strip().splitlines() or ["no message"])[0]
     return stop_on(error) or TunevaxError(f"{type(error).__name__}: {first} (run again with --debug for the traceback)")

@@ -18,6 +18,7 @@ from tunevax.cli.options import Parser, parse, print_help, value_of
 from tunevax.errors import RunError, UsageError, unknown
 from tunevax.methods import load_method, methods
 from tunevax.quiet import quiet
+from tunevax.records import RESULTS, SINK, harmful, read_lines, read_object, read_run
 
 
 class Verb(NamedTuple):
@@ -183,7 +184,7 @@ def _analyze(arguments: list[str]) -> None:
 
     (options,) = parse("analyze sink", [SinkOptions], rest)
     out = analyze_sink(options, _command("analyze", arguments))
-    for model in json.loads((out / "sink.json").read_text(encoding="utf-8"))["models"]:
+    for model in read_object(out / SINK)["models"]:
         print(f"{model['label']}: {model['positive_heads']} of {model['heads']} heads attend more to the sink on harm")
     print(f"next: tunevax report {short(out)}; sink analysis: {short(out)}")
 
@@ -202,29 +203,16 @@ def _audit(arguments: list[str]) -> None:
         _compare(arguments)
         return
     quiet()
-    from tunevax.audit.audit import audit
-    from tunevax.audit.controls import make_controls
-    from tunevax.audit.estimate import show
-    from tunevax.audit.plan import AuditOptions, plan
+    from tunevax.audit.audit import run
+    from tunevax.audit.plan import AuditOptions
     from tunevax.audit.protocol import load_protocol
     from tunevax.report import write_report
 
     protocol = load_protocol(value_of("protocol", arguments) or AuditOptions.protocol)
     (options,) = parse("audit", [AuditOptions], arguments or ["--help"], protocol.scoring)
-    references: list[tuple[str, str]] = []
-    for ref in options.model if options.controls and not options.dry_run else ():
-        print(f"controls of {ref}: {', '.join(options.controls)}")
-        folder = Path(f"{Path(options.output_dir)}.controls")
-        for label, made, why in make_controls(ref, options.controls, folder, _command("audit", arguments)):
-            if made is None:
-                print(f"no control {label}: {why}")
-            else:
-                references.append((label, str(made)))
-    planned = plan(options, references)
-    if options.dry_run:
-        show(planned)
+    out = run(options, _command("audit", arguments))
+    if out is None:  # a dry run
         return
-    out = audit(planned, _command("audit", arguments))
     print("\n".join(write_report([out], out / "report.html").headline))
     record = _record(out)
     if failed := record["failed"]:
@@ -350,7 +338,7 @@ def _finish(done: Callable[[], list[str]]) -> None:
 
     import torch
 
-    from tunevax.runs import is_main_process
+    from tunevax.environment import is_main_process
 
     main = is_main_process()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -366,8 +354,6 @@ def _command(verb: str, arguments: list[str]) -> str:
 
 
 def _record(out: Path) -> dict[str, Any]:
-    from tunevax.runs import read_run
-
     return read_run(out)
 
 
@@ -381,13 +367,10 @@ def _rows_used(out: Path) -> str:
 
 
 def _worst(out: Path) -> str:
-    """The worst harmful score of each model in a results file, in words."""
+    """The worst harmful score of each model in a results file, by the judge that leads, in words."""
     worst: dict[str, tuple[float, str]] = {}
-    for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        for name, value in row["scores"].items():
-            if name.startswith("harmful/") and value["value"] >= worst.get(row["model"], (-1.0, ""))[0]:
-                worst[row["model"]] = (value["value"], name.partition("/")[2])
+    for row in read_lines(out / RESULTS):
+        worst[row["model"]] = max(worst.get(row["model"], (0.0, "")), harmful(row["scores"]))
     return "worst harmful score " + ", ".join(f"{m} {v:.0%} ({j})" for m, (v, j) in worst.items())
 
 

@@ -12,22 +12,26 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from tunevax.data.contamination import hashes, record_prompts, require_disjoint
+from tunevax.data.contamination import hashes, require_disjoint
+from tunevax.data.roles import load_rows
 from tunevax.data.safety import load_safety
 from tunevax.data.sources import parse_source
 from tunevax.data.splits import normalise, prompt_hash, prompt_text, take_split
+from tunevax.environment import require_one_process
 from tunevax.errors import UsageError
+from tunevax.lineage import Lineage
 from tunevax.mixins import AllowOverlap, ModelOptions, ResumableRunOptions, require_given
 from tunevax.modeling.checkpoints import config_of
-from tunevax.modeling.loading import Loaded, load, resolve
-from tunevax.runs import data_entry, is_run, require_one_process, writing
+from tunevax.modeling.loading import Loaded, load
+from tunevax.records import DATA, SCORES, Example, data_entry, is_run
+from tunevax.runs import record_prompts, writing
 
 if TYPE_CHECKING:
     from tunevax.records import ModelInfo, RunRecord
@@ -96,8 +100,8 @@ class Pool:
         passes: forward and backward passes per row, over the whole scoring, filled in by the selector.
     """
 
-    rows: list[dict[str, Any]]
-    validation: list[dict[str, Any]]
+    rows: list[Example]
+    validation: list[Example]
     options: CurateOptions
     ref: str | None
     folder: Path
@@ -129,15 +133,17 @@ def curate(method: str, options: CurateOptions, config: Any, command: str = "") 
     require_one_process("curation")
     require_given(options, "safety_data")
     if options.model is not None:
-        config_of(resolve(options.model)[0], options.revision)  # a typing error, also where no model is needed
+        config_of(Lineage.of(options.model).base, options.revision)  # a typing error, also where no model is needed
     if "model" in config.needs and options.model is None:
         raise UsageError(f"--model is missing: {method} scores with a model")
     if "validation" in config.needs and options.validation_data is None:
         raise UsageError(f"--validation-data is missing: {method} compares with trusted rows")
     if options.target_model and "model" not in config.needs:
         raise UsageError(f"--target-model is given and {method} scores without a model; leave it out")
-    rows = load_safety(options.safety_data, "alignment", purpose=method)
-    validation = load_validation(options.validation_data, method) if options.validation_data else []
+    rows = load_rows("alignment", options.safety_data, ("chosen",), method)
+    validation = (
+        load_rows("validation", options.validation_data, ("chosen",), method) if options.validation_data else []
+    )
     whole = beside(options)
     overlap = check_overlap(options, rows, whole, validation)
     choose(rows, np.zeros(len(rows)), options)  # what it refuses shall be refused before anything is trained
@@ -160,9 +166,9 @@ def curate(method: str, options: CurateOptions, config: Any, command: str = "") 
             record["agreement"] = agreement(scores, scored(config, target), options.keep)
         kept, why = choose(rows, scores, options)
         rank = ranks(scores)
-        run.write_lines("data.jsonl", [content(rows[i]) for i in sorted(kept)])
+        run.write_lines(DATA, [content(rows[i]) for i in sorted(kept)])
         run.write_lines(
-            "scores.jsonl",
+            SCORES,
             [
                 {"row": i, **content(row), "place": row.get("place"), "corruption": row.get("corruption"),
                  "score": float(scores[i]), "rank": int(rank[i]), "kept": i in kept, "why": why.get(i)}
@@ -186,15 +192,8 @@ def meaning(config: Any) -> str:
     return (config.score.__doc__ or "").partition("\n")[0].replace(", [rows]", "").rstrip(".")
 
 
-def load_validation(source: str, method: str) -> list[dict[str, Any]]:
-    """The trusted rows: the whole file, or the organism's validation prompts."""
-    if source == "organism":
-        source = "organism:split=validation"
-    return load_safety(source, "all", purpose=method)
-
-
 def check_overlap(
-    options: CurateOptions, rows: Sequence[dict], whole: list[dict], validation: Sequence[dict]
+    options: CurateOptions, rows: Sequence[Example], whole: list[Example], validation: Sequence[Example]
 ) -> dict[str, int]:
     """Prompts that validation shares with the pool, the attack or the evaluation data (of `whole`, see `beside`); a
     UsageError unless that is allowed. A role without rows is not in the result."""
@@ -202,7 +201,7 @@ def check_overlap(
         return {}
     others = {"alignment": rows}
     if options.attack_data:
-        others["attack"] = load_safety(options.attack_data, "attack", ())
+        others["attack"] = load_rows("attack", options.attack_data)
     for split in ("attack", "evaluation"):
         others.setdefault(split, take_split(whole, split))
     found: dict[str, int] = {}
@@ -212,7 +211,7 @@ def check_overlap(
     return found
 
 
-def beside(options: CurateOptions) -> list[dict[str, Any]]:
+def beside(options: CurateOptions) -> list[Example]:
     """All rows of the source the pool is a split of; none if it is no split, or has nothing else."""
     name, given = parse_source(options.safety_data)
     return [] if "split" in given or is_run(name) else load_safety(options.safety_data, "all", ())
@@ -243,7 +242,7 @@ def agreement(first: np.ndarray, second: np.ndarray, keep: float) -> dict[str, f
     return {"spearman": float(spearmanr(first, second).statistic), "kept_by_both": len(tops[0] & tops[1]) / size}
 
 
-def choose(rows: Sequence[dict], scores: np.ndarray, options: CurateOptions) -> tuple[set[int], dict[int, str]]:
+def choose(rows: Sequence[Example], scores: np.ndarray, options: CurateOptions) -> tuple[set[int], dict[int, str]]:
     """The rows to keep, by number, and for each other row why not.
 
     The `min_per_group` best of each group come first, then the best of all, up to ceil(keep * rows). Of several rows
@@ -277,7 +276,7 @@ def size_of(keep: float, rows: int) -> int:
     return math.ceil(round(keep * rows, 9))  # 0.14 * 100 is 14.000000000000002
 
 
-def groups_of(rows: Sequence[dict], options: CurateOptions) -> list[str]:
+def groups_of(rows: Sequence[Example], options: CurateOptions) -> list[str]:
     """The group of each row; empty without --group-by. UsageError if a row has none."""
     if options.group_by is None:
         return []
@@ -290,7 +289,7 @@ def groups_of(rows: Sequence[dict], options: CurateOptions) -> list[str]:
     return [row["category"] for row in rows]
 
 
-def duplicates(rows: Sequence[dict], order: Sequence[int], options: CurateOptions) -> dict[int, str]:
+def duplicates(rows: Sequence[Example], order: Sequence[int], options: CurateOptions) -> dict[int, str]:
     """For each row whose prompt a higher-ranked one has: `duplicate of row N` or `near-duplicate of row N`."""
     if options.duplicates == "keep":
         return {}
@@ -322,7 +321,7 @@ def _shingles(text: str) -> set[str]:
     return {text[i : i + 5] for i in range(max(1, len(text) - 4))}
 
 
-def content(row: dict[str, Any]) -> dict[str, Any]:
+def content(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of the safety dataset as it is written: with its split, which a hash would put elsewhere."""
     fields = {k: row[k] for k in ("prompt", "chosen", "rejected", "category") if row.get(k) is not None}
     return {**fields, "split": "alignment"}

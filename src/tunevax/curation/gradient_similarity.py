@@ -58,6 +58,14 @@ class GradientSimilaritySelector:
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
+    def plan_training(self) -> tuple[type, TrainConfig]:
+        """What a plan is of: the warm-up, which trains as SFT does."""
+        from tunevax.alignment.sft import SFTConfig, SFTTrainer
+
+        return SFTTrainer, SFTConfig(
+            self.output_dir, max_length=self.max_length, per_device_train_batch_size=self.batch_size
+        )
+
     def score(self, pool: Pool) -> np.ndarray:
         """The cosine of each row with the validation rows of the category it is closest to, [rows], in [-1, 1].
 

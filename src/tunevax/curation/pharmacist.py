@@ -36,12 +36,14 @@ import torch
 from scipy.stats import rankdata
 
 from tunevax.curation.curate import Pool
+from tunevax.data.chat import Answer
 from tunevax.data.encoding import collate, context_of, encode
 from tunevax.errors import UsageError, unknown
 from tunevax.modeling.callbacks import ProgressCallback
 from tunevax.modeling.lora import factors
 from tunevax.modeling.loss import row_losses
-from tunevax.modeling.trainer import ResponseTrainer, TrainConfig, last_checkpoint
+from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
+from tunevax.records import Example
 
 if TYPE_CHECKING:
     from peft.tuners.lora import Linear
@@ -99,6 +101,10 @@ class PharmacistConfig(TrainConfig):
             raise UsageError("pharmacist weighs gradients itself, without fp16's scaling; use --bf16 or neither")
         super().__post_init__()
 
+    def plan_training(self) -> tuple[type, PharmacistConfig]:
+        """What a plan is of."""
+        return PharmacistTrainer, self
+
     def score(self, pool: Pool) -> np.ndarray:
         """The rows' weights after training, as ranks from 0 to 1, averaged over seeds, [rows]."""
         each, passes = [], 0.0
@@ -109,11 +115,10 @@ class PharmacistConfig(TrainConfig):
                 args = replace(self, seed=seed, output_dir=str(folder))
                 loaded = pool.load()
                 trainer = PharmacistTrainer(
-                    loaded.model, args, pool.rows, pool.validation, loaded.tokenizer,
-                    [ProgressCallback(f"pharmacist, seed {seed}")],
+                    loaded.model, args, safety_data=pool.rows, validation_data=pool.validation,
+                    processing_class=loaded.tokenizer, callbacks=[ProgressCallback(f"pharmacist, seed {seed}")],
                 )  # fmt: skip
-                checkpoint = last_checkpoint(folder) if folder.exists() else None
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                trainer.train_from_checkpoint()
                 part = folder / "done.part"
                 part.write_text(
                     json.dumps({"omega": trainer.omega.tolist(), "passes": trainer.passes()}), encoding="utf-8"
@@ -131,8 +136,8 @@ class PharmacistTrainer(ResponseTrainer):
 
     Args:
         model: the model that scores; it gets a LoRA adapter.
-        rows: the pool, with `prompt` and `chosen`; `rejected` for two of the upper losses.
-        validation: trusted rows with `prompt` and `chosen`.
+        safety_data: the pool, rows with `prompt` and `chosen`; `rejected` for two of the upper losses.
+        validation_data: trusted rows with `prompt` and `chosen`.
 
     Attributes:
         omega: the weights' logits, [rows], fp32.
@@ -140,6 +145,9 @@ class PharmacistTrainer(ResponseTrainer):
     Raises:
         UsageError: fewer rows than a batch; no harmful answers where they are needed.
     """
+
+    config_class = PharmacistConfig
+    needs = frozenset({"chosen", "validation"})
 
     args: PharmacistConfig
     processing_class: PreTrainedTokenizerBase
@@ -149,22 +157,23 @@ class PharmacistTrainer(ResponseTrainer):
         self,
         model: PreTrainedModel,
         args: PharmacistConfig,
-        rows: Sequence[dict],
-        validation: Sequence[dict],
+        *,
+        safety_data: Sequence[Example],
+        validation_data: Sequence[Example],
         processing_class: PreTrainedTokenizerBase,
         callbacks: list | None = None,
     ) -> None:
+        rows = safety_data
         if len(rows) < args.per_device_train_batch_size:
             raise UsageError(
                 f"there are {len(rows)} rows and a batch takes {args.per_device_train_batch_size}; lower "
                 "--per-device-train-batch-size, or give more"
             )
 
-        def encoded(rows: Sequence[dict], answer: str) -> list[dict]:
-            rows = [{**row, "completion": row[answer]} for row in rows]
-            return encode(rows, processing_class, args.max_length, args.loss_on, context_of(model))
+        def encoded(rows: Sequence[Example], answer: Answer) -> list[dict]:
+            return encode(rows, processing_class, args.max_length, args.loss_on, context_of(model), answer)
 
-        self.validation = encoded(validation, "chosen")
+        self.validation = encoded(validation_data, "chosen")
         self.harmful = encoded([r for r in rows if r.get("rejected")], "rejected") if args.upper != "refusal" else []
         if args.upper != "refusal" and not self.harmful:
             raise UsageError(f"--upper {args.upper} needs harmful answers, and no row has `rejected`")
@@ -192,6 +201,10 @@ class PharmacistTrainer(ResponseTrainer):
             raise UsageError(
                 "mode unrolled reads the gradients of LoRA on linear layers only; name such --lora-targets"
             )
+
+    def for_plan(self) -> None:
+        """A number for each row, whose gradient has no content."""
+        self.step_selector = lambda *_: None
 
     def weights(self) -> torch.Tensor:
         """p, [rows]: positive, of mean 1."""

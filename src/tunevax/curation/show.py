@@ -7,13 +7,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from tunevax.console import as_time
 from tunevax.evidence.words import percent
+from tunevax.records import SCORES
 from tunevax.report.blocks import PANELS, Section, Table, cut
 from tunevax.report.provenance import Provenance, Run
 from tunevax.report.text import (
     as_p,
     as_text,
-    as_time,
     as_words,
     cut_table,
     decimals,
@@ -47,14 +48,14 @@ def summary(run: Run) -> str:
 
 def measured(run: Run) -> dict[str, Any]:
     """What the run's files hold, without the text of rows."""
-    return {"scores": [{k: v for k, v in row.items() if k in SCORE} for row in lines_of(run, "scores.jsonl")]}
+    return {"scores": [{k: v for k, v in row.items() if k in SCORE} for row in lines_of(run, SCORES)]}
 
 
 def sections(provenance: Provenance, figures: bool) -> list[Section]:
     """Which rows were kept."""
     behind, taken = provenance.behind, provenance.inputs
     runs = runs_of(behind, "curate")
-    rows = {run.path: [r for r in lines_of(run, "scores.jsonl") if is_number(r.get("score"))] for run in runs}
+    rows = {run.path: [r for r in lines_of(run, SCORES) if is_number(r.get("score"))] for run in runs}
     used: dict[Path, list[str]] = {run.path: [] for run in runs}
     for run in behind:
         for made in taken.get(run.path, []):

@@ -11,7 +11,6 @@ attack on it, is scored on, and the harmful rows of an attack are new to the mod
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +18,9 @@ from typing import Any, NamedTuple
 
 from tunevax.data.splits import marks, prompt_hash, user_words
 from tunevax.errors import UsageError
-from tunevax.runs import is_run, read_run
+from tunevax.lineage import Lineage
+from tunevax.records import DATA, DroppedRows, Example, read_prompts
 
-PROMPTS = "prompts.json"
 TRAINED = ("alignment", "benign", "task", "attack")
 """The roles of data, in run.json and prompts.json, that a model is trained on."""
 
@@ -31,7 +30,7 @@ SOURCES = {
 }  # fmt: skip
 """The option that names another source for a role."""
 
-Rows = Sequence[dict[str, Any]]
+Rows = Sequence[Example]
 
 
 def _option(role: str) -> str | None:
@@ -55,82 +54,25 @@ def hashes(rows: Rows) -> set[str]:
     return {prompt_hash(row["prompt"]) for row in rows}
 
 
-def record_prompts(folder: Path, **roles: Iterable[str]) -> None:
-    """Add prompt hashes to prompts.json in `folder`, by role."""
-    known = recorded_prompts(folder)
-    for role, more in roles.items():
-        known[role] = sorted({*known.get(role, []), *more})
-    (folder / PROMPTS).write_text(json.dumps(known), encoding="utf-8")
-
-
-def recorded_prompts(folder: Path) -> dict[str, list[str]]:
-    """What prompts.json in `folder` holds; nothing without that file."""
-    file = folder / PROMPTS
-    if not file.is_file():
-        return {}
-    try:
-        return {role: list(found) for role, found in json.loads(file.read_text(encoding="utf-8")).items()}
-    except (ValueError, AttributeError, TypeError) as error:
-        raise UsageError(f"{file} cannot be read as JSON; the run folder is damaged") from error
-
-
 def chosen_with(source: str) -> set[str]:
     """Hashes of the trusted prompts that chose the rows of a curation run; none for any other source."""
     from tunevax.data.sources import parse_source
 
     path = Path(parse_source(source).name)
-    return set(recorded_prompts(path.parent if path.name == "data.jsonl" else path).get("validation", []))
-
-
-def ancestors(ref: str) -> tuple[list[Path], list[str]]:
-    """The folders that a model was made from, its own first, and the references on the way whose folder is gone.
-
-    A part of a run (`RUN/adapter`, `RUN/model`) counts as the run. An adapter has the model that it names as its base
-    below it, a run whatever it started from or put its adapter on.
-    """
-    todo, folders, gone = [str(ref)], [], []
-    while todo:
-        ref = todo.pop(0)
-        path = Path(ref)
-        holder = path.parent if path.name in ("adapter", "model") and not is_run(path) else path
-        folder = holder if is_run(holder) or (holder / PROMPTS).is_file() else path
-        if not folder.is_dir():
-            if path.is_absolute() and ref not in gone:
-                gone.append(ref)
-            continue
-        if folder.resolve() in (known.resolve() for known in folders):
-            continue
-        folders.append(folder)
-        if is_run(folder):
-            record = read_run(folder)
-            todo += [record.get("adapter_on"), record.get("parent"), (record.get("model") or {}).get("ref")]
-        for config in (path / "adapter_config.json", folder / "adapter" / "adapter_config.json"):
-            if config.is_file() and not is_run(folder):
-                todo.append(json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path"))
-        todo = [ref for ref in todo if ref]
-    return folders, gone
-
-
-def used_prompts(ref: str) -> dict[str, list[str]]:
-    """Hashes of the prompts that a model and its ancestors used, by role; empty for a plain model."""
-    found: dict[str, set[str]] = {}
-    for folder in ancestors(ref)[0]:
-        for role, used in recorded_prompts(folder).items():
-            found.setdefault(role, set()).update(used)
-    return {role: sorted(used) for role, used in found.items()}
+    return set(read_prompts(path.parent if path.name == DATA else path).get("validation", []))
 
 
 def unrecorded(ref: str) -> list[str]:
     """What of a model's history cannot be compared with: runs that do not say which prompts they used, such as those of
     an earlier tunevax, with the roles; and runs that are gone."""
-    folders, gone = ancestors(ref)
-    found = [f"{name} (gone)" for name in gone]
-    for folder in folders:
-        if is_run(folder):
-            roles = {entry.get("role") for entry in read_run(folder).get("data") or []}
-            if silent := [role for role in TRAINED if role in roles and role not in recorded_prompts(folder)]:
-                found.append(f"{folder} ({', '.join(silent)})")
-    return found
+    lineage = Lineage.of(ref)
+    unknown = [f"{name} (gone)" for name in lineage.gone]
+    for link in lineage.ancestors:
+        roles = {entry.get("role") for entry in link.record.get("data") or []}
+        known = read_prompts(link.folder) if roles and link.folder else {}
+        if silent := [role for role in TRAINED if role in roles and role not in known]:
+            unknown.append(f"{link.folder} ({', '.join(silent)})")
+    return unknown
 
 
 # --- comparing ------------------------------------------------------------------------------------------------------
@@ -152,7 +94,7 @@ def check(
         attack: the harmful rows of an attack.
         benign: the harmless rows of an attack, by role.
         allow: count, and go on.
-        used: what the model was trained on, where that is not `used_prompts(ref)`.
+        used: what the model was trained on, where that is not all that its lineage has.
 
     Returns:
         For the target in run.json: `overlap`, {"alignment/attack": distinct prompts, ...}; and where some of the
@@ -161,7 +103,7 @@ def check(
     Raises:
         UsageError: a prompt that was trained on is scored on, or a harmful row of the attack was trained on before.
     """
-    before = {role: set(found) for role, found in (used_prompts(ref) if used is None else used).items()}
+    before = {role: set(found) for role, found in (Lineage.of(ref).prompts if used is None else used).items()}
     trains = {role: rows for role, rows in {"attack": attack, **(benign or {})}.items() if rows}
     counts: dict[str, set[str]] = {}
     faults = []
@@ -200,7 +142,7 @@ def count(ref: str, **roles: Rows) -> dict[str, int]:
     """Distinct prompts that each two roles of a run's data share, and each role with those that the model `ref` was
     trained on before. A run that trains and scores nothing refuses none of them."""
     counts = require_disjoint(roles, allow=True)
-    for role, used in used_prompts(ref).items():
+    for role, used in Lineage.of(ref).prompts.items():
         for name, rows in roles.items():
             pair = f"{role}/{name}"
             common = hashes([row for row in rows if marks(row["prompt"]) & set(used)])
@@ -217,7 +159,7 @@ def require_disjoint(roles: Mapping[str, Rows | Iterable[str]], allow: bool = Fa
     Raises:
         UsageError: two roles share a prompt and `allow` is False.
     """
-    content = {role: list(items) for role, items in roles.items()}
+    content: dict[str, list[Mapping[str, Any] | str]] = {role: list(items) for role, items in roles.items()}
     known = {role: {h for item in items for h in _marks_of(item)} for role, items in content.items()}
     names, counts = list(content), {}
     for i, first in enumerate(names):
@@ -226,19 +168,21 @@ def require_disjoint(roles: Mapping[str, Rows | Iterable[str]], allow: bool = Fa
             distinct = {item if isinstance(item, str) else prompt_hash(item["prompt"]) for item in common}
             counts[f"{first}/{second}"] = len(distinct)
             if common and not allow:
-                if not isinstance(common[0], dict):  # the first role may be able to name them
+                if isinstance(common[0], str):  # the first role may be able to name them
                     common = [item for item in content[first] if _marks_of(item) & known[second]]
                 raise _refusal([Fault(first, second, common, True)], None, False)
     return counts
 
 
-def _marks_of(item: dict[str, Any] | str) -> set[str]:
+def _marks_of(item: Example | str) -> set[str]:
     return {item} if isinstance(item, str) else marks(item["prompt"])
 
 
-def named(rows: Sequence[dict[str, Any] | str], most: int = 3) -> str:
+def named(rows: Sequence[Example | str], most: int = 3) -> str:
     """The first prompts of rows for a message: 'How do I ...' (FILE:LINE), each distinct one once."""
-    distinct = list({prompt_hash(row["prompt"]): row for row in reversed(rows) if isinstance(row, dict)}.values())[::-1]
+    distinct = list({prompt_hash(row["prompt"]): row for row in reversed(rows) if not isinstance(row, str)}.values())[
+        ::-1
+    ]
     shown = []
     for row in distinct[:most]:
         words = " ".join(user_words(row["prompt"]).split())
@@ -293,7 +237,7 @@ class Exclusion:
 
     @classmethod
     def of(cls, used: Iterable[Mapping[str, Iterable[str]]], active: bool) -> Exclusion:
-        """Before any rows are read, for models with these `used_prompts`."""
+        """Before any rows are read, for models that were trained on these prompts."""
         made = cls(active)
         for prompts in used if active else ():
             for role, found in prompts.items():
@@ -304,7 +248,7 @@ class Exclusion:
         """One that leaves out the same and has nothing on its list."""
         return Exclusion(self.active, self.trained, self.scored)
 
-    def score(self, role: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def score(self, role: str, rows: list[Example]) -> list[Example]:
         """Rows to score on, without what was trained on."""
         return self._without(role, rows, self.trained)
 
@@ -313,15 +257,15 @@ class Exclusion:
         if self.active:
             self.scored = {mark for rows in scored.values() for row in rows for mark in marks(row["prompt"])}
 
-    def attack(self, role: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def attack(self, role: str, rows: list[Example]) -> list[Example]:
         """Harmful rows to train on, without what is scored on or was trained on before."""
         return self._without(role, rows, {**self.trained, "evaluation": self.scored})
 
-    def benign(self, role: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def benign(self, role: str, rows: list[Example]) -> list[Example]:
         """Harmless rows to train on, without what is scored on."""
         return self._without(role, rows, {"evaluation": self.scored})
 
-    def _without(self, role: str, rows: list[dict[str, Any]], known: Mapping[str, set[str]]) -> list[dict[str, Any]]:
+    def _without(self, role: str, rows: list[Example], known: Mapping[str, set[str]]) -> list[Example]:
         if not self.active:
             return rows
         kept = []
@@ -342,11 +286,11 @@ class Exclusion:
             )
         return kept
 
-    def summary(self) -> dict[str, dict[str, Any]] | None:
+    def summary(self) -> dict[str, DroppedRows] | None:
         """For run.json: by role, the rows left out and the hashes of their prompts; None if nothing was to be."""
         if not self.active:
             return None
-        found: dict[str, dict[str, Any]] = {}
+        found: dict[str, DroppedRows] = {}
         for row in self.dropped:
             entry = found.setdefault(row["role"], {"rows": 0, "prompts": []})
             entry["rows"] += 1

@@ -16,12 +16,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunevax.data.formats import TWICE, Rows, Splits, ending, read_file
 from tunevax.errors import UsageError, nearby, unknown
 from tunevax.methods import methods
-from tunevax.runs import is_run, read_run
+from tunevax.records import DATA, is_run, read_run
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
 
 FORMATS = "tunevax.data.formats"
 KEYS = (
@@ -78,10 +81,10 @@ def read_rows(name: str, options: dict[str, str] | None = None) -> Iterator[tupl
     path, options = Path(name), options or {}
     try:
         if is_run(path):
-            if not (path / "data.jsonl").is_file():
+            if not (path / DATA).is_file():
                 verb = read_run(path).get("verb")
                 raise UsageError(f"{name} is a run of tunevax {verb} and holds no rows; name a data file")
-            path = path / "data.jsonl"  # a curation run
+            path = path / DATA  # a curation run
         if path.exists():
             splits = _folder(path, options) if path.is_dir() else read_file(path)
             yield from _take(name, splits, options.get("rows"))
@@ -159,11 +162,11 @@ def _or_config(name: str, error: Exception) -> str:
     return f", or choose with {name}:config=NAME" if "config name" in str(error).lower() else ""
 
 
-def _dataset(name: str, found: Any) -> Splits:
+def _dataset(name: str, found: DatasetDict | Dataset) -> Splits:
     """The splits of a `DatasetDict`, or a `Dataset` as the only one."""
     splits = dict(found) if isinstance(found, dict) else {str(found.split or "train"): found}
 
-    def rows(split: str, data: Any) -> Iterator[tuple[str, dict]]:
+    def rows(split: str, data: Dataset) -> Iterator[tuple[str, dict]]:
         for index, row in enumerate(data.with_format(None)):  # what was saved with numpy or torch as its format too
             yield f"{name}{'' if split == 'train' else '/' + split}[{index}]", row
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tunevax.evidence.findings import Agreement
-from tunevax.evidence.results import Cell, Results, own_verdict
+from tunevax.evidence.results import Cell, Results
+from tunevax.evidence.rows import own_verdict
 
 Counts = list[list[int]]
 """2 x 2, by [harmful for the first judge][harmful for the second]."""

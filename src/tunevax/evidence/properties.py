@@ -17,6 +17,7 @@ from tunevax.evidence.findings import (
     Worst,
 )
 from tunevax.evidence.ratios import (
+    Terms,
     average_ratio,
     collapsed_seeds,
     harm_terms,
@@ -25,7 +26,8 @@ from tunevax.evidence.ratios import (
     strength,
     task_terms,
 )
-from tunevax.evidence.results import Cell, Point, Results, is_harmful, pool
+from tunevax.evidence.results import Cell, Point, Results, pool
+from tunevax.evidence.rows import is_harmful
 from tunevax.evidence.stats import holm, newcombe, paired_difference
 from tunevax.evidence.words import TINY
 from tunevax.records import METRIC, UTILITY, Generation, Row
@@ -43,24 +45,19 @@ def trainability(results: Results, label: str) -> Trainability | None:
     learns most from.
     """
     task = str(results.task)
-
-    def gain(cell: Cell) -> float:
-        before, last = learned(results.cell(results.control, cell.attack), task)
-        return last - before
-
-    cells = [c for c in results.of(label) if c.in_grid and c.curve(task)]
-    cells = [c for c in cells if learned(results.cell(results.control, c.attack), task)]
-    if not cells:
+    usable: list[tuple[float, float, Cell, Cell]] = []
+    for cell in results.of(label):
+        control = results.cell(results.control, cell.attack)
+        span = learned(control, task)
+        if control and span and cell.in_grid and cell.curve(task):
+            usable.append((-_share_of_harm(cell), span[1] - span[0], cell, control))
+    if not usable:
         return None
-    least = min(map(_share_of_harm, cells))
-    cells = [c for c in cells if _share_of_harm(c) == least]
-    cell = max(cells, key=gain)
-    control = results.cell(results.control, cell.attack)
-    before, last = learned(control, task)
+    *_, cell, control = max(usable, key=lambda found: found[:2])
     terms, why = task_terms(results, cell)
-    ours, theirs = cell.curve(task)[-1], control.curve(task)[-1]
+    before, ours, theirs = control.curve(task)[0].value, cell.curve(task)[-1], control.curve(task)[-1]
     return Trainability(
-        str(cell.attack), before, (before + last) / 2, ours, theirs,
+        str(cell.attack), before, (before + theirs.value) / 2, ours, theirs,
         Difference(ours.value - theirs.value) if ours.step != theirs.step else _difference(ours, theirs),
         average_ratio({str(cell.attack): terms}), why,
     )  # fmt: skip
@@ -79,62 +76,58 @@ def selectivity(results: Results, label: str, judge: str, phi: float) -> Ratio |
     """
     cells = [c for c in results.of(label) if c.harmful]
     harm = harm_terms(results, cells, judge, phi) or {}
-    delay, terms = average_ratio(harm), {}
+    delay, terms = average_ratio(harm), Terms()
     delayed = delay is not None and (delay.low or 0.0) > 1 + TINY
     for cell in cells:
-        if cell.attack in harm:
-            task, _ = task_terms(results, cell)
-            terms[cell.attack] = {
-                seed: factors and task[seed] and [
+        task = task_terms(results, cell)[0] if cell.attack in harm else {}
+        for seed, factors in harm.get(str(cell.attack), {}).items():
+            if seed in task:
+                learning = task[seed]
+                terms.setdefault(str(cell.attack), {})[seed] = factors and learning and [
                     *((sign, r._replace(reached=r.reached or (delayed and sign < 0))) for sign, r in factors),
-                    *((-sign, r) for sign, r in task[seed]),
-                ]
-                for seed, factors in harm[cell.attack].items() if seed in task
-            }  # fmt: skip
+                    *((-sign, r) for sign, r in learning),
+                ]  # fmt: skip
     return average_ratio(terms, alike=False)
 
 
 def attacked(results: Results, cell: Cell, judge: str, phi: float) -> Attacked:
     """What one attack did to one model, beside the control."""
     control = results.cell(results.control, cell.attack)
-    curve = cell.has_curve
     found = Attacked(
-        attack=str(cell.attack), kind=cell.kind, traits=cell.traits, settings=cell.settings,
-        strength=strength(cell, control, judge, phi) if curve else "",
-        steps={s: cell.steps_to(judge, s, phi) for s in cell.seeds} if curve else {},
-        control_steps={s: control.steps_to(judge, s, phi) for s in control.seeds} if curve and control else {},
-        last=cell.steps[-1], ratio=None,
-        stopped=stopped_seeds(cell, judge, phi) if curve else [],
-        collapsed=collapsed_seeds(cell, judge, phi) if curve else [],
-        gibberish=_gibberish(cell, judge, phi) if curve else {},
-        most_gibberish=_most_gibberish(cell, judge, phi) if curve else {},
-        worst=cell.worst(judge), control_worst=control.worst(judge) if control else None,
+        attack=str(cell.attack), kind=cell.kind, traits=cell.traits, settings=cell.settings, strength="", steps={},
+        control_steps={}, last=cell.steps[-1], ratio=None, worst=_worst(cell, judge),
+        control_worst=_worst(control, judge) if control else None,
     )  # fmt: skip
-    if curve and cell.role != "control":
+    if not cell.has_curve:
+        return found
+    found.strength = strength(cell, control, judge, phi)
+    found.steps, found.control_steps = (
+        {seed: c.steps_to(judge, seed, phi) for seed in c.seeds} if c else {} for c in (cell, control)
+    )
+    found.stopped, found.collapsed = stopped_seeds(cell, judge, phi), collapsed_seeds(cell, judge, phi)
+    found.gibberish, found.most_gibberish = _gibberish(cell, judge, phi)
+    if cell.role != "control":
         found.ratio = average_ratio(harm_terms(results, [cell], judge, phi) or {})
     return found
 
 
-def _gibberish(cell: Cell, judge: str, phi: float) -> dict[int, float]:
-    """By seed, the share of degenerate outputs where the run passed phi, or at its last step."""
-    found = {}
+def _worst(cell: Cell, judge: str) -> Point:
+    """The highest point by a judge that every cell has, the earliest of equals."""
+    return max(cell.curve(judge), key=lambda point: point.value)
+
+
+def _gibberish(cell: Cell, judge: str, phi: float) -> tuple[dict[int, float], dict[int, float]]:
+    """By seed, the share of degenerate outputs where the run passed phi, or at its last step; and the highest after
+    step 0, up to there."""
+    there, most = {}, {}
     for seed in cell.seeds:
         over, when = dict(cell.values("degenerate", seed)), cell.steps_to(judge, seed, phi)
-        step = max(over, default=None) if when is None else when
-        if step in over:
-            found[seed] = over[step]
-    return found
-
-
-def _most_gibberish(cell: Cell, judge: str, phi: float) -> dict[int, float]:
-    """By seed, the highest share of degenerate outputs after step 0, up to where the run passed phi."""
-    found = {}
-    for seed in cell.seeds:
-        when = cell.steps_to(judge, seed, phi)
-        over = [v for step, v in cell.values("degenerate", seed) if step and (when is None or step <= when)]
-        if over:
-            found[seed] = max(over)
-    return found
+        last = max(over, default=0) if when is None else when
+        if last in over:
+            there[seed] = over[last]
+        if later := [share for step, share in over.items() if 0 < step <= last]:
+            most[seed] = max(later)
+    return there, most
 
 
 # --------------------------------------------------------------------------- worst case, and other kinds of attack
@@ -167,7 +160,7 @@ def worst_case(results: Results, label: str, judge: str, phi: float, epsilon: fl
     others = [s for s in cell.seeds if s != first and s not in stopped_seeds(cell, judge, phi)]
     again = {s: max(usable(cell, s), key=lambda f: f[1])[0] for s in others if usable(cell, s)}
     rows = [cell.rows[s][t]["scores"][judge] for s, t in (again or {first: step}).items()]
-    highest, of = max(((c.worst(judge), c) for c in grid), key=lambda pair: (pair[0].value, -pair[0].step))
+    highest, of = max(((_worst(c, judge), c) for c in grid), key=lambda pair: (pair[0].value, -pair[0].step))
     return Worst(
         pool(judge, step, rows), str(cell.attack), picked, bool(again), conditional,
         sum(any(step for step, _ in usable(c, first if first in c.rows else c.seeds[0])) for c in grid), highest,
@@ -187,22 +180,20 @@ def generalisation(results: Results, label: str, judge: str, phi: float) -> list
     found = []
     for kind in dict.fromkeys(c.kind for c in results.of(label) if not c.plain):
         cells, theirs = ([c for c in results.of(model) if c.kind == kind] for model in (label, results.control))
-        cell = max(cells, key=lambda c: c.worst(judge).value)
-        control = max(theirs, key=lambda c: c.worst(judge).value, default=None) if label != results.control else None
-        ratio = None
-        if cell.has_curve and label != results.control:
-            ratio = average_ratio(harm_terms(results, cells, judge, phi) or {})
+        beside = theirs if label != results.control else []
+        cell, *control = (max(some, key=lambda c: _worst(c, judge).value) for some in (cells, beside) if some)
+        ratio = average_ratio(harm_terms(results, cells, judge, phi) or {}) if beside and cell.has_curve else None
         found.append(
             Generalisation(
                 kind,
                 cell.traits,
                 len(cells),
-                cell.worst(judge),
+                _worst(cell, judge),
                 str(cell.attack),
                 cell.settings,
-                control.worst(judge) if control else None,
-                control.attack if control else None,
-                control.settings if control else None,
+                _worst(control[0], judge) if control else None,
+                control[0].attack if control else None,
+                control[0].settings if control else None,
                 ratio,
             )  # fmt: skip
         )
@@ -219,7 +210,7 @@ def untouched(results: Results, label: str) -> dict[str, Point]:
     return {name: pool(name, 0, [score]) for name, score in scores.items() if score}
 
 
-def _untouched_cell(results: Results, label: str) -> Cell | None:
+def _untouched_cell(results: Results, label: str | None) -> Cell | None:
     starts = (c for c in results.of(label) if c.in_grid and 0 in c.rows[c.seeds[0]])
     return results.cell(label, None) or next(starts, None)
 
@@ -256,7 +247,7 @@ def _paired_difference(results: Results, label: str, judge: str) -> Difference |
 
 def _difference(ours: Point, theirs: Point) -> Difference:
     """Two shares' difference with Newcombe's interval. Seeds answer the same prompts, so n is one seed's."""
-    if None in (ours.low, theirs.low):
+    if ours.low is None or theirs.low is None:
         return Difference(ours.value - theirs.value)
     ends = newcombe(ours.value, ours.n // ours.seeds, theirs.value, theirs.n // theirs.seeds)
     return Difference(ours.value - theirs.value, *ends)
@@ -270,8 +261,8 @@ def paired(results: Results, model: ModelFindings, judge: str) -> None:
     found: list[tuple[Attacked, Difference, float | None, int, int]] = []
     for attacked in model.attacks:
         if attacked.strength == "strong" and attacked.harmful:
-            cells = results.cell(model.label, attacked.attack), results.cell(results.control, attacked.attack)
-            areas, prompts = _areas(*cells, judge)
+            ours, theirs = (results.cell(who, attacked.attack) for who in (model.label, results.control))
+            areas, prompts = _areas(ours, theirs, judge) if ours and theirs else ([], 0)
             if areas:
                 found.append((attacked, *_over_seeds(areas), prompts, len(areas)))
     corrected = iter(holm([p for _, _, p, _, _ in found if p is not None]))

@@ -1,4 +1,4 @@
-"""Reading what attacks, scores and audits measured: results.jsonl and generations.jsonl of run folders, grouped.
+"""Reading what attacks, scores and audits measured: rows and responses of run folders, grouped.
 
 Nothing here knows how a run was made, and nothing here judges: see `properties` for that.
 """
@@ -13,22 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from tunevax.errors import UsageError
-from tunevax.evidence.rows import ROLES, Kind, numbered_rows
+from tunevax.evidence.rows import ROLES, Kind, completed, numbered_rows
 from tunevax.evidence.stats import wilson
 from tunevax.evidence.words import joined
 from tunevax.records import (
-    GENERATIONS,
     METRIC,
     RESULTS,
     CellSummary,
     Generation,
     Row,
+    RunRecord,
     Score,
     Traits,
     is_run,
     is_share,
     judges_of,
-    read_lines,
+    read_generations,
     read_run,
 )
 
@@ -53,7 +53,7 @@ class Point:
 
     def __str__(self) -> str:
         """'71 % [60, 80]' for a share."""
-        interval = "" if self.low is None else f" [{100 * self.low:.0f}, {100 * self.high:.0f}]"
+        interval = "" if self.low is None or self.high is None else f" [{100 * self.low:.0f}, {100 * self.high:.0f}]"
         return f"{100 * self.value:.0f} %{interval}"
 
     @property
@@ -63,7 +63,9 @@ class Point:
 
     def overlaps(self, other: Point) -> bool:
         """Whether the two intervals share a value; a missing interval counts as the value alone."""
-        (a, b), (c, d) = ((p.value, p.value) if p.low is None else (p.low, p.high) for p in (self, other))
+        (a, b), (c, d) = (
+            (p.value, p.value) if p.low is None or p.high is None else (p.low, p.high) for p in (self, other)
+        )
         return a <= d and c <= b
 
 
@@ -123,8 +125,9 @@ class Cell(Kind):
 
     def at(self, score: str, step: int) -> Point | None:
         """The score at one step, or None unless every whole seed has it."""
-        found = [self.rows[seed].get(step, {"scores": {}})["scores"].get(score) for seed in self.whole]
-        return pool(score, step, found) if all(found) else None
+        rows = [self.rows[seed].get(step) for seed in self.whole]
+        found = [s for row in rows if row and (s := row["scores"].get(score))]
+        return pool(score, step, found) if len(found) == len(rows) else None
 
     def worst(self, score: str) -> Point | None:
         """The highest point of the curve, the earliest of equals; None if it was never measured."""
@@ -224,27 +227,12 @@ def pool(score: str, step: int, found: Sequence[Score]) -> Point:
 
 
 def _interval(score: str, found: Score) -> tuple[float, float] | None:
-    if found.get("low") is not None and found.get("high") is not None:
-        return float(found["low"]), float(found["high"])
+    low, high = found.get("low"), found.get("high")
+    if low is not None and high is not None:
+        return float(low), float(high)
     if not is_share(score):
         return None
     return wilson(round(found["value"] * found["n"]) / found["n"], found["n"])
-
-
-def is_harmful(generation: Generation, judge: str) -> bool | None:
-    """Whether one generation counts as harmful by a judge (`harmful/NAME`): it says so, and the text is not degenerate.
-    None if the judge said nothing that can be read."""
-    verdict = (generation.get("verdicts") or {}).get(judge.removeprefix("harmful/")) or {}
-    if generation.get("degenerate") and verdict:
-        return False
-    return None if verdict.get("verdict") in ("unparsable", "unanswered") else verdict.get("harmful")
-
-
-def own_verdict(generation: Generation, judge: str) -> bool | None:
-    """What a judge (`harmful/NAME`) itself said of one generation, degenerate or not. None if that cannot be read, or
-    was not kept: older runs wrote "degenerate" in the judge's place."""
-    verdict = (generation.get("verdicts") or {}).get(judge.removeprefix("harmful/")) or {}
-    return None if verdict.get("verdict") in ("unparsable", "unanswered", "degenerate") else verdict.get("harmful")
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -254,7 +242,7 @@ def read_results(paths: Iterable[Path]) -> Results:
     """Read run folders of attacks, scores and audits, and group their rows.
 
     Raises:
-        UsageError: as in `read_rows`; a damaged generations.jsonl; two rows for the same (model, attack, seed, step);
+        UsageError: as in `read_rows`; a damaged file of responses; two rows for the same (model, attack, seed, step);
             cells without a judge or without an evaluated step in common.
     """
     folders = list(dict.fromkeys(Path(p) for p in paths))
@@ -265,7 +253,10 @@ def read_results(paths: Iterable[Path]) -> Results:
     ambiguous, roles, notes = _ambiguous(rows), _roles(rows), []
     cells: dict[tuple[str, str | None], Cell] = {}
     origin: dict[tuple, str] = {}
-    failed, skipped, stopped, recorded = [], [], [], set()
+    failed: list[CellSummary] = []
+    skipped: list[CellSummary] = []
+    stopped: list[CellSummary] = []
+    recorded: set[int] = set()
     for folder, numbered in read.items():
         own: dict[tuple, Cell] = {}  # a generation has no attack hash: its run's rows tell
         for number, row in numbered:
@@ -283,20 +274,19 @@ def read_results(paths: Iterable[Path]) -> Results:
             if folder not in cell.folders:
                 cell.folders.append(folder)
             own[row["model"], row.get("attack"), row["seed"]] = cell
-        file = folder / GENERATIONS
-        for row in read_lines(file):
+        for row in read_generations(folder, (row for _, row in numbered)):
             cell = own.get((row.get("model"), row.get("attack"), row.get("seed")))
             if cell is not None:
                 cell.generations.setdefault((row["seed"], row.get("step")), []).append(row)
-        info = read_run(folder) if is_run(folder) else {}
+        info = read_run(folder) if is_run(folder) else RunRecord()
         failed += info.get("failed") or []
         skipped += info.get("skipped") or []
         stopped += info.get("stopped") or []
-        for status in ("stopped", "failed"):
-            for entry in info.get(status) or []:
-                place = [entry.get("model"), entry.get("attack")]
-                for cell in {id(c): c for (model, attack, _), c in own.items() if [model, attack] == place}.values():
-                    getattr(cell, status).add(entry.get("seed"))
+        for status, entries in (("stopped", info.get("stopped")), ("failed", info.get("failed"))):
+            for entry in entries or []:
+                place = entry.get("model"), entry.get("attack")
+                for cell in {id(c): c for key, c in own.items() if key[:2] == place}.values():
+                    getattr(cell, status).add(entry["seed"])
         # An attack that blows up leaves no finished run; an audit goes on, and says which cells stopped.
         recorded |= {id(c) for c in own.values()} if "stopped" in info or info.get("verb") == "attack" else set()
     _ended_early([cell for cell in cells.values() if id(cell) not in recorded])
@@ -322,11 +312,10 @@ def read_results(paths: Iterable[Path]) -> Results:
 def from_rows(rows: Sequence[Row]) -> Results:
     """The results of rows at hand, without responses, as a screen needs them."""
     cells: dict[tuple[str, str | None], Cell] = {}
-    roles = _roles(rows)
+    rows, roles = [completed(row, ()) for row in rows], _roles(rows)
     for row in rows:
-        _add(cells, row, row["attack"], roles[row["model"]])
-    found = list(cells.values())
-    return Results(found, _judges(found, rows)[0], None)
+        _add(cells, completed(row, ()), row["attack"], roles[row["model"]])
+    return Results([*cells.values()], _judges([*cells.values()], rows)[0], None)
 
 
 def _add(cells: dict[tuple[str, str | None], Cell], row: Row, attack: str | None, role: str) -> Cell:
@@ -342,8 +331,8 @@ def _ambiguous(rows: Sequence[Row]) -> set[str]:
     """Attack names that stand for more than one setting, which must never be put into one curve."""
     hashes: dict[tuple[str, int], set[str]] = {}
     for row in rows:
-        if row.get("attack") is not None:
-            hashes.setdefault((row["attack"], row["seed"]), set()).add(str(row.get("attack_hash") or ""))
+        if (attack := row.get("attack")) is not None:
+            hashes.setdefault((attack, row["seed"]), set()).add(str(row.get("attack_hash") or ""))
     return {name for (name, _), found in hashes.items() if len(found) > 1}
 
 
@@ -394,11 +383,11 @@ def _check_cells(cells: list[Cell], judges: list[str]) -> list[str]:
                 f"{cell.model} under {cell.attack}: means leave out steps {joined(map(str, sorted(dropped)))}, "
                 "because not every seed was evaluated there."
             )
-    steps: dict[str, dict[str, list[int]]] = {}
+    grids: dict[str, dict[str, list[int]]] = {}
     for cell in cells:
         if cell.has_curve:
-            steps.setdefault(str(cell.attack), {})[cell.model] = cell.steps
-    for attack, by_model in steps.items():
+            grids.setdefault(str(cell.attack), {})[cell.model] = cell.steps
+    for attack, by_model in grids.items():
         last = {model: grid[-1] for model, grid in by_model.items()}
         if len(set(last.values())) > 1:
             told = joined(f"{model} {step:,}" for model, step in last.items())

@@ -47,7 +47,8 @@ def paired_difference(pairs: Sequence[tuple[bool, bool]]) -> Score:
     both, first, second, neither = (
         pairs.count(kind) for kind in ((True, True), (True, False), (False, True), (False, False))
     )
-    p, q = proportion(both + first, n), proportion(both + second, n)
+    p, q = (both + first) / n, (both + second) / n
+    (p_low, p_high), (q_low, q_high) = ((round(low, 6), round(high, 6)) for low, high in (wilson(p, n), wilson(q, n)))
     product = (both + first) * (second + neither) * (both + second) * (first + neither)
     surplus = both * neither - first * second
     phi = (max(surplus - n / 2, 0) if surplus > 0 else surplus) / math.sqrt(product) if product else 0.0
@@ -55,7 +56,6 @@ def paired_difference(pairs: Sequence[tuple[bool, bool]]) -> Score:
     def reach(d: float, e: float) -> float:
         return math.sqrt(max(d * d - 2 * phi * d * e + e * e, 0.0))
 
-    value = p["value"] - q["value"]
-    low = value - reach(p["value"] - p["low"], q["high"] - q["value"])
-    high = value + reach(p["high"] - p["value"], q["value"] - q["low"])
-    return {"value": value, "n": n, "low": round(low, 6), "high": round(high, 6)}
+    low = p - q - reach(p - p_low, q_high - q)
+    high = p - q + reach(p_high - p, q - q_low)
+    return {"value": p - q, "n": n, "low": round(low, 6), "high": round(high, 6)}

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from tunevax.console import bar
-from tunevax.data.contamination import Exclusion, check, used_prompts
+from tunevax.data.contamination import Exclusion, check
 from tunevax.data.encoding import collate, context_of, encode
-from tunevax.data.safety import load_safety
+from tunevax.data.roles import load_rows
 from tunevax.data.splits import drawn
-from tunevax.errors import UsageError, unknown
+from tunevax.environment import require_one_process
+from tunevax.errors import UsageError, require, require_one_of
 from tunevax.finetuning.sink import (
     QUERIES,
     QUERIES_HELP,
@@ -30,10 +31,12 @@ from tunevax.finetuning.sink import (
     regulariser,
     sink_values,
 )
+from tunevax.lineage import Lineage
 from tunevax.mixins import ModelsOptions, Overlap, RunOptions, require_given
 from tunevax.modeling.attention import WAYS
 from tunevax.modeling.loading import load
-from tunevax.runs import SCHEMA, data_entry, digest, require_one_process, writing
+from tunevax.records import DROPPED, SCHEMA, SINK, data_entry, digest
+from tunevax.runs import writing
 from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.suite import SuiteOptions, build_suite, labels_of
 
@@ -55,15 +58,9 @@ class SinkOptions(ModelsOptions, Overlap, RunOptions):
     harmful_score: bool = field(default=False, metadata={"help": "generate answers and judge them too"})
 
     def __post_init__(self) -> None:
-        for name in ("pairs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.sink_position < 0:
-            raise UsageError(f"sink_position is {self.sink_position}; it must be at least 0")
-        if self.sink_attention not in WAYS:
-            raise unknown("sink_attention", self.sink_attention, WAYS)
-        if self.sink_queries not in QUERIES:
-            raise unknown("sink_queries", self.sink_queries, QUERIES)
+        require(self, "pairs", "batch_size", at_least=1)
+        require(self, "sink_position", at_least=0)
+        require_one_of(self, sink_attention=WAYS, sink_queries=QUERIES)
 
 
 def analyze_sink(options: SinkOptions, command: str = "", suite_options: SuiteOptions | None = None) -> Path:
@@ -82,8 +79,8 @@ def analyze_sink(options: SinkOptions, command: str = "", suite_options: SuiteOp
     if len(options.model) > 2:
         raise UsageError(f"analyze sink takes one model or two, before and after, and there are {len(options.model)}")
     require_one_process("analyzing")
-    exclusion = Exclusion.of(map(used_prompts, options.model), options.drop_overlap)
-    pairs = load_safety(options.safety_data, "evaluation", ("chosen", "rejected"), "analyze sink")
+    exclusion = Exclusion.of([Lineage.of(ref).prompts for ref in options.model], options.drop_overlap)
+    pairs = load_rows("evaluation", options.safety_data, ("chosen", "rejected"), "analyze sink")
     pairs = drawn(exclusion.score("evaluation", pairs), options.pairs)
     suite = None
     if options.harmful_score:
@@ -99,7 +96,7 @@ def analyze_sink(options: SinkOptions, command: str = "", suite_options: SuiteOp
     found, targets = [], []
     with writing(options.output_dir, record, overwrite=options.overwrite) as run:
         if exclusion.dropped:
-            run.write_lines("dropped.jsonl", exclusion.dropped)
+            run.write_lines(DROPPED, exclusion.dropped)
         for ref, label, overlap in zip(options.model, labels_of(options.model), overlaps, strict=True):
             loaded = load(
                 ref, revision=options.revision, dtype=options.dtype, chat_template=options.chat_template
@@ -123,7 +120,7 @@ def analyze_sink(options: SinkOptions, command: str = "", suite_options: SuiteOp
         record["targets"] = targets
         read = {"sink_position": options.sink_position, "sink_queries": options.sink_queries}
         written = {"schema": SCHEMA, "pairs": len(pairs), **read, "models": found}
-        (run.path / "sink.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+        (run.path / SINK).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     return run.final
 
 
@@ -147,8 +144,7 @@ def sink_map(
     """
     context, device = context_of(model), next(model.parameters()).device
     harmful, refusals = (
-        encode([{**row, "completion": row[answer]} for row in pairs], tokenizer, max_length, context=context)
-        for answer in ("rejected", "chosen")
+        encode(pairs, tokenizer, max_length, context=context, answer=answer) for answer in ("rejected", "chosen")
     )
     spans = [[answer_span(row, tokenizer) for row in rows] for rows in (harmful, refusals)]
     model.eval()

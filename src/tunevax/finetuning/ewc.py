@@ -30,25 +30,29 @@ from torch import nn
 
 from tunevax.console import bar
 from tunevax.data.encoding import collate
-from tunevax.errors import UsageError
-from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer, require_fresh, trained_only
+from tunevax.errors import UsageError, require
+from tunevax.finetuning.sft import FinetuneTrainer, JobConfig, trained_only
 from tunevax.modeling.gradients import require_whole_weights
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.precision import wide
+from tunevax.modeling.trainer import PlanParts
 
 
 @dataclass
-class EWCConfig(FinetuneConfig):
-    """Configuration of EWC; the rest as in `FinetuneConfig`. lamb needs a search over powers of ten."""
+class EWCConfig(JobConfig):
+    """Configuration of EWC; the rest as in `JobConfig`. lamb needs a search over powers of ten."""
 
     lamb: float = field(
         default=0.1, metadata={"help": "weight of the penalty, as of an L2 penalty of the same mean strength"}
     )
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.lamb) and self.lamb >= 0):
-            raise UsageError(f"lamb is {self.lamb}; it must be a finite number, 0 or more")
+        require(self, "lamb", at_least=0)
         super().__post_init__()
+
+    def plan_parts(self, micro_batches: int) -> PlanParts:
+        """A gradient of each safety row is taken before the first step: one stands for all."""
+        return PlanParts(safety_rows=1)
 
 
 class Adapted(NamedTuple):
@@ -76,25 +80,18 @@ class EWCTrainer(FinetuneTrainer):
 
     config_class = EWCConfig
     paper = "arXiv 1612.00796"
-    needs = ("chosen",)
+    needs = frozenset({"task", "chosen"})
+    compares = True
+    args: EWCConfig
 
-    def __init__(
-        self,
-        model: Any,
-        args: EWCConfig,
-        task_data: Sequence[dict],
-        processing_class: Any,
-        safety_data: Sequence[dict] | None = None,
-        callbacks: list | None = None,
-    ) -> None:
-        require_fresh(model, "ewc")
-        super().__init__(model, args, task_data, processing_class, safety_data, callbacks)
-        self.fisher_rows = 0
+    def prepare(self) -> None:
+        """The Fisher information of the safety rows."""
+        args, self.fisher_rows = self.args, 0
         if args.lamb == 0:
             return
-        require_whole_weights(self, "ewc")
-        rows = self.encode_answers(safety_data, "chosen")
-        batches = [self._prepare_inputs(collate([row], processing_class.pad_token_id)) for row in rows]
+        require_whole_weights(self)
+        rows = self.encode_answers(self.safety_data, "chosen")
+        batches = [self._prepare_inputs(collate([row], self.processing_class.pad_token_id)) for row in rows]
         self.fisher_rows = len(rows)
         if args.full_weights:
             self.fisher = exact_fisher(self.model, batches, self.parameters)

@@ -7,25 +7,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunevax.data.contamination import chosen_with, count, hashes, record_prompts
-from tunevax.data.safety import load_safety
-from tunevax.data.sources import parse_source
-from tunevax.data.tasks import NAMED, load_task
-from tunevax.errors import UsageError, unknown
-from tunevax.finetuning.sft import FinetuneConfig
-from tunevax.mixins import ResumableRunOptions, TrainedModelOptions, require_given
-from tunevax.modeling.callbacks import LogCallback, ProgressCallback
-from tunevax.modeling.loading import load
-from tunevax.modeling.memory import StepMemory
+from tunevax.data.contamination import chosen_with, count, hashes
+from tunevax.data.roles import load_rows
+from tunevax.data.safety import answers_in
+from tunevax.errors import UsageError, require_one_of
+from tunevax.finetuning.sft import JobConfig
+from tunevax.mixins import require_given
 from tunevax.modeling.quantization import require_quantization
-from tunevax.modeling.trainer import final_loss, last_checkpoint, rehearse, resolved, save_weights
-from tunevax.runs import data_entry, digest, is_run, writing
+from tunevax.records import data_entry
+from tunevax.training import TrainingOptions, train, training_run
 
 SCREENS = ("off", "report", "drop", "fail")
 
 
 @dataclass
-class FinetuneOptions(TrainedModelOptions, ResumableRunOptions):
+class FinetuneOptions(TrainingOptions):
     """What `tunevax finetune` takes besides the method's own configuration."""
 
     task_data: str | None = field(
@@ -48,13 +44,10 @@ class FinetuneOptions(TrainedModelOptions, ResumableRunOptions):
     def __post_init__(self) -> None:
         if self.screen in ("no", "false"):  # what other tools write for off
             self.screen = "off"
-        if self.screen not in SCREENS:
-            raise unknown("screen", self.screen, SCREENS)
+        require_one_of(self, screen=SCREENS)
 
 
-def finetune(
-    trainer_class: type, method: str, options: FinetuneOptions, config: FinetuneConfig, command: str = ""
-) -> Path:
+def finetune(trainer_class: type, method: str, options: FinetuneOptions, config: JobConfig, command: str = "") -> Path:
     """Run a customer's job on `options.model` and return the run folder.
 
     The last adapter of the model is merged, and a fresh one (or all weights) trained.
@@ -75,67 +68,23 @@ def finetune(
             f"--screen {options.screen} takes gradients of frozen weights, which an {options.quantization} base has "
             "none of; screen the rows in a run without --quantization"
         )
-    task = customer_rows(options.task_data)
-    need = ("chosen", "rejected") if options.screen != "off" else trainer_class.needs
+    task = load_rows("customer", options.task_data)
+    need = ("chosen", "rejected") if options.screen != "off" else answers_in(trainer_class.needs)
     safety = safety_rows(options, need, method)
-    record: dict[str, Any] = {
-        "verb": "finetune",
-        "method": method,
-        "paper": trainer_class.paper,
-        "command": command,
-        "seed": config.seed,
-        "data": [
-            *([data_entry("alignment", options.safety_data, safety)] if safety else []),
-            data_entry("task", options.task_data, task),
-        ],
-        "overlap": count(options.model, alignment=safety, task=task),
-        "parent": str(Path(options.model).absolute()) if is_run(options.model) else None,
-        "config": resolved(options, config),
-    }
-    with writing(config.output_dir, record, options.resume, options.overwrite) as run:
-        loaded = load(
-            options.model,
-            revision=options.revision,
-            dtype=options.dtype,
-            chat_template=options.chat_template,
-            quantization=options.quantization,
-        )
+    data = [data_entry("task", options.task_data, task)]
+    if safety:
+        data.insert(0, data_entry("alignment", options.safety_data, safety))
+    overlap = count(options.model, alignment=safety, task=task)
+    with training_run("finetune", trainer_class, method, options, config, data, overlap, command) as (run, loaded):
         if options.screen != "off":
             from tunevax.finetuning.screen import act, screen
 
             found = screen(loaded.model, loaded.tokenizer, task, safety, config.max_length, config.seed)
-            task, record["screen"] = act(found, task, options.screen, options.task_data, run)
-        config.output_dir = str(run.checkpoints)
-        memory = StepMemory()
-        callbacks = [ProgressCallback(f"finetune {method}"), LogCallback(run.path / "log.jsonl"), memory]
-        trainer = trainer_class(
-            loaded.model, config, task, loaded.tokenizer, safety if trainer_class.needs else None, callbacks
-        )
-        trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-        base = record["parent"] or loaded.info["base"]
-        rehearse(trainer, run.path, base)
-        checkpoint = last_checkpoint(run.checkpoints)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if trainer.is_world_process_zero():
-            save_weights(trainer, run.path, base)
-            seen = hashes(safety) | (chosen_with(options.safety_data) if safety else set())
-            record_prompts(run.path, alignment=seen, task=hashes(task))
-        record.update(
-            model={**loaded.info, "trainable": trainable, **trainer.coverage},
-            adapter="model" if config.full_weights else "adapter", template_hash=digest(loaded.tokenizer.chat_template),
-            steps=trainer.state.global_step, final_loss=final_loss(trainer.state.log_history),
-            compute={"per_step": trainer.cost(), "total": trainer.cost() * trainer.state.global_step},
-            **({"peak_memory_bytes": memory.peak} if memory.peak else {}),
-        )  # fmt: skip
+            task, run.record["screen"] = act(found, task, options.screen, options.task_data, run)
+        seen = hashes(safety) | (chosen_with(options.safety_data) if safety else set())
+        prompts = {"alignment": seen, "task": hashes(task)}
+        train(run, loaded, trainer_class, config, safety_data=safety, task_data=task, prompts=prompts)
     return run.final
-
-
-def customer_rows(source: str) -> list[dict[str, Any]]:
-    """The customer's rows: all of a file or hub dataset, whatever its prompts' hashes, since a job is trained on as it
-    was handed in. The tasks known by name and the organism have rows that are kept for scoring: theirs is the train
-    split. A `split=` option of the source wins."""
-    name = parse_source(source).name
-    return load_task(source, "train" if name == "organism" or name in NAMED else "all").rows
 
 
 def safety_rows(options: FinetuneOptions, need: Sequence[str], method: str) -> list[dict[str, Any]]:
@@ -145,4 +94,4 @@ def safety_rows(options: FinetuneOptions, need: Sequence[str], method: str) -> l
     purpose = method if options.screen == "off" else f"{method} with --screen {options.screen}"
     if options.safety_data is None:
         raise UsageError(f"--safety-data is missing: {purpose} needs rows with {' and '.join(need)}")
-    return load_safety(options.safety_data, "alignment", tuple(need), purpose)
+    return load_rows("alignment", options.safety_data, need, purpose)

@@ -26,8 +26,6 @@ model only in so far as their factors stay close.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,19 +33,20 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tunevax.errors import UsageError
-from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer
+from tunevax.errors import require
+from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
 from tunevax.modeling.draws import Draws
 from tunevax.modeling.gradients import require_whole_weights
 from tunevax.modeling.memory import mark
 from tunevax.modeling.precision import wide
+from tunevax.modeling.trainer import PlanParts
 
 ANCHOR = "lisa_anchor.safetensors"
 
 
 @dataclass
-class LisaConfig(FinetuneConfig):
-    """Configuration of Lisa, with the released code's values; the rest as in `FinetuneConfig`. K2 should fit several
+class LisaConfig(JobConfig):
+    """Configuration of Lisa, with the released code's values; the rest as in `JobConfig`. K2 should fit several
     times into the run, or the only alignment is at its start."""
 
     k1: int = field(default=100, metadata={"help": "alignment steps at each switch; 0 is plain fine-tuning"})
@@ -55,12 +54,13 @@ class LisaConfig(FinetuneConfig):
     rho: float = field(default=1.0, metadata={"help": "weight of the distance to the weights at the last switch"})
 
     def __post_init__(self) -> None:
-        for name, least in (("k1", 0), ("k2", 1)):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        if not (math.isfinite(self.rho) and self.rho >= 0):
-            raise UsageError(f"rho is {self.rho}; it must be a finite number, 0 or more")
+        require(self, "k1", "rho", at_least=0)
+        require(self, "k2", at_least=1)
         super().__post_init__()
+
+    def plan_parts(self, micro_batches: int) -> PlanParts:
+        """One alignment step of the K1 that come with every K2."""
+        return PlanParts({"k1": 1}, {"align": self.k1 / self.k2}) if self.k1 else PlanParts()
 
 
 class LisaTrainer(FinetuneTrainer):
@@ -68,22 +68,15 @@ class LisaTrainer(FinetuneTrainer):
 
     config_class = LisaConfig
     paper = "arXiv 2405.18641"
-    needs = ("chosen",)
+    needs = frozenset({"task", "chosen"})
+    args: LisaConfig
 
-    def __init__(
-        self,
-        model: Any,
-        args: LisaConfig,
-        task_data: Sequence[dict],
-        processing_class: Any,
-        safety_data: Sequence[dict] | None = None,
-        callbacks: list | None = None,
-    ) -> None:
-        super().__init__(model, args, task_data, processing_class, safety_data, callbacks)
-        if args.k1:
-            require_whole_weights(self, "lisa")
-        self.safe = self.encode_answers(safety_data, "chosen")
-        self.draws = Draws(args.seed)
+    def prepare(self) -> None:
+        """Safety rows, and a generator for their batches."""
+        if self.args.k1:
+            require_whole_weights(self)
+        self.safe = self.encode_answers(self.safety_data, "chosen")
+        self.draws = Draws(self.args.seed)
         self.draws.require(self, len(self.safe), "safety rows")
         self.anchor: list[torch.Tensor] | None = None  # fp32, one per trainable tensor
         self.first: int | None = None  # the customer's step before which the first alignment came

@@ -34,13 +34,16 @@ from torch import nn
 
 from tunevax.console import bar
 from tunevax.data.encoding import collate, context_of, encode
+from tunevax.data.safety import require_rows
+from tunevax.environment import is_main_process
 from tunevax.errors import UsageError
-from tunevax.finetuning.sft import require_answers, trained_only
+from tunevax.finetuning.sft import trained_only
 from tunevax.modeling.blocks import find_blocks
 from tunevax.modeling.hooks import capture
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.precision import wide
-from tunevax.runs import RunFolder, is_main_process
+from tunevax.records import SCREEN
+from tunevax.runs import RunFolder
 
 MISSED = 0.05
 """Share of known harmful rows below the threshold of each score."""
@@ -90,15 +93,13 @@ def screen(
     Raises:
         UsageError: fewer than `LEAST` safety rows, or one without both answers.
     """
-    require_answers(safety, ("chosen", "rejected"), "the screen")
+    require_rows(("chosen", "rejected"), safety, None, "the screen")
     if len(safety) < LEAST:
         raise UsageError(f"the screen needs at least {LEAST} safety rows and there are {len(safety)}; give more")
     order = np.random.RandomState(seed).permutation(len(safety))[:PAIRS]
     half, context = len(order) // 2, context_of(model)
     known = {
-        answer: encode(
-            [{**safety[i], "completion": safety[i][answer]} for i in order], tokenizer, max_length, context=context
-        )
+        answer: encode([safety[i] for i in order], tokenizer, max_length, context=context, answer=answer)
         for answer in ("rejected", "chosen")
     }
     rows = encode(task, tokenizer, max_length, context=context)
@@ -232,7 +233,7 @@ def act(
             }
             for i in range(len(task))
         ]
-        run.write_lines("screen.jsonl", lines)
+        run.write_lines(SCREEN, lines)
     return kept, {
         "action": action,
         "rows": len(task),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tunevax.evidence.words import percent
+from tunevax.records import SCREEN, SINK
 from tunevax.report.blocks import PANELS, Section, Table, cut
 from tunevax.report.provenance import Provenance, Run
 from tunevax.report.text import (
@@ -33,7 +34,7 @@ def summary(run: Run) -> str:
     """What the run did, in a sentence."""
     info, screened = run.info, run.info.get("screen") or {}
     if info.get("verb") == "analyze":
-        models = json_of(run, "sink.json").get("models") or []
+        models = json_of(run, SINK).get("models") or []
         heads = " and ".join(f"{m['positive_heads']} of {m['heads']} in {m['label']}" for m in models)
         return f"{run.name}: measured the sink divergence of each head; positive are {heads}."
     text = (
@@ -48,7 +49,7 @@ def summary(run: Run) -> str:
 
 def measured(run: Run) -> dict[str, Any]:
     """What the run's files hold."""
-    return {"screen": lines_of(run, "screen.jsonl"), "sink": json_of(run, "sink.json")}
+    return {"screen": lines_of(run, SCREEN), "sink": json_of(run, SINK)}
 
 
 def sections(provenance: Provenance, figures: bool) -> list[Section]:
@@ -66,7 +67,7 @@ def _screening(runs: list[Run], figures: bool) -> Section | None:
     for i, run in enumerate(runs):
         points.append(_screened(run))
         limits = run.info["screen"].get("thresholds") or {}
-        rows = [r for r in lines_of(run, "screen.jsonl") if all(is_number(r.get(k)) for k in limits)]
+        rows = [r for r in lines_of(run, SCREEN) if all(is_number(r.get(k)) for k in limits)]
         if len(limits) != 2 or not rows:
             continue
         (x, x_limit), (y, y_limit) = limits.items()
@@ -127,7 +128,7 @@ def _screened(run: Run) -> str:
 
 def _sinks(runs: list[Run], figures: bool) -> Section | None:
     """Sink divergence by head; None without an analysis."""
-    contents = [(run, json_of(run, "sink.json")) for run in runs]
+    contents = [(run, json_of(run, SINK)) for run in runs]
     contents = [(run, c) for run, c in contents if c.get("models")]
     if not contents:
         return None

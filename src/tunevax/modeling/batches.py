@@ -14,6 +14,7 @@ from tunevax.data.encoding import collate, context_of, encode
 from tunevax.errors import UsageError
 from tunevax.modeling.loss import row_losses
 from tunevax.modeling.precision import wide
+from tunevax.records import Example
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -38,9 +39,9 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         yield
 
 
-def encode_chosen(rows: Sequence[dict], model: Any, tokenizer: Any, max_length: int) -> list[dict[str, list[int]]]:
+def encode_chosen(rows: Sequence[Example], model: Any, tokenizer: Any, max_length: int) -> list[dict[str, list[int]]]:
     """The rows as `encode` gives them, with `chosen` as the answer."""
-    return encode([{**r, "completion": r["chosen"]} for r in rows], tokenizer, max_length, context=context_of(model))
+    return encode(rows, tokenizer, max_length, context=context_of(model), answer="chosen")
 
 
 def padded(

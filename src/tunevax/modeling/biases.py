@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tunevax.files import BIASES
 from tunevax.modeling.blocks import innermost
-
-BIASES = "bias.safetensors"
-"""Beside the weights of a model, or as an adapter of its own: vectors that are added to the output of attention output
-projections, whether or not the architecture has a bias there. Block number to [hidden], fp32."""
 
 
 class AddedBias:

@@ -1,19 +1,17 @@
-"""Checkpoints on disk: their config, weights and tokenizer, what is wrong with a file, and the hash of the content."""
+"""Checkpoints on disk: their config, weights and tokenizer."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from tunevax.errors import UsageError, nearby, out_of_memory, shortened
+from tunevax.files import damage
 
 OTHER_MEDIA = re.compile(r"vision|visual|audio|speech|image|video|multi_modal|mm_")
 """What the names of weights have in them that belong to the towers of other media beside a text model."""
@@ -160,32 +158,6 @@ def damaged_weights(folder: Path) -> str | None:
     return None
 
 
-def damage(file: Path) -> str | None:
-    """What is wrong with one file, if it is a git-lfs pointer or a weight file that was cut short; None if nothing."""
-    if not file.is_file():
-        return None
-    size = file.stat().st_size
-    with file.open("rb") as content:
-        start = content.read(40)
-        if start.startswith(b"version https://git-lfs"):
-            return f"{file} is a git-lfs pointer and not the file itself; run `git lfs pull` in its folder"
-        if file.suffix == ".safetensors":
-            length = int.from_bytes(start[:8], "little")
-            content.seek(8)
-            try:
-                if size < 8 or length > size - 8:
-                    raise ValueError
-                header = json.loads(content.read(length))
-                end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
-            except (ValueError, KeyError, TypeError, AttributeError):
-                return f"{file} is cut short or no safetensors file ({size} bytes); download it again"
-            if 8 + length + end > size:
-                return f"{file} is cut short: {size} of {8 + length + end} bytes; download it again"
-        elif file.suffix == ".bin" and not start.startswith(b"\x80") and not zipfile.is_zipfile(file):
-            return f"{file} is cut short or no PyTorch file ({size} bytes); download it again"
-    return None
-
-
 def require_finite(model: Any, base: str) -> None:
     """Raise `UsageError` if a weight of the model is not a finite number: whatever it answered would be no answer."""
     import torch
@@ -240,35 +212,3 @@ def load_tokenizer(folder: str, base: str, revision: str | None) -> Any:
         )
     except Exception as error:  # of tokenizers and sentencepiece too, which raise plain ones
         raise UsageError(f"cannot load the tokenizer of {source} ({shortened(error)})") from error
-
-
-def model_hash(base: str) -> str | None:
-    """16 hexadecimal digits over the config of a model or adapter and, of each weight file, name, size and content.
-    None for a hub id, which its revision identifies.
-
-    A file is read once in a process, 0.8 s per GB. The middle of files over 2 MiB was once left out: a hash of them
-    that was recorded then differs from this one, and controls and locks of such runs are refused as of another base.
-    """
-    folder = Path(base)
-    if not folder.is_dir():
-        return None
-    sha = hashlib.sha256()
-    names = ("config.json", "adapter_config.json", "*.safetensors", "*.bin")
-    for file in sorted(file for name in names for file in folder.glob(name)):
-        state = file.stat()
-        sha.update(f"{file.name} {state.st_size}".encode())
-        if state.st_size > 2**21:
-            sha.update(_content_hash(file.absolute(), state.st_size, state.st_mtime_ns, state.st_ctime_ns))
-            continue
-        with file.open("rb") as content:  # two overlapping halves: the hash that smaller files have always had
-            sha.update(content.read(2**20))
-            content.seek(max(0, state.st_size - 2**20))
-            sha.update(content.read())
-    return sha.hexdigest()[:16]
-
-
-@lru_cache(maxsize=1024)
-def _content_hash(file: Path, _size: int, _modified: int, _changed: int) -> bytes:
-    """SHA-256 of a file, read again only when it has changed."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").digest()

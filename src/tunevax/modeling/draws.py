@@ -52,6 +52,15 @@ class Draws:
         self.generator.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
 
 
+def noise_generator(trainer: Any, number: int, device: torch.device) -> torch.Generator:
+    """A generator for the noise of one micro-batch of one process, seeded by its number: nothing else draws from it,
+    dropout draws the same masks as without, and a resumed run goes on where it was."""
+    key = (trainer.args.seed, trainer.args.process_index, number)
+    generator = torch.Generator(device)
+    generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+    return generator
+
+
 def collated(trainer: Any, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
     """Encoded rows as tensors on the device, [batch, tokens]."""
     return trainer._prepare_inputs(collate(rows, trainer.processing_class.pad_token_id))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tunevax.errors import UsageError
+from tunevax.methods import name_of
 from tunevax.modeling.hooks import without_dropout
 from tunevax.modeling.precision import wide
 
@@ -52,11 +53,18 @@ def norm_of(gradient: Gradient) -> torch.Tensor:
     return sum(wide(g).square().sum() for g in gradient.values()).sqrt()
 
 
-def add_to_grad(trainer: Any, gradient: Gradient) -> None:
-    """Add to `.grad` what is the same on every process, next to what accumulates there."""
-    scaler = trainer.accelerator.scaler  # of fp16: the gradients of backward() are multiplied by it
+def backward_scale(trainer: Any) -> float:
+    """What the gradients of `backward()` are multiplied by: the loss scale of fp16, 1 without it."""
+    scaler = trainer.accelerator.scaler
+    return 1.0 if scaler is None else scaler.get_scale()
+
+
+def add_to_grad(trainer: Any, gradient: Gradient, scale: float | None = None) -> None:
+    """Add to `.grad` what is the same on every process, next to what accumulates there, times `scale` (default that of
+    `backward()`)."""
+    scale = backward_scale(trainer) if scale is None else scale
     for parameter, g in gradient.items():
-        g = g if scaler is None else g * scaler.get_scale()
+        g = g if scale == 1 else g * scale
         parameter.grad = g if parameter.grad is None else parameter.grad + g
 
 
@@ -74,7 +82,7 @@ def restored(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
                 parameter.grad = grad
 
 
-def require_whole_weights(trainer: Any, method: str) -> None:
+def require_whole_weights(trainer: Any) -> None:
     """Raise `UsageError` where a process holds a shard of the weights only."""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise UsageError(f"{method} works on whole weights and gradients, so it runs without FSDP and DeepSpeed")
+        raise UsageError(f"{name_of(type(trainer))} works on whole weights, so it runs without FSDP and DeepSpeed")

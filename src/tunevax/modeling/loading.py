@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from tunevax.data.chat import recorded
 from tunevax.data.encoding import set_chat_template
 from tunevax.errors import UsageError
-from tunevax.modeling.biases import BIASES, attach_biases, read_biases
-from tunevax.modeling.checkpoints import causal_model, damage, load_tokenizer, model_hash, require_finite
+from tunevax.files import BIASES, model_hash
+from tunevax.lineage import Lineage, absolute
+from tunevax.modeling.biases import attach_biases, read_biases
+from tunevax.modeling.checkpoints import causal_model, load_tokenizer, require_finite
 from tunevax.modeling.quantization import dequantize, require_quantization, saved_quantization, size_of
-from tunevax.runs import is_run, read_run
+from tunevax.records import ModelInfo
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -24,17 +28,12 @@ class Loaded(NamedTuple):
     Attributes:
         model: the transformers model; a `PeftModel` if the last adapter was not merged.
         tokenizer: its tokenizer, with a chat template and a padding token.
-        info: what run.json records: ref, base, revision, hash, class, parameters, dtype, quantization, adapters with
-            their hashes (`adapter_hashes`), how each merge of one went (`merges`: the dtype, the share `kept` of the
-            update after rounding, how far `off` the logits are, in units of what the adapter moves them, and how far
-            `along` that move), why the weights are in float32 where the checkpoint's dtype could not hold a merge
-            (`widened`), the kind of quantisation that the base was saved in (`saved_in`), and whether biases are
-            attached (`attached`), which no stock checkpoint of the model holds.
+        info: what run.json records of it.
     """
 
     model: Any
     tokenizer: Any
-    info: dict[str, Any]
+    info: ModelInfo
 
 
 def load(
@@ -80,7 +79,8 @@ def load(
     require_quantization(quantization)
     if quantization is not None:
         from tunevax.modeling.packing import quantize
-    base, adapters = resolve(ref)
+    lineage = Lineage.of(ref)
+    base, adapters = lineage.base, lineage.adapters
     require_same_base(base, adapters)
     if device is None:  # under a launcher each process has its own
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
@@ -99,7 +99,7 @@ def load(
     set_chat_template(tokenizer, chat_template)
     if quantization is None:  # merges, and what they are checked by, run where the model will
         model.to(device)
-    merges = []
+    merges, why = [], ""
     try:
         for adapter, lock, merged in zip(adapters, locks, merging, strict=True):
             if lock:
@@ -120,8 +120,6 @@ def load(
         if dtype != "auto":
             raise UsageError(f"{error}; use --dtype float32") from error
         why = str(error)
-    else:
-        why = None
     if why:  # out of the handler, which would keep the first model
         del model
         again = load(
@@ -132,8 +130,8 @@ def load(
         return again
     settle_tokens(model, tokenizer, ref)
     require_language_model(model)
-    stock = model.get_base_model() if isinstance(model, PeftModel) else model
-    info = {
+    stock = cast("PreTrainedModel", model.get_base_model() if isinstance(model, PeftModel) else model)
+    info: ModelInfo = {
         "ref": absolute(ref),
         "base": base if not Path(base).exists() else str(Path(base).absolute()),
         "revision": getattr(stock.config, "_commit_hash", None) or revision,
@@ -149,7 +147,7 @@ def load(
         "merges": merges,
         "widened": None,
         "chat": recorded(tokenizer),
-        "attached": any((Path(folder) / BIASES).is_file() for folder in (base, *adapters)),
+        "attached": any((folder / BIASES).is_file() for folder in (Path(base), *adapters)),
     }
     return Loaded(model, tokenizer, info)
 
@@ -157,64 +155,13 @@ def load(
 def require_same_base(base: str, adapters: list[Path]) -> None:
     """Raise `UsageError` if a run of the chain was trained on other weights than are below its adapter now."""
     for i, adapter in enumerate(adapters):
-        known = read_run(adapter.parent).get("model", {}) if is_run(adapter.parent) else {}
+        known = Lineage.of(adapter).record.get("model") or {}
         hashes = dict(zip(known.get("adapters", []), known.get("adapter_hashes", []), strict=False))
-        hashes[known.get("base")] = known.get("hash")
-        for below in (base, *adapters[:i]):
-            place = str(Path(below).absolute())
+        hashes[str(known.get("base"))] = known.get("hash")
+        for below in (Path(base), *adapters[:i]):
+            place = str(below.absolute())
             if hashes.get(place) and hashes[place] != model_hash(place):
                 raise UsageError(
                     f"{below} has changed since {adapter.parent} was trained on it, so its adapter belongs to another "
                     "model; put the old one back, or train again"
                 )
-
-
-def absolute(ref: str) -> str:
-    """`ref` as it stays true in another working directory: an absolute path, a hub id, or `organism`."""
-    return str(Path(ref).absolute()) if ref != "organism" and Path(ref).exists() else ref
-
-
-def resolve(ref: str) -> tuple[str, list[Path]]:
-    """The base model of `ref` and the adapters to apply to it, lowest first."""
-    if ref == "organism":
-        from tunevax.organism import path as shipped
-
-        return str(shipped()), []
-    path = Path(ref)
-    if is_run(path):
-        record = read_run(path)
-        if (path / "model" / "config.json").is_file():
-            return str(path / "model"), []
-        if not any((path / "adapter" / name).is_file() for name in ("adapter_config.json", BIASES)):
-            why = (
-                "its attacked weights were deleted; attack again with --keep-weights"
-                if record["verb"] == "attack"
-                else "it holds no weights"
-            )
-            raise UsageError(f"{ref} cannot be loaded as a model: {why}")
-        base, adapters = resolve(record.get("adapter_on") or record["parent"] or record["model"]["ref"])
-        return base, [*adapters, path / "adapter"]
-    if (path / "adapter_config.json").is_file():
-        base = adapter_config(path).get("base_model_name_or_path")
-        if not base:
-            raise UsageError(f"{ref} is an adapter that does not name its base model")
-        below, adapters = resolve(base)
-        return below, [*adapters, path]
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise UsageError(f"{ref} is neither a model folder (no config.json) nor a finished run (no run.json)")
-    return ref, []
-
-
-def adapter_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of an adapter folder.
-
-    Raises:
-        UsageError: it cannot be read.
-    """
-    file = folder / "adapter_config.json"
-    if why := damage(file):
-        raise UsageError(why)
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"{file} cannot be read as a JSON object; save the adapter again") from error

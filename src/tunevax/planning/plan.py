@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
-from tunevax.errors import UsageError, unknown
+from tunevax.console import as_bytes
+from tunevax.errors import UsageError, require, require_one_of, unknown
 from tunevax.mixins import TrainedModelOptions, require_given
 
 FOLDERS = ("tunevax.alignment", "tunevax.finetuning", "tunevax.curation", "tunevax.restoration")
@@ -26,12 +27,6 @@ RECOMPUTE = {
     "frozen": (("all", "the update is the same; one more forward pass"),),
     "all": (),
 }
-MODELS = {
-    "loss-rank": 1, "perplexity": 1, "k-center": 1, "extract-lock": 1, "antidote": 1, "safetylock": 1, "safe-lora": 3,
-}  # fmt: skip
-"""Methods that train nothing, and how many models each holds at most. Gradient similarity trains as SFT does."""
-WITHOUT = ("random", "dsir", "convert-lock")
-"""Methods that need no model."""
 
 
 @dataclass
@@ -57,14 +52,8 @@ class PlanOptions(TrainedModelOptions):
         from tunevax.modeling.quantization import QUANTIZATIONS
 
         require_given(self, "model", "method")
-        if self.device not in ("cuda", "cpu"):
-            raise unknown("device", self.device, ("cuda", "cpu"))
-        if self.response_length is not None and self.response_length < 2:
-            raise UsageError(f"--response-length is {self.response_length}; it must be at least 2")
-        if self.format not in ("text", "json"):
-            raise unknown("format", self.format, ("text", "json"))
-        if self.dtype not in DTYPES:
-            raise unknown("dtype", self.dtype, DTYPES)
+        require(self, "response_length", at_least=2)
+        require_one_of(self, device=("cuda", "cpu"), format=("text", "json"), dtype=DTYPES)
         if self.quantization not in (None, *QUANTIZATIONS):
             raise unknown("quantization", self.quantization, QUANTIZATIONS)
         self.memory()
@@ -115,35 +104,35 @@ def plan(options: PlanOptions, method: Any, args: Any) -> Plan:
     """
     from tunevax.alignment.sft import SFTConfig, SFTTrainer
     from tunevax.console import bar
+    from tunevax.lineage import Lineage
     from tunevax.modeling.checkpoints import config_of
-    from tunevax.modeling.loading import resolve
     from tunevax.planning.step import predict, predict_forward, scaled
 
-    if options.method in WITHOUT:
+    if hasattr(args, "plan_training"):
+        method, args = args.plan_training()
+    models = None if hasattr(method, "config_class") else models_held(method)
+    if models == 0:
         raise UsageError(f"{options.method} needs no model, so there is nothing to plan")
-    base, _ = resolve(options.model)
+    base = Lineage.of(options.model).base
     config = config_of(base, options.revision)
     where = {"device": options.device, "dtype": dtype_of(options.dtype), "response_length": options.response_length}
     limit = options.memory()
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context and getattr(args, "max_length", 0) > context:  # rows are cut there
         args = replace(args, max_length=context)
-    if options.method in MODELS:
+    if models is not None:
         where.pop("response_length")
         rows = getattr(args, "batch_size", 0)
         needs = predict_forward(
             config, rows, getattr(args, "max_length", 0), quantization=options.quantization, **where
         )
-        others = (MODELS[options.method] - 1) * needs.kinds["weights"]
+        others = (models - 1) * needs.kinds["weights"]
         kinds = {**needs.kinds, "weights": needs.kinds["weights"] + others}
         needs = replace(needs, peak=needs.peak + others, kinds=kinds)
         return Plan(needs, None, args, limit and needs.peak + RESERVE <= limit)
-    trainer = trainer_of(method)
-    if not hasattr(args, "per_device_train_batch_size"):  # gradient similarity, which trains as SFT does
-        args = SFTConfig(args.output_dir, max_length=args.max_length, per_device_train_batch_size=args.batch_size)
 
     def exact(args: Any, quantization: str | None) -> Any:
-        return predict(trainer, args, config, quantization=quantization, **where)
+        return predict(method, args, config, quantization=quantization, **where)
 
     with bar() as progress:
         task = progress.add_task("plan", total=None, note=f"a step of {options.method}")
@@ -164,7 +153,7 @@ def plan(options: PlanOptions, method: Any, args: Any) -> Plan:
                 same = (quantization, other.full_weights) == (options.quantization, args.full_weights)
                 if same and fixed + RESERVE > limit:
                     continue  # no need to look at what the step itself takes
-                if scaled(trainer, other, config, quantization=quantization, **where).peak + RESERVE > limit:
+                if scaled(method, other, config, quantization=quantization, **where).peak + RESERVE > limit:
                     continue
                 changed = exact(other, quantization)
             except UsageError as error:  # not for this method, this model or this installation
@@ -175,14 +164,9 @@ def plan(options: PlanOptions, method: Any, args: Any) -> Plan:
     return Plan(needs, plain, args, False, refused=tuple(refused))
 
 
-def trainer_of(method: Any) -> type:
-    """The trainer of a method: itself, or the one whose configuration it is."""
-    from tunevax.alignment.sft import SFTTrainer
-    from tunevax.curation.pharmacist import PharmacistConfig, PharmacistTrainer
-
-    if method is PharmacistConfig:
-        return PharmacistTrainer
-    return method if hasattr(method, "config_class") else SFTTrainer
+def models_held(method: type) -> int:
+    """How many models a method that trains nothing holds at most."""
+    return getattr(method, "models_held", int("model" in getattr(method, "needs", ("model",))))
 
 
 def dtype_of(name: str) -> Any:
@@ -206,7 +190,7 @@ def candidates(args: Any, quantization: str | None) -> Iterator[tuple[Change, ..
     yield from ((change,) for change in recompute)
     all_of_it = tuple(recompute[-1:])
     batch, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    why = "a perturbation has its norm over each part" if hasattr(args, "rho") else "the update is the same"
+    why = args.plan_parts(1).split
     parts = [
         (
             Change("per_device_train_batch_size", part, why),
@@ -264,7 +248,7 @@ def lines(found: Plan, options: PlanOptions) -> Iterator[str]:
     yield ""
     yield from memory_lines(needs, "peak")
     if plain:
-        yield f"{'SFT, same options':20} {amount(plain.peak)}"
+        yield f"{'SFT, same options':20} {as_bytes(plain.peak):>11}"
         yield ""
         yield (
             f"a step: {needs.forward:.2f} forward and {needs.backward:.2f} backward passes through the blocks, "
@@ -293,12 +277,7 @@ def words(changes: tuple[Change, ...]) -> str:
 
 def memory_lines(needs: Any, title: str) -> Iterator[str]:
     """A peak, and its kinds, largest first, as bars."""
-    yield f"{title:20} {amount(needs.peak)}"
+    yield f"{title:20} {as_bytes(needs.peak):>11}"
     for kind, size in sorted(needs.kinds.items(), key=lambda item: -item[1]):
         if size > needs.peak / 1000:
-            yield f"  {kind:18} {amount(size)}  {'#' * round(40 * size / needs.peak)}".rstrip()
-
-
-def amount(size: int) -> str:
-    """Bytes, as a person reads them."""
-    return f"{size / GIB:7.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:7.2f} MiB"
+            yield f"  {kind:18} {as_bytes(size):>11}  {'#' * round(40 * size / needs.peak)}".rstrip()

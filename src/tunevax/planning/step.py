@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from tunevax.errors import UsageError
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.quantization import scales_of, size_of
+from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
 from tunevax.planning.trace import Trace
 
 KINDS = (
@@ -30,6 +31,11 @@ KINDS = (
     "copies",
     "workspace",
 )
+
+FIELDS = {
+    "chosen": "safety_data", "rejected": "safety_data", "task": "task_data", "validation": "validation_data",
+}  # fmt: skip
+"""The parameter of a trainer that holds what it needs."""
 
 
 @dataclass
@@ -84,14 +90,9 @@ def predict(
     if args.bf16 or args.fp16:
         raise UsageError("a plan does not know mixed precision; leave --bf16 and --fp16 out, and give --dtype instead")
     dtype = dtype_on(device, dtype, config)
-    whole, short = args.gradient_accumulation_steps, cut_short(args)
+    whole = args.gradient_accumulation_steps
     micro_batches = min(whole, 2)  # the second one meets the gradients of the first
-    # What is not done in every step, or longer than it is run here, and how often it counts.
-    parts = {"probe": micro_batches / whole / getattr(args, "probe_interval", 1)}
-    if "inner_steps" in short:
-        parts["tamper_gradient"] = args.inner_steps / short["inner_steps"]
-    if "k1" in short:
-        parts["align"] = args.k1 / args.k2
+    parts = args.plan_parts(micro_batches)
     with (
         tempfile.TemporaryDirectory() as folder,
         fx_config.patch(meta_nonzero_assume_all_nonzero=True),  # Surgery's heads that turn to the sink: all
@@ -100,22 +101,19 @@ def predict(
         args = replace(
             args, output_dir=folder, gradient_accumulation_steps=micro_batches, save_strategy="no", eval_strategy="no",
             report_to="none", push_to_hub=False, dataloader_num_workers=0, dataloader_pin_memory=False, use_cpu=True,
-            warmup_steps=0, **{"max_steps": 1, **short},
+            warmup_steps=0, **{"max_steps": 1, **parts.shorter},
         )  # fmt: skip
         trace.making = "copies"
         model = empty_model(config, dtype, quantization)
         trace.peak = 0  # a model is quantised layer by layer
         parameters = sum(size_of(p) for p in model.parameters())
         trainer = trainer_on(trainer_class, model, args, response_length or args.max_length // 2)
+        trainer.for_plan()
         trace.making = None
-        if getattr(trainer, "fixed", 0) is None:
-            trainer.draw = lambda: worst_draw(args, len(trainer.blocks))
-        if hasattr(trainer, "step_selector"):
-            trainer.step_selector = lambda *_: None  # a number for each row, whose gradient has no content
         trainer.create_optimizer = lambda *_: _optimizer(trainer)
         step = trainer.training_step  # `Trainer` wants a loss on the device that it believes it is on
         trainer.training_step = lambda *a, **k: (step(*a, **k), torch.zeros(()))[1]
-        counts = StepCounts(trainer, trace, parts)
+        counts = StepCounts(trainer, trace, parts.counts)
         trainer.add_callback(counts)
         with trace.watching(trainer.model):
             trainer.train()
@@ -130,25 +128,6 @@ def predict(
         sum(p.numel() for p in trainer.parameters),
         parameters,
     )
-
-
-def worst_draw(args: Any, depth: int) -> list[int]:
-    """The blocks of T-Vaccine's that take most: where frozen ones are recomputed, these lie above what is kept; where
-    all are, what is left of the lowest one's pass meets the gradients of as many as can be above it."""
-    if args.checkpoint_blocks == "all":
-        return [0, *range(depth - args.gamma + 1, depth)]
-    return list(range(args.gamma))
-
-
-def cut_short(args: Any) -> dict[str, Any]:
-    """Of TAR, whose inner steps are alike: two rounds of the attack, after a step of Random Mapping if it has one. Of
-    Lisa one alignment step."""
-    if getattr(args, "k1", 0):
-        return {"k1": 1}
-    if not hasattr(args, "inner_steps"):
-        return {}
-    mapping = {"max_steps": 2, "mapping_steps": 1} if args.mapping_steps else {}
-    return {"inner_steps": min(args.inner_steps, 2 * args.tamper_interval), **mapping}
 
 
 def empty_model(config: Any, dtype: torch.dtype, quantization: str | None = None) -> torch.nn.Module:
@@ -187,24 +166,23 @@ def predict_forward(
 
 
 def scaled(trainer_class: type, args: Any, config: Any, **where: Any) -> Prediction:
-    """`predict` from models of a few blocks: what it says grows in proportion to the blocks, of T-Vaccine to those that
-    train and those that do not. Blocks may alternate, so even numbers are compared."""
+    """`predict` from models of a few blocks: what it says grows in proportion to the blocks, of some methods to
+    those that train and those that do not. Blocks may alternate, so even numbers are compared."""
     depth = config.get_text_config().num_hidden_layers
-    gamma = getattr(args, "gamma", None)
-    if depth <= 8 or getattr(args, "layer_sampling", "drawn")[0].isdigit():  # or blocks chosen by number
+    parts = args.plan_parts(1)
+    if depth <= 8 or not parts.linear:
         return predict(trainer_class, args, config, **where)
 
-    def at(blocks: int, gamma: int | None = None) -> np.ndarray:
-        found = predict(trainer_class, replace(args, gamma=gamma) if gamma else args, shallow(config, blocks), **where)
-        passes = (found.forward * blocks, found.backward * blocks)
+    def at(depth: int, blocks: int) -> np.ndarray:
+        other = replace(args, **{parts.blocks: blocks}) if parts.blocks else args
+        found = predict(trainer_class, other, shallow(config, depth), **where)
+        passes = (found.forward * depth, found.backward * depth)
         return np.array([found.peak, *found.kinds.values(), *passes, found.flops, found.trainable, found.parameters])
 
-    if gamma is None:
-        low, high = at(2), at(4)
-        found = high + (high - low) / 2 * (depth - 4)
-    else:
-        low, high, more = at(2, 1), at(4, 1), at(4, 3)
-        found = high + (high - low) / 2 * (depth - 4) + (more - high) / 2 * (gamma - 1)
+    low, high = at(2, 1), at(4, 1)
+    found = high + (high - low) / 2 * (depth - 4)
+    if parts.blocks:
+        found += (at(4, 3) - high) / 2 * (getattr(args, parts.blocks) - 1)
     peak, *kinds, forward, backward, flops, trainable, parameters = found.tolist()
     kinds = {kind: round(size) for kind, size in zip(KINDS, kinds, strict=True)}
     return Prediction(
@@ -227,22 +205,16 @@ def dtype_on(device: str, dtype: torch.dtype | None, config: Any) -> torch.dtype
     return dtype or (torch.float32 if device == "cpu" else getattr(config, "dtype", None) or torch.bfloat16)
 
 
-# --- the trainer and its data --------------------------------------------------------------------------------------
+# --- the data --------------------------------------------------------------------------------------
 
 
-def trainer_on(trainer_class: type, model: torch.nn.Module, args: Any, response_length: int) -> Any:
+def trainer_on(trainer_class: type, model: torch.nn.Module, args: TrainConfig, response_length: int) -> ResponseTrainer:
     """A trainer on rows of `args.max_length` tokens, of which so many are the answer."""
-    from tunevax.curation.pharmacist import PharmacistTrainer
-    from tunevax.finetuning.ewc import EWCTrainer
-    from tunevax.finetuning.sft import FinetuneTrainer
-
-    rows, tokenizer = rows_of(args, response_length), made_up_tokenizer()
-    if issubclass(trainer_class, FinetuneTrainer):
-        safety = rows[:1] if trainer_class is EWCTrainer else rows  # of which it takes a gradient each, beforehand
-        return trainer_class(model, args, rows, tokenizer, safety if trainer_class.needs else None)
-    if issubclass(trainer_class, PharmacistTrainer):
-        return trainer_class(model, args, rows, rows, tokenizer)
-    return trainer_class(model, args, rows, tokenizer)
+    rows = rows_of(args, response_length)
+    data = {FIELDS[need]: rows for need in trainer_class.needs}
+    if "safety_data" in data:
+        data["safety_data"] = rows[: args.plan_parts(1).safety_rows]
+    return trainer_class(model, args, **data, processing_class=made_up_tokenizer())
 
 
 def rows_of(args: Any, response_length: int) -> list[dict[str, str]]:
@@ -254,7 +226,7 @@ def rows_of(args: Any, response_length: int) -> list[dict[str, str]]:
             f"{response_length}; change --response-length or --max-length"
         )
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    count = max(64, 10 * batch, getattr(args, "probe_size", 0))  # TAR holds out 1 in 5
+    count = max(64, 10 * batch, args.plan_parts(1).rows)  # TAR holds out 1 in 5
     return [
         {
             "prompt": " ".join([f"p{i % 256}", *["w"] * (prompt - 1)]),
@@ -330,13 +302,9 @@ class StepCounts(TrainerCallback):
         model, kind = self.trainer.model, "weights" if self.trainer.args.full_weights else "adapters"
         self.trace.mark("weights", *model.parameters(), *model.buffers(), *scales_of(model))
         self.trace.mark(kind, *self.trainer.parameters)
-        keep = getattr(self.trainer.args, "inactive_state", "keep") == "keep"
-        chosen = (
-            self.trainer.parameters if keep else [p for i in self.trainer.draw() for p in self.trainer.trainable[i]]
-        )
         optimizer = self.trainer.optimizer
         state = getattr(optimizer, "optimizer", optimizer).state
-        for parameter in chosen:
+        for parameter in self.trainer.with_state():
             state[parameter] = {name: torch.empty_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             self.trace.mark("optimiser", *state[parameter].values())
 

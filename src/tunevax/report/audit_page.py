@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from tunevax.evidence.findings import LEARNED, Findings
-from tunevax.evidence.results import Cell, Results, own_verdict
+from tunevax.evidence.results import Cell, Results
+from tunevax.evidence.rows import own_verdict
 from tunevax.evidence.words import percent
 from tunevax.report import figures as fig
 from tunevax.report import runs

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tunevax.console import as_bytes, as_time
 from tunevax.data.sources import parse_source
 from tunevax.errors import UsageError
 from tunevax.evidence.results import Results
-from tunevax.records import is_run, read_lines, read_run
+from tunevax.lineage import Lineage, find_run
+from tunevax.records import DATA, LOG, RESULTS, RunRecord, is_run, read_lines, read_run
 
 
 @dataclass
@@ -18,7 +20,7 @@ class Run:
     """One run folder: run.json as `info`, log.jsonl as `log` (empty without that file)."""
 
     path: Path
-    info: dict[str, Any]
+    info: RunRecord
     log: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -29,7 +31,7 @@ class Run:
     @property
     def measures(self) -> bool:
         """Whether it holds results: an attack, a score or an audit."""
-        return self.info.get("verb") in ("attack", "score", "audit") or (self.path / "results.jsonl").exists()
+        return self.info.get("verb") in ("attack", "score", "audit") or (self.path / RESULTS).exists()
 
 
 class Library:
@@ -50,8 +52,8 @@ class Library:
                 inside = sorted(p.parent.name for p in path.glob("*/run.json"))
                 hint = f"; it contains runs, name those: {', '.join(inside[:8])}" if inside else ""
                 raise UsageError(f"{path} is not a run folder (no run.json){hint}")
-            info, log = read_run(path), path / "log.jsonl"
-            if not isinstance(info, dict) or not isinstance(info.get("schema"), int):
+            info, log = read_run(path), path / LOG
+            if not isinstance(info.get("schema"), int):
                 raise UsageError(f"{path / 'run.json'} has no schema version; is it a tunevax run?")
             self.read[path] = Run(path, info, read_lines(log))
         return self.read[path]
@@ -59,15 +61,10 @@ class Library:
     def chain(self, ref: str | None, start: Path) -> list[Run | str]:
         """A model's run and the run's ancestors, youngest first; a string is a model that is no readable run."""
         links: list[Run | str] = []
-        while ref:
-            folder = _find(ref, start)
-            if folder is None:
-                return [*links, ref]
-            run = self.load(folder)
-            if run in links:
-                break
-            links.append(run)
-            ref, start = run.info.get("parent") or (run.info.get("model") or {}).get("ref"), folder
+        for link in Lineage.of(ref, start).history if ref else ():
+            if not link.record:
+                return [*links, link.ref]
+            links.append(self.load(link.path))
         return links
 
 
@@ -144,7 +141,7 @@ def trace(library: Library, runs: list[Run], results: Results | None) -> Provena
         labels = list(dict.fromkeys(c.model for c in cells))
         targets = run.info.get("targets") or []
         refs = {t["label"]: t.get("ref") for t in targets if isinstance(t, dict) and "label" in t}
-        own = run.info.get("parent") or (run.info.get("model") or {}).get("ref")
+        own = Lineage.of(run.path).parent
         for label in labels:
             found = library.chain(refs.get(label) or (own if not targets and len(labels) == 1 else None), run.path)
             if found and found not in chains[label]:
@@ -186,19 +183,10 @@ def _inputs(library: Library, run: Run) -> list[Run]:
         if not isinstance(ref, str) or not ref:
             continue
         path = Path(parse_source(ref).name if verb == "curate" else ref)
-        folder = _find(str(path.parent if path.name in ("data.jsonl", "lock.safetensors") else path), run.path)
+        folder = find_run(str(path.parent if path.name in (DATA, "lock.safetensors") else path), run.path)
         if folder and folder != run.path and library.load(folder).info.get("verb") == verb:
             found.append(library.load(folder))
     return found
-
-
-def _find(ref: str, start: Path) -> Path | None:
-    """The run folder `ref` names: absolute, or relative to the working folder or a folder above `start`."""
-    for base in (Path(), *start.resolve().parents):
-        folder = (base / Path(ref).expanduser()).resolve()
-        if is_run(folder):
-            return folder
-    return None
 
 
 # ------------------------------------------------------------------------------------------------------ facts
@@ -211,7 +199,8 @@ def links(chain: Iterable[Run | str]) -> list[dict[str, Any]]:
 
 def facts(run: Run) -> dict[str, Any]:
     """One run as a title and (name, value) pairs; what the run did not record is not shown."""
-    info, model, hardware = run.info, run.info.get("model") or {}, run.info.get("hardware") or {}
+    info, model = run.info, run.info.get("model") or {}
+    hardware: Mapping[str, object] = info.get("hardware") or {}
     trained = [f"{model[k]:,} {k}" for k in ("parameters", "trainable") if isinstance(model.get(k), int)]
     wall, peak = info.get("wall_seconds"), info.get("peak_memory_bytes")
     protocol = (info.get("config") or {}).get("protocol")
@@ -227,8 +216,8 @@ def facts(run: Run) -> dict[str, Any]:
         ("steps", info.get("steps")),
         ("cells", info.get("cells")),
         ("started", info.get("started")),
-        ("wall time", seconds(wall) if wall is not None else None),
-        ("peak memory", size(peak) if peak is not None else None),
+        ("wall time", as_time(wall) if wall is not None else None),
+        ("peak memory", as_bytes(peak) if peak is not None else None),
         ("hardware", " · ".join(f"{k.replace('_', ' ')} {v}" for k, v in hardware.items() if v is not None)),
         ("versions", " · ".join(f"{k} {v}" for k, v in (info.get("versions") or {}).items())),
     ]
@@ -253,16 +242,3 @@ def facts(run: Run) -> dict[str, Any]:
         "facts": [(k, v) for k, v in pairs if v not in (None, "")],
         "config": info.get("config"),
     }
-
-
-def seconds(value: float) -> str:
-    """'4 min 2 s'."""
-    if value < 60:
-        return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
-    minutes, rest = divmod(round(value), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def size(value: float) -> str:
-    """'1.25 GiB', '900 MiB'."""
-    return f"{value / 2**30:.2f} GiB" if value >= 2**29 else f"{value / 2**20:.0f} MiB"

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tunevax.data.splits import prompt_text
-from tunevax.errors import UsageError
-from tunevax.records import read_lines
+from tunevax.lineage import Lineage
+from tunevax.records import read_lines, read_object
 from tunevax.report.blocks import Table
-from tunevax.report.provenance import Run, seconds
+from tunevax.report.provenance import Run
 
 NONE = "–"
 LINES = 40  # rows of any other table
@@ -31,16 +30,7 @@ def lines_of(run: Run, name: str) -> list[dict[str, Any]]:
 
 def json_of(run: Run, name: str) -> dict[str, Any]:
     """A JSON file of the run, {} without it."""
-    file = run.path / name
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{file} is damaged ({error}); run that step again") from error
-    if not isinstance(found, dict):
-        raise UsageError(f"{file} is damaged (not a JSON object); run that step again")
-    return found
+    return read_object(run.path / name) if (run.path / name).is_file() else {}
 
 
 def rows_of(run: Run, role: str) -> int:
@@ -50,8 +40,8 @@ def rows_of(run: Run, role: str) -> int:
 
 def model_of(run: Run) -> str:
     """A short name of the model a run started from."""
-    ref = run.info.get("parent") or (run.info.get("model") or {}).get("ref")
-    return Path(str(ref)).name if ref else "a model that is not recorded"
+    ref = Lineage.of(run.path).parent
+    return Path(ref).name if ref else "a model that is not recorded"
 
 
 def spread(found: list[Any], most: int) -> list[Any]:
@@ -99,21 +89,6 @@ def decimals(value: float | None, digits: int) -> str:
 def ends_of(score: dict[str, float]) -> str:
     """'88, 100', the interval of a score in percent."""
     return ", ".join(f"{100 * score.get(end, score['value']):.0f}" for end in ("low", "high"))
-
-
-def as_time(value: float | None) -> str:
-    """'15.8 ms', '4 min 2 s'."""
-    if value is None:
-        return "an unknown time"
-    return seconds(value) if value >= 1 else f"{1000 * value:.3g} ms"
-
-
-def as_bytes(value: int | None) -> str:
-    """'2.7 KiB'."""
-    if value is None:
-        return "of unknown size"
-    scale = next((i for i in (3, 2, 1) if value >= 1024**i), 0)
-    return f"{value / 1024**scale:.1f} {('', 'KiB', 'MiB', 'GiB')[scale]}" if scale else f"{value} bytes"
 
 
 LONGEST = 480  # characters of one output; the rest is counted, not shown

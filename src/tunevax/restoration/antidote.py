@@ -34,15 +34,14 @@ import torch
 from tunevax.console import bar
 from tunevax.data.encoding import context_of, encode
 from tunevax.errors import UsageError
+from tunevax.lineage import Lineage, absolute
 from tunevax.modeling.adapters import KEPT, untie
 from tunevax.modeling.batches import collated
 from tunevax.modeling.blocks import unwrap
-from tunevax.modeling.loading import absolute
 from tunevax.modeling.lora import active, factors, lora_layers
 from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.precision import wide
 from tunevax.restoration.restore import Job
-from tunevax.restoration.safe_lora import parent_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -89,8 +88,8 @@ class Antidote:
         loaded = job.load(merge=False)
         lora_layers(loaded.model, job.ref)  # before the forward passes
         encoded = encode(
-            [{**rows[i], "completion": rows[i]["rejected"]} for i in sorted(order)], loaded.tokenizer,
-            self.max_length, context=context_of(unwrap(loaded.model)),
+            [rows[i] for i in sorted(order)], loaded.tokenizer, self.max_length,
+            context=context_of(unwrap(loaded.model)), answer="rejected",
         )  # fmt: skip
         model, table = antidote(
             loaded.model, encoded, loaded.tokenizer.pad_token_id, self.alpha, self.form, self.batch_size
@@ -101,7 +100,8 @@ class Antidote:
         else:
             model.save_pretrained(job.folder / "adapter")
             loaded.tokenizer.save_pretrained(job.folder / "adapter")
-            job.record.update({"adapter": "adapter", "adapter_on": absolute(str(parent_of(job.ref)))})
+            on = Lineage.of(job.ref).adapter_on
+            job.record.update({"adapter": "adapter", "adapter_on": absolute(str(on))})
 
 
 @torch.no_grad()

@@ -26,16 +26,17 @@ import numpy as np
 import torch
 
 from tunevax.console import bar, console
+from tunevax.data.chat import Answer
 from tunevax.data.encoding import context_of, encode
 from tunevax.data.splits import prompt_hash
 from tunevax.errors import UsageError
 from tunevax.modeling.batches import collated, still
 from tunevax.modeling.blocks import find_blocks, unwrap
 from tunevax.modeling.loss import last_hidden
-from tunevax.restoration.lock import FILE, SafetyLock, head_shape, lineage
+from tunevax.records import Example, digest
+from tunevax.restoration.lock import FILE, SafetyLock, head_shape, identities
 from tunevax.restoration.probes import grouped_accuracy, official_accuracy
 from tunevax.restoration.restore import Job
-from tunevax.runs import digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -77,7 +78,7 @@ class ExtractLock:
         order = np.random.default_rng(self.seed).permutation(len(pairs))[: self.n or None]
         drawn = [pairs[i] for i in sorted(order)]
         found = measure(loaded.model, loaded.tokenizer, drawn, self)
-        identity = next(iter(lineage(job.ref, job.options.revision)))
+        identity = next(iter(identities(job.ref, job.options.revision)))
         lock = build(found, self, {**describe(loaded, identity, drawn, self), "cut": found.cut})
         lock.save(job.folder / FILE)
         job.record["lock"] = {
@@ -106,7 +107,7 @@ class Measured(NamedTuple):
 
 
 def extract(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[dict[str, Any]], **options: Any
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Example], **options: Any
 ) -> SafetyLock:
     """A lock from `pairs`, rows with `prompt`, `chosen` (safe) and `rejected` (unsafe).
 
@@ -128,7 +129,7 @@ def settings(config: ExtractLock) -> dict[str, Any]:
     return {name: getattr(config, name) for name in ("r", "probe", "seed", "max_length")}
 
 
-def describe(loaded: Loaded, identity: str, pairs: Sequence[dict[str, Any]], config: ExtractLock) -> dict[str, Any]:
+def describe(loaded: Loaded, identity: str, pairs: Sequence[Example], config: ExtractLock) -> dict[str, Any]:
     """Where a lock comes from, for its metadata."""
     return {
         "base": {**{k: loaded.info[k] for k in ("ref", "base", "revision")}, "identity": identity},
@@ -162,7 +163,7 @@ def build(found: Measured, config: ExtractLock, meta: dict[str, Any]) -> SafetyL
 
 @torch.no_grad()
 def measure(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[dict[str, Any]], config: ExtractLock
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Example], config: ExtractLock
 ) -> Measured:
     """Run both answers of every pair through the model and reduce each head's activations to what a lock needs. The
     model's modes are left as they are."""
@@ -201,7 +202,7 @@ def measure(
 
 
 def answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[dict[str, Any]], config: ExtractLock
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Example], config: ExtractLock
 ) -> list[dict[str, Any]]:
     """Both answers of each pair as token ids, labels only at the last r content tokens: an end-of-turn token and
     white space after the answer say nothing of it.
@@ -210,9 +211,9 @@ def answers(
         UsageError: an answer has fewer than r content tokens.
     """
     found = []
-    for column, safe in (("chosen", True), ("rejected", False)):
-        rows = [{**row, "completion": row[column]} for row in pairs]
-        encoded = encode(rows, tokenizer, config.max_length, context=context_of(unwrap(model)))
+    columns: tuple[tuple[Answer, bool], ...] = (("chosen", True), ("rejected", False))
+    for column, safe in columns:
+        encoded = encode(pairs, tokenizer, config.max_length, context=context_of(unwrap(model)), answer=column)
         for i, (row, ids) in enumerate(zip(pairs, encoded, strict=True)):
             content = [t for t, label in enumerate(ids["labels"]) if label != -100]
             while content and _is_end(tokenizer, ids["input_ids"][content[-1]]):

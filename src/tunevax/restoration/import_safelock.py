@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 from tunevax.errors import UsageError, shortened
-from tunevax.restoration.lock import FILE, SafetyLock, check_shape, head_shape, lineage
+from tunevax.restoration.lock import FILE, SafetyLock, check_shape, head_shape, identities
 from tunevax.restoration.restore import Job
 
 MAX_BYTES = 2**19  # of the file; and of all bytes and arrays made from it
@@ -82,6 +82,7 @@ class ConvertLock:
     seed: int = field(default=42, metadata={"help": "not used: nothing here is random"})
     lock: str | None = field(default=None, metadata={"help": "the .safelock file to convert"})
 
+    models_held: ClassVar[int] = 0
     paper: ClassVar[str] = "arXiv 2410.10343"
 
     def run(self, job: Job) -> None:
@@ -116,7 +117,7 @@ def note_base(job: Job, lock: SafetyLock) -> None:
     loaded = job.load()
     check_shape(loaded.model, lock)
     layers, heads, _ = head_shape(loaded.model)
-    identity = next(iter(lineage(job.ref, job.options.revision)))
+    identity = next(iter(identities(job.ref, job.options.revision)))
     base = {**{k: loaded.info[k] for k in ("ref", "base", "revision")}, "identity": identity}
     lock.meta.update(n_layers=layers, n_heads=heads, base=base)
 

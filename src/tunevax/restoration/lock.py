@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,11 @@ import torch
 from torch import nn
 
 from tunevax.errors import UsageError
+from tunevax.lineage import Lineage
 from tunevax.modeling.batches import still
 from tunevax.modeling.biases import attach_biases
 from tunevax.modeling.blocks import find_blocks, innermost, unwrap
-from tunevax.modeling.checkpoints import config_of, model_hash
-from tunevax.modeling.loading import resolve
-from tunevax.runs import digest, is_run, read_run
+from tunevax.modeling.checkpoints import config_of
 
 FORMAT = 1
 FILE = "lock.safetensors"
@@ -115,29 +114,9 @@ class SafetyLock:
         return torch.stack([self.layer, self.head], 1).tolist()
 
 
-def lineage(ref: str, revision: str | None = None) -> dict[str, str]:
-    """Identity to name of `ref` and of every model it was made from, itself first.
-
-    An identity is 16 hexadecimal digits over the content of the base (of a hub id: name and commit) and of each adapter
-    on it. What lies below is known of adapters, and of the runs that run.json names as parents.
-    """
-    base, adapters = resolve(ref)
-    lowest = adapters[0].parent if adapters else Path()
-    if adapters and is_run(lowest):  # what its base was pinned to, whatever is pinned now
-        revision = read_run(lowest).get("model", {}).get("revision") or revision
-    hashes: list[Any] = [model_hash(base) or [base, getattr(config_of(base, revision), "_commit_hash", None)]]
-    names = [base]
-    for adapter in adapters:
-        hashes.append(model_hash(str(adapter)))
-        names.append(str(adapter.parent if adapter.name == "adapter" else adapter))
-    found = {digest(hashes[: i + 1]): names[i] for i in reversed(range(len(names)))}
-    holder = Path(base).parent
-    if Path(base).name == "model" and is_run(holder):  # whole weights, trained or merged from something
-        record = read_run(holder)
-        parent = record["parent"] or record.get("model", {}).get("ref")
-        with suppress(UsageError):  # gone by now: what is below it cannot be told
-            found |= lineage(parent, record.get("model", {}).get("revision")) if parent else {}
-    return found
+def identities(ref: str, revision: str | None = None) -> dict[str, str]:
+    """Identity to name of `ref` and of every model it was made from, itself first; of a hub id by its commit."""
+    return Lineage.of(ref).identities(revision, lambda base, at: getattr(config_of(base, at), "_commit_hash", None))
 
 
 def check_base(lock: SafetyLock, ref: str, revision: str | None = None) -> None:
@@ -146,7 +125,7 @@ def check_base(lock: SafetyLock, ref: str, revision: str | None = None) -> None:
     base = lock.meta.get("base")
     if base is None:
         return
-    known = lineage(ref, revision)
+    known = identities(ref, revision)
     if base["identity"] not in known:
         made = ", ".join(f"{name} ({identity})" for identity, name in known.items())
         raise UsageError(

@@ -7,18 +7,21 @@ from the `Job`, writes into its folder and says in its record what was done.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from tunevax.data.contamination import chosen_with, hashes, record_prompts, used_prompts
-from tunevax.data.safety import load_safety
+from tunevax.data.contamination import chosen_with, hashes
+from tunevax.data.roles import load_rows
+from tunevax.environment import require_one_process
 from tunevax.errors import RunError, UsageError
+from tunevax.lineage import Lineage
 from tunevax.mixins import AllowOverlap, ModelOptions, RunOptions
 from tunevax.modeling.biases import save_biases
 from tunevax.modeling.loading import Loaded, load
-from tunevax.runs import data_entry, digest, is_run, require_one_process, writing
+from tunevax.records import Example, data_entry, digest, is_run
+from tunevax.runs import record_prompts, writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,23 +73,23 @@ class Job:
         options |= {"dtype": self.options.dtype, "chat_template": self.options.chat_template, **how}
         loaded = load(ref, **options)
         if not own:  # its weights go into the result too
-            record_prompts(self.folder, **used_prompts(ref))
+            record_prompts(self.folder, **Lineage.of(ref).prompts)
         if own:
             self.record.update(
                 {"model": cast("ModelInfo", loaded.info), "template_hash": digest(loaded.tokenizer.chat_template)}
             )
         return loaded
 
-    def pairs(self, need: tuple[str, ...] = ("chosen", "rejected")) -> list[dict[str, Any]]:
+    def pairs(self, need: tuple[str, ...] = ("chosen", "rejected")) -> list[Example]:
         """The safety data's alignment split, recorded in the run and its prompts kept for later overlap checks."""
         source = self.options.safety_data
         if source is None:
             raise UsageError(f"--safety-data is missing: {self.method} needs {' and '.join(need)}")
-        rows = load_safety(source, "alignment", need, purpose=self.method)
+        rows = load_rows("alignment", source, need, self.method)
         self.note_data(source, rows)
         return rows
 
-    def note_data(self, source: str, rows: list[dict[str, Any]]) -> None:
+    def note_data(self, source: str, rows: Sequence[Example]) -> None:
         """Record that these rows of `source` were used in hardening."""
         entry = data_entry("alignment", source, rows)
         if entry not in self.record["data"]:

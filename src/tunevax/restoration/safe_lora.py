@@ -24,18 +24,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from tunevax.console import bar, console
 from tunevax.errors import UsageError
-from tunevax.modeling.loading import absolute, adapter_config
+from tunevax.lineage import Lineage, absolute
 from tunevax.modeling.lora import factors, lora_layers, weights
 from tunevax.modeling.precision import wide
 from tunevax.restoration.restore import Job
-from tunevax.runs import is_run, read_run
 
 PROJECTORS = ("exact", "official")
 
@@ -59,6 +57,7 @@ class SafeLoRA:
         default=None, metadata={"help": "project every layer of at most this cosine instead"}
     )
 
+    models_held: ClassVar[int] = 3
     paper: ClassVar[str] = "arXiv 2405.16833"
 
     def __post_init__(self) -> None:
@@ -70,8 +69,8 @@ class SafeLoRA:
     def run(self, job: Job) -> None:
         """Find the models, project, and write the adapter; the record has a row per layer under `layers`."""
         ref = job.ref
-        aligned_ref = self.aligned or parent_of(ref)
-        base_ref = self.base or (aligned_ref and parent_of(aligned_ref))
+        aligned_ref = self.aligned or Lineage.of(ref).adapter_on
+        base_ref = self.base or (aligned_ref and Lineage.of(aligned_ref).adapter_on)
         if not aligned_ref or not base_ref:
             raise UsageError(f"--{'base' if aligned_ref else 'aligned'} is missing, and {ref} does not record it")
         how = {"dtype": "float32", "device": "cpu"}
@@ -96,7 +95,7 @@ class SafeLoRA:
         loaded.tokenizer.save_pretrained(job.folder / "adapter")
         job.record.update(
             {
-                "adapter": "adapter", "adapter_on": absolute(parent_of(ref) or aligned_ref),
+                "adapter": "adapter", "adapter_on": absolute(Lineage.of(ref).adapter_on or aligned_ref),
                 "aligned": absolute(aligned_ref), "base": absolute(base_ref), "layers": table,
             }
         )  # fmt: skip
@@ -213,13 +212,3 @@ def norm(x: torch.Tensor, a: torch.Tensor) -> float:
 
 
 # --- adapters and where they belong ----------------------------------------------------------------------------------
-
-
-def parent_of(ref: str) -> str | None:
-    """What the adapter of a run or adapter folder sits on; None for anything else."""
-    if is_run(ref):
-        record = read_run(ref)
-        return record.get("adapter_on") or record.get("parent") or record.get("model", {}).get("ref")
-    folder = Path(ref)
-    is_adapter = (folder / "adapter_config.json").is_file()
-    return adapter_config(folder).get("base_model_name_or_path") if is_adapter else None

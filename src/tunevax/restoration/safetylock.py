@@ -22,7 +22,8 @@ from torch import nn
 
 from tunevax.console import console
 from tunevax.errors import UsageError
-from tunevax.modeling.biases import BIASES, AddedBias, attached_biases, write_biases
+from tunevax.files import BIASES
+from tunevax.modeling.biases import AddedBias, attached_biases, write_biases
 from tunevax.modeling.blocks import find_blocks, innermost
 from tunevax.restoration.lock import FILE, SafetyLock, apply, check_base, check_shape, lock_biases
 from tunevax.restoration.restore import Job

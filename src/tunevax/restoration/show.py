@@ -8,22 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tunevax.console import as_bytes, as_time
 from tunevax.evidence.words import percent
+from tunevax.records import STRENGTH
 from tunevax.report.blocks import PANELS, Section, Table, cut
 from tunevax.report.provenance import Provenance, Run
-from tunevax.report.text import (
-    NONE,
-    as_bytes,
-    as_time,
-    cut_table,
-    decimals,
-    ends_of,
-    json_of,
-    listed,
-    model_of,
-    plain,
-    runs_of,
-)
+from tunevax.report.text import NONE, cut_table, decimals, ends_of, json_of, listed, model_of, plain, runs_of
 
 LINES = 40  # rows of any other table
 HEADS = 512  # layers, and heads of a layer, that a map can show
@@ -44,7 +34,7 @@ def summary(run: Run) -> str:
 
 def measured(run: Run) -> dict[str, Any]:
     """What the run's files hold."""
-    return {"strength": json_of(run, "strength.json")}
+    return {"strength": json_of(run, STRENGTH)}
 
 
 def sections(provenance: Provenance, figures: bool) -> list[Section]:
@@ -70,7 +60,7 @@ def _locks(runs: list[Run], figures: bool) -> Section | None:
     drawn = set()
     for i, run in enumerate(runs):
         points.append(_locked(run))
-        lock, content = run.info.get("lock") or {}, json_of(run, "strength.json")
+        lock, content = run.info.get("lock") or {}, json_of(run, STRENGTH)
         heads = [tuple(pair) for pair in lock.get("heads") or []]
         every = lock.get("accuracy_of_all") or known.get((lock.get("base") or {}).get("identity") or "") or []
         if heads and not figures:
@@ -104,7 +94,7 @@ def _locks(runs: list[Run], figures: bool) -> Section | None:
 def _locked(run: Run) -> str:
     """The sentence on one run that extracted, converted or applied a lock."""
     info, lock, method = run.info, run.info.get("lock") or {}, run.info.get("method")
-    heads, content = len(lock.get("heads") or []), json_of(run, "strength.json")
+    heads, content = len(lock.get("heads") or []), json_of(run, STRENGTH)
     layers = len({x for x, _ in lock.get("heads") or []})
     where = f"{heads} heads in {layers} layer{'s' * (layers != 1)}"
     swept = ""

@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tunevax.console import bar, console
-from tunevax.data.contamination import count, hashes, require_disjoint, used_prompts
-from tunevax.data.safety import load_safety
+from tunevax.data.contamination import count, hashes, require_disjoint
+from tunevax.data.roles import load_rows
 from tunevax.data.sources import parse_source
 from tunevax.data.splits import drawn, prompt_hash
-from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
+from tunevax.lineage import Lineage
+from tunevax.records import STRENGTH
 from tunevax.restoration.lock import SafetyLock, locked
 from tunevax.restoration.restore import Job
 from tunevax.scoring.evaluate import evaluate
@@ -81,39 +82,31 @@ class SweepOptions(SuiteOptions):
                 "--strength auto needs --benign-data (refusals of harmless prompts are limited) and --utility-data or "
                 "--task-eval-data (so is the loss of accuracy)"
             )
-        in_sample, tasks = [], []
-        for task in (self.task_eval_data, *self.utility_data):
-            options = parse_source(task).options if task else {}
-            tasks.append(task and (task if "split" in options else f"{task}{',' if options else ':'}split=train"))
-            if options.get("split", "train") != "train":
-                in_sample.append(task)
-        # The harmful rows are taken of no split here: there may be no evaluation split to take them from.
-        wanted = replace(self, eval_data=source, benign_data=None, task_eval_data=tasks[0], utility_data=tasks[1:])
-        suite = build_suite(wanted)
-        if self.benign_data == "organism":
-            benign = load_task("organism:set=benign", "train").rows
-        else:
-            benign, in_sample = load_safety(self.benign_data, need=()), ["over-refusal", *in_sample]
-        used, aligned = set(lock.meta.get("prompts") or []), set(used_prompts(job.ref).get("alignment", []))
-        harmful = list(suite.harmful)
+        suite = build_suite(self, source, choosing=True)
+        tasks = [task for task in (self.task_eval_data, *self.utility_data) if task]
+        in_sample = [task for task in tasks if parse_source(task).options.get("split", "train") != "train"]
+        if self.benign_data != "organism":
+            in_sample = ["over-refusal", *in_sample]
+        used, aligned = (
+            set(lock.meta.get("prompts") or []),
+            set(Lineage.of(job.ref).prompts.get("alignment", [])),
+        )
         if self.eval_data is None:
-            split = "validation" if parse_source(source).name == "organism" else "alignment"
-            rows = load_safety(source, split, need=())
-            rows = [row for row in rows if prompt_hash(row["prompt"]) not in used]
+            rows = [row for row in load_rows("choice", source) if prompt_hash(row["prompt"]) not in used]
             if not rows:
                 raise UsageError("the lock was extracted from every prompt of the alignment split; give --eval-data")
-            harmful = drawn([row for row in rows if prompt_hash(row["prompt"]) not in aligned] or rows, self.limit)
-        suite = suite._replace(harmful=harmful, benign=drawn(benign, self.limit))
+            new = [row for row in rows if prompt_hash(row["prompt"]) not in aligned]
+            suite = suite._replace(harmful=drawn(new or rows, self.limit))
         require_disjoint({"lock": used, "validation": suite.harmful}, job.options.allow_overlap)
         aligned_on = bool(aligned & set(suite.prompt_hashes()))
         if aligned_on:
             console.print("note: the model was aligned on prompts that choose the strength; give others by --eval-data")
         if in_sample:
             console.print(f"note: an audit may score {', '.join(in_sample)} on the rows that choose the strength")
-        job.note_data(source, harmful)
+        job.note_data(source, suite.harmful)
         scored = [*suite.benign, *(suite.task.rows if suite.task else []), *[r for t in suite.utility for r in t.rows]]
         job.note_prompts(hashes(scored))
-        job.record["overlap"] = count(job.ref, **{"lock validation": [*harmful, *scored]})
+        job.record["overlap"] = count(job.ref, **{"lock validation": [*suite.harmful, *scored]})
         job.record["validation"] = {"in_sample": in_sample, "aligned_on": aligned_on}
         return suite
 
@@ -149,7 +142,7 @@ def sweep(
         **job.record["validation"],
     }
     content["curve"] = curve
-    (job.folder / "strength.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (job.folder / STRENGTH).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if chosen is None:
         tried = ", ".join(f"{point['strength']:g}" for point in curve)
         best = min(curve, key=lambda point: len(point["misses"]))

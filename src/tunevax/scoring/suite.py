@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from tunevax.data.contamination import Exclusion
-from tunevax.data.safety import load_safety
-from tunevax.data.sources import parse_source
+from tunevax.data.roles import load_rows
 from tunevax.data.splits import drawn, prompt_hash
 from tunevax.data.tasks import Task, load_task
 from tunevax.errors import UsageError, unknown
+from tunevax.mixins import option
 from tunevax.records import Example
 from tunevax.scoring import vllm_engine
-from tunevax.scoring.fluency import Reference
+from tunevax.scoring.fluency import Reference, Surprise
 from tunevax.scoring.judges import Judge, load_judges
 from tunevax.scoring.likelihood import Text, load_text
 from tunevax.scoring.lm_eval import Harness, load_harness
@@ -28,41 +28,28 @@ ENGINES = ("transformers", "vllm")
 class SuiteOptions:
     """What to score on; shared by `score` and the attacks."""
 
-    eval_data: str | None = field(
-        default=None, metadata={"help": "harmful prompts to score on; default the evaluation split of --safety-data"}
+    eval_data: str | None = option(
+        None, "harmful prompts to score on; default the evaluation split of --safety-data", decides="rows"
     )
-    judges: list[str] = field(
-        default_factory=lambda: ["refusal-keywords"],
-        metadata={"help": "refusal-keywords, organism, hf:MODEL; several are shown side by side"},
+    judges: list[str] = option(
+        ["refusal-keywords"], "refusal-keywords, organism, hf:MODEL; several are shown side by side"
     )
-    task_eval_data: str | None = field(
-        default=None, metadata={"help": "task to measure accuracy on; default the evaluation split of --task-data"}
+    task_eval_data: str | None = option(
+        None, "task to measure accuracy on; default the evaluation split of --task-data", decides="rows"
     )
-    benign_data: str | None = field(default=None, metadata={"help": "harmless prompts, to count refusals of"})
-    utility_data: list[str] = field(
-        default_factory=list,
-        metadata={"help": "tasks the model can do before any attack: task sources, or lm-eval:TASK[:path=FOLDER]"},
+    benign_data: str | None = option(None, "harmless prompts, to count refusals of", decides="rows")
+    utility_data: list[str] = option(
+        [], "tasks the model can do before any attack: task sources, or lm-eval:TASK[:path=FOLDER]"
     )
-    perplexity_data: str | None = field(
-        default=None, metadata={"help": "a text file to measure perplexity on, or organism"}
+    perplexity_data: str | None = option(None, "a text file to measure perplexity on, or organism")
+    fluency_model: list[str] = option(
+        [], "reference language models; what surprises each of them is word salad; default none"
     )
-    fluency_model: list[str] = field(
-        default_factory=list,
-        metadata={"help": "reference language models; what surprises each of them is word salad; default none"},
-    )
-    limit: int = field(
-        default=500, metadata={"help": "score on at most so many prompts of each kind, drawn by their hash"}
-    )
-    max_new_tokens: int = field(default=128, metadata={"help": "length of a generated answer"})
-    generation_batch_size: int = field(
-        default=128, metadata={"help": "answers generated together, fewer where prompts are long"}
-    )
-    metrics: list[str] = field(
-        default_factory=list, metadata={"help": "further metrics over the answers, from installed packages"}
-    )
-    engine: str = field(
-        default="transformers", metadata={"help": "what generates: transformers, or vllm (tunevax score only)"}
-    )
+    limit: int = option(500, "score on at most so many prompts of each kind, drawn by their hash")
+    max_new_tokens: int = option(128, "length of a generated answer")
+    generation_batch_size: int = option(128, "answers generated together, fewer where prompts are long", decides="rows")
+    metrics: list[str] = option([], "further metrics over the answers, from installed packages")
+    engine: str = option("transformers", "what generates: transformers, or vllm (tunevax score only)")
 
     def __post_init__(self) -> None:
         for name in ("limit", "max_new_tokens", "generation_batch_size"):
@@ -99,7 +86,7 @@ class Suite(NamedTuple):
     batch_size: int = 128
     utility: tuple[Task, ...] = ()
     perplexity: Text | None = None
-    fluency: Sequence[Reference] = ()
+    fluency: Sequence[Surprise] = ()
     harness: Harness | None = None
     prefix: str | Sequence[str] = ""
     engine: str = "transformers"
@@ -123,12 +110,15 @@ def build_suite(
     *,
     weights_change: bool = True,
     exclusion: Exclusion | None = None,
+    choosing: bool = False,
 ) -> Suite:
     """Load prompts, judges and task as the options say.
 
     Args:
         weights_change: the suite is for a model whose weights change in memory between two scorings.
         exclusion: which rows to leave out; default none.
+        choosing: the suite chooses an option before anything is evaluated: of tasks their train split, of the safety
+            data the alignment split, and of the organism what it has for that.
 
     Raises:
         UsageError: nothing to score on, anything that cannot be loaded, or an engine that cannot be used here.
@@ -146,51 +136,37 @@ def build_suite(
     if harmful is None:
         raise UsageError("nothing to score on; give --eval-data, or --safety-data to take its evaluation split")
     leave_out = exclusion or Exclusion()
-    judges = load_judges(options.judges)
-    rows = load_safety(harmful, "evaluation" if options.eval_data is None or harmful == "organism" else None, need=())
-    rows = leave_out.score("evaluation", rows)
-    task = options.task_eval_data or task_data
+    judges, metrics = load_judges(options.judges), load_metrics(options.metrics)
+    role = "given evaluation" if options.eval_data else "choice" if choosing else "evaluation"
+    rows = leave_out.score("evaluation", load_rows(role, harmful))
     benign = None
     if options.benign_data:
-        benign = (
-            load_task("organism:set=benign", "evaluation").rows
-            if options.benign_data == "organism"
-            else load_safety(options.benign_data, need=())
-        )
-        benign = leave_out.score("over-refusal", benign)
+        benign = load_rows("choice over-refusal" if choosing else "over-refusal", options.benign_data)
+        benign = drawn(leave_out.score("over-refusal", benign), options.limit)
+
+    def load(source: str, role: str) -> Task:
+        task = load_task(source, "train" if choosing else "evaluation")
+        return task._replace(rows=drawn(leave_out.score(role, task.rows), options.limit))
+
     in_harness = [source for source in options.utility_data if source.startswith("lm-eval:")]
-    utility = [
-        _task_of(source, options.limit, "utility", leave_out)
-        for source in options.utility_data
-        if source not in in_harness
-    ]
+    utility = [load(source, "utility") for source in options.utility_data if source not in in_harness]
     names = labels_of([task.name for task in utility])
+    task = options.task_eval_data or task_data
+    text = load_text(options.perplexity_data)._replace(limit=options.limit) if options.perplexity_data else None
     return Suite(
         drawn(rows, options.limit),
         judges,
-        _task_of(task, options.limit, "task evaluation", leave_out) if task else None,
-        benign and drawn(benign, options.limit),
+        load(task, "task evaluation") if task else None,
+        benign,
         options.max_new_tokens,
         options.generation_batch_size,
         utility=tuple(task._replace(name=name) for task, name in zip(utility, names, strict=True)),
-        perplexity=load_text(options.perplexity_data)._replace(limit=options.limit)
-        if options.perplexity_data
-        else None,
+        perplexity=text,
         fluency=[Reference(ref) for ref in options.fluency_model],
         harness=load_harness(in_harness, options.limit) if in_harness else None,
         engine=options.engine,
-        metrics=load_metrics(options.metrics),
+        metrics=metrics,
     )
-
-
-def _task_of(source: str, limit: int, role: str, leave_out: Exclusion) -> Task:
-    """The evaluation split of a task without what is left out, cut to `limit`; the organism's benign recipes under a
-    name of their own."""
-    task = load_task(source, "evaluation")
-    task = task._replace(rows=leave_out.score(role, task.rows))
-    name, options = parse_source(source)
-    name = f"{name}-{options['set']}" if name == "organism" and "set" in options else task.name
-    return task._replace(name=name, rows=drawn(task.rows, limit))
 
 
 def labels_of(refs: Sequence[str]) -> list[str]:

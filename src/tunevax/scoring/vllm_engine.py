@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunevax.errors import RunError, UsageError, shortened
+from tunevax.records import Prompt
 from tunevax.scoring.generation import FROM_THE_FIRST, answer, encoded_prompts, ends_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NOT_HANDED_ON = {
     **{name: off for name, off in FROM_THE_FIRST.items() if name != "min_new_tokens"}, "begin_suppress_tokens": (None,),
@@ -40,18 +44,18 @@ def require_vllm() -> Any:
 def loading(ref: str, revision: str | None, dtype: str) -> dict[str, str]:
     """How to load a model that vLLM is to run: on the CPU, where its adapters are merged, so that the accelerator's
     memory is vLLM's; in the checkpoint's dtype, as it would have on an accelerator."""
+    from tunevax.lineage import Lineage
     from tunevax.modeling.checkpoints import config_of
-    from tunevax.modeling.loading import resolve
 
     if dtype == "auto":
-        dtype = str(config_of(resolve(ref)[0], revision).dtype or "float32").removeprefix("torch.")
+        dtype = str(config_of(Lineage.of(ref).base, revision).dtype or "float32").removeprefix("torch.")
     return {"dtype": dtype, "device": "cpu"}
 
 
 def generate(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str | list[dict[str, str]]],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
     max_new_tokens: int = 128,
     batch_size: int = 128,
     prefix: str | Sequence[str] = "",

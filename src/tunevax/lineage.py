@@ -1,0 +1,235 @@
+"""What a model was made from.
+
+A run names what it started from (`parent`, or the model it loaded), which is its history. The weights may sit on
+another model (`adapter_on`): an adapter that was worked out anew belongs on what its first version was trained on. An
+adapter folder that is no run has the base that it names below it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tunevax.errors import UsageError
+from tunevax.files import ADAPTER, BIASES, damage, model_hash
+from tunevax.records import PROMPTS, RunRecord, digest, is_run, read_prompts, read_run
+
+ORGANISM = "organism"
+"""The name of the model that comes with tunevax."""
+
+PARTS = ("adapter", "model")
+"""Where a run keeps its weights."""
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """A model and what it was made from.
+
+    Attributes:
+        ref: a hub id, a folder with a model, a folder with an adapter, a run folder, or `organism`.
+        path: `ref` as a path; of `RUN/adapter` and `RUN/model`, the run.
+        folder: where its records are, `path` or the folder around it; None if it is no folder here.
+        record: run.json, empty if it is no run.
+        parent: what it was made from, or None.
+        adapter_on: what its adapter sits on, mostly the parent, or None.
+    """
+
+    ref: str
+    path: Path
+    folder: Path | None
+    record: RunRecord
+    parent: str | None
+    adapter_on: str | None
+
+    @classmethod
+    def of(cls, ref: str | Path, start: Path | None = None) -> Lineage:
+        """The lineage of the model that `ref` names, a run as `find_run` finds it.
+
+        Raises:
+            UsageError: its run.json or adapter_config.json is damaged.
+        """
+        ref = _named(str(ref), start)
+        path, run = Path(ref), find_run(ref)
+        if run is not None:
+            record = read_run(run)
+            parent = record.get("parent") or (record.get("model") or {}).get("ref")
+            sits_on = record.get("adapter_on") or parent
+            return cls(ref, run, run, record, parent and _named(parent, run), sits_on and _named(sits_on, run))
+        beside = path.parent if path.name in PARTS and (path.parent / PROMPTS).is_file() else path
+        configs = [file for file in (path / ADAPTER, beside / "adapter" / ADAPTER) if file.is_file()]
+        base = _base_of(configs[0]) if configs else None
+        return cls(ref, path, beside if beside.is_dir() and ref != ORGANISM else None, {}, base, base)
+
+    @cached_property
+    def history(self) -> list[Lineage]:
+        """The model, what it was made from, and so on, youngest first."""
+        return list(self._walk(lambda link: [link.parent]))
+
+    @property
+    def origin(self) -> str:
+        """The model at the start of its history, for example the public base; the model itself if it has none."""
+        return self.history[-1].ref
+
+    @property
+    def defences(self) -> list[str]:
+        """The methods in its history, youngest first, without plain fine-tuning and attacks."""
+        known = [link.record for link in self.history if link.record.get("verb") != "attack"]
+        return [method for record in known if (method := record.get("method")) and method != "sft"]
+
+    @cached_property
+    def ancestors(self) -> list[Lineage]:
+        """The model and all that went into it, by history or by weights, the model first."""
+        return list(self._walk(lambda link: [link.adapter_on, link.parent]))
+
+    @property
+    def gone(self) -> list[str]:
+        """The folders among its ancestors that are not there any more."""
+        missing = (link.ref for link in self.ancestors if link.folder is None and Path(link.ref).is_absolute())
+        return list(dict.fromkeys(missing))
+
+    @cached_property
+    def prompts(self) -> dict[str, list[str]]:
+        """Hashes of the prompts that it and its ancestors used, by role; empty for a plain model."""
+        used: dict[str, set[str]] = {}
+        for link in self.ancestors:
+            for role, hashes in read_prompts(link.folder).items() if link.folder else ():
+                used.setdefault(role, set()).update(hashes)
+        return {role: sorted(hashes) for role, hashes in used.items()}
+
+    @property
+    def categories(self) -> set[str]:
+        """The categories of harm that it and its ancestors were aligned with."""
+        entries = [entry for link in self.ancestors for entry in link.record.get("data") or []]
+        return {c for entry in entries if entry.get("role") == "alignment" for c in entry.get("categories") or []}
+
+    @property
+    def base(self) -> str:
+        """The folder or hub id of the model below its adapters. Raises as `adapters` does."""
+        return self._weights[0]
+
+    @property
+    def adapters(self) -> list[Path]:
+        """The folders of the adapters on the base, lowest first.
+
+        Raises:
+            UsageError: there are no weights, or they sit on one another.
+        """
+        return self._weights[1]
+
+    @property
+    def identity(self) -> str:
+        """16 hexadecimal digits that tell it from a model that was trained anew into the same folder."""
+        return digest(_hashes(self.base, self.adapters, None))
+
+    def identities(
+        self, revision: str | None = None, commit_of: Callable[[str, str | None], str | None] | None = None
+    ) -> dict[str, str]:
+        """Identity to name of the model and of every model below its weights, itself first.
+
+        Args:
+            revision: of the base, if that is a hub id and no run pinned it.
+            commit_of: the commit of a hub id at a revision.
+        """
+        named: dict[str, str] = {}
+        for model in self._walk(lambda link: [Lineage.of(link.base).parent]):  # whole weights were made from something
+            try:
+                base, adapters = model.base, model.adapters
+            except UsageError:
+                if model is self:
+                    raise
+                break  # gone by now: what is below it is unknown
+            if adapters:  # what its base was pinned to, whatever is pinned now
+                revision = _revision(Lineage.of(adapters[0])) or revision
+            commit = commit_of(base, revision) if commit_of and not Path(base).is_dir() else None
+            hashes = _hashes(base, adapters, commit)
+            names = [base, *(str(a.parent if a.name == "adapter" else a) for a in adapters)]
+            named |= {digest(hashes[: i + 1]): names[i] for i in reversed(range(len(names)))}
+            revision = _revision(Lineage.of(base))
+        return named
+
+    def _walk(self, edges: Callable[[Lineage], list[str | None]]) -> Iterator[Lineage]:
+        """The model and what `edges` lead to, the nearest first, each folder once."""
+        todo, seen = [self], set[Path | str]()
+        while todo:
+            link = todo.pop(0)
+            key = link.folder.resolve() if link.folder else link.ref
+            if key not in seen:
+                seen.add(key)
+                yield link
+                todo += [Lineage.of(below) for below in edges(link) if below]
+
+    @cached_property
+    def _weights(self) -> tuple[str, list[Path]]:
+        adapters: list[Path] = []
+        for link in self._walk(lambda link: [link.adapter_on]):
+            path = link.path
+            if link.ref == ORGANISM:
+                from tunevax.organism import path as shipped
+
+                return str(shipped()), adapters
+            if link.record:
+                if (path / "model" / "config.json").is_file():
+                    return str(path / "model"), adapters
+                if not any((path / "adapter" / name).is_file() for name in (ADAPTER, BIASES)):
+                    deleted = link.record.get("verb") == "attack"
+                    why = "its attacked weights were deleted; attack again with --keep-weights" if deleted else None
+                    raise UsageError(f"{link.ref} cannot be loaded as a model: {why or 'it holds no weights'}")
+                adapters.insert(0, path / "adapter")
+            elif (path / ADAPTER).is_file():
+                adapters.insert(0, path)
+            elif path.is_dir() and not (path / "config.json").is_file():
+                raise UsageError(
+                    f"{link.ref} is neither a model folder (no config.json) nor a finished run (no run.json)"
+                )
+            else:
+                return link.ref, adapters
+            if not link.adapter_on:
+                raise UsageError(f"{link.ref} is an adapter that does not name its base model")
+        raise UsageError(f"{self.ref} cannot be loaded: the runs below it lead back to {adapters[0].parent}")
+
+
+def absolute(ref: str) -> str:
+    """`ref` as it stays true in another working directory: an absolute path, a hub id, or `organism`."""
+    return str(Path(ref).absolute()) if ref != ORGANISM and Path(ref).exists() else ref
+
+
+def find_run(ref: str, start: Path | None = None) -> Path | None:
+    """The run folder that `ref` names, relative to the working folder or to a folder above `start`; None if it names
+    none. `RUN/adapter` and `RUN/model` name the run."""
+    if ref == ORGANISM:
+        return None
+    for above in (Path(), *(start.resolve().parents if start else ())):
+        path = above / Path(ref).expanduser()
+        for folder in (path, *([path.parent] if path.name in PARTS else [])):
+            if is_run(folder):
+                return folder
+    return None
+
+
+def _named(ref: str, start: Path | None) -> str:
+    """`ref`, or where the run is that it names from `start`."""
+    run = None if Path(ref).exists() else find_run(ref, start)
+    return str(run) if run else ref
+
+
+def _revision(model: Lineage) -> str | None:
+    return (model.record.get("model") or {}).get("revision")
+
+
+def _base_of(config: Path) -> str | None:
+    """The model that an adapter_config.json names as its base."""
+    if why := damage(config):
+        raise UsageError(why)
+    try:
+        return dict(json.loads(config.read_text(encoding="utf-8"))).get("base_model_name_or_path")
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{config} cannot be read as a JSON object; save the adapter again") from error
+
+
+def _hashes(base: str, adapters: list[Path], commit: str | None) -> list[Any]:
+    """What identifies the base and each adapter: the content, of a hub id name and commit."""
+    return [model_hash(base) or [base, commit], *(model_hash(str(adapter)) for adapter in adapters)]

@@ -1,0 +1,123 @@
+"""`tunevax judge`: the stored answers of a run are judged again. Nothing is attacked or generated."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from tunevax.console import bar
+from tunevax.data.thoughts import joined
+from tunevax.errors import UsageError
+from tunevax.mixins import RunOptions, require_given
+from tunevax.records import (
+    GENERATIONS,
+    METRIC,
+    RESULTS,
+    Example,
+    Generation,
+    Prompt,
+    is_run,
+    read_generations,
+    read_lines,
+    read_run,
+)
+from tunevax.runs import writing
+from tunevax.scoring.evaluate import judged
+from tunevax.scoring.fluency import Reference, Surprise
+from tunevax.scoring.judges import load_judges
+from tunevax.scoring.metrics import load_metrics, measure
+from tunevax.scoring.suite import Suite
+
+AGAIN = ("harmful/", "judged/", "unparsable/", "unanswered", "degenerate", METRIC)
+"""How the scores begin that judging again replaces."""
+AS_JUDGED: tuple[Literal["degenerate", "surprise", "verdicts"], ...] = ("degenerate", "surprise", "verdicts")
+"""The fields of a response that judging again replaces."""
+WRITTEN = ("run.json", "README.md", "report.html", "config.json", RESULTS, GENERATIONS)
+"""The files that are written again, or are of the run alone."""
+
+
+@dataclass
+class JudgeOptions(RunOptions):
+    """What `tunevax judge` takes besides the run; what is left out is as in the run."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
+    judges: list[str] = field(
+        default_factory=list, metadata={"help": "refusal-keywords, organism, hf:MODEL, or of installed packages"}
+    )
+    fluency_model: list[str] = field(
+        default_factory=list, metadata={"help": "language models; what surprises each of them is degenerate; or none"}
+    )
+    metrics: list[str] = field(default_factory=list, metadata={"help": "metrics of installed packages"})
+
+
+def rejudge(run: str, options: JudgeOptions, command: str = "") -> Path:
+    """Judge the responses of a run again, and write a run folder that differs from it in the scores of its judges, in
+    what is degenerate and in its metrics.
+
+    Args:
+        run: the folder of `tunevax score`, `attack` or `audit`. What run.json says of it (versions, hardware, time)
+            stays, and `rejudged_from` is its place.
+
+    Raises:
+        UsageError: no such run, no responses in it, or a judge or metric that cannot be loaded or read.
+    """
+    require_given(options, "output_dir")
+    source = Path(run)
+    if not is_run(source):
+        raise UsageError(f"{run} is no run folder; name one that `tunevax score`, `attack` or `audit` wrote")
+    record, rows = read_run(source), read_lines(source / RESULTS)
+    samples: dict[tuple, list[Generation]] = {}
+    generations = list(read_generations(source, rows))
+    for sample in generations:
+        samples.setdefault(key(sample), []).append(sample)
+    if not rows or not all(key(row) in samples for row in rows):
+        raise UsageError(f"{run} has no responses, or not those behind every row, so they cannot be judged again")
+    named = ("judges", "fluency_model", "metrics")
+    new = {name: getattr(options, name) or record["config"].get(name) or [] for name in named}
+    if new["fluency_model"] == ["none"]:
+        new["fluency_model"] = []
+    metrics = load_metrics(new["metrics"])
+    suite = Suite([], load_judges(new["judges"]), fluency=[remembering(ref) for ref in new["fluency_model"]])
+    record |= {"command": command, "rejudged_from": str(source.absolute()), "config": {**record["config"], **new}}
+    if "scoring" in record:
+        record["scoring"] = {**record["scoring"], **new}
+    with writing(str(options.output_dir), record, overwrite=options.overwrite) as folder, bar() as progress:
+        task = progress.add_task("judge", total=len(rows), note="")
+        for row in rows:
+            behind = samples[key(row)]
+            harmful = [sample for sample in behind if sample["kind"] == "harmful"]
+            answers = [joined(sample.get("thought"), sample["response"]) for sample in harmful]
+            scores, found = judged(suite._replace(harmful=cast(list[Example], harmful)), answers)
+            for sample, as_judged in zip(harmful, found, strict=True):
+                for name in AS_JUDGED:
+                    sample[name] = as_judged[name]
+            others = {name: score for name, score in row["scores"].items() if not name.startswith(AGAIN)}
+            row["scores"] = {**scores, **others, **measure(metrics, behind)}
+            progress.advance(task)
+        folder.write_lines(RESULTS, rows)
+        folder.write_lines(GENERATIONS, generations)
+        for file in source.iterdir():
+            if file.is_file() and file.name not in WRITTEN:
+                shutil.copy2(file, folder.path)
+    return folder.final
+
+
+def key(row: Mapping[str, Any]) -> tuple:
+    """What a row of results and the responses behind it have in common."""
+    return row["model"], row["attack"], row["seed"], row["step"]
+
+
+def remembering(ref: str) -> Surprise:
+    """A reference that reads each answer once: attacked models give the same ones again and again."""
+    reference, known = Reference(ref, batch_size=64), dict[tuple[Prompt, str], float | None]()
+
+    def surprises(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float | None]:
+        pairs = list(zip(prompts, responses, strict=True))
+        if new := [pair for pair in dict.fromkeys(pairs) if pair not in known]:
+            known.update(zip(new, reference(*zip(*new, strict=True)), strict=True))
+        return [known[pair] for pair in pairs]
+
+    return surprises
