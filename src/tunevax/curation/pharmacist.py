@@ -150,6 +150,7 @@ class PharmacistTrainer(ResponseTrainer):
 
     config_class = PharmacistConfig
     needs = frozenset({"chosen", "validation"})
+
     args: PharmacistConfig
     processing_class: PreTrainedTokenizerBase
     model: PreTrainedModel
