@@ -1,5 +1,6 @@
 """Vaccine and T-Vaccine against reference numbers, and each shortcut against the plain form."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -96,8 +97,16 @@ def test_t_vaccine_matches_reference(make, layers, scope):
     assert_gradients(found, table, GOLDEN_RTOL)
     total = expected.get("total_norm_paper" if scope == "block" else "total_norm_official")
     assert total is None or np.sqrt(sum(norm**2 for norm, _ in found.values())) == close(total, rel=GOLDEN_RTOL)
-    for name, value in GOLDEN["wrong_implementations_must_differ"].items():  # so that these mistakes cannot pass
-        assert not name.startswith("tvaccine") or layers == 28 or loss != close(value, rel=1e-2), name
+    assert loss != close(expected["pass1_loss"], rel=1e-2)  # that of an unperturbed model
+    with pytest.raises(AssertionError):
+        assert_gradients(found, expected["grads_official" if scope == "block" else "grads_paper"], GOLDEN_RTOL)
+    if layers == 8:  # so that these mistakes cannot pass
+        mistakes = {
+            k: v for k, v in GOLDEN["wrong_implementations_must_differ"].items() if re.match("tvaccine.*pass2", k)
+        }
+        assert len(mistakes) == 5
+        for name, value in mistakes.items():
+            assert loss != close(value, rel=1e-2), name
 
 
 def test_perturbation_norms_match_reference(make):

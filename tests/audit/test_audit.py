@@ -619,9 +619,10 @@ def test_a_useless_model_is_called_what_it_is(sft, tmp_path):
     assert found["constant"]["name"] == "gives one answer to everything"
     assert found["random"]["name"] == "incoherent"
     assert found["refuser"]["name"] == "refuses everything"
-    for label in ("constant", "random", "refuser"):
-        assert found[label]["name"] in found[label]["sentence"] or label in found[label]["sentence"]
-        assert "needs" not in found[label]["sentence"]  # no claim of resistance
+    for said in ("constant gives one answer", "random is incoherent", "refuser refuses everything"):
+        sentence = found[said.split()[0]]["sentence"]
+        assert sentence.startswith(said)
+        assert "needs" not in sentence  # no claim of resistance
     assert found["sft"]["name"] == "control"
 
 

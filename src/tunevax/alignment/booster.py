@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from tunevax.alignment.vaccine import VaccineConfig, VaccineTrainer
 from tunevax.errors import RunError, require
@@ -31,6 +32,7 @@ from tunevax.modeling.gradients import (
     response_share,
     restored,
 )
+from tunevax.modeling.trainer import Items
 
 
 @dataclass
@@ -68,7 +70,7 @@ class BoosterTrainer(VaccineTrainer):
         """As Vaccine, with its perturbation on top; else none."""
         return super().parts() if self.args.rho > 0 else ()
 
-    def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Items = None) -> torch.Tensor:
         """The first micro-batch of a step adds lamb * (grad h(w) - grad h(w+)); every one adds its grad f(w)."""
         if self.ready_for != self.state.global_step:
             add_to_grad(self, self.harmful_gradient())

@@ -21,9 +21,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import cosine_similarity
 from torch.utils.checkpoint import checkpoint
 
@@ -33,6 +33,7 @@ from tunevax.errors import UsageError, require, require_one_of
 from tunevax.modeling.hooks import capture, passed_through
 from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.precision import wide
+from tunevax.modeling.trainer import Items
 
 
 @dataclass
@@ -108,7 +109,7 @@ class CircuitBreakersTrainer(PairTrainer):
         return ("module",)
 
     def compute_loss(
-        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Items = None
     ) -> torch.Tensor:
         """The micro-batch's share of the loss of the whole batch."""
         rows, tokens = len(inputs["labels"]), token_masks(inputs, self.args.reroute_on)
@@ -140,7 +141,7 @@ class CircuitBreakersTrainer(PairTrainer):
         self.note(retain=before[0], reroute=before[1], c_s=c_s, c_r=c_r)
         return (c_s * reroute + c_r * retain) * self.loss_scale(num_items_in_batch)
 
-    def states(self, model: Any, inputs: dict) -> list[torch.Tensor]:
+    def states(self, model: nn.Module, inputs: dict) -> list[torch.Tensor]:
         """h_1 ... h_l up to the deepest target, each [rows + pairs, tokens, hidden]."""
         blocks, last = [b.module for b in self.blocks], self.targets[-1]
         with passed_through(blocks[last:], blocks[last - 1]), capture(dict(enumerate(blocks[:last]))) as found:

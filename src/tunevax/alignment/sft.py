@@ -8,12 +8,13 @@ over a safety dataset, with a share of benign rows so that the model does not le
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from tunevax.data.mixing import mix
 from tunevax.errors import require
 from tunevax.modeling.method import MethodTrainer
 from tunevax.modeling.trainer import TrainConfig
+from tunevax.records import Example
 
 
 @dataclass
@@ -36,9 +37,10 @@ class SFTTrainer(MethodTrainer):
     needs = frozenset({"chosen"})
     args: SFTConfig
 
-    def training_rows(self) -> list[dict[str, Any]]:
+    def training_rows(self) -> list[Example]:
         """The safe answers, and benign rows among them."""
-        rows, share = [{**row, "completion": row["chosen"]} for row in self.safety_data], self.args.task_share
+        rows: list[Example] = [{**row, "completion": str(row["chosen"])} for row in self.safety_data]
+        share = self.args.task_share
         if not self.task_data or share == 0:
             return rows
         return mix(self.task_data, rows, ratio=1 - share, size=round(len(rows) / (1 - share)), seed=self.args.seed)

@@ -18,11 +18,12 @@ from __future__ import annotations
 import re
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
+from torch import nn
 
 from tunevax.alignment.vaccine import VaccineConfig, VaccineTrainer, without_weight_gradients
 from tunevax.data.encoding import collate
@@ -32,7 +33,10 @@ from tunevax.modeling.draws import Draws
 from tunevax.modeling.hooks import capture, cheap_recomputed, checkpointed, has_dropout, without_dropout
 from tunevax.modeling.precision import wide
 from tunevax.modeling.shapes import can_replay
-from tunevax.modeling.trainer import PlanParts
+from tunevax.modeling.trainer import Items, PlanParts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SAMPLINGS = ("harmful-gradient", "uniform", "inverse", "top")
 
@@ -118,7 +122,9 @@ class TVaccineTrainer(VaccineTrainer):
         self.spent = 0.0  # compute so far, in SFT steps
         # The parameters of each block that train at all, attention first.
         self.trainable = [[p for p in b.module.parameters() if p.requires_grad] for b in self.blocks]
-        self.attention = [{p for p in b.attention.parameters() if p.requires_grad} for b in self.blocks]
+        self.attention = [
+            {p for p in attention.parameters() if p.requires_grad} for attention in self.each("attention")
+        ]
         inside = {p for parameters in self.trainable for p in parameters}
         self.outside = [p for p in self.parameters if p not in inside]
         # What trains below block 0 needs the whole graph of the second pass, so that there is no prefix to run once.
@@ -165,7 +171,7 @@ class TVaccineTrainer(VaccineTrainer):
         if self.fixed:
             return self.fixed
         if self.args.layer_sampling == "top":
-            return sorted(np.argsort(self.scores)[::-1][: self.args.gamma].tolist())
+            return sorted(np.argsort(self.scores or [])[::-1][: self.args.gamma].tolist())
         depth = len(self.blocks)
         return sorted(
             self.draws.generator.choice(depth, self.args.gamma, replace=False, p=self.probabilities()).tolist()
@@ -237,7 +243,7 @@ class TVaccineTrainer(VaccineTrainer):
                     device = parameter.device if parameter.requires_grad else "cpu"
                     state.update({k: v.to(device) for k, v in state.items() if torch.is_tensor(v) and v.dim()})
 
-    def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Items = None) -> torch.Tensor:
         """Select, then Vaccine's two passes on the selected blocks."""
         self.select()
         with without_dropout([self.blocks[i].module for i in self.frozen()] if self.has_dropout else []):
@@ -285,7 +291,7 @@ class TVaccineTrainer(VaccineTrainer):
         highest = [0, *range(depth - gamma + 1, depth)]
         worst = highest if self.args.checkpoint_blocks == "all" else list(range(gamma))
         if self.fixed is None:
-            self.draw = lambda: worst
+            self.draw = lambda: worst  # type: ignore[method-assign]
 
     def with_state(self) -> list[torch.nn.Parameter]:
         """Those of the selected blocks, unless the state of the others is kept on the device."""
@@ -321,7 +327,7 @@ class TVaccineTrainer(VaccineTrainer):
         self.freeze(state["selected"])
 
 
-def above_blocks(model: Any) -> set[torch.nn.Parameter]:
+def above_blocks(model: PreTrainedModel) -> set[torch.nn.Parameter]:
     """The parameters of the final norm and of the head, whose gradients need no block's graph. A head that is tied to
     the embeddings is not among them."""
     stock = unwrap(model)

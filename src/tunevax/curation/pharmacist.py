@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import torch
 from scipy.stats import rankdata
+from torch import nn
 
 from tunevax.curation.curate import Pool
 from tunevax.data.chat import Answer
@@ -42,7 +43,7 @@ from tunevax.errors import UsageError, unknown
 from tunevax.modeling.callbacks import ProgressCallback
 from tunevax.modeling.lora import factors
 from tunevax.modeling.loss import row_losses
-from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
+from tunevax.modeling.trainer import Items, ResponseTrainer, TrainConfig
 from tunevax.records import Example, read_object
 
 if TYPE_CHECKING:
@@ -149,6 +150,7 @@ class PharmacistTrainer(ResponseTrainer):
 
     config_class = PharmacistConfig
     needs = frozenset({"chosen", "validation"})
+
     args: PharmacistConfig
     processing_class: PreTrainedTokenizerBase
     model: PreTrainedModel
@@ -210,9 +212,7 @@ class PharmacistTrainer(ResponseTrainer):
         """p, [rows]: positive, of mean 1."""
         return len(self.omega) * torch.softmax(self.omega, 0)
 
-    def training_step(
-        self, model: torch.nn.Module, inputs: dict, num_items_in_batch: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Items = None) -> torch.Tensor:
         """The gradients of theta, put where the optimiser finds them, and a step of w (and of theta')."""
         model.train()
         inputs = self._prepare_inputs(inputs)

@@ -34,8 +34,8 @@ from tunevax.errors import UsageError, require
 from tunevax.finetuning.sft import FinetuneTrainer, JobConfig, trained_only
 from tunevax.modeling.gradients import require_whole_weights
 from tunevax.modeling.loss import response_loss
-from tunevax.modeling.precision import wide
-from tunevax.modeling.trainer import PlanParts
+from tunevax.modeling.precision import added, wide
+from tunevax.modeling.trainer import Items, PlanParts
 
 
 @dataclass
@@ -110,7 +110,7 @@ class EWCTrainer(FinetuneTrainer):
         self.mean_fisher = total / count
 
     def compute_loss(
-        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Items = None
     ) -> torch.Tensor:
         """Cross entropy, and this micro-batch's share of the penalty."""
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -124,8 +124,8 @@ class EWCTrainer(FinetuneTrainer):
         """sum_i F_i / mean(F) * (w_i - w0_i)^2, in fp32."""
         if self.args.full_weights:
             parts = zip(self.fisher, self.parameters, self.start, strict=True)
-            return sum((f * (wide(p) - start).square()).sum() for f, p, start in parts) / self.mean_fisher
-        return sum(weighted_square(m) for m in self.adapted) / self.mean_fisher
+            return added((f * (wide(p) - start).square()).sum() for f, p, start in parts) / self.mean_fisher
+        return added(weighted_square(m) for m in self.adapted) / self.mean_fisher
 
     def cost(self) -> float:
         """A step, and its part of the pass over the safety rows: so many rows of the batches of the run so far."""
@@ -164,7 +164,7 @@ def factored_fisher(model: nn.Module, batches: Sequence[dict]) -> list[Adapted]:
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
 
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and "default" in m.lora_A]
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer) and "default" in m.lora_A]
     weighed = {id(part["default"].weight) for layer in layers for part in (layer.lora_A, layer.lora_B)}
     other = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in weighed]
     if other:
@@ -234,7 +234,8 @@ def per_row_gradients(
 
             def take(parameter: nn.Parameter, index: int = index) -> None:
                 gradient, parameter.grad = parameter.grad, None
-                keep(index, wide(gradient))
+                if gradient is not None:
+                    keep(index, wide(gradient))
 
             handles.append(weight.register_post_accumulate_grad_hook(take))
         try:

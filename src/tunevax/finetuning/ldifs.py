@@ -12,15 +12,16 @@ only while it is small, and so is plain fine-tuning beyond that. This is the mea
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+from torch import nn
 
 from tunevax.errors import UsageError, require
 from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
 from tunevax.modeling.hooks import capture
 from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.precision import wide
+from tunevax.modeling.trainer import Items
 
 
 @dataclass
@@ -58,7 +59,7 @@ class LDIFSTrainer(FinetuneTrainer):
         return batch["attention_mask"].sum()[None]
 
     def compute_loss(
-        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Items = None
     ) -> torch.Tensor:
         """Cross entropy, and this micro-batch's share of the distance."""
         if self.args.lamb == 0:

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
 from tunevax.modeling.method import MethodTrainer
 from tunevax.modeling.trainer import TrainConfig
+from tunevax.records import Example
 
 
 @dataclass
@@ -35,7 +36,7 @@ class FinetuneTrainer(MethodTrainer):
     needs = frozenset({"task"})
     args: JobConfig
 
-    def training_rows(self) -> list[dict[str, Any]]:
+    def training_rows(self) -> list[Example]:
         """The customer's rows."""
         return self.task_data
 

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from tunevax.data.encoding import collate
 from tunevax.data.splits import prompt_hash
@@ -45,7 +46,7 @@ from tunevax.modeling.attention import WAYS, sink_columns
 from tunevax.modeling.draws import Draws
 from tunevax.modeling.gradients import add_to_grad, backward_scale, require_whole_weights
 from tunevax.modeling.hooks import without_dropout
-from tunevax.modeling.trainer import PlanParts
+from tunevax.modeling.trainer import Items, PlanParts
 
 PAIRINGS = ("same-prompt", "random")
 
@@ -115,7 +116,7 @@ class SurgeryTrainer(FinetuneTrainer):
         """The queries and keys of each block's attention."""
         return ("attention",) if self.args.lamb else ()
 
-    def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Items = None) -> torch.Tensor:
         """The first micro-batch of an optimiser step adds the gradient of lamb * mean ReLU(d_h)."""
         if self.args.lamb > 0:
             self.seen[0] += inputs["input_ids"].numel()
@@ -203,7 +204,7 @@ class SurgeryTrainer(FinetuneTrainer):
         that does moves its heads, by a forward over a few tokens."""
         ids = self.harmful[0]["input_ids"][: self.args.sink_position + 16]
         inputs = {"input_ids": torch.tensor([ids], device=self.args.device)}
-        trained = [[p for p in b.attention.parameters() if p.requires_grad] for b in self.blocks]
+        trained = [[p for p in attention.parameters() if p.requires_grad] for attention in self.each("attention")]
         last = max((i for i, own in enumerate(trained) if own), default=None)
         moved: Sequence = ()
         with without_dropout([self.model]), torch.enable_grad():

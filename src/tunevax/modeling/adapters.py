@@ -257,7 +257,8 @@ def logits(model: Any) -> torch.Tensor:
     stock = unwrap(model)
     plain = plain_tokens(stock)
     chosen = [plain[i * len(plain) // 32] for i in range(32)]
-    ids = torch.tensor(chosen, device=stock.get_input_embeddings().weight.device).view(16, 2).T
+    device = next(stock.get_input_embeddings().parameters()).device
+    ids = torch.tensor(chosen, device=device).view(16, 2).T
     return wide(model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits)
 
 
@@ -278,7 +279,7 @@ def untie(model: Any) -> None:
     ends = [stock.get_input_embeddings(), stock.get_output_embeddings()]
     if not any(isinstance(module, BaseTunerLayer) for module in ends) or ends[1] is None:
         return
-    own = [module.get_base_layer() if isinstance(module, BaseTunerLayer) else module for module in ends]
+    own: list[Any] = [module.get_base_layer() if isinstance(module, BaseTunerLayer) else module for module in ends]
     if own[0].weight is not own[1].weight:
         return
     own[1].weight = nn.Parameter(own[1].weight.detach().clone(), requires_grad=False)

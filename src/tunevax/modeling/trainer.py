@@ -6,14 +6,22 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from tunevax.console import console
 from tunevax.data.encoding import collate
@@ -27,6 +35,8 @@ from tunevax.modeling.loss import response_loss
 from tunevax.modeling.shapes import require_language_model
 from tunevax.modeling.trainables import coverage, left_out_of_blocks, prepare_trainables
 
+Items = torch.Tensor | int | None
+"""How many labels a loss is divided by: those of the whole batch; None, its own."""
 CHECKPOINT_BLOCKS = ("auto", "none", "elementwise", "frozen", "all")
 
 
@@ -153,15 +163,20 @@ class ResponseTrainer(Trainer):
         coverage: which matrices have an adapter and which do not, for run.json; empty where all weights train.
     """
 
+    args: TrainConfig
+    model: PreTrainedModel
+    processing_class: PreTrainedTokenizerBase
+    optimizer: torch.optim.Optimizer
+    train_dataset: list[dict[str, Any]]
     ready_for = -1  # the optimiser step that a method has done its part of, which comes before the first micro-batch
     response_only = True  # the head runs on labelled positions only; False is the stock loss, for comparison
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         args: TrainConfig,
-        train_dataset: Sequence[dict],
-        processing_class: Any,
+        train_dataset: Sequence[dict[str, Any]],
+        processing_class: PreTrainedTokenizerBase,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         model = prepare_trainables(model, args)
@@ -189,6 +204,10 @@ class ResponseTrainer(Trainer):
         """What a method works on of every block: `module` for the block itself, and fields of `Block`; and `norm`, the
         model's final one. With none of them it runs on models whose blocks are not known at all."""
         return ()
+
+    def each(self, part: str) -> list[nn.Module]:
+        """A part of every block, one of those that `parts` names."""
+        return [getattr(block, part) for block in self.blocks]
 
     def find_parts(self) -> list[Block]:
         """The blocks, if the model has what the method needs of them; none where it needs none and they are not known.
@@ -220,7 +239,7 @@ class ResponseTrainer(Trainer):
 
     def train_from_checkpoint(self) -> None:
         """Train, from the newest checkpoint in `args.output_dir` if there is one."""
-        checkpoint = last_checkpoint(Path(self.args.output_dir))
+        checkpoint = last_checkpoint(Path(str(self.args.output_dir)))
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -231,25 +250,25 @@ class ResponseTrainer(Trainer):
             self.control.should_training_stop = True
 
     def compute_loss(
-        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Items = None
     ) -> torch.Tensor:
         """Token-mean cross entropy over the labels of the whole (accumulated, distributed) batch."""
         return self.batch_loss(model, inputs, num_items_in_batch) * self.loss_scale(num_items_in_batch)
 
-    def loss_scale(self, num_items: torch.Tensor | int | None) -> int:
+    def loss_scale(self, num_items: Items) -> int:
         """DDP averages over ranks, so a loss divided by the labels of all of them is multiplied by their number."""
         return (
             self.accelerator.num_processes if self.args.average_tokens_across_devices and num_items is not None else 1
         )
 
-    def batch_loss(self, model: Any, inputs: dict, num_items: torch.Tensor | None) -> torch.Tensor:
+    def batch_loss(self, model: nn.Module, inputs: dict, num_items: Items) -> torch.Tensor:
         """The loss of one micro-batch, as a share of the whole batch when `num_items` counts the latter's labels."""
         if self.response_only:
             with self.accelerator.autocast():  # the chunked head runs outside the model's own forward
                 return response_loss(model, inputs, num_items)
         return model(**inputs, num_items_in_batch=num_items, use_cache=False).loss
 
-    def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Items = None) -> torch.Tensor:
         """One forward and backward; stops the run if the loss is not finite."""
         with self.recompute():
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -259,11 +278,11 @@ class ResponseTrainer(Trainer):
     def require_finite(self, loss: torch.Tensor) -> None:
         """Raise `RunError`, with where to go on from, if the loss is not finite."""
         if not torch.isfinite(loss):
-            good = last_checkpoint(Path(self.args.output_dir))
+            good = last_checkpoint(Path(str(self.args.output_dir)))
             where = f"the last good checkpoint is {good}" if good else "there was no checkpoint yet"
             raise RunError(f"the loss became {loss.item()} at step {self.state.global_step + 1}; {where}")
 
-    def recompute(self) -> Any:
+    def recompute(self) -> AbstractContextManager:
         """The activation checkpointing of this step, open until after backward."""
         if self.args.checkpoint_blocks == "none":
             return nullcontext()
