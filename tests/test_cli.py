@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import pytest
 
 from tunevax.cli import main
 from tunevax.data import load_safety, prompt_hash
+from tunevax.methods import methods
 from tunevax.organism import path
+from tunevax.records import read_lines
 
 ORGANISM = ["--model", "organism", "--safety-data", "organism", "--max-length", "64"]
 
@@ -297,3 +300,24 @@ def test_alignment_rows_are_the_alignment_split(tmp_path):
     assert set(json.loads((out / "prompts.json").read_text())["alignment"]) == {
         prompt_hash(r["prompt"]) for r in load_safety("organism", "alignment")
     }
+
+
+def test_list_names_everything_there_is(capsys):
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    for folder in ("alignment", "finetuning", "curation", "restoration", "attacks", "scoring.judges"):
+        for name in methods(f"tunevax.{folder}"):
+            assert re.search(rf"^  {name} +\S", out, re.M), name
+    assert re.search(r"^  quick +A short look", out, re.M) and out.count("arXiv") > 25
+    assert main(["list", "attack"]) == 2 and "did you mean 'attacks'?" in capsys.readouterr().err
+
+
+def test_judge_takes_a_run_and_judges_its_answers_again(tmp_path, capsys):
+    run, again = tmp_path / "run", tmp_path / "again"
+    call = ["--safety-data", "organism", "--limit", "4", "--max-new-tokens", "4", "--output-dir", str(run)]
+    assert main(["score", "--model", "organism", *call]) == 0
+    assert main(["judge", str(run), "--judges", "organism", "--output-dir", str(again)]) == 0
+    assert str(again) in capsys.readouterr().out
+    (before,), (after,) = (read_lines(folder / "results.jsonl") for folder in (run, again))
+    assert "harmful/organism" in after["scores"] and "harmful/organism" not in before["scores"]
+    assert main(["judge", "--judges", "organism"]) == 2 and "a run folder first" in capsys.readouterr().err

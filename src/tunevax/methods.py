@@ -41,8 +41,13 @@ def load_method(folder: str, name: str, kind: str = "method", *others: str) -> A
     known = methods(folder)
     if name not in known:
         raise unknown(kind, name, [*known, *others])
-    module, _, attribute = known[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    return attribute(known[name])
+
+
+def attribute(target: str) -> Any:
+    """What `module:attribute` stands for, imported."""
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def name_of(kind: type) -> str:

@@ -20,11 +20,9 @@ from tiny import (
 
 import tunevax.alignment.booster as booster
 import tunevax.alignment.sft as sft
-from tunevax.alignment.align import AlignOptions, align
 from tunevax.alignment.booster import BoosterConfig, BoosterTrainer
 from tunevax.errors import RunError, UsageError
 from tunevax.modeling.draws import Draws
-from tunevax.records import read_run
 
 pytestmark = pytest.mark.numerical
 
@@ -217,33 +215,6 @@ def test_harmful_rows_are_drawn_once_per_step_and_shared_out(make, monkeypatch):
         trainer.state.global_step = number
         step(trainer, (slice(0, 2), slice(2, 4)))
     assert calls == [0, 1]
-
-
-def test_resumed_is_the_same_run(tmp_path, monkeypatch):
-    options = {
-        "max_steps": 5, "save_steps": 2, "max_length": 64, "per_device_train_batch_size": 4, "warmup_steps": 0,
-        "gradient_accumulation_steps": 2, "lora_dropout": 0.1, "learning_rate": 2e-3,
-    }  # fmt: skip
-
-    def harden(name, resume=False):
-        data = AlignOptions(model="organism", safety_data="organism", task_data="organism", resume=resume)
-        return align(BoosterTrainer, "booster", data, BoosterConfig(str(tmp_path / name), **options))
-
-    original = BoosterTrainer.training_step
-
-    def stops(self, *args):
-        if self.state.global_step == 3:
-            raise KeyboardInterrupt
-        return original(self, *args)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(BoosterTrainer, "training_step", stops)
-        harden("cut")
-    whole, cut = harden("whole"), harden("cut", resume=True)
-    weights = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (whole, cut)]
-    assert weights[0] == weights[1] and read_run(cut)["resumed"]
-    logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (whole, cut)]
-    assert logs[0] == logs[1] and len({line["harmful_loss"] for line in logs[0]}) == 5
 
 
 def test_rejected_is_stepped_on_and_chosen_is_trained(make):

@@ -354,35 +354,17 @@ def test_no_dropout_in_the_attack_and_dropout_in_the_step(make):
     assert modes == [False, True]
 
 
-def test_resumed_is_the_same_run(tmp_path, monkeypatch):
+def test_a_run_maps_first_and_knows_its_cost(tmp_path):
     options = {
-        "max_steps": 6, "save_steps": 2, "max_length": 64, "per_device_train_batch_size": 4, "warmup_steps": 0,
-        "gradient_accumulation_steps": 2, "lora_dropout": 0.1, "learning_rate": 2e-3, "mapping_steps": 0.25,
-        "inner_steps": 2, "inner_learning_rates": "1e-3,2e-3", "tamper_interval": 1,
+        "max_steps": 6, "max_length": 64, "per_device_train_batch_size": 4, "mapping_steps": 0.25, "inner_steps": 2,
+        "tamper_interval": 1, "save_strategy": "no",
     }  # fmt: skip
-
-    def harden(name, resume=False):
-        data = AlignOptions(model="organism", safety_data="organism", task_data="organism", resume=resume)
-        return align(TARTrainer, "tar", data, TARConfig(str(tmp_path / name), **options))
-
-    original = TARTrainer.training_step
-
-    def stops(self, *args):
-        if self.state.global_step == 5:
-            raise KeyboardInterrupt
-        return original(self, *args)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(TARTrainer, "training_step", stops)
-        harden("cut")
-    whole, cut = harden("whole"), harden("cut", resume=True)
-    weights = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (whole, cut)]
-    assert weights[0] == weights[1] and read_run(cut)["resumed"]
-    logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (whole, cut)]
-    assert logs[0] == logs[1]
-    assert ["mapping_loss" in line for line in logs[0]] == [True] * 2 + [False] * 4
+    data = AlignOptions(model="organism", safety_data="organism", task_data="organism", held_out_prompts=0)
+    run = align(TARTrainer, "tar", data, TARConfig(str(tmp_path / "run"), **options))
+    logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert ["mapping_loss" in line for line in logged] == [True] * 2 + [False] * 4
     # By hand, LoRA: 2 mapping steps of 2; 4 of 1 + 2 inner + 2 outcomes + half for the forward at the start.
-    assert read_run(cut)["compute"]["total"] == read_run(whole)["compute"]["total"] == 2 * 2 + 4 * 5.5
+    assert read_run(run)["compute"]["total"] == 2 * 2 + 4 * 5.5
 
 
 def test_cost_in_sft_steps(make):

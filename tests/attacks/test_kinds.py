@@ -20,7 +20,8 @@ from tunevax.attacks.template import TemplateConfig
 from tunevax.attacks.unlock import UnlockConfig
 from tunevax.cli import main
 from tunevax.data import load_safety, load_task
-from tunevax.data.encoding import collate, encode, render
+from tunevax.data.chat import render
+from tunevax.data.encoding import collate, encode
 from tunevax.errors import UsageError
 from tunevax.modeling import load
 from tunevax.modeling.blocks import find_blocks

@@ -8,8 +8,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from tunevax.data import load_safety, load_task, mix, prompt_hash, split_of
+from tunevax.data.chat import render
 from tunevax.data.contamination import require_disjoint
-from tunevax.data.encoding import collate, encode, ids_of, render, set_chat_template
+from tunevax.data.encoding import collate, encode, ids_of, set_chat_template
 from tunevax.data.splits import drawn
 from tunevax.data.tasks import NAMED, final_number
 from tunevax.errors import UsageError

@@ -15,7 +15,6 @@ from tunevax.data.splits import drawn
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
 from tunevax.finetuning.analyze import SinkOptions, analyze_sink, sink_map
-from tunevax.finetuning.finetune import FinetuneOptions, finetune
 from tunevax.finetuning.sft import FinetuneTrainer
 from tunevax.finetuning.sink import answer_span, common_queries, divergence, regulariser, sink_values
 from tunevax.finetuning.surgery import SurgeryConfig, SurgeryTrainer
@@ -329,17 +328,6 @@ def weights(trainer):
     return [p.detach().clone() for p in trainer.parameters]
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_zero_is_plain_fine_tuning(make, full):
-    found = []
-    for cls, options in ((FinetuneTrainer, {}), (SurgeryTrainer, {"lamb": 0.0}), (SurgeryTrainer, {})):
-        trainer = make(cls, full_weights=full, lora_dropout=0.0 if full else 0.1, **options)
-        trainer.train()
-        found.append(weights(trainer))
-    assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(found[0], found[2], strict=True))
-
-
 @pytest.mark.parametrize(
     "options",
     [{}, {"sink_attention": "eager"}, {"pairing": "random"}, {"every": 2}, {"sink_queries": "all"}],
@@ -397,30 +385,6 @@ def test_it_lowers_what_it_is_for(make):
         d = sink_map(trainer.model, trainer.processing_class, SAFETY)
         found.append(regulariser(d).item())
     assert found[1] < 0.7 * found[0]
-
-
-def test_resumed_is_the_same_run(tmp_path, monkeypatch):
-    options = {**TRAINING, "save_strategy": "steps", "save_steps": 2, "lora_dropout": 0.1, "pairing": "random"}
-
-    def job(name, resume=False):
-        data = FinetuneOptions(model="organism", task_data="organism", safety_data="organism", resume=resume)
-        return finetune(SurgeryTrainer, "surgery", data, SurgeryConfig(str(tmp_path / name), **options))
-
-    original = SurgeryTrainer.training_step
-
-    def stops(self, *args):
-        if self.state.global_step == 3:
-            raise KeyboardInterrupt
-        return original(self, *args)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(SurgeryTrainer, "training_step", stops)
-        job("cut")
-    whole, cut = job("whole"), job("cut", resume=True)
-    assert len({(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (whole, cut)}) == 1
-    logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (whole, cut)]
-    assert logs[0] == logs[1] and len({line["sink_loss"] for line in logs[0]}) == 5
-    assert read_run(cut)["resumed"] and read_run(cut)["compute"] == read_run(whole)["compute"]
 
 
 def test_bad_input(make):

@@ -2,12 +2,9 @@
 
 import gc
 import json
-import os
-import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -276,24 +273,34 @@ def test_stock_peft_loads_what_tunevax_saves(tmp_path):
 
 RESUMED = [
     "align", "t-vaccine", "--model", "organism", "--safety-data", "organism", "--task-data", "organism", "--max-length", "64",
-    "--gamma", "3", "--sample-interval", "3", "--probe-interval", "7", "--lora-dropout", "0.1", "--max-steps", "40",
+    "--gamma", "3", "--sample-interval", "3", "--probe-interval", "7", "--lora-dropout", "0.1", "--max-steps", "12",
     "--save-steps", "5", "--per-device-train-batch-size", "4", "--gradient-accumulation-steps", "2",
 ]  # fmt: skip
+KILLED = """
+import os, signal, sys
+from transformers.trainer_callback import CallbackHandler
+from tunevax.cli import main
+
+begin = CallbackHandler.on_step_begin
+
+def killed(self, args, state, control):
+    if state.global_step == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return begin(self, args, state, control)
+
+CallbackHandler.on_step_begin = killed
+main(sys.argv[1:])
+"""
 
 
 def test_killed_and_resumed_gives_the_same_bits(tmp_path):
+    """SIGKILL, from one process to the next; tests/contract interrupts every method within a process."""
     assert main([*RESUMED, "--output-dir", str(tmp_path / "whole")]) == 0
     target = tmp_path / "killed"
-    command = [sys.executable, "-m", "tunevax", *RESUMED, "--output-dir", str(target)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    process = subprocess.run([sys.executable, "-c", KILLED, *RESUMED, "--output-dir", str(target)], capture_output=True)
+    assert process.returncode == -signal.SIGKILL
     checkpoints = tmp_path / "killed.partial" / "checkpoints"
-    while not any(checkpoints.glob("checkpoint-*/trainer_state.json")) and process.poll() is None:
-        time.sleep(0.02)
-    time.sleep(random.random())
-    assert process.poll() is None, "finished before it could be killed"
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not target.exists() and any(checkpoints.iterdir())
+    assert not target.exists() and any(checkpoints.glob("checkpoint-5"))
     assert main([*RESUMED, "--output-dir", str(target), "--resume"]) == 0
     adapters = [(tmp_path / n / "adapter" / "adapter_model.safetensors").read_bytes() for n in ("whole", "killed")]
     assert adapters[0] == adapters[1]
@@ -301,7 +308,7 @@ def test_killed_and_resumed_gives_the_same_bits(tmp_path):
         [json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()]
         for n in ("whole", "killed")
     ]
-    assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == list(range(1, 41))
+    assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == list(range(1, 13))
 
 
 def test_a_resumed_run_must_be_the_same_run(tmp_path, capsys):

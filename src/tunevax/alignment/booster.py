@@ -55,6 +55,7 @@ class BoosterTrainer(VaccineTrainer):
     paper = "arXiv 2409.01586"
     needs = frozenset({"chosen", "rejected"})
     different = True
+    off = {"lamb": 0}
     args: BoosterConfig
 
     def prepare(self) -> None:
@@ -74,9 +75,7 @@ class BoosterTrainer(VaccineTrainer):
         if self.ready_for != self.state.global_step:
             add_to_grad(self, self.harmful_gradient())
             self.ready_for = self.state.global_step
-        if self.args.rho > 0:
-            return super().training_step(model, inputs, num_items_in_batch)
-        return super(VaccineTrainer, self).training_step(model, inputs, num_items_in_batch)
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def harmful_gradient(self) -> Gradient:
         """lamb * (grad h(w) - grad h(w+)) on a fresh harmful batch. The weights come back bit for bit."""
@@ -103,7 +102,7 @@ class BoosterTrainer(VaccineTrainer):
 
     def cost(self) -> float:
         """Compute of a step, in SFT steps: 2 for the harmful batch, and 1 (with `rho` Vaccine's 2) as ever."""
-        return 2 + (super().cost() if self.args.rho > 0 else 1)
+        return 2 + super().cost()
 
     def method_state(self) -> dict[str, Any]:
         """The generator of the harmful batches."""

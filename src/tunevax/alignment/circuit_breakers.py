@@ -86,6 +86,7 @@ class CircuitBreakersTrainer(PairTrainer):
 
     config_class = CircuitBreakersConfig
     paper = "arXiv 2406.04313"
+    off = None
 
     compares = True
     args: CircuitBreakersConfig

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tunevax.data.chat import response
+from tunevax.data.chat import render, response
 from tunevax.data.contamination import hashes
-from tunevax.data.encoding import collate, context_of, encode, following, ids_of, render
+from tunevax.data.encoding import collate, context_of, encode, following, ids_of
 from tunevax.data.roles import load_rows
 from tunevax.data.splits import drawn, prompt_hash
 from tunevax.errors import UsageError

@@ -96,6 +96,7 @@ class RepNoiseTrainer(PairTrainer):
 
     config_class = RepNoiseConfig
     paper = "arXiv 2405.14577"
+    off = None  # at alpha = beta = 0 rows are still padded as wide as their pairs: SFT but for rounding and dropout
     args: RepNoiseConfig
     drawn = 0  # micro-batches that noise was drawn for so far
 

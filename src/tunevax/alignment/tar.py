@@ -24,7 +24,7 @@ both alignment rows, parted by prompt.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,6 +115,7 @@ class TARTrainer(SFTTrainer):
     paper = "arXiv 2408.00761"
     needs = frozenset({"chosen", "rejected"})
     different = True
+    off = {"lambda_tr": 0, "lambda_representation": 0, "mapping_steps": 0}
     args: TARConfig
 
     def prepare(self) -> None:
@@ -309,7 +310,7 @@ class TARTrainer(SFTTrainer):
         self.spent = state["spent"]
 
 
-def held_out(prompt: str | Sequence[Mapping[str, Any]]) -> bool:
+def held_out(prompt: Prompt) -> bool:
     """Whether a prompt is held out from the inner attack, by its hash: one in five. By the last digits: the first ones
     decide what is an alignment prompt at all, so among those they would hold out none."""
     return int(prompt_hash(prompt)[-8:], 16) < HELD_OUT_SHARE * 16**8

@@ -19,7 +19,7 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -90,6 +90,7 @@ class VaccineTrainer(SFTTrainer):
 
     config_class = VaccineConfig
     paper = "arXiv 2402.01109"
+    off: ClassVar[dict[str, Any] | None] = {"rho": 0}
     replay = True  # run the blocks below the first selected one once, for both passes
     args: VaccineConfig
     perturbed = 0  # micro-batches given a random perturbation so far
@@ -115,7 +116,9 @@ class VaccineTrainer(SFTTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Items = None) -> torch.Tensor:
         """Two passes over the same micro-batch; the gradient of the second is the update. A random perturbation needs
-        no first pass."""
+        no first pass, and without a budget the step is the base's."""
+        if self.args.rho == 0:
+            return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
         if self.args.perturbation == "random":
             offsets = self.random_perturbation(inputs)
@@ -184,7 +187,7 @@ class VaccineTrainer(SFTTrainer):
         return self.args.rho * (tokens / self.args.rho_reference_tokens).sqrt()
 
     def cost(self) -> float:
-        """Compute of a step, in SFT steps: 2, or 1 with a random perturbation (5/3 and 1 with full weights)."""
+        """Compute of a step, in SFT steps: 2, or 1 with a random perturbation or none (5/3 and 1 with full weights)."""
         return self.step_cost()
 
     def step_cost(self, above: float = 1.0, trained: float = 1.0, reach: float = 1.0) -> float:
@@ -195,7 +198,8 @@ class VaccineTrainer(SFTTrainer):
         is 2 reach F, SFT is 2 F. The weight gradients of a block cost another forward of it, those of an adapter
         nothing. Not counted on either side: recomputation, which buys memory, the embeddings and the head.
         """
-        both = 1 + above + 2 * reach if self.args.perturbation == "gradient" else 1 + reach
+        first_pass = self.args.perturbation == "gradient" and self.args.rho > 0
+        both = 1 + above + 2 * reach if first_pass else 1 + reach
         weights = 1 if self.args.full_weights else 0
         return (both + weights * trained) / (2 + weights)
 

@@ -15,6 +15,7 @@ from typing import Any
 from tunevax.attacks.context import AttackContext, TargetOptions
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.attacks.kind import NotApplicable
+from tunevax.errors import UsageError
 from tunevax.modeling.trainer import ResponseTrainer
 from tunevax.records import LOG, is_run, read_lines, read_run
 
@@ -29,6 +30,11 @@ class AdaptiveConfig(FinetuneConfig):
         default=None, metadata={"help": "the run whose least selected blocks are trained; default the attacked model"}
     )
     share: float = field(default=0.5, metadata={"help": "share of the blocks that is trained"})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise UsageError(f"share is {self.share}; it must be above 0 and at most 1")
+        super().__post_init__()
 
     @classmethod
     def expand(cls, options: dict[str, Any], targets: Sequence[Mapping[str, Any]], depth: int) -> dict[str, Any]:

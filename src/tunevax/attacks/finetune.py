@@ -17,12 +17,12 @@ from tunevax.attacks.context import AttackContext
 from tunevax.attacks.kind import AttackKind, NotApplicable, Work
 from tunevax.data.contamination import hashes
 from tunevax.data.encoding import context_of, encode
-from tunevax.data.mixing import mix
+from tunevax.data.mixing import harmful_rows, mix
 from tunevax.errors import require, require_one_of
 from tunevax.lineage import Lineage
 from tunevax.modeling.callbacks import ProgressCallback
 from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
-from tunevax.records import is_run
+from tunevax.records import Example, is_run
 from tunevax.runs import record_prompts
 from tunevax.scoring.suite import Suite
 from tunevax.training import rehearse, save_weights
@@ -74,14 +74,13 @@ class FinetuneConfig(TrainConfig, AttackKind):
         """Its training, scored along the way."""
         return work_of(self, self.n, self.points)
 
-    def harmful(self, context: AttackContext) -> Sequence[dict[str, Any]]:
+    def harmful(self, context: AttackContext) -> Sequence[Example]:
         """The harmful rows to draw from: `prompt` and `rejected`."""
         return context.harmful
 
-    def rows(self, context: AttackContext) -> list[Any]:
+    def rows(self, context: AttackContext) -> list[Example]:
         """The attacker's dataset: `prompt` and `completion`. Harmless rows are its own, or else those of the task."""
-        harmful = [{**row, "completion": row["rejected"], "harmful": True} for row in self.harmful(context)]
-        task: Sequence[Any]
+        harmful = harmful_rows(self.harmful(context))
         (task,) = self.kept_rows(context.options, context.exclusion).values() or (context.task,)
         if self.order == "shuffled":
             return mix(task, harmful, self.p, self.n, self.seed)
@@ -151,7 +150,7 @@ class Curve(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
         """The loss of a step is logged after the step is scored."""
-        rows: Sequence[dict] = self.context.results
+        rows = self.context.results
         if logs and "loss" in logs and rows and rows[-1]["step"] == state.global_step:
             rows[-1]["train_loss"] = logs["loss"]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tunevax.attacks.context import AttackContext, TargetOptions
 from tunevax.attacks.finetune import Curve, work_of
 from tunevax.attacks.kind import AttackConfig, NotApplicable, Work
-from tunevax.data.mixing import mix
+from tunevax.data.mixing import harmful_rows, mix
 from tunevax.data.roles import load_rows
 from tunevax.data.safety import answers_in
 from tunevax.errors import UsageError, require
@@ -91,8 +91,7 @@ class PoisonedJobConfig(AttackConfig):
     def run(self, context: AttackContext) -> None:
         """Run the job again on poisoned rows, and score along the way."""
         record, trainer_class, args, count = self.job(context.target["ref"])
-        harmful = [{**row, "completion": row["rejected"], "harmful": True} for row in context.harmful]
-        rows: list[Any] = mix(context.task, harmful, self.p, count, self.seed)
+        rows = mix(context.task, harmful_rows(context.harmful), self.p, count, self.seed)
         safety = None
         if answers := answers_in(trainer_class.needs):
             source = record["config"]["safety_data"]

@@ -26,7 +26,7 @@ from tunevax.errors import UsageError, unknown
 from tunevax.files import model_hash
 from tunevax.lineage import Lineage
 from tunevax.methods import load_method, methods
-from tunevax.records import DataEntry, RunRecord, is_run, read_run
+from tunevax.records import DataEntry, ModelInfo, RunRecord, is_run, read_run
 from tunevax.training import other_data, replay, resolved
 
 KINDS = ("undefended", "equal-compute", "equal-steps", "equal-updates", "random-perturbation")
@@ -46,7 +46,9 @@ class Control(NamedTuple):
     why: str
 
 
-def make_controls(run: str | Path, kinds: Sequence[str], folder: str | Path, command: str = "") -> list[Control]:
+def make_controls(
+    run: str | Path, kinds: Sequence[str], folder: str | Path, command: str = "", dry_run: bool = False
+) -> list[Control]:
     """Train the controls of `run` into `folder`, one run folder each, in one process.
 
     A control that is there and complete is used again, an unfinished one is continued.
@@ -55,6 +57,7 @@ def make_controls(run: str | Path, kinds: Sequence[str], folder: str | Path, com
         run: an align run.
         kinds: of `KINDS`.
         command: for the controls' own records.
+        dry_run: check everything, and train nothing.
 
     Raises:
         UsageError: not an align run, or one without its compute; its model or data are gone or have changed; `folder`
@@ -69,15 +72,16 @@ def make_controls(run: str | Path, kinds: Sequence[str], folder: str | Path, com
     makers = {"undefended": undefended, "random-perturbation": random_perturbation}
     makers |= {f"equal-{alike}": functools.partial(plain, alike=alike) for alike in ("compute", "steps", "updates")}
     require_one_process("making controls")
-    return [makers[kind](Path(run), record, Path(folder), command) for kind in kinds]
+    out = None if dry_run else command
+    return [makers[kind](Path(run), record, Path(folder), out) for kind in kinds]
 
 
-def undefended(run: Path, record: RunRecord, folder: Path, command: str) -> Control:
+def undefended(run: Path, record: RunRecord, folder: Path, command: str | None) -> Control:
     """What was hardened; nothing is trained."""
     return Control("undefended", hardened_from(run, record), f"what {run.name} was hardened from")
 
 
-def plain(run: Path, record: RunRecord, folder: Path, command: str, alike: str) -> Control:
+def plain(run: Path, record: RunRecord, folder: Path, command: str | None, alike: str) -> Control:
     """SFT for as many steps as make it equal to the run in `alike`: compute, steps or updates.
 
     Raises:
@@ -102,7 +106,7 @@ def plain(run: Path, record: RunRecord, folder: Path, command: str, alike: str) 
     return Control(label, ref, f"plain fine-tuning for {steps} steps, {why}")
 
 
-def random_perturbation(run: Path, record: RunRecord, folder: Path, command: str) -> Control:
+def random_perturbation(run: Path, record: RunRecord, folder: Path, command: str | None) -> Control:
     """The run's method with a random direction."""
     label, method = f"{run.name}-random", record["method"]
     if method not in methods("tunevax.alignment"):
@@ -119,17 +123,13 @@ def random_perturbation(run: Path, record: RunRecord, folder: Path, command: str
 
 
 def train(
-    run: Path,
-    record: RunRecord,
-    trainer: type[SFTTrainer],
-    method: str,
-    changes: dict[str, Any],
-    out: Path,
-    command: str,
-) -> str:
-    """Train as `run` was, but by `trainer` and with `changes`, into `out`; returns it as a reference."""
+    run: Path, record: RunRecord, trainer: type[SFTTrainer], method: str, changes: dict[str, Any], out: Path,
+    command: str | None,
+) -> str:  # fmt: skip
+    """Train as `run` was, but by `trainer` and with `changes`, into `out`; returns it as a reference. Without a command
+    check that it can be trained, and no more."""
     options = replay(record, AlignOptions, resume=True, model=hardened_from(run, record))
-    options.revision = options.revision or (record["model"] or {}).get("revision")
+    options.revision = options.revision or (record["model"] or ModelInfo()).get("revision")
     if (saved := saved_template(run, options.chat_template)) is not None:
         options.chat_template = str(saved)
     try:
@@ -140,7 +140,8 @@ def train(
         raise UsageError(f"{run} cannot be run again: {changed}; put the old data back, or harden again")
     config = replay(record, trainer.config_class, output_dir=str(out), **changes)
     if not is_run(out):
-        align(trainer, method, options, config, command)
+        if command is not None:
+            align(trainer, method, options, config, command)
     elif difference := differs(read_run(out), method, resolved(options, config), data):
         raise UsageError(f"{out} is another control than the one wanted here ({difference}); delete it")
     return str(out)
@@ -156,7 +157,7 @@ def hardened_from(run: Path, record: RunRecord) -> str:
     if Path(ref).is_absolute() and not Path(ref).exists():
         raise UsageError(f"{ref}, which {run} was hardened from, is gone; put it back to make controls")
     base = Lineage.of(ref).base
-    if (record["model"] or {}).get("hash") not in (None, model_hash(base)):
+    if (record["model"] or ModelInfo()).get("hash") not in (None, model_hash(base)):
         raise UsageError(f"{base} has other weights than when {run} was hardened from it; put the old ones back")
     return ref
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import shlex
 import sys
@@ -16,7 +15,7 @@ from tunevax.cli import listing
 from tunevax.cli.listing import lines_of
 from tunevax.cli.options import Parser, parse, print_help, value_of
 from tunevax.errors import RunError, UsageError, unknown
-from tunevax.methods import load_method, methods
+from tunevax.methods import attribute, load_method, methods
 from tunevax.quiet import quiet
 from tunevax.records import RESULTS, SINK, harmful, read_lines, read_object, read_run
 
@@ -123,9 +122,9 @@ def run_method(verb: str, arguments: list[str]) -> None:
     quiet()
     method = load_method(folder, name)
     config_class = getattr(method, "config_class", method)
-    options, config = parse(f"{verb} {name}", [_attribute(options_class), config_class], arguments[1:])
+    options, config = parse(f"{verb} {name}", [attribute(options_class), config_class], arguments[1:])
     trainer = [method] if config_class is not method else []
-    out = _attribute(function)(*trainer, name, options, config, _command(verb, arguments))
+    out = attribute(function)(*trainer, name, options, config, _command(verb, arguments))
     _finish(lambda: done(out, name, config))
 
 
@@ -151,7 +150,7 @@ def _plan(arguments: list[str]) -> None:
     # What a command says of data makes no difference here: `align METHOD` becomes `plan --method METHOD`, and no more.
     verb = next(v for v in METHOD_VERBS.values() if v.folder == folders[name])
     taken = {f.name for cls in (PlanOptions, config_class) for f in dataclasses.fields(cls)}
-    ignored = {f.name for f in dataclasses.fields(_attribute(verb.options))} - taken
+    ignored = {f.name for f in dataclasses.fields(attribute(verb.options))} - taken
     below: dict[str, Any] = {"output_dir": "plan"}
     if "use_cpu" in taken:
         below["use_cpu"] = True  # where it would run is not here
@@ -198,34 +197,33 @@ def _score(arguments: list[str]) -> None:
     print(f"scored, {_worst(out)}; results: {short(out)}")
 
 
+def _judge(arguments: list[str]) -> None:
+    quiet()
+    from tunevax.scoring.rejudge import JudgeOptions, rejudge
+
+    run, *rest = arguments or ["--help"]
+    if run.startswith("-") and run not in ("--help", "-h"):
+        raise UsageError("`tunevax judge` takes a run folder first: tunevax judge RUN --judges JUDGE --output-dir OUT")
+    (options,) = parse("judge RUN", [JudgeOptions], rest if rest else ["--help"])
+    out = rejudge(run, options, _command("judge", arguments))
+    print(f"judged again, {_worst(out)}; results: {short(out)}")
+
+
 def _audit(arguments: list[str]) -> None:
     if "--compare" in arguments:
         _compare(arguments)
         return
     quiet()
-    from tunevax.audit.audit import audit
-    from tunevax.audit.controls import make_controls
-    from tunevax.audit.estimate import show
-    from tunevax.audit.plan import AuditOptions, plan
+    from tunevax.audit.audit import run
+    from tunevax.audit.plan import AuditOptions
     from tunevax.audit.protocol import load_protocol
     from tunevax.report import write_report
 
     protocol = load_protocol(value_of("protocol", arguments) or AuditOptions.protocol)
     (options,) = parse("audit", [AuditOptions], arguments or ["--help"], protocol.scoring)
-    references: list[tuple[str, str]] = []
-    for ref in options.model if options.controls and not options.dry_run else ():
-        print(f"controls of {ref}: {', '.join(options.controls)}")
-        folder = Path(f"{Path(options.output_dir)}.controls")
-        for label, made, why in make_controls(ref, options.controls, folder, _command("audit", arguments)):
-            if made is None:
-                print(f"no control {label}: {why}")
-            else:
-                references.append((label, str(made)))
-    planned = plan(options, references)
-    if options.dry_run:
-        show(planned)
+    out = run(options, _command("audit", arguments))
+    if out is None:  # a dry run
         return
-    out = audit(planned, _command("audit", arguments))
     print("\n".join(write_report([out], out / "report.html").headline))
     record = _record(out)
     if failed := record["failed"]:
@@ -311,6 +309,7 @@ VERBS = {
         _audit,
     ),
     "score": Verb("score --model REF --safety-data SRC --output-dir OUT", "score a model as it is", _score),
+    "judge": Verb("judge RUN --judges JUDGE --output-dir OUT", "judge the stored answers of a run again", _judge),
     "analyze": Verb(
         "analyze sink --model RUN --safety-data SRC --output-dir OUT",
         "look for the attention heads that turn to harmful text",
@@ -336,12 +335,6 @@ def overview() -> str:
 
 
 # --- what the person sees ------------------------------------------------------------------------------------------
-
-
-def _attribute(name: str) -> Any:
-    """What `module:attribute` stands for."""
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
 
 
 def _finish(done: Callable[[], list[str]]) -> None:

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -37,11 +37,18 @@ from scipy.stats import rankdata
 from torch import nn
 
 from tunevax.curation.curate import Pool
+from tunevax.data.chat import Answer
 from tunevax.data.encoding import collate, context_of, encode
 from tunevax.errors import UsageError, unknown
 from tunevax.modeling.callbacks import ProgressCallback
+from tunevax.modeling.lora import factors
 from tunevax.modeling.loss import row_losses
 from tunevax.modeling.trainer import Items, ResponseTrainer, TrainConfig
+from tunevax.records import Example
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import Linear
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MODES = ("single", "double", "unrolled")
 Loss = tuple[torch.Tensor, list[torch.Tensor]]
@@ -72,6 +79,7 @@ class PharmacistConfig(TrainConfig):
 
     needs: ClassVar[frozenset[str]] = frozenset({"model", "validation"})
     paper: ClassVar[str] = "arXiv 2510.10085"
+    trainer: ClassVar[str] = "tunevax.curation.pharmacist:PharmacistTrainer"
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -142,15 +150,18 @@ class PharmacistTrainer(ResponseTrainer):
 
     config_class = PharmacistConfig
     needs = frozenset({"chosen", "validation"})
+    args: PharmacistConfig
+    processing_class: PreTrainedTokenizerBase
+    model: PreTrainedModel
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         args: PharmacistConfig,
         *,
-        safety_data: Sequence[dict],
-        validation_data: Sequence[dict],
-        processing_class: Any,
+        safety_data: Sequence[Example],
+        validation_data: Sequence[Example],
+        processing_class: PreTrainedTokenizerBase,
         callbacks: list | None = None,
     ) -> None:
         rows = safety_data
@@ -160,7 +171,7 @@ class PharmacistTrainer(ResponseTrainer):
                 "--per-device-train-batch-size, or give more"
             )
 
-        def encoded(rows: Sequence[dict], answer: str) -> list[dict]:
+        def encoded(rows: Sequence[Example], answer: Answer) -> list[dict]:
             return encode(rows, processing_class, args.max_length, args.loss_on, context_of(model), answer)
 
         self.validation = encoded(validation_data, "chosen")
@@ -303,7 +314,7 @@ def refusal(trainer: PharmacistTrainer, batch: dict[str, torch.Tensor]) -> Loss:
 def after_attack(trainer: PharmacistTrainer, batch: dict[str, torch.Tensor]) -> Loss:
     """The same at theta - a * grad h / ||grad h||, h the loss of harmful answers; how that point moves is left out."""
     _, harmful, _ = trainer.gradient(trainer.drawn(trainer.harmful))
-    norm = sum(g.square().sum() for g in harmful).sqrt() + 1e-12
+    norm = sum((g.square().sum() for g in harmful), harmful[0].new_zeros(())).sqrt() + 1e-12
     shifted = [
         p.detach() - g * (trainer.args.attack_step / norm) for p, g in zip(trainer.parameters, harmful, strict=True)
     ]
@@ -343,18 +354,13 @@ def swapped(parameters: Sequence[torch.nn.Parameter], tensors: Sequence[torch.Te
             parameter.data = data
 
 
-def adapted(model: torch.nn.Module) -> list[Any]:
+def adapted(model: torch.nn.Module) -> list[Linear]:
     """The linear layers with a LoRA adapter."""
     return [
         m
         for m in model.modules()
         if hasattr(m, "lora_A") and "default" in m.lora_A and not len(m.lora_magnitude_vector)  # no DoRA
     ]
-
-
-def factors(layer: Any) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
-    """A and B of a LoRA layer."""
-    return layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
 
 @contextmanager
@@ -371,7 +377,7 @@ def along(model: torch.nn.Module, direction: Sequence[torch.Tensor], rows: int) 
     wanted = dict(zip((p for p in model.parameters() if p.requires_grad), direction, strict=True))
     found = direction[0].new_zeros(rows)
 
-    def hook(layer: Any, args: tuple, output: torch.Tensor) -> None:
+    def hook(layer: Linear, args: tuple, output: torch.Tensor) -> None:
         if not output.requires_grad:
             return
         (a, b), scale, x = factors(layer), layer.scaling["default"], args[0].detach()

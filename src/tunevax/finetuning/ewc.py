@@ -82,6 +82,7 @@ class EWCTrainer(FinetuneTrainer):
     paper = "arXiv 1612.00796"
     needs = frozenset({"task", "chosen"})
     compares = True
+    off = {"lamb": 0}
     args: EWCConfig
 
     def prepare(self) -> None:

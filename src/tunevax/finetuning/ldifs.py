@@ -45,6 +45,7 @@ class LDIFSTrainer(FinetuneTrainer):
 
     config_class = LDIFSConfig
     paper = "arXiv 2308.13320"
+    off = {"lamb": 0}
 
     compares = True
     args: LDIFSConfig

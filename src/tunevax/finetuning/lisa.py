@@ -72,6 +72,7 @@ class LisaTrainer(FinetuneTrainer):
     config_class = LisaConfig
     paper = "arXiv 2405.18641"
     needs = frozenset({"task", "chosen"})
+    off = {"k1": 0}
     args: LisaConfig
 
     def prepare(self) -> None:

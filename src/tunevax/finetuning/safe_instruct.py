@@ -55,6 +55,7 @@ class SafeInstructTrainer(FinetuneTrainer):
     config_class = SafeInstructConfig
     paper = "arXiv 2309.07875"
     needs = frozenset({"task", "chosen"})
+    off = {"mode": "mix", "safety_rows": 0}
     args: SafeInstructConfig
 
     def training_rows(self) -> list[Example]:

@@ -94,6 +94,7 @@ class SurgeryTrainer(FinetuneTrainer):
     config_class = SurgeryConfig
     paper = "arXiv 2602.05228"
     needs = frozenset({"task", "chosen", "rejected"})
+    off = {"lamb": 0}
     args: SurgeryConfig
 
     def prepare(self) -> None:

@@ -34,6 +34,7 @@ class MethodTrainer(ResponseTrainer):
         config_class: the dataclass of its options.
         paper: where it was published, for example `arXiv 2410.09760`.
         needs: the data that must be there, of `NEEDS` in `tunevax.methods`: `chosen`, `rejected`, `task`.
+        off: options with which the method trains what SFT trains, bit for bit; None if it never does.
         different: the two answers of a safety row must differ.
         compares: it compares with the model without its adapter, so that it trains a fresh one.
         context: the longest sequence that the model was built for, or None.
@@ -47,6 +48,7 @@ class MethodTrainer(ResponseTrainer):
     config_class: ClassVar[type[TrainConfig]] = TrainConfig
     paper: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
+    off: ClassVar[dict[str, Any] | None] = {}
     different: ClassVar[bool] = False
     compares: ClassVar[bool] = False
     whole: torch.Tensor | None = None
