@@ -51,6 +51,7 @@ from tunevax.modeling.hooks import capture, capture_inputs, without_dropout
 from tunevax.modeling.loss import CHUNK_ELEMENTS, MIN_CHUNK_ROWS, labelled, last_hidden, logits_of, rows_at
 from tunevax.modeling.precision import wide
 from tunevax.modeling.trainer import Items, PlanParts
+from tunevax.records import Prompt
 
 HELD_OUT_SHARE = 0.2
 PREFERENCE_BETA = 0.1
