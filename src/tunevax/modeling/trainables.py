@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from tunevax.modeling.trainer import TrainConfig
+    from tunevax.records import ModelInfo
 
 
 def prepare_trainables(model: PreTrainedModel, args: TrainConfig) -> PreTrainedModel:
@@ -146,7 +147,7 @@ def require_targets(model: Any, names: str) -> None:
             raise UsageError(f"lora_targets {names!r}: no layer of the model that can have an adapter is called {name}")
 
 
-def coverage(model: nn.Module) -> dict[str, dict[str, int]]:
+def coverage(model: nn.Module) -> ModelInfo:
     """Which matrices of a `PeftModel` have an adapter and which do not: `adapted` and `left_out`, each from the path,
     with `*` for numbers, to the number of weights. Norms, biases and other vectors are in neither."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -154,7 +155,7 @@ def coverage(model: nn.Module) -> dict[str, dict[str, int]]:
 
     from tunevax.modeling.quantization import size_of
 
-    covered: dict[str, dict[str, int]] = {"adapted": {}, "left_out": {}}
+    covered: ModelInfo = {"adapted": {}, "left_out": {}}
     stock, adapted, inside = unwrap(model), set(), set()
     for module in stock.modules():
         if isinstance(module, BaseTunerLayer):
@@ -174,12 +175,12 @@ def coverage(model: nn.Module) -> dict[str, dict[str, int]]:
             continue
         name = re.sub(r"\.(base_layer|original_module)(?=\.)", "", path)
         name = re.sub(r"(?<=\.)\d+(?=\.)", "*", name).removesuffix(".weight")
-        kind = covered["adapted" if id(parameter) in adapted else "left_out"]
+        kind = covered["adapted"] if id(parameter) in adapted else covered["left_out"]
         kind[name] = kind.get(name, 0) + size_of(parameter)
     return covered
 
 
-def left_out_of_blocks(covered: dict[str, dict[str, int]]) -> str | None:
+def left_out_of_blocks(covered: ModelInfo) -> str | None:
     """A sentence on the matrices in the blocks that a `coverage` leaves out; None if they are under 1 % of the weights
     there (short convolutions and the like)."""
     sizes = {name: size for name, size in covered["left_out"].items() if ".*." in name}
