@@ -116,7 +116,7 @@ def plan(options: PlanOptions, method: Any, args: Any) -> Plan:
     from tunevax.planning.step import predict, predict_forward, scaled
 
     trainer, models = trainer_of(method), models_of(method)
-    if models == 0:
+    if trainer is None and models == 0:
         raise UsageError(f"{options.method} needs no model, so there is nothing to plan")
     base = Lineage.of(options.model).base
     config = config_of(base, options.revision)
