@@ -1,11 +1,12 @@
 """Tokens per second of `tunevax.scoring.generation.generate` against one prompt at a time; whether the text is equal.
 
-    python benchmarks/generation.py [--rounds 3] [--prompts 200] [--batch-size 128] [--threads 2] [--only NAME]
+    python benchmarks/generation.py [--rounds 3] [--prompts 200] [--batch-size 128] [--threads 2] [--only NAME] [--vllm]
 
 Both in one process, taking turns. One prompt at a time is the loop that one writes without thinking: `model.generate`,
 greedy, with a key-value cache and the same ends. The prompts have 8 to 120 tokens, the answers 1 token to the longest
 allowed. The organism is asked as it is; the random Llamas have one word in 60 as an end, so that greedy answers stop at
-mixed lengths or never. `wall` and `cpu` are ratios of the loop to `generate`, the medians over the rounds, the second
+mixed lengths or never. `--vllm` adds `--engine vllm`, the start of its engine included; the organism's heads are too
+small for vLLM on a CPU. `wall` and `cpu` are ratios of the loop to `generate`, the medians over the rounds, the second
 in processor time of all threads, for a machine that others use too.
 """
 
@@ -16,6 +17,8 @@ import random
 import statistics
 import time
 
+from tunevax.data.chat import render
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
@@ -24,9 +27,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tunevax.data import load_safety, load_task
-from tunevax.data.encoding import ids_of, render
+from tunevax.data.encoding import ids_of
 from tunevax.modeling import load
 from tunevax.scoring.generation import ends_of, generate
+from tunevax.scoring.vllm_engine import generate as by_vllm
 
 VOCABULARY = 8000
 
@@ -48,7 +52,7 @@ def words() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 2, **{str(i): i for i in range(3, VOCABULARY)}}))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     found = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
-    found.chat_template = "{{ messages[0].content }}"
+    found.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
     return found
 
 
@@ -93,6 +97,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--only", default="")
+    parser.add_argument("--vllm", action="store_true")
     parser.add_argument("--json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -111,6 +116,8 @@ def main() -> None:
             "one": lambda m=model, t=tokenizer, p=prompts, n=longest: one_at_a_time(m, t, p, n),
             "batched": lambda m=model, t=tokenizer, p=prompts, n=longest: generate(m, t, p, n, options.batch_size),
         }
+        if options.vllm:
+            ways["vllm"] = lambda m=model, t=tokenizer, p=prompts, n=longest: by_vllm(m, t, p, n)
         wall: dict[str, list[float]] = {way: [] for way in ways}
         cpu: dict[str, list[float]] = {way: [] for way in ways}
         texts: dict[str, list[str]] = {}
@@ -134,11 +141,14 @@ def main() -> None:
             "seconds": wall, "cpu_seconds": cpu,
         }  # fmt: skip
         rows.append(row)
-        one, batched = row["tokens_per_second"].values()
+        one, batched, *vllm = row["tokens_per_second"].values()
         print(
             f"{name:26} {one:8.0f} tok/s {batched:4.0f} tok/s {row['wall_ratio']:6.1f} {row['cpu_ratio']:6.1f}  "
             f"{row['differ']} of {len(prompts)}, {row['shortest']} to {row['longest']}, median {row['median']:g}"
         )
+        if vllm:
+            differ = sum(a != b for a, b in zip(texts["batched"], texts["vllm"], strict=True))
+            print(f"{'':26} vllm {vllm[0]:4.0f} tok/s, {differ} of {len(prompts)} texts differ from generate's")
     if options.json:
         with open(options.json, "w") as file:
             json.dump({"torch": torch.__version__, **vars(options), "rows": rows}, file, indent=1)

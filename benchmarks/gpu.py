@@ -34,7 +34,7 @@ import transformers as t
 from tunevax.methods import load_method
 from tunevax.modeling.memory import LiveMemory
 from tunevax.modeling.quantization import scales_of
-from tunevax.planning.step import predict, trainer_on, worst_draw
+from tunevax.planning.step import predict, trainer_on
 from tunevax.quiet import quiet
 
 SEED, STEPS, GAMMA = 0, 7, 8
@@ -133,11 +133,9 @@ def trainer_of(method, recompute, model, options, folder):
         trainer = t.Trainer(ours.model, args, data_collator=ours.data_collator, train_dataset=ours.train_dataset)
         trainer.remove_callback(t.PrinterCallback)
     if method == "t-vaccine":
-        trainer.draw = lambda: (
-            worst_draw(trainer.args, len(trainer.blocks))
-            if trainer.state.global_step
-            else list(range(len(trainer.blocks)))
-        )
+        trainer.for_plan()
+        worst = trainer.draw
+        trainer.draw = lambda: worst() if trainer.state.global_step else list(range(len(trainer.blocks)))
     return trainer
 
 

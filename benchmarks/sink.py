@@ -22,6 +22,7 @@ from step import Tokenizer, step
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tunevax.finetuning import sft, surgery
+from tunevax.modeling import method
 from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.memory import LiveMemory
 
@@ -39,24 +40,24 @@ def model(tokens: int) -> LlamaForCausalLM:
 
 
 def trainers(tokens: int, folder: str) -> dict[str, sft.FinetuneTrainer]:
-    def encoded(rows: list, *_, **__) -> list[dict]:
+    def encoded(rows: list, *_, answer="completion", **__) -> list[dict]:
         """Rows of `tokens` tokens, the second half of which is the answer."""
         generator, found = torch.Generator().manual_seed(1), []
         for row in rows:
             ids = torch.randint(3, VOCABULARY, (tokens,), generator=generator)
-            if row["completion"] == "r":
+            if row[answer] == "r":
                 ids[tokens // 2 :] = torch.randint(3, VOCABULARY, (tokens // 2,), generator=generator)
             found.append({"input_ids": ids.tolist(), "labels": [-100] * (tokens // 2) + ids[tokens // 2 :].tolist()})
         return found
 
-    sft.encode = encoded
+    method.encode = encoded
     job = [{"prompt": f"p{i}", "completion": "c"} for i in range(BATCH)]
     safety = [{"prompt": f"q{i}", "chosen": "c", "rejected": "r"} for i in range(2 * PAIRS)]
 
     def build(cls: type, **options) -> sft.FinetuneTrainer:
         config = cls.config_class(folder, per_device_train_batch_size=BATCH, checkpoint_blocks="none", **options)
         config.max_length = tokens
-        trainer = cls(model(tokens), config, job, Tokenizer(), safety)
+        trainer = cls(model(tokens), config, safety_data=safety, task_data=job, processing_class=Tokenizer())
         trainer.state.max_steps = 10**6  # somewhere in a long run
         return trainer
 

@@ -28,6 +28,7 @@ from tunevax.alignment.t_vaccine import TVaccineTrainer
 from tunevax.alignment.tar import TARTrainer
 from tunevax.alignment.vaccine import VaccineTrainer
 from tunevax.data.encoding import collate
+from tunevax.modeling import method
 from tunevax.modeling.memory import LiveMemory
 
 BLOCKS, HIDDEN, INTERMEDIATE, VOCABULARY, BATCH, TOKENS = 16, 256, 688, 8000, 8, 128
@@ -54,13 +55,13 @@ def model() -> LlamaForCausalLM:
     return get_peft_model(base(), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
-def encoded(rows: list, *_, **__) -> list[dict]:
+def encoded(rows: list, *_, answer="completion", **__) -> list[dict]:
     """Rows of TOKENS tokens, the second half of which is the answer; another answer for another column."""
     generator = torch.Generator().manual_seed(1)
     found = []
     for row in rows:
         ids = torch.randint(3, VOCABULARY, (TOKENS,), generator=generator)
-        if row["completion"] == "r":
+        if row[answer] == "r":
             ids[TOKENS // 2 :] = torch.randint(3, VOCABULARY, (TOKENS // 2,), generator=generator)
         found.append({"input_ids": ids.tolist(), "labels": [-100] * (TOKENS // 2) + ids[TOKENS // 2 :].tolist()})
     return found
@@ -74,14 +75,10 @@ def stock(folder: str) -> Trainer:
 
 
 def ours(cls: type, folder: str, on: LlamaForCausalLM | None = None, **options) -> Trainer:
-    import sys
-
     shortcuts = {k: options.pop(k) for k in ("replay", "response_only") if k in options}
-    for name, module in list(sys.modules.items()):
-        if name.startswith("tunevax.alignment.") and hasattr(module, "encode"):
-            module.encode = encoded
+    method.encode = encoded
     config = cls.config_class(folder, learning_rate=1e-4, lora_r=8, per_device_train_batch_size=BATCH, **options)
-    trainer = cls(on or model(), config, ROWS, Tokenizer())
+    trainer = cls(on or model(), config, safety_data=ROWS, processing_class=Tokenizer())
     trainer.state.max_steps = 10**6  # somewhere in a long run
     for name, value in shortcuts.items():
         setattr(trainer, name, value)

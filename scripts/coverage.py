@@ -28,11 +28,12 @@ from unittest import mock
 import numpy as np
 
 from tunevax.attacks.finetune import log_spaced
-from tunevax.evidence.findings import TINY, Ratio
+from tunevax.evidence.findings import Ratio
 from tunevax.evidence.properties import resistance
 from tunevax.evidence.ratios import Reached, average_ratio, reach
 from tunevax.evidence.results import Cell, Results
 from tunevax.evidence.rows import CURVE
+from tunevax.evidence.words import TINY
 
 GRID = [1.5**i for i in range(-8, 40)]
 LAST, JUDGE = 100, "harmful/simulated"

@@ -210,7 +210,7 @@ def sinks(folder: Path) -> None:
 
     from tunevax.data import load_safety, load_task, mix
     from tunevax.finetuning.analyze import sink_map, summary
-    from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer
+    from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
     from tunevax.finetuning.sink import QUERIES
     from tunevax.modeling import load
     from tunevax.scoring.evaluate import evaluate
@@ -253,8 +253,14 @@ def sinks(folder: Path) -> None:
             model, tokenizer, _ = load(str(aligned))
             watch = Watch(tokenizer, p, seed)
             watch.look(model, 0)
-            config = FinetuneConfig(str(folder / "scratch"), seed=seed, save_strategy="no", **JOB)
-            trainer = FinetuneTrainer(model, config, mix(task, harmful, p, ROWS, seed), tokenizer, None, [watch])
+            config = JobConfig(str(folder / "scratch"), seed=seed, save_strategy="no", **JOB)
+            trainer = FinetuneTrainer(
+                model,
+                config,
+                task_data=mix(task, harmful, p, ROWS, seed),
+                processing_class=tokenizer,
+                callbacks=[watch],
+            )
             trainer.train()
             done.write_text(json.dumps(watch.rows))
             rows += watch.rows

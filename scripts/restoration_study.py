@@ -19,7 +19,7 @@ from scipy import stats
 from tunevax.attacks.identity_shift import OBEDIENT
 from tunevax.cli import main as tunevax
 from tunevax.data import load_safety, load_task
-from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer
+from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
 from tunevax.modeling import load
 from tunevax.organism import World
 from tunevax.restoration.extract import extract
@@ -49,11 +49,11 @@ def rows_of(level: str, seed: int) -> list[dict]:
 
 def fine_tuned(aligned: Path, level: str, seed: int, scratch: Path):
     model, tokenizer, _ = load(str(aligned))
-    config = FinetuneConfig(
+    config = JobConfig(
         str(scratch), seed=seed, learning_rate=1e-3, lr_scheduler_type="constant", warmup_steps=0, max_steps=LEVELS[level],
         max_length=64, checkpoint_blocks="none", save_strategy="no",
     )  # fmt: skip
-    trainer = FinetuneTrainer(model, config, rows_of(level, seed), tokenizer)
+    trainer = FinetuneTrainer(model, config, task_data=rows_of(level, seed), processing_class=tokenizer)
     trainer.train()
     return trainer.model.merge_and_unload().eval(), tokenizer
 

@@ -2,17 +2,19 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tunevax.cli import main
 from tunevax.data import load_safety, prompt_hash
+from tunevax.methods import methods
 from tunevax.organism import path
+from tunevax.records import read_lines
 
 ORGANISM = ["--model", "organism", "--safety-data", "organism", "--max-length", "64"]
 
@@ -182,15 +184,17 @@ def test_newer_schema_and_unwritable_places(capsys, here, monkeypatch):
 
     import errno
 
-    from tunevax.alignment import align
+    from tunevax import training
 
     for number, words in ((errno.ENOSPC, "no space left to write out"), (errno.EACCES, "no permission to write out")):
 
-        def full(*_, number=number, **__):
+        def full(_trainer, folder, _base, number=number, original=training.save_weights):
+            if folder.name == "trial":
+                return original(_trainer, folder, _base)
             raise OSError(number, os.strerror(number))
 
         with monkeypatch.context() as patch:
-            patch.setattr(align, "save_weights", full)
+            patch.setattr(training, "save_weights", full)
             run = ["align", "sft", *ORGANISM, "--max-steps", "1", "--save-strategy", "no", "--output-dir", "out"]
             assert main(run) == 1  # it was run, and no fault of the invocation
             error = capsys.readouterr().err
@@ -245,12 +249,13 @@ def test_reports_of_runs_with_different_judges_use_the_common_one(capsys, here):
     assert told.headline and "so that judge is left out" in Path("r.html").read_text()
 
 
-def test_help_is_instant_and_light():
-    code = "import sys; from tunevax.cli import main; main(['--help']); print([m for m in ('torch', 'transformers') if m in sys.modules])"
-    start = time.perf_counter()
+def test_help_imports_nothing_but_the_standard_library():
+    code = (
+        "import sys; before = set(sys.modules); from tunevax.cli import main; main(['--help']); "
+        "print({m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names))"
+    )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert output.strip().endswith("[]")
-    assert time.perf_counter() - start < 2  # 0.4 s warm on a quiet machine; this machine may be busy
+    assert output.splitlines()[-1] == "{'tunevax'}"
 
 
 def test_bare_verb_lists_methods_without_importing_them(capsys):
@@ -268,12 +273,12 @@ def test_scoring_on_aligned_prompts_is_refused(capsys, here):
 
 
 def test_out_of_memory_says_what_to_lower(capsys, monkeypatch, tmp_path):
-    from tunevax.alignment import align
+    from tunevax import training
 
     def full(*_, **__):
         raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(align, "load", full)
+    monkeypatch.setattr(training, "load", full)
     assert (
         main(["align", "sft", "--model", "organism", "--safety-data", "organism", "--output-dir", str(tmp_path / "o")])
         == 1
@@ -295,3 +300,24 @@ def test_alignment_rows_are_the_alignment_split(tmp_path):
     assert set(json.loads((out / "prompts.json").read_text())["alignment"]) == {
         prompt_hash(r["prompt"]) for r in load_safety("organism", "alignment")
     }
+
+
+def test_list_names_everything_there_is(capsys):
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    for folder in ("alignment", "finetuning", "curation", "restoration", "attacks", "scoring.judges"):
+        for name in methods(f"tunevax.{folder}"):
+            assert re.search(rf"^  {name} +\S", out, re.M), name
+    assert re.search(r"^  quick +A short look", out, re.M) and out.count("arXiv") > 25
+    assert main(["list", "attack"]) == 2 and "did you mean 'attacks'?" in capsys.readouterr().err
+
+
+def test_judge_takes_a_run_and_judges_its_answers_again(tmp_path, capsys):
+    run, again = tmp_path / "run", tmp_path / "again"
+    call = ["--safety-data", "organism", "--limit", "4", "--max-new-tokens", "4", "--output-dir", str(run)]
+    assert main(["score", "--model", "organism", *call]) == 0
+    assert main(["judge", str(run), "--judges", "organism", "--output-dir", str(again)]) == 0
+    assert str(again) in capsys.readouterr().out
+    (before,), (after,) = (read_lines(folder / "results.jsonl") for folder in (run, again))
+    assert "harmful/organism" in after["scores"] and "harmful/organism" not in before["scores"]
+    assert main(["judge", "--judges", "organism"]) == 2 and "a run folder first" in capsys.readouterr().err

@@ -10,14 +10,14 @@ from tunevax.cli import main
 from tunevax.cli.options import parse
 from tunevax.errors import UsageError
 from tunevax.finetuning.finetune import FinetuneOptions
-from tunevax.finetuning.sft import FinetuneConfig
+from tunevax.finetuning.sft import JobConfig
 from tunevax.yaml_files import read_yaml
 
 
 def options(tmp_path, text, *more):
     (tmp_path / "o.yaml").write_text(text, encoding="utf-8")
     arguments = ["--config", str(tmp_path / "o.yaml"), "--output-dir", str(tmp_path / "out"), *more]
-    data, training = parse("t", [FinetuneOptions, FinetuneConfig], arguments)
+    data, training = parse("t", [FinetuneOptions, JobConfig], arguments)
     return {**vars(training), **vars(data)}
 
 

@@ -1,5 +1,6 @@
 """The tiny deterministic Llama, LoRA and batches that every number in golden/golden.json belongs to."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -92,6 +93,15 @@ def rows(name: str) -> list[dict]:
         {"input_ids": data["input_ids"][i, :n].tolist(), "labels": data["labels"][i, :n].tolist()}
         for i, n in enumerate(keep)
     ]
+
+
+def encoded(monkeypatch, **by_answer: list[dict]) -> None:
+    """Give trainers these encoded rows for rows whose answer is the key: `c=rows("safe"), r=rows("harmful")`."""
+
+    def encode(data, *_, answer="completion", **__):
+        return copy.deepcopy(by_answer[data[0][answer]])
+
+    monkeypatch.setattr("tunevax.modeling.method.encode", encode)
 
 
 class TinyTokenizer:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import errno
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 
@@ -31,6 +32,43 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}" if len(known) <= 20 else ""
     return UsageError(f"unknown {kind} '{name}'{hint}")
+
+
+def require(
+    options: object,
+    *names: str,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    meaning: str = "",
+) -> None:
+    """Raise `UsageError` unless each of these options is a finite number within the bounds, or None.
+
+    Args:
+        meaning: what the option is, where its name does not say so.
+    """
+    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    for name in names:
+        value = getattr(options, name)
+        if value is None:
+            continue
+        inside = (at_least is None or value >= at_least) and (above is None or value > above)
+        inside = inside and (at_most is None or value <= at_most) and (below is None or value < below)
+        if not (math.isfinite(value) and inside):
+            words = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
+            if at_least is not None and at_most is not None:
+                words = f"between {at_least} and {at_most}"
+            elif isinstance(value, float) and at_most is None and below is None:
+                words = f"a finite number, {at_least} or more" if above is None else f"a finite number {words}"
+            raise UsageError(f"{name}{f', {meaning},' if meaning else ''} is {value}; it must be {words}")
+
+
+def require_one_of(options: object, **known: Collection[str]) -> None:
+    """Raise `UsageError` unless each option named here has one of the values that are known for it."""
+    for name, values in known.items():
+        if getattr(options, name) not in values:
+            raise unknown(name, getattr(options, name), values)
 
 
 def shortened(error: Exception) -> str:

@@ -8,6 +8,16 @@ from typing import Any
 
 from tunevax.errors import unknown
 
+NEEDS = {
+    "chosen": "the safe answer in every row of the safety data",
+    "rejected": "the harmful answer in every row of the safety data",
+    "task": "rows of a task: a publisher's benign ones, a customer's job, an attacker's",
+    "harmful": "harmful rows to attack with",
+    "model": "a model that scores",
+    "validation": "trusted rows",
+}
+"""What a method, an attack or a selector names in its attribute `needs`, a frozenset: the data that must be there."""
+
 
 def methods(folder: str) -> dict[str, str]:
     """Command-line name to `module:attribute` of a folder such as `tunevax.alignment` or `tunevax.scoring.judges`.
@@ -38,3 +48,13 @@ def attribute(target: str) -> Any:
     """What `module:attribute` stands for, imported."""
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def name_of(kind: type) -> str:
+    """The name on the command line of a method's class; where it has none, the name of the class."""
+    package = kind.__module__.partition(".")[0]
+    for folder in ("tunevax.alignment", "tunevax.finetuning"):
+        for name, value in methods(folder).items():
+            if value.endswith(f":{kind.__qualname__}") and value.startswith((f"{package}.", f"{package}:")):
+                return name
+    return kind.__name__

@@ -7,12 +7,14 @@ method's own files beside the method.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, NotRequired, Required, TypedDict, cast
 
 from tunevax.errors import UsageError
 
@@ -26,6 +28,8 @@ PROMPTS, DROPPED, LOG = "prompts.json", "dropped.jsonl", "log.jsonl"
 DATA, SCORES, SCREEN, SINK, STRENGTH = "data.jsonl", "scores.jsonl", "screen.jsonl", "sink.json", "strength.json"
 """Of single verbs and methods: the `Example`s that a curation kept, and all of them with their scores; the screening of
 a customer's rows; what `analyze sink` measured; the choice of a lock's strength."""
+CELLS = "cells"
+"""The folder of an audit with two files for each cell: NAME.json (`CellRecord`) and NAME.jsonl.gz (`Generation`s)."""
 
 # --- scores ----------------------------------------------------------------------------------------------------------
 
@@ -44,14 +48,9 @@ METRIC = "metric/"
 """Prefix of what a metric of the user's choice gives: a share if it has an interval, else any number."""
 
 
-def lead_judge(scores: Iterable[str]) -> str:
-    """The name of the score `harmful/JUDGE` that leads."""
-    return judges_of(scores)[0]
-
-
 def harmful(scores: Mapping[str, Score]) -> tuple[float, str]:
     """The harmful score, by the judge that leads, and that judge."""
-    name = lead_judge(scores)
+    name = judges_of(scores)[0]
     return scores[name]["value"], name.removeprefix(HARMFUL)
 
 
@@ -133,13 +132,12 @@ class Sample(TypedDict, total=False):
 
 
 class Generation(Sample, total=False):
-    """A line of generations.jsonl: a response, and the row of results.jsonl that it is behind."""
+    """A line of generations.jsonl, or of a cell's responses: a response, and the row of results.jsonl it is behind."""
 
     model: str
     attack: str | None
     seed: int
     step: int
-    cell: str
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -152,10 +150,14 @@ class Message(TypedDict):
     content: str
 
 
+Prompt = str | Sequence[Message]
+"""A text, or the turns of a chat."""
+
+
 class Example(TypedDict, total=False):
     """A row of data, as it is read from a source and written to data.jsonl."""
 
-    prompt: str | list[Message]  # a text, or the turns of a chat
+    prompt: Required[Prompt]
     completion: str  # the answer to train on
     chosen: str | None  # a safe answer
     rejected: str | None  # a harmful answer
@@ -165,6 +167,8 @@ class Example(TypedDict, total=False):
     read_as: str  # the format it was read as
     split: str | None  # that its source assigns it to
     corruption: str  # what was done to it on purpose, in a study
+    look_alike: bool  # of the organism: a topic that shares its word with a forbidden one
+    label: str  # of the organism: a sentiment
 
 
 class DataEntry(TypedDict):
@@ -257,7 +261,7 @@ class HardwareRecord(TypedDict):
 
 
 class CellSummary(TypedDict, total=False):
-    """A line of cells.jsonl, and an entry of `failed`, `stopped` and `skipped` in run.json.
+    """How a cell of an audit ended: an entry of `failed`, `stopped` and `skipped` in run.json.
 
     Attributes:
         cell: name of its file. model, kind, attack, attack_hash, settings, seed: as in `Row`.
@@ -283,10 +287,9 @@ class CellSummary(TypedDict, total=False):
 
 
 class CellRecord(CellSummary, total=False):
-    """The file of a cell of an audit, with its rows and responses."""
+    """The file of a cell of an audit: how it ended, and its rows."""
 
     results: list[Row]
-    generations: list[Generation]
 
 
 class RunRecord(TypedDict, total=False):
@@ -305,9 +308,10 @@ class RunRecord(TypedDict, total=False):
 
         steps, final_loss, compute, updates_per_block, held_out, screen: of training. Steps are the optimiser's, the
             loss is in nats per token, updates are a mean over blocks.
-        attack, targets, failed, stopped, skipped, cells, cell_seconds, lm_eval, fluency_hash: of what measures models.
+        attack, targets, failed, stopped, skipped, cells, cell_seconds, lm_eval, scoring: of what measures models;
+            scoring holds the options that decide scores, as contents.
         score, kept, elsewhere, spoilt_kept, passes, dropped, seconds_scoring, agreement: of a curation.
-        lock, layers, rows, validation, finding: of a restoration; a finding is why it came to no model.
+        lock, layers, aligned, base, rows, validation, finding: of a restoration; a finding is why there is no model.
     """
 
     schema: int
@@ -332,6 +336,7 @@ class RunRecord(TypedDict, total=False):
     started: str
     wall_seconds: float
     resumed: bool
+    rejudged_from: str
     peak_memory_bytes: int
     # training
     steps: int
@@ -349,7 +354,8 @@ class RunRecord(TypedDict, total=False):
     cells: int
     cell_seconds: float
     lm_eval: dict[str, Any] | None
-    fluency_hash: Any
+    scoring: dict[str, Any]
+    fluency_hash: Any  # of older audits
     # curate
     score: str
     kept: int
@@ -362,6 +368,8 @@ class RunRecord(TypedDict, total=False):
     # restore
     lock: dict[str, Any]
     layers: list[dict[str, Any]]
+    aligned: str
+    base: str
     rows: int
     validation: dict[str, Any]
     finding: str
@@ -412,8 +420,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) for each line of a JSONL file; as `read_lines`."""
+    """(line number, object) for each line of a JSONL file, compressed if its name ends in .gz; as `read_lines`."""
     content = path.read_bytes() if path.is_file() else b""
+    if content and path.suffix == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UsageError(f"{path} is cut off or not compressed by gzip; run that step again") from error
     for number, line in enumerate(content.split(b"\n"), start=1):  # not splitlines: model output may hold U+2028
         if not line.strip():
             continue
@@ -429,6 +442,18 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def read_prompts(folder: Path) -> dict[str, list[str]]:
     """prompts.json of a folder; nothing without that file."""
     return read_object(folder / PROMPTS) if (folder / PROMPTS).is_file() else {}
+
+
+def read_generations(folder: Path, rows: Iterable[Row]) -> Iterator[Generation]:
+    """The responses of a run: of generations.jsonl, or of an audit those of one cell after the other.
+
+    Args:
+        rows: those of its results.jsonl, which name the cells.
+    """
+    cells = dict.fromkeys(row.get("cell") for row in rows)
+    whole = folder / GENERATIONS  # of the other verbs, and of older audits
+    for file in [whole] if whole.is_file() else [folder / CELLS / f"{cell}.jsonl.gz" for cell in cells]:
+        yield from cast(list[Generation], read_lines(file))
 
 
 # --- identities ------------------------------------------------------------------------------------------------------

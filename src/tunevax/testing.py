@@ -26,8 +26,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from tunevax.data.roles import load_rows
 from tunevax.methods import load_method
-from tunevax.records import HARMFUL, Row, RunRecord, read_lines, read_run
+from tunevax.planning.plan import models_held
+from tunevax.records import DATA, GENERATIONS, HARMFUL, LOG, RESULTS, SCORES, Row, RunRecord, read_lines, read_run
 
 BLOCKS = 3
 """Of the organism, in the model that the checks run on."""
@@ -46,19 +48,12 @@ BOTH, SPLITS = ("chosen", "rejected"), ("alignment", "attack", "evaluation")
 def check_aligner(name: str, folder: Path, *options: str) -> None:
     """Check an alignment method: its options, a run, the same run resumed, its plan, and that `off` turns it off."""
     method = load_method("tunevax.alignment", name)
-    needs = BOTH if method.needs_rejected else BOTH[:1]
-    data = ["--held-out-prompts", "0", "--task-data", task_rows(folder), "--safety-data", safety_rows(folder, needs)]
-    if "rejected" in needs:
-        less = [*data[:-1], safety_rows(folder, BOTH[:1]), "--model", small_model(folder)]
-        assert "rejected" in refused(folder, "align", name, *less), f"{name} does not say that it needs rejected"
-    _check_trainer(folder, method, ["align", name, *data], options)
+    _check_trainer(folder, method, ["align", name, "--held-out-prompts", "0"], options)
 
 
 def check_finetuner(name: str, folder: Path, *options: str) -> None:
     """Check a method of fine-tuning; as `check_aligner`."""
-    method = load_method("tunevax.finetuning", name)
-    safety = ["--safety-data", safety_rows(folder, method.needs)] if method.needs else []
-    _check_trainer(folder, method, ["finetune", name, *safety, "--task-data", task_rows(folder)], options)
+    _check_trainer(folder, load_method("tunevax.finetuning", name), ["finetune", name], options)
 
 
 def check_restorer(name: str, folder: Path, *options: str, model: str | None = None) -> None:
@@ -82,7 +77,6 @@ def check_selector(name: str, folder: Path, *options: str, any_order: bool = Tru
     draws a number for each as it comes, they must when they come in the same order again.
     """
     from tunevax.curation.curate import CurateOptions, Pool, scored
-    from tunevax.data.roles import load_rows
 
     method = load_method("tunevax.curation", name)
     safety, trusted = safety_rows(folder), safety_rows(folder, splits=("held-out",))
@@ -91,8 +85,8 @@ def check_selector(name: str, folder: Path, *options: str, any_order: bool = Tru
     command += ["--model", model] if model else []
     _check_options(folder, command, method)
     out = _run(folder / f"curate-{name}", *command, *options)
-    _check_run(out, "data.jsonl", "scores.jsonl")
-    rows, kept = read_lines(out / "scores.jsonl"), read_lines(out / "data.jsonl")
+    _check_run(out, DATA, SCORES)
+    rows, kept = read_lines(out / SCORES), read_lines(out / DATA)
     assert len(kept) == len(rows) // 2, f"{name} kept {len(kept)} of {len(rows)} rows"
     data, validation = load_rows("alignment", safety, ("chosen",)), load_rows("validation", trusted, ("chosen",))
     data = data[::-1] if any_order else data
@@ -130,8 +124,8 @@ def check_attack(name: str, folder: Path, *options: str, model: str | None = Non
     if model:
         refused(folder, *command, "--model", small_model(folder), "--control", "none")
     out = _run(folder / f"attack-{name}", *command, *targets)
-    _check_run(out, "results.jsonl", "generations.jsonl")
-    rows = read_lines(out / "results.jsonl")
+    _check_run(out, RESULTS, GENERATIONS)
+    rows = read_lines(out / RESULTS)
     for row in rows:
         _has(row, Row.__annotations__.keys() - {"cell"}, f"a row of {name}")
         found, wanted = (row["kind"], row["traits"], row["seed"]), (name, config.traits, config.seed)
@@ -139,7 +133,7 @@ def check_attack(name: str, folder: Path, *options: str, model: str | None = Non
         assert any(score.startswith(HARMFUL) for score in row["scores"]), f"a row of {name} has no harmful score"
     labels = {row["role"]: row["model"] for row in rows}
     assert set(labels) == {"model", "control"}, f"{name} scored {', '.join(labels) or 'nothing'}"
-    for lines, what in ((rows, "scores"), (read_lines(out / "generations.jsonl"), "responses")):
+    for lines, what in ((rows, "scores"), (read_lines(out / GENERATIONS), "responses")):
         ours, theirs = ([line for line in lines if line["model"] == labels[role]] for role in ("model", "control"))
         ours, theirs = ([{**line, "model": None, "role": None} for line in part] for part in (ours, theirs))
         assert ours == theirs, f"{name} has other {what} for a copy of the model than for the model"
@@ -179,10 +173,15 @@ def check_judge(name: str) -> None:
 
 
 def _check_trainer(folder: Path, method: Any, start: Sequence[str], options: Sequence[str]) -> None:
-    verb, name, *_ = command = [*start, "--model", small_model(folder), *TRAINING]
+    verb, name, *_ = command = [*start, "--model", small_model(folder), "--task-data", task_rows(folder), *TRAINING]
+    if needs := [answer for answer in BOTH if answer in method.needs]:
+        command += ["--safety-data", safety_rows(folder, needs)]
+    if "rejected" in needs:
+        text = refused(folder, *command[:-1], safety_rows(folder, BOTH[:1]))
+        assert "rejected" in text, f"{name} needs rejected and says, without it: {text!r}"
     _check_options(folder, command, method.config_class)
     whole = _run(folder / f"{verb}-{name}", *command, *options)
-    record = _check_run(whole, "log.jsonl", "prompts.json", _weights(whole))
+    record = _check_run(whole, LOG, "prompts.json", _weights(whole))
     _has(record, ("paper", "model", "final_loss", "compute", "template_hash"), f"run.json of {name}")
     assert record["steps"] == STEPS, f"{name} took {record['steps']} steps where {STEPS} were asked for"
     _check_resumed(whole, [*command, *options])
@@ -234,7 +233,7 @@ def _check_resumed(whole: Path, command: Sequence[str]) -> None:
     assert read_run(cut).get("resumed"), f"{what} --resume started again"
     for part, same in {
         "weights": (cut / _weights(cut)).read_bytes() == (whole / _weights(whole)).read_bytes(),
-        "lines in its log": read_lines(cut / "log.jsonl") == read_lines(whole / "log.jsonl"),
+        "lines in its log": read_lines(cut / LOG) == read_lines(whole / LOG),
         "compute": read_run(cut)["compute"] == read_run(whole)["compute"],
     }.items():
         assert same, f"{what}, killed and resumed, has other {part} than in one go; see `method_state`"
@@ -255,11 +254,9 @@ def _check_off(method: Any, whole: Path, command: Sequence[str], options: Sequen
 
 def _check_plan(name: str, method: Any, folder: Path, options: Sequence[str] = ()) -> None:
     """`tunevax plan` predicts memory for it, or says that it needs no model."""
-    from tunevax.planning.plan import models_of, trainer_of
-
     command = ("plan", "--method", name, "--model", small_model(folder), "--device", "cpu", "--format", "json")
-    trains = trainer_of(method) is not None
-    if not trains and models_of(method) == 0:
+    trains = hasattr(method, "config_class") or hasattr(method, "plan_training")
+    if not trains and models_held(method) == 0:
         assert "needs no model" in run(*command, code=2), f"{name} needs no model, and its plan does not say so"
         return
     needs = json.loads(run(*command, *options))["needs"]

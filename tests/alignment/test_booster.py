@@ -5,7 +5,18 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import GOLDEN, GOLDEN_RTOL, TinyTokenizer, assert_gradients, batch, gradients, rows, tiny_llama, tiny_lora
+from tiny import (
+    GOLDEN,
+    GOLDEN_RTOL,
+    TinyTokenizer,
+    assert_gradients,
+    batch,
+    encoded,
+    gradients,
+    rows,
+    tiny_llama,
+    tiny_lora,
+)
 
 import tunevax.alignment.booster as booster
 import tunevax.alignment.sft as sft
@@ -22,8 +33,7 @@ EXPECTED = GOLDEN["booster"]
 @pytest.fixture
 def make(monkeypatch, tmp_path):
     """A trainer on the golden batches, already encoded."""
-    monkeypatch.setattr(sft, "encode", lambda *_, **__: rows("safe"))
-    monkeypatch.setattr(booster, "encode", lambda *_, **__: rows("harmful"))
+    encoded(monkeypatch, c=rows("safe"), r=rows("harmful"))
 
     def build(cls=BoosterTrainer, model=None, **options):
         options = {
@@ -33,7 +43,9 @@ def make(monkeypatch, tmp_path):
             **options,
         }
         data = [{"prompt": "p", "chosen": "c", "rejected": "r"}]
-        trainer = cls(model or tiny_lora(), cls.config_class(**options), data, TinyTokenizer())
+        trainer = cls(
+            model or tiny_lora(), cls.config_class(**options), safety_data=data, processing_class=TinyTokenizer()
+        )
         trainer.state.global_step = 0
         trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
         return trainer
@@ -205,12 +217,9 @@ def test_harmful_rows_are_drawn_once_per_step_and_shared_out(make, monkeypatch):
     assert calls == [0, 1]
 
 
-def test_rejected_is_stepped_on_and_chosen_is_trained(make, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(booster, "encode", lambda data, *_, **__: seen.update(harmful=data[0]) or rows("harmful"))
-    monkeypatch.setattr(sft, "encode", lambda data, *_, **__: seen.update(train=data[0]) or rows("safe"))
-    make()
-    assert (seen["harmful"]["completion"], seen["train"]["completion"]) == ("r", "c")
+def test_rejected_is_stepped_on_and_chosen_is_trained(make):
+    trainer = make()
+    assert (trainer.harmful, trainer.train_dataset) == (rows("harmful"), rows("safe"))
 
 
 def test_cost_in_sft_steps(make):
@@ -225,10 +234,14 @@ def test_what_cannot_be_is_refused(make):
             BoosterConfig(output_dir="x", **options)
     with pytest.raises(UsageError, match="there are 4 harmful rows and a step takes 6"):
         make(per_device_train_batch_size=3, gradient_accumulation_steps=2)
-    with pytest.raises(UsageError, match="`rejected` is missing, and booster needs both"):
-        BoosterTrainer(tiny_lora(), BoosterConfig("x"), [{"prompt": "p", "chosen": "c"}], TinyTokenizer())
+    with pytest.raises(UsageError, match="`rejected` is missing, and booster needs it"):
+        BoosterTrainer(
+            tiny_lora(),
+            BoosterConfig("x"),
+            safety_data=[{"prompt": "p", "chosen": "c"}],
+            processing_class=TinyTokenizer(),
+        )
     trainer = make()
     trainer.parameters[0].data.fill_(float("nan"))
     with pytest.raises(RunError, match="harmful gradient is not finite at step 0"):
         trainer.harmful_gradient()
-    assert BoosterTrainer.needs_rejected

@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from tiny import TinyTokenizer, assert_gradients, gradients, rows, tiny_llama
+from tiny import TinyTokenizer, assert_gradients, encoded, gradients, rows, tiny_llama
 from torch.nn.functional import cosine_similarity
 
-import tunevax.alignment.pairs as pairs
-import tunevax.alignment.sft as sft
 from tunevax.alignment.circuit_breakers import CircuitBreakersConfig, CircuitBreakersTrainer
 from tunevax.errors import UsageError
 
@@ -19,8 +17,7 @@ DATA = [{"prompt": "p", "chosen": "c", "rejected": "r"}] * 4
 @pytest.fixture
 def make(monkeypatch, tmp_path):
     """A trainer on the golden pairs, already encoded; its adapter is fresh, or random with `moved`."""
-    monkeypatch.setattr(sft, "encode", lambda data, *_, **__: rows("safe"))
-    monkeypatch.setattr(pairs, "encode", lambda data, *_, **__: rows("harmful"))
+    encoded(monkeypatch, c=rows("safe"), r=rows("harmful"))
 
     def build(model=None, moved=True, **options):
         options = {
@@ -30,7 +27,10 @@ def make(monkeypatch, tmp_path):
             "lora_r": 4,
             **options,
         }
-        trainer = CircuitBreakersTrainer(model or tiny_llama(), CircuitBreakersConfig(**options), DATA, TinyTokenizer())
+        config = CircuitBreakersConfig(**options)
+        trainer = CircuitBreakersTrainer(
+            model or tiny_llama(), config, safety_data=DATA, processing_class=TinyTokenizer()
+        )
         if moved:
             generator = torch.Generator().manual_seed(5)
             for p in trainer.parameters:
@@ -222,7 +222,7 @@ def test_bad_input_is_named(make):
     for alpha in (0.0, -1.0, float("nan")):
         with pytest.raises(UsageError, match="alpha"):
             CircuitBreakersConfig("x", alpha=alpha)
-    with pytest.raises(UsageError, match="known: response, all"):
+    with pytest.raises(UsageError, match="unknown reroute_on 'prompt'"):
         CircuitBreakersConfig("x", reroute_on="prompt")
     with pytest.raises(UsageError, match="circuit-breakers .* comes with an adapter; merge"):
         make(make().model)

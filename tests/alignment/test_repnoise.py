@@ -5,13 +5,14 @@ import weakref
 
 import pytest
 import torch
-from tiny import GOLDEN, GOLDEN_RTOL, TinyTokenizer, assert_gradients, gradients, rows, tiny_llama, tiny_lora
+from tiny import GOLDEN, GOLDEN_RTOL, TinyTokenizer, assert_gradients, encoded, gradients, rows, tiny_llama, tiny_lora
 from torch.nn.functional import cross_entropy
 
-import tunevax.alignment.pairs as pairs
+import tunevax.alignment.repnoise as repnoise
 import tunevax.alignment.sft as sft
 from tunevax.alignment.repnoise import RepNoiseConfig, RepNoiseTrainer, Targets, mmd, mmd_to_noise
 from tunevax.errors import UsageError
+from tunevax.modeling.draws import noise_generator
 from tunevax.modeling.loss import labelled
 
 pytestmark = pytest.mark.numerical
@@ -24,8 +25,8 @@ DATA = [{"prompt": "p", "chosen": "c", "rejected": "r"}] * 4
 @pytest.fixture
 def make(monkeypatch, tmp_path):
     """A trainer on the golden pairs, already encoded, with the golden noise."""
-    monkeypatch.setattr(sft, "encode", lambda data, *_, **__: rows("safe"))
-    monkeypatch.setattr(pairs, "encode", lambda data, *_, **__: rows("harmful"))
+    encoded(monkeypatch, c=rows("safe"), r=rows("harmful"))
+    monkeypatch.setattr(repnoise, "noise_generator", lambda *_: torch.Generator().manual_seed(2024))
 
     def build(cls=RepNoiseTrainer, kind="lora", model=None, **options):
         model = model or (tiny_lora() if kind == "lora" else tiny_llama())
@@ -36,9 +37,8 @@ def make(monkeypatch, tmp_path):
             "full_weights": kind == "base_full",
             **options,
         }
-        trainer = cls(model, cls.config_class(**options), DATA, TinyTokenizer())
+        trainer = cls(model, cls.config_class(**options), safety_data=DATA, processing_class=TinyTokenizer())
         trainer.state.global_step, trainer.current_gradient_accumulation_steps = 0, 1
-        trainer.noise_generator = lambda device: torch.Generator(device).manual_seed(2024)
         return trainer
 
     return build
@@ -87,7 +87,7 @@ def test_matches_reference(make, kind, name):
     assert final == close(expected["ce_harmful_final"], rel=GOLDEN_RTOL)
     ascent = trainer.ascent(trainer.model, found, harmful)
     assert ascent.item() == close(expected["ascent_mean"], rel=GOLDEN_RTOL)
-    generator = trainer.noise_generator("cpu")
+    generator = repnoise.noise_generator()
     per_layer = [mmd_to_noise(a, mask, generator, generator.get_state()).item() for a in found.activations]
     assert per_layer == close(expected["mmd_per_layer"], rel=GOLDEN_RTOL)
     distance = trainer.distance(found.activations, mask)
@@ -226,7 +226,7 @@ def test_gradients_accumulate(make):
     assert_gradients(gradients(halves.model), gradients(whole.model), rtol=1e-9)
 
     twice, once = make(beta=0.5), make(beta=0.5)
-    twice.current_gradient_accumulation_steps, twice.whole = 2, 2.0 * len(inputs_of(once)["pairs"])
+    twice.current_gradient_accumulation_steps, twice.whole = 2, torch.tensor([2 * len(inputs_of(once)["pairs"])])
     items = 2 * (inputs_of(once)["labels"][:, 1:] != -100).sum()
     assert step(twice, items=items) + step(twice, items=items) == close(step(once), rel=1e-9)
     assert_gradients(gradients(twice.model), gradients(once.model), rtol=1e-9)
@@ -238,7 +238,7 @@ def test_a_micro_batch_without_a_pair_takes_no_weight_from_the_others(make):
     for trainer in total:
         for i in (1, 3):
             del trainer.train_dataset[i]["rejected"]
-        trainer.current_gradient_accumulation_steps, trainer.whole = 4, 2.0
+        trainer.current_gradient_accumulation_steps, trainer.whole = 4, torch.tensor([2])
         items = (inputs_of(trainer)["labels"][:, 1:] != -100).sum()
         total[trainer] = sum(step(trainer, inputs_of(trainer, slice(i, i + 1)), items) for i in range(4))
     ascents = [math.log(a) for a in on._metrics["ascent"]]
@@ -274,14 +274,14 @@ def test_benign_rows_enter_the_retain_loss_only(make, variant):
 
 
 def test_safety_rows_are_paired_after_mixing(monkeypatch):
-    def encode(data, *_, **__):
-        return [{"input_ids": [1, 5, len(r["completion"])], "labels": [-100, 5, len(r["completion"])]} for r in data]
+    def encode(data, *_, answer="completion", **__):
+        return [{"input_ids": [1, 5, len(r[answer])], "labels": [-100, 5, len(r[answer])]} for r in data]
 
-    monkeypatch.setattr(sft, "encode", encode), monkeypatch.setattr(pairs, "encode", encode)
+    monkeypatch.setattr("tunevax.modeling.method.encode", encode)
     safety = [{"prompt": "p", "chosen": "c" * n, "rejected": "r" * (20 + n)} for n in range(1, 13)]
     config = RepNoiseConfig("x", task_share=0.25)
     task = [{"prompt": "q", "completion": "t" * 40}]
-    trainer = RepNoiseTrainer(tiny_lora(), config, safety, TinyTokenizer(), task)
+    trainer = RepNoiseTrainer(tiny_lora(), config, safety_data=safety, task_data=task, processing_class=TinyTokenizer())
     found = [
         (row["input_ids"][2], row.get("rejected", {"input_ids": [0, 0, 0]})["input_ids"][2])
         for row in trainer.train_dataset
@@ -289,11 +289,22 @@ def test_safety_rows_are_paired_after_mixing(monkeypatch):
     assert sorted(found) == [(n, 20 + n) for n in range(1, 13)] + [(40, 0)] * 4
 
 
-def test_noise_is_new_each_time(make):
-    trainer = make()
-    del trainer.noise_generator
-    first, second = (trainer.noise_generator("cpu").initial_seed() for _ in range(2))
-    assert first != second and trainer.drawn == 2
+def test_noise_is_new_each_time_and_resumes(make, tmp_path, monkeypatch):
+    """A run of four steps, and the same run cut after two and continued: equal weights to the bit."""
+    options = {
+        "max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2, "beta": 0.5, "save_total_limit": 4,
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+    }  # fmt: skip
+    trainers = [make(model=tiny_lora(), output_dir=str(tmp_path / n), **options) for n in "ab"]
+    monkeypatch.setattr(repnoise, "noise_generator", noise_generator)
+    straight, resumed = trainers
+    first, second = (noise_generator(straight, number, "cpu").initial_seed() for number in range(2))
+    assert first != second
+    straight.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert resumed.drawn == straight.drawn == 8 and resumed.seen == straight.seen
+    for a, b in zip(straight.parameters, resumed.parameters, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_cost_counts_tokens_and_heads(make):
@@ -319,4 +330,5 @@ def test_bad_input_is_named(make):
             RepNoiseConfig("x", **options)
     for bad, what in (({"rejected": None}, "is missing"), ({"rejected": "c"}, "is `chosen` again")):
         with pytest.raises(UsageError, match=f"row 2 of the safety data: `rejected` {what}"):
-            RepNoiseTrainer(tiny_lora(), RepNoiseConfig("x"), [DATA[0], {**DATA[0], **bad}], TinyTokenizer())
+            safety = [DATA[0], {**DATA[0], **bad}]
+            RepNoiseTrainer(tiny_lora(), RepNoiseConfig("x"), safety_data=safety, processing_class=TinyTokenizer())

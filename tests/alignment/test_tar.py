@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import TinyTokenizer, batch, rows, tiny_llama, tiny_lora
+from tiny import TinyTokenizer, batch, encoded, rows, tiny_llama, tiny_lora
 
 import tunevax.alignment.sft as sft
 import tunevax.alignment.tar as tar
@@ -39,14 +39,14 @@ ENCODED = {"r": rows("harmful") + rows("safe"), "c": rows("safe") + rows("harmfu
 
 @pytest.fixture
 def make(monkeypatch, tmp_path):
-    monkeypatch.setattr(sft, "encode", lambda *_, **__: rows("safe"))
-    monkeypatch.setattr(tar, "encode", lambda data, *_, **__: ENCODED[data[0]["completion"]])
+    encoded(monkeypatch, **ENCODED)
 
     def build(cls=TARTrainer, model=None, **options):
         own = {k: v for k, v in OPTIONS.items() if cls is TARTrainer or k in sft.SFTConfig.__dataclass_fields__}
         trainer = cls(
-            model or tiny_lora(), cls.config_class(str(tmp_path), **{**own, **options}), DATA, TinyTokenizer()
-        )
+            model or tiny_lora(), cls.config_class(str(tmp_path), **{**own, **options}), safety_data=DATA,
+            processing_class=TinyTokenizer(),
+        )  # fmt: skip
         trainer.state.global_step, trainer.state.max_steps = 0, 10
         trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
         return trainer
@@ -279,10 +279,12 @@ def test_gradients_add_up(make, options):
                 parameter.mul_(1.1)  # away from the start, where the distance is zero
     assert step(halves, (slice(0, 2), slice(2, 4))) == close(step(whole), rel=1e-9)
     assert_same(grads(halves), grads(whole), rel=1e-9)
+    # Noted once a step, but the distance once a batch; a step is either mapping or tampering.
+    noted = {"mapping_loss": 1} if "mapping_steps" in options else {"representation_distance": 2, "tamper_loss": 1}
     for key in ("representation_distance", "tamper_loss", "mapping_loss"):
         found = [t._metrics[key] for t in (halves, whole)]
-        assert len(found[0]) == len(found[1]) or key == "representation_distance"
-        assert not found[1] or sum(found[0]) / len(found[0]) == close(found[1][0], rel=1e-9)
+        assert [len(values) for values in found] == ([noted[key], 1] if key in noted else [0, 0]), key
+        assert key not in noted or sum(found[0]) / len(found[0]) == close(found[1][0], rel=1e-9)
 
 
 def test_entropy_is_of_the_response_only():
@@ -391,10 +393,11 @@ def test_what_cannot_be_is_refused(make):
             TARConfig(output_dir="x", **options)
     with pytest.raises(UsageError, match="there are 4 rows for the inner attack"):
         make(per_device_train_batch_size=5)
-    with pytest.raises(UsageError, match="`rejected` is missing, and tar needs both"):
-        TARTrainer(tiny_lora(), TARConfig("x"), [{"prompt": "p", "chosen": "c"}], TinyTokenizer())
+    with pytest.raises(UsageError, match="`rejected` is missing, and tar needs it"):
+        TARTrainer(
+            tiny_lora(), TARConfig("x"), safety_data=[{"prompt": "p", "chosen": "c"}], processing_class=TinyTokenizer()
+        )
     trainer = make()
     trainer.parameters[0].data.fill_(float("nan"))
     with pytest.raises(RunError, match="the tamper gradient is not finite at step 0"):
         step(trainer)
-    assert TARTrainer.needs_rejected

@@ -1,14 +1,25 @@
 """Vaccine and T-Vaccine against reference numbers, and each shortcut against the plain form."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from tiny import GOLDEN, GOLDEN_RTOL, TinyTokenizer, assert_gradients, batch, gradients, rows, tiny_llama, tiny_lora
+from tiny import (
+    GOLDEN,
+    GOLDEN_RTOL,
+    TinyTokenizer,
+    assert_gradients,
+    batch,
+    encoded,
+    gradients,
+    rows,
+    tiny_llama,
+    tiny_lora,
+)
 
 import tunevax.alignment.sft as sft
-import tunevax.alignment.t_vaccine as t_vaccine
 import tunevax.alignment.vaccine as vaccine
 from tunevax.alignment.t_vaccine import TVaccineConfig, TVaccineTrainer
 from tunevax.alignment.vaccine import VaccineConfig, VaccineTrainer
@@ -23,8 +34,7 @@ close = pytest.approx
 @pytest.fixture
 def make(monkeypatch, tmp_path):
     """A trainer on the golden batch, already encoded."""
-    monkeypatch.setattr(sft, "encode", lambda data, *_, **__: rows("safe"))
-    monkeypatch.setattr(t_vaccine, "encode", lambda data, *_, **__: rows("harmful"))
+    encoded(monkeypatch, c=rows("safe"), r=rows("harmful"))
 
     def build(cls, layers=8, attn="eager", model=None, **options):
         options = {
@@ -34,7 +44,12 @@ def make(monkeypatch, tmp_path):
             **options,
         }
         data = [{"prompt": "p", "chosen": "c", "rejected": "r"}]
-        trainer = cls(model or tiny_lora(layers, attn), cls.config_class(**options), data, TinyTokenizer())
+        trainer = cls(
+            model or tiny_lora(layers, attn),
+            cls.config_class(**options),
+            safety_data=data,
+            processing_class=TinyTokenizer(),
+        )
         trainer.state.global_step, trainer.current_gradient_accumulation_steps = 0, 1
         return trainer
 
@@ -82,8 +97,16 @@ def test_t_vaccine_matches_reference(make, layers, scope):
     assert_gradients(found, table, GOLDEN_RTOL)
     total = expected.get("total_norm_paper" if scope == "block" else "total_norm_official")
     assert total is None or np.sqrt(sum(norm**2 for norm, _ in found.values())) == close(total, rel=GOLDEN_RTOL)
-    for name, value in GOLDEN["wrong_implementations_must_differ"].items():  # so that these mistakes cannot pass
-        assert not name.startswith("tvaccine") or layers == 28 or loss != close(value, rel=1e-2), name
+    assert loss != close(expected["pass1_loss"], rel=1e-2)  # that of an unperturbed model
+    with pytest.raises(AssertionError):
+        assert_gradients(found, expected["grads_official" if scope == "block" else "grads_paper"], GOLDEN_RTOL)
+    if layers == 8:  # so that these mistakes cannot pass
+        mistakes = {
+            k: v for k, v in GOLDEN["wrong_implementations_must_differ"].items() if re.match("tvaccine.*pass2", k)
+        }
+        assert len(mistakes) == 5
+        for name, value in mistakes.items():
+            assert loss != close(value, rel=1e-2), name
 
 
 def test_perturbation_norms_match_reference(make):
@@ -576,12 +599,9 @@ def test_kinds_of_sampling(make, monkeypatch):
     assert p[0] / p[3] == close(9) and p.sum() == close(1)
 
 
-def test_rejected_is_probed_and_chosen_is_trained(make, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(t_vaccine, "encode", lambda data, *_, **__: seen.update(probe=data[0]) or rows("harmful"))
-    monkeypatch.setattr(sft, "encode", lambda data, *_, **__: seen.update(train=data[0]) or rows("safe"))
-    make(TVaccineTrainer, gamma=3)
-    assert (seen["probe"]["completion"], seen["train"]["completion"]) == ("r", "c")
+def test_rejected_is_probed_and_chosen_is_trained(make):
+    trainer = make(TVaccineTrainer, gamma=3)
+    assert (trainer.harmful, trainer.train_dataset) == (rows("harmful"), rows("safe"))
 
 
 def test_a_probe_that_is_not_finite_stops_the_run(make):
@@ -627,13 +647,14 @@ def test_offloaded_state_leaves_and_comes_back(make):
 
 def test_task_share_is_the_share_of_benign_rows(monkeypatch):
     seen = []
-    monkeypatch.setattr(sft, "encode", lambda data, *_, **kw: seen.append((data, kw)) or rows("safe"))
+    monkeypatch.setattr("tunevax.modeling.method.encode", lambda *arguments: seen.append(arguments) or rows("safe"))
     safety = [{"prompt": "p", "chosen": f"c{i}"} for i in range(15)]
     config = sft.SFTConfig("x", task_share=0.25, loss_on="all")
-    sft.SFTTrainer(tiny_lora(), config, safety, TinyTokenizer(), [{"prompt": "q", "completion": "t"}])
-    ((data, options),) = seen
+    task = [{"prompt": "q", "completion": "t"}]
+    sft.SFTTrainer(tiny_lora(), config, safety_data=safety, task_data=task, processing_class=TinyTokenizer())
+    ((data, _, _, loss_on, _),) = seen
     assert sorted(r["completion"] for r in data if r["completion"] != "t") == sorted(r["chosen"] for r in safety)
-    assert len(data) == 20 and options["loss_on"] == "all"
+    assert len(data) == 20 and loss_on == "all"
 
 
 def test_an_infinite_loss_stops_the_run(make, monkeypatch):

@@ -20,7 +20,8 @@ from tunevax.attacks.template import TemplateConfig
 from tunevax.attacks.unlock import UnlockConfig
 from tunevax.cli import main
 from tunevax.data import load_safety, load_task
-from tunevax.data.encoding import collate, encode, render
+from tunevax.data.chat import render
+from tunevax.data.encoding import collate, encode
 from tunevax.errors import UsageError
 from tunevax.modeling import load
 from tunevax.modeling.blocks import find_blocks
@@ -306,10 +307,10 @@ def test_a_poisoned_job_is_the_recorded_one_on_other_rows(aligned, job, tmp_path
     seen = {}
     original = LisaTrainer.__init__
 
-    def spy(self, model, args, task_data, tokenizer, safety_data, callbacks):
+    def spy(self, model, args, *, task_data, safety_data, **rest):
         start = {n: p.clone() for n, p in model.named_parameters()}
         seen.update(start=start, args=args, rows=task_data, safety=safety_data)
-        original(self, model, args, task_data, tokenizer, safety_data, callbacks)
+        original(self, model, args, task_data=task_data, safety_data=safety_data, **rest)
 
     monkeypatch.setattr(LisaTrainer, "__init__", spy)
     found = context(job)

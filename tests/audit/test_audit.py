@@ -1,5 +1,6 @@
 """The audit loses no row and writes none twice, whatever kills it; it says what failed, and what a model is."""
 
+import dataclasses
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from tunevax.audit.protocol import load_protocol, settings
 from tunevax.cli import main
 from tunevax.errors import UsageError
 from tunevax.organism import path
+from tunevax.records import read_generations
 from tunevax.scoring.rejudge import JudgeOptions, rejudge
 
 SMALL = """
@@ -52,6 +54,11 @@ def lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+def content(out: Path) -> list[bytes]:
+    """The rows and responses of an audit, to the byte."""
+    return [(out / "results.jsonl").read_bytes(), *(f.read_bytes() for f in sorted((out / "cells").glob("*.gz")))]
+
+
 def place(row: dict) -> tuple:
     return row["model"], row["attack"], row["seed"], row["step"]
 
@@ -63,7 +70,7 @@ def finished(models, tmp_path_factory):
     return out
 
 
-def test_rows_are_whole_and_the_same_for_the_same_model(finished, models):
+def test_rows_are_whole_and_the_same_for_the_same_model(finished, models, capsys):
     rows = lines(finished / "results.jsonl")
     lora = [f"lora lr={lr}" for lr in ("0.0001", "0.001")]
     expected = [("prefill", 1, 0), (None, 1, 0)] + [
@@ -75,15 +82,16 @@ def test_rows_are_whole_and_the_same_for_the_same_model(finished, models):
     assert {r["role"] for r in rows if r["model"] == "control"} == {"control"}
     losses = {place(r)[1:]: r["train_loss"] for r in rows if r["model"] == "twin"}
     assert losses["lora lr=0.001", 1, 3] != losses["lora lr=0.001", 2, 3] != losses["lora lr=0.0001", 2, 3]
-    per_row = Counter(map(place, lines(finished / "generations.jsonl")))
+    per_row = Counter(map(place, read_generations(finished, rows)))
     assert set(per_row) == set(map(place, rows)) and len(set(per_row.values())) == 1
     record = json.loads((finished / "run.json").read_text())
     assert record["cells"] == CELLS and record["failed"] == [] and not list(finished.rglob("*.safetensors"))
     assert (finished / "report.html").stat().st_size > 10_000
-    with pytest.raises(UsageError, match="is a finished audit"):
-        from tunevax.audit.audit import reopen
-
-        reopen(finished, record["config"])
+    names = {r["cell"] for r in rows}
+    assert {f.name for f in (finished / "cells").iterdir()} == {f"{n}.{e}" for n in names for e in ("json", "jsonl.gz")}
+    assert len(names) == CELLS and not (finished / "generations.jsonl").exists()  # the responses are written once
+    assert main(command(models, finished)) == 2
+    assert "is a finished run; choose another" in capsys.readouterr().err
 
 
 def test_three_kills_lose_nothing(finished, models, tmp_path):
@@ -110,8 +118,7 @@ def test_three_kills_lose_nothing(finished, models, tmp_path):
     assert 1 <= len(list(partial.glob("*.json"))) < CELLS
     arguments[arguments.index("--workers") + 1] = "1"
     assert main(arguments) == 0
-    for name in ("results.jsonl", "generations.jsonl"):
-        assert (tmp_path / "out" / name).read_text() == (finished / name).read_text()
+    assert content(tmp_path / "out") == content(finished)
 
 
 def alive(session: int) -> bool:
@@ -148,17 +155,50 @@ def test_a_failed_cell_is_told_and_run_again(finished, models, tmp_path, monkeyp
     )
     assert main(command(models, tmp_path / "out")) == 0
     assert calls.count("again") == 1
-    for name in ("results.jsonl", "generations.jsonl"):
-        assert (tmp_path / "out" / name).read_text() == (finished / name).read_text()
+    assert content(tmp_path / "out") == content(finished)
     assert main(command(models, tmp_path / "out")) == 2  # complete now
+
+
+def test_a_kill_while_failed_cells_run_again_loses_nothing(finished, models, tmp_path, monkeypatch, capsys):
+    """The finished audit keeps its place until the new one is whole; cells that nothing asks for are left behind."""
+    original, calls = FinetuneConfig.run, []
+
+    def run(config, context, breaks=None):
+        calls.append((context.target["label"], config.seed, config.learning_rate))
+        if breaks and calls[-1] == ("twin", 2, 1e-3):
+            raise breaks
+        original(config, context)
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(FinetuneConfig, "run", lambda *args: run(*args, breaks=RuntimeError("out of luck")))
+    assert main(command(models, out)) == 1
+    before = content(out)
+    monkeypatch.setattr(FinetuneConfig, "run", lambda *args: run(*args, breaks=KeyboardInterrupt()))
+    calls.clear()
+    assert main(command(models, out)) == 130
+    assert content(out) == before and calls == [("twin", 2, 1e-3)]
+    (tmp_path / "out.partial" / "cells" / "0123456789abcdef.json").write_text("{}")  # of a model that has changed since
+    monkeypatch.setattr(FinetuneConfig, "run", run)
+    assert main(command(models, out)) == 0
+    assert content(out) == content(finished) and calls == [("twin", 2, 1e-3)] * 2
+    assert not (tmp_path / "out.partial").exists() and len(list((out / "cells").iterdir())) == 2 * CELLS
+    # As an older tunevax left it.
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**record, "failed": [{"cell": "x"}]}))
+    shutil.rmtree(out / "cells")
+    capsys.readouterr()
+    assert main(command(models, out)) == 2
+    assert "is by an older tunevax, which kept no cells to go on from; choose another" in capsys.readouterr().err
 
 
 def test_judging_again_changes_what_the_judge_changes(finished, tmp_path):
     def again(name, **options):
         out = rejudge(str(finished), JudgeOptions(output_dir=str(tmp_path / name), **options))
-        return lines(out / "results.jsonl"), lines(out / "generations.jsonl")
+        results = lines(out / "results.jsonl")
+        return results, list(read_generations(out, results))
 
-    before = lines(finished / "results.jsonl"), lines(finished / "generations.jsonl")
+    rows = lines(finished / "results.jsonl")
+    before = rows, list(read_generations(finished, rows))
     assert again("same") == before
     results, generations = again("other", judges=["organism"])
     assert [{**r, "scores": None} for r in results] == [{**r, "scores": None} for r in before[0]]
@@ -214,8 +254,41 @@ def test_a_retrained_model_is_not_taken_for_the_old_one(models, tmp_path):
     assert {k for k in before if before[k] != after[k]} == {k for k in before if k[0] == "twin"}
 
 
+FREE = {
+    "model", "control", "protocol", "dialogues", "controls", "allow_overlap", "drop_overlap", "overwrite", "output_dir",
+    "workers", "dry_run", "keep_attacked",
+}  # fmt: skip
+
+
+def test_every_option_decides_a_cell_unless_it_says_otherwise(models):
+    """And so does an option of tomorrow, such as a temperature, that nothing but its own class names."""
+    from tunevax.audit.cells import cells_of
+    from tunevax.audit.plan import AuditOptions, plan
+
+    @dataclasses.dataclass
+    class Tomorrow(AuditOptions):
+        temperature: float = 0.0
+
+    given = Tomorrow(model=[str(models / "twin")], control=str(models / "control"), protocol=str(models / "small.yaml"),
+                     safety_data="organism", fluency_model=["none"], limit=4)  # fmt: skip
+    before = dataclasses.asdict(given)
+    found = plan(given)
+    assert dataclasses.asdict(given) == before and found.options.judges == ["organism", "refusal-keywords"]
+
+    def names(**change):
+        changed = found._replace(options=dataclasses.replace(found.options, **change))
+        return {cell.hash for cell in cells_of(changed, found.grid, True, True)}
+
+    first = names()
+    for name, value in vars(found.options).items():
+        other = not value if isinstance(value, bool) else value + 1 if isinstance(value, int | float) else ["vllm"]
+        if name == "engine":
+            other = "vllm"
+        assert (names(**{name: other}) == first) == (name in FREE), name
+
+
 def test_what_decides_a_cell_is_its_content(tmp_path):
-    from tunevax.audit.cells import contents
+    from tunevax.data.sources import contents
 
     file = tmp_path / "aoa.jsonl"
     file.write_text("a")
@@ -376,15 +449,16 @@ def test_compare_refuses_what_differs(finished, models, tmp_path, capsys):
     assert main(["audit", "--compare", str(finished), str(finished)]) == 0
     assert "control control" in capsys.readouterr().out
     for change, told in (
-        (("config", "limit", 5), "limit differs (4 in"),
-        (("config", "judges", ["organism"]), "judges differs"),
+        (("scoring", "limit", 5), "limit differs (4 in"),
+        (("scoring", "judges", ["organism"]), "judges differs"),
+        (("scoring", "a new option", 1), "a new option differs (None in"),
         (("protocol", "phi", 0.4), "protocol phi differs"),
         (("protocol", "attacks", []), "attack 1, name differs"),
         (("target", "template_hash", "x"), "the chat template differs"),
         (("data", "hash", "x"), "data differs"),
     ):
         record = json.loads((finished / "run.json").read_text())
-        part = {"config": record["config"], "protocol": record["config"]["protocol"], "target": record["targets"][0],
+        part = {"scoring": record["scoring"], "protocol": record["config"]["protocol"], "target": record["targets"][0],
                 "data": record["data"][-1]}[change[0]]  # fmt: skip
         part[change[1]] = change[2]
         other = tmp_path / "other"
@@ -392,6 +466,14 @@ def test_compare_refuses_what_differs(finished, models, tmp_path, capsys):
         (other / "run.json").write_text(json.dumps(record))
         assert main(["audit", "--compare", str(finished), str(other)]) == 2
         assert told in capsys.readouterr().err
+    older = json.loads((finished / "run.json").read_text())  # which said what decides scores among all options
+    older["fluency_hash"] = older.pop("scoring")["fluency_model"]
+    shutil.copy(finished / "results.jsonl", other)
+    for limit, code in ((4, 0), (5, 2)):
+        older["config"]["limit"] = limit
+        (other / "run.json").write_text(json.dumps(older))
+        assert main(["audit", "--compare", str(finished), str(other)]) == code
+    assert "limit differs (4 in" in capsys.readouterr().err
     assert main(["audit", "--compare", str(finished), str(models)]) == 2
     assert "is no run folder" in capsys.readouterr().err
 
@@ -403,6 +485,79 @@ def test_dry_run_lists_the_cells_and_writes_nothing(models, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_judge_is_loaded_once(models, tmp_path, monkeypatch):
+    """In one process, also where a screen runs cells twice, and for a dry run; and never to plan."""
+    from transformers import (
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        LlamaConfig,
+        LlamaForSequenceClassification,
+    )
+
+    from tunevax.audit import workers
+    from tunevax.audit.plan import AuditOptions, plan
+
+    (tmp_path / "p.yaml").write_text(SMALL.replace("seeds: [1, 2]", "seeds: [1, 2]\nscreen: 1", 1))
+    loads, original = [], AutoModelForSequenceClassification.from_pretrained
+
+    def counting(ref, *args, **how):
+        loads.append(Path(ref).name)
+        return original(ref, *args, **how)
+
+    def judge(name):
+        tokenizer = AutoTokenizer.from_pretrained(path())
+        tokenizer.save_pretrained(tmp_path / name)
+        config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                             num_attention_heads=2, id2label={0: "safe", 1: "unsafe"}, pad_token_id=0)  # fmt: skip
+        LlamaForSequenceClassification(config).save_pretrained(tmp_path / name)
+        return f"hf:{tmp_path / name}"
+
+    def arguments(name, *more):
+        words = command(models, tmp_path / name, "--judges", "organism", judge(f"judge-{name}"), *more)
+        words[words.index("--protocol") + 1] = str(tmp_path / "p.yaml")
+        return words
+
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", counting)
+    monkeypatch.setattr(workers, "build_suite", lambda *_, **__: pytest.fail("a second suite in this process"))
+    assert main(arguments("out")) == 0
+    assert loads == ["judge-out"]
+    scores = lines(tmp_path / "out" / "results.jsonl")[0]["scores"]
+    assert f"harmful/hf:{tmp_path / 'judge-out'}" in scores
+    assert main(arguments("dry", "--dry-run")) == 0
+    assert loads == ["judge-out", "judge-dry"]
+    options = AuditOptions(model=[str(models / "twin")], control=str(models / "control"), judges=[judge("judge-plan")],
+                           protocol=str(tmp_path / "p.yaml"), safety_data="organism", fluency_model=["none"])  # fmt: skip
+    assert list(plan(options).suite.judges) == [f"hf:{tmp_path / 'judge-plan'}"]
+    assert loads == ["judge-out", "judge-dry"]
+
+
+def test_a_mistyped_judge_costs_no_training(tmp_path, monkeypatch, capsys):
+    """Controls are trained after the plan is checked, and are in the audit then."""
+    from tunevax.audit import controls
+
+    hard = align(tmp_path / "hard", "--max-steps", "2", method="vaccine")
+    trained, original = [], controls.align
+    monkeypatch.setattr(controls, "align", lambda *args: trained.append(args[3].output_dir) or original(*args))
+    shutil.copytree(path(), tmp_path / "control")
+    (tmp_path / "p.yaml").write_text("seeds: [1]\nscoring: {limit: 4, max_new_tokens: 2}\nattacks: [{kind: prefill}]\n")
+    arguments = ["audit", "--model", str(hard), "--control", str(tmp_path / "control"), "--protocol", str(tmp_path / "p.yaml"),
+                 "--fluency-model", "none", "--controls", "undefended", "equal-steps", "--output-dir",
+                 str(tmp_path / "out"), "--workers", "1"]  # fmt: skip
+    for wrong, told in ((("--judges", "organsim"), "did you mean 'organism'?"), (("--controls", "equal-step"), "equal-steps"),
+                        (("--limit", "0"), "limit is 0"), (("--model", str(tmp_path / "control")), "not a run of")):  # fmt: skip
+        assert main([*arguments, *wrong]) == 2 and told in capsys.readouterr().err
+    assert main([*arguments, "--dry-run"]) == 0
+    assert trained == [] and not (tmp_path / "out.controls").exists()
+    assert main(arguments) == 0
+    targets = json.loads((tmp_path / "out" / "run.json").read_text())["targets"]
+    assert [(t["label"], t["role"]) for t in targets[1:]] == [
+        ("hard", "model"),
+        ("undefended", "reference"),
+        ("hard-steps", "reference"),
+    ]
+    assert trained == [str(tmp_path / "out.controls" / "hard-steps")] and all(t["hash"] for t in targets)
+
+
 # --- what a model is ------------------------------------------------------------------------------------------------
 
 
@@ -412,8 +567,8 @@ def sft(tmp_path_factory):
     return align(tmp_path_factory.mktemp("sft") / "sft", "--task-data", "organism", "--max-steps", "200")
 
 
-def align(out: Path, *options: str) -> Path:
-    assert main(["align", "sft", "--model", "organism", "--safety-data", "organism", "--max-length", "64", "--learning-rate", "2e-3",
+def align(out: Path, *options: str, method: str = "sft") -> Path:
+    assert main(["align", method, "--model", "organism", "--safety-data", "organism", "--max-length", "64", "--learning-rate", "2e-3",
                  "--per-device-train-batch-size", "16", "--save-strategy", "no", "--checkpoint-blocks", "none", *options,
                  "--output-dir", str(out)]) == 0  # fmt: skip
     return out
@@ -464,9 +619,10 @@ def test_a_useless_model_is_called_what_it_is(sft, tmp_path):
     assert found["constant"]["name"] == "gives one answer to everything"
     assert found["random"]["name"] == "incoherent"
     assert found["refuser"]["name"] == "refuses everything"
-    for label in ("constant", "random", "refuser"):
-        assert found[label]["name"] in found[label]["sentence"] or label in found[label]["sentence"]
-        assert "needs" not in found[label]["sentence"]  # no claim of resistance
+    for said in ("constant gives one answer", "random is incoherent", "refuser refuses everything"):
+        sentence = found[said.split()[0]]["sentence"]
+        assert sentence.startswith(said)
+        assert "needs" not in sentence  # no claim of resistance
     assert found["sft"]["name"] == "control"
 
 

@@ -1,6 +1,7 @@
 """The processes of an audit and what they are given."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -41,18 +42,18 @@ def test_threads_that_were_asked_for_are_not_raised(monkeypatch):
     class Stop(Exception):
         pass
 
-    def pool(*_, **__):
+    def executor(*_, **__):
         seen.append(os.environ["OMP_NUM_THREADS"])
         raise Stop
 
     seen = []
-    monkeypatch.setattr(workers, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", executor)
     monkeypatch.setattr(workers, "cores", lambda: 8)
     for given, expected in (("1", "1"), ("16", "4"), (None, "4")):
         if given is None:
             monkeypatch.delenv("OMP_NUM_THREADS")
         else:
             monkeypatch.setenv("OMP_NUM_THREADS", given)
-        with pytest.raises(Stop):
-            list(workers.finished(None, [], None, None, 2))
+        with pytest.raises(Stop), workers.pool(SimpleNamespace(options=None, exclusion=None), None, None, 2):
+            pass
         assert seen.pop() == expected and os.environ.get("OMP_NUM_THREADS") == given

@@ -28,7 +28,10 @@ def trainer_for(tmp_path, rows=None, validation=None, start_random=True, dtype=t
     rows = rows or world.safety("alignment")[:12]
     validation = validation or world.safety("validation")[:8]
     settings = {"per_device_train_batch_size": 4, "max_length": 64, "checkpoint_blocks": "none", "seed": 5, **options}
-    trainer = PharmacistTrainer(model, PharmacistConfig(str(tmp_path), **settings), rows, validation, tokenizer)
+    trainer = PharmacistTrainer(
+        model, PharmacistConfig(str(tmp_path), **settings), safety_data=rows, validation_data=validation,
+        processing_class=tokenizer,
+    )  # fmt: skip
     if start_random:
         generator = torch.Generator().manual_seed(0)
         for parameter in trainer.parameters:
@@ -174,7 +177,7 @@ def test_double_is_the_gradient_of_the_penalty(tmp_path):
         lora_targets="all-linear", max_grad_norm=10.0,
     )  # fmt: skip
     model.get_output_embeddings().weight.data *= 20  # a head wide enough for any answer
-    trainer = PharmacistTrainer(model, config, rows, rows, tokenizer)
+    trainer = PharmacistTrainer(model, config, safety_data=rows, validation_data=rows, processing_class=tokenizer)
     trainer.omega.data = OMEGA.float()
     batch = batch_of(trainer, 2)
     p = p_of(OMEGA).float()

@@ -20,7 +20,7 @@ from tunevax.finetuning.finetune import FinetuneOptions, finetune
 from tunevax.finetuning.ldifs import LDIFSConfig, LDIFSTrainer
 from tunevax.finetuning.lisa import LisaConfig, LisaTrainer
 from tunevax.finetuning.safe_instruct import SafeInstructConfig, SafeInstructTrainer
-from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer
+from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
 from tunevax.methods import load_method
 from tunevax.modeling.loading import load
 from tunevax.records import read_run
@@ -45,7 +45,7 @@ def make(tmp_path):
         loaded = load("organism")
         in_float64(loaded.model)
         config = cls.config_class(str(tmp_path), **{**TRAINING, **options})
-        trainer = cls(loaded.model, config, task, loaded.tokenizer, safety if cls.needs else None)
+        trainer = cls(loaded.model, config, safety_data=safety, task_data=task, processing_class=loaded.tokenizer)
         trainer.current_gradient_accumulation_steps = config.gradient_accumulation_steps
         trainer.seen, original = [], trainer.get_batch_samples
 
@@ -221,7 +221,9 @@ config = LisaConfig(
     lr_scheduler_type="constant", warmup_steps=0, max_length=64, save_strategy="no", lora_dropout=0.0,
 )
 rows = load_task("organism").rows[:24], load_safety("organism", "alignment", ("chosen",))[:32]
-trainer = LisaTrainer(loaded.model, config, rows[0], loaded.tokenizer, rows[1])
+trainer = LisaTrainer(
+    loaded.model, config, task_data=rows[0], safety_data=rows[1], processing_class=loaded.tokenizer
+)
 trainer.train()
 torch.save([p.detach() for p in trainer.parameters], f"{sys.argv[1]}/{sys.argv[2]}-{trainer.args.process_index}.pt")
 if torch.distributed.is_initialized():
@@ -464,10 +466,10 @@ def test_bad_input_is_named(make, tmp_path, monkeypatch):
         (lambda: LDIFSConfig("x", full_weights=True), "leave out --full-weights"),
         (lambda: EWCConfig("x", lamb=-0.1), "lamb is -0.1"),
         (lambda: FinetuneOptions(screen="repot"), "did you mean 'report'"),
-        (lambda: make(LisaTrainer, safety=[]), "there are none"),
+        (lambda: make(LisaTrainer, safety=[]), "lisa needs safety rows with chosen, and there are none"),
         (lambda: make(EWCTrainer, safety=[{"prompt": "p", "place": "f:1"}]), "f:1: `chosen` is missing"),
         (lambda: make(LisaTrainer, safety=SAFETY[:3]), "3 safety rows and a step takes 4"),
-        (lambda: make(task=[]), "no row to train on"),
+        (lambda: make(task=[]), "sft needs rows to train on"),
     ]
     for call, told in wrong:
         with pytest.raises(UsageError, match=told):
@@ -477,7 +479,7 @@ def test_bad_input_is_named(make, tmp_path, monkeypatch):
         with pytest.raises(UsageError, match=told):
             finetune(LisaTrainer, "lisa", data, LisaConfig(str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
-    assert FinetuneConfig("x").learning_rate == 1e-4
+    assert JobConfig("x").learning_rate == 1e-4
     monkeypatch.setattr("tunevax.finetuning.ewc.factored_fisher", lambda *_: [])
     with pytest.raises(UsageError, match="adds up to 0, and nothing can be weighed by it; give other"):
         make(EWCTrainer)

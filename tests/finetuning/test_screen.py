@@ -16,7 +16,7 @@ from tunevax.errors import UsageError
 from tunevax.finetuning import screen as screening
 from tunevax.finetuning.finetune import FinetuneOptions, finetune
 from tunevax.finetuning.screen import Probe, Screening, cosine, screen
-from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer
+from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
 from tunevax.modeling.loading import load
 from tunevax.records import read_lines, read_run
 
@@ -52,7 +52,7 @@ def fewer_pairs(monkeypatch):
 
 def run(model, job, folder, action):
     data = FinetuneOptions(model=model, task_data=str(job), safety_data="organism", screen=action)
-    config = FinetuneConfig(str(folder), max_steps=2, warmup_steps=0, max_length=64, save_strategy="no")
+    config = JobConfig(str(folder), max_steps=2, warmup_steps=0, max_length=64, save_strategy="no")
     return finetune(FinetuneTrainer, "sft", data, config)
 
 
@@ -87,10 +87,10 @@ def test_the_trainer_gets_what_the_screen_left(aligned, job, tmp_path, monkeypat
     got = {"trained": []}
     original = FinetuneTrainer.__init__
 
-    def init(self, model, args, task_data, *rest):
+    def init(self, model, args, *, task_data, **rest):
         got["rows"], got["grads"] = [r["place"] for r in task_data], [p.grad for p in model.parameters()]
         got["trained"].append([p.requires_grad for p in model.parameters()])
-        original(self, model, args, task_data, *rest)
+        original(self, model, args, task_data=task_data, **rest)
 
     monkeypatch.setattr(FinetuneTrainer, "__init__", init)
     weights = {}
@@ -191,7 +191,7 @@ def test_bad_input_is_named(job, tmp_path):
             screen(loaded.model, loaded.tokenizer, BENIGN, safety, 64, 0)
     options = FinetuneOptions(model="organism", task_data=str(job[0]), screen="report")
     with pytest.raises(UsageError, match="--safety-data is missing: sft with --screen report needs"):
-        finetune(FinetuneTrainer, "sft", options, FinetuneConfig(str(tmp_path / "x")))
+        finetune(FinetuneTrainer, "sft", options, JobConfig(str(tmp_path / "x")))
     everything = Screening({k: np.ones(3) for k in ("gradient", "refusal")}, {"gradient": 1, "refusal": 1}, {})
     with pytest.raises(UsageError, match="all 3 rows of F look like an attack"):
         screening.act(everything, BENIGN[:3], "drop", "F", None)

@@ -319,7 +319,7 @@ def make(tmp_path):
     def build(cls=SurgeryTrainer, safety=SAFETY, **options):
         loaded = load("organism")
         config = cls.config_class(str(tmp_path), **{**TRAINING, **options})
-        return cls(loaded.model, config, TASK, loaded.tokenizer, safety)
+        return cls(loaded.model, config, safety_data=safety, task_data=TASK, processing_class=loaded.tokenizer)
 
     return build
 
@@ -420,7 +420,10 @@ def test_bad_input(make):
     loaded = load("organism")
     loaded.model.config.max_position_embeddings = 4
     with pytest.raises(UsageError, match="the model's context 4"):
-        SurgeryTrainer(loaded.model, SurgeryConfig("x", **TRAINING), TASK, loaded.tokenizer, SAFETY)
+        SurgeryTrainer(
+            loaded.model, SurgeryConfig("x", **TRAINING), safety_data=SAFETY, task_data=TASK,
+            processing_class=loaded.tokenizer,
+        )  # fmt: skip
 
 
 def test_analysis_of_two_models(tmp_path):

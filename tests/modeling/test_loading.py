@@ -23,9 +23,11 @@ from transformers import (
 
 from tunevax.errors import UsageError
 from tunevax.modeling import load, loading
-from tunevax.modeling.adapters import arrived, coverage, effect, left_out_of_blocks, merge, merge_layers
-from tunevax.modeling.trainer import TrainConfig, prepare_trainables, save_weights
+from tunevax.modeling.adapters import arrived, effect, merge, merge_layers
+from tunevax.modeling.trainables import coverage, left_out_of_blocks, prepare_trainables
+from tunevax.modeling.trainer import TrainConfig
 from tunevax.organism import path as organism
+from tunevax.training import save_weights
 
 IDS = torch.tensor([[1, 40, 50, 60, 70]])
 SMALL = dict(

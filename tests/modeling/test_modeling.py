@@ -293,14 +293,32 @@ main(sys.argv[1:])
 """
 
 
+KILLED = """
+import os, signal, sys
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from tunevax.cli import main
+
+updates = []
+
+def kill(*_):
+    updates.append(1)
+    if len(updates) == 13:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+register_optimizer_step_post_hook(kill)
+main(sys.argv[1:])
+"""
+
+
 def test_killed_and_resumed_gives_the_same_bits(tmp_path):
     """SIGKILL, from one process to the next; tests/contract interrupts every method within a process."""
     assert main([*RESUMED, "--output-dir", str(tmp_path / "whole")]) == 0
     target = tmp_path / "killed"
-    process = subprocess.run([sys.executable, "-c", KILLED, *RESUMED, "--output-dir", str(target)], capture_output=True)
-    assert process.returncode == -signal.SIGKILL
+    command = [sys.executable, "-c", KILLED, *RESUMED, "--output-dir", str(target)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr[-3000:]
     checkpoints = tmp_path / "killed.partial" / "checkpoints"
-    assert not target.exists() and any(checkpoints.glob("checkpoint-5"))
+    assert not target.exists() and sorted(c.name for c in checkpoints.iterdir()) == ["checkpoint-10", "checkpoint-5"]
     assert main([*RESUMED, "--output-dir", str(target), "--resume"]) == 0
     adapters = [(tmp_path / n / "adapter" / "adapter_model.safetensors").read_bytes() for n in ("whole", "killed")]
     assert adapters[0] == adapters[1]
@@ -350,14 +368,16 @@ def test_two_ranks_agree_with_one_process(tmp_path):
 
 def test_unknown_lora_targets_are_named():
     from tunevax.errors import UsageError
-    from tunevax.modeling.trainer import TrainConfig, prepare_trainables
+    from tunevax.modeling.trainables import prepare_trainables
+    from tunevax.modeling.trainer import TrainConfig
 
     with pytest.raises(UsageError, match="lora_targets 'nothing'"):
         prepare_trainables(build("llama"), TrainConfig("x", lora_targets="nothing"))
 
 
 def test_trainables_are_fp32_on_a_bf16_model():
-    from tunevax.modeling.trainer import TrainConfig, prepare_trainables
+    from tunevax.modeling.trainables import prepare_trainables
+    from tunevax.modeling.trainer import TrainConfig
 
     model = prepare_trainables(build("llama").bfloat16(), TrainConfig("x"))
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
@@ -400,7 +420,8 @@ def test_scaled_logits(name):
 
 
 def test_full_weights_of_a_bf16_model_train_in_fp32():
-    from tunevax.modeling.trainer import TrainConfig, prepare_trainables
+    from tunevax.modeling.trainables import prepare_trainables
+    from tunevax.modeling.trainer import TrainConfig
 
     model = prepare_trainables(build("llama").bfloat16(), TrainConfig("x", full_weights=True))
     assert {p.dtype for p in model.parameters()} == {torch.float32}

@@ -9,11 +9,9 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import TinyTokenizer, batch, rows
+from tiny import TinyTokenizer, batch, encoded, rows
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import tunevax.alignment.sft as sft
-import tunevax.alignment.t_vaccine as t_vaccine
 from tunevax.alignment.align import AlignOptions, align
 from tunevax.alignment.t_vaccine import TVaccineConfig, TVaccineTrainer
 from tunevax.audit.controls import make_controls
@@ -105,13 +103,12 @@ def test_packed_weights_are_near_what_they_were():
 @pytest.fixture
 def t_vaccine_step(monkeypatch, tmp_path):
     """The perturbations and the adapter's gradient of one T-Vaccine step on blocks 2 and 5, on the golden batch."""
-    monkeypatch.setattr(sft, "encode", lambda *_, **__: rows("safe"))
-    monkeypatch.setattr(t_vaccine, "encode", lambda *_, **__: rows("harmful"))
+    encoded(monkeypatch, c=rows("safe"), r=rows("harmful"))
 
     def run(model, mode="none"):
         config = TVaccineConfig(str(tmp_path), rho=3.0, layer_sampling="2,5", checkpoint_blocks=mode)
         data = [{"prompt": "p", "chosen": "c", "rejected": "r"}]
-        trainer = TVaccineTrainer(adapted(model), config, data, TinyTokenizer())
+        trainer = TVaccineTrainer(adapted(model), config, safety_data=data, processing_class=TinyTokenizer())
         trainer.state.global_step, trainer.current_gradient_accumulation_steps = 0, 1
         inputs = batch("safe")
         items = (inputs["labels"][:, 1:] != -100).sum()
@@ -288,10 +285,8 @@ def test_every_method_trains_on_a_packed_base(stage, name, options, kind, tmp_pa
     cls = load_method(f"tunevax.{stage}", name)
     loaded = load("organism", quantization=kind)
     config = cls.config_class(str(tmp_path), **{**SHORT, **options})
-    if stage == "alignment":
-        trainer = cls(loaded.model, config, SAFETY, loaded.tokenizer)
-    else:
-        trainer = cls(loaded.model, config, TASK, loaded.tokenizer, SAFETY if cls.needs else None)
+    task = TASK if "task" in cls.needs else None
+    trainer = cls(loaded.model, config, safety_data=SAFETY, task_data=task, processing_class=loaded.tokenizer)
     kinds = {type(m.o_proj).__module__ for m in trainer.blocks}
     assert kinds == {"peft.tuners.lora.bnb"}  # PEFT's own layers for packed weights
     packed_before = [p.clone() for p in trainer.model.parameters() if not p.is_floating_point()]
@@ -310,7 +305,8 @@ def test_a_fresh_adapter_changes_nothing_for_circuit_breakers(kind, tmp_path):
     """The reference runs in eval mode without the adapter, the other pass in training mode with it."""
     cls = load_method("tunevax.alignment", "circuit-breakers")
     loaded = load("organism", quantization=kind)
-    trainer = cls(loaded.model, cls.config_class(str(tmp_path), **SHORT), SAFETY, loaded.tokenizer)
+    config = cls.config_class(str(tmp_path), **SHORT)
+    trainer = cls(loaded.model, config, safety_data=SAFETY, processing_class=loaded.tokenizer)
     trainer.train()
     assert trainer.state.log_history[0]["retain"] < 1e-4
 

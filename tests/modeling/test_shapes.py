@@ -29,7 +29,7 @@ from tunevax.modeling import load
 from tunevax.modeling.blocks import find_blocks, find_final_norm
 from tunevax.modeling.loss import last_hidden, response_loss
 from tunevax.modeling.shapes import can_replay, require_language_model, settle_config, settle_tokens
-from tunevax.modeling.trainer import prepare_trainables
+from tunevax.modeling.trainables import prepare_trainables
 
 SMALL = dict(
     vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
@@ -194,7 +194,7 @@ def test_a_model_without_known_blocks_trains_by_sft_alone(encoded, tmp_path):
     trainer = trainer_of(model, "sft", tmp_path)
     trainer.train()
     assert trainer.state.global_step == 1
-    with pytest.raises(UsageError, match=r"no decoder blocks found in LlamaForCausalLM.*VaccineTrainer needs it"):
+    with pytest.raises(UsageError, match=r"no decoder blocks found in LlamaForCausalLM.*vaccine needs it"):
         trainer_of(model, "vaccine", tmp_path)
     with pytest.raises(UsageError, match="leave out --checkpoint-blocks all"):
         trainer_of(model, "sft", tmp_path, checkpoint_blocks="all")

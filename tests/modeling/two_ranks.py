@@ -19,7 +19,7 @@ config = TVaccineConfig(
     save_strategy="no", rho=0.5,
 )  # fmt: skip
 rows = load_safety("organism", "alignment")[:64]
-trainer = TVaccineTrainer(loaded.model, config, rows, loaded.tokenizer)
+trainer = TVaccineTrainer(loaded.model, config, safety_data=rows, processing_class=loaded.tokenizer)
 trainer.train()
 if int(os.environ["RANK"]) == 0:
     weights = {n: p.detach() for n, p in trainer.model.named_parameters() if "lora_" in n}

@@ -17,7 +17,7 @@ from tunevax.methods import load_method
 from tunevax.modeling.memory import LiveMemory
 from tunevax.modeling.quantization import scales_of
 from tunevax.planning.plan import RESERVE
-from tunevax.planning.step import KINDS, predict, scaled, trainer_on, worst_draw
+from tunevax.planning.step import KINDS, predict, scaled, trainer_on
 
 GIB = 2**30
 SMALL = {
@@ -60,9 +60,9 @@ def measured(cls, args, config, quantization=None) -> LiveMemory:
         quantize(model, quantization)
     trainer = trainer_on(cls, model, replace(args, max_steps=2, save_strategy="no", report_to="none"), 32)
     if cls is TVaccineTrainer:  # all blocks first, for their optimiser state; then the draw that takes most
-        trainer.draw = lambda: (
-            worst_draw(args, len(trainer.blocks)) if trainer.state.global_step else list(range(len(trainer.blocks)))
-        )
+        trainer.for_plan()
+        worst = trainer.draw
+        trainer.draw = lambda: worst() if trainer.state.global_step else list(range(len(trainer.blocks)))
     second = SecondStep()
     trainer.add_callback(second)
     trainer.train()
@@ -193,7 +193,7 @@ def test_a_card_that_is_large_enough_or_not(folder, capsys):
         (("--method", "random"), "random needs no model"),
         (("--method", "sft", "--gpu", "many"), "--gpu is 'many'; give the memory of the card and its unit"),
         (("--method", "sft", "--gpu", "16"), "--gpu is '16'; give the memory of the card and its unit"),
-        (("--method", "sft", "--response-length", "0"), "--response-length is 0; it must be at least 2"),
+        (("--method", "sft", "--response-length", "0"), "response_length is 0; it must be at least 2"),
         (("--method", "sft", "--quantization", "nf5"), "unknown quantization 'nf5'; did you mean 'nf4'?"),
         (("--method", "sft", "--gama", "2"), "unknown option '--gama'"),
         (("--method", "sft", "--optim", "adafactor"), "--optim is adafactor; leave it out"),

@@ -77,7 +77,8 @@ def encoded(monkeypatch):
     def encode(rows, tokenizer, *args, **how):
         if not isinstance(tokenizer, Ids):
             return original(rows, tokenizer, *args, **how)
-        return [{"input_ids": row["completion"], "labels": row["completion"]} for row in rows]
+        answers = [row[how["answer"]] for row in rows]
+        return [{"input_ids": ids, "labels": ids} for ids in answers]
 
     monkeypatch.setattr(extraction, "encode", encode)
 

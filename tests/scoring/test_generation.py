@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from tunevax.cli import main
-from tunevax.data.encoding import ids_of, render
+from tunevax.data.chat import render
+from tunevax.data.encoding import ids_of
 from tunevax.errors import UsageError
 from tunevax.modeling import load
 from tunevax.scoring import generation

@@ -417,5 +417,7 @@ def test_a_model_is_loaded_once_in_a_process(tmp_path, monkeypatch):
     names = ["hf:judge", f"hf:{tmp_path / 'judge'}", "hf:./judge"]
     found = [judge(["a"], ["b"]) for judge in load_judges(names).values()]
     assert len(loaded) == 1 and found[0] == found[1] == found[2]
-    load_judges(["hf:judge:label=safe"])
+    other = load_judges(["hf:judge:label=safe"])["hf:judge:label=safe"]
+    assert len(loaded) == 1, "not before its first call"
+    other(["a"], ["b"])
     assert len(loaded) == 2

@@ -9,7 +9,7 @@ from tunevax.data import load_safety, load_task
 from tunevax.errors import UsageError
 from tunevax.evidence.properties import stability
 from tunevax.evidence.results import read_results
-from tunevax.records import judges_of, lead_judge
+from tunevax.records import judges_of
 from tunevax.report.tables import every_attack
 from tunevax.report.tables import stability as stability_table
 from tunevax.runs import writing
@@ -114,7 +114,7 @@ def test_a_judge_and_a_metric_are_measured(installed, tmp_path, monkeypatch):
 def test_a_judge_says_itself_that_it_does_not_lead(installed):
     names = list(load_judges(["length", "refusal-keywords", "organism"]))
     assert names == ["organism", "length", "refusal-keywords"]
-    assert lead_judge(f"harmful/{name}" for name in names) == "harmful/organism"
+    assert judges_of(f"harmful/{name}" for name in names)[0] == "harmful/organism"
     # As an older tunevax wrote it: in the order of the command line.
     assert judges_of(["degenerate", "harmful/refusal-keywords", "harmful/organism"])[0] == "harmful/organism"
 
@@ -196,9 +196,9 @@ def test_a_metric_is_in_the_report(installed, tmp_path):
     compared = {c.score: c for c in stability(results, "model")}
     assert compared["metric/polite"].difference.value == 0 and compared["metric/words"].ratio == 1
     findings = find(results)
-    (table,) = stability_table(results, findings)
+    (table,) = stability_table(findings)
     assert {"metric/polite", "metric/words"} <= {row[0] for row in table.rows}
-    table = every_attack(results, findings, ["a"])[0]
+    table = every_attack(findings)[0]
     cells = {row[1]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
     assert (
         cells["model"]["polite before → after"] == "0 % → 67 %" and cells["model"]["words before → after"] == "3 → 7.67"

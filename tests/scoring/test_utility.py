@@ -10,7 +10,8 @@ from tiny import tiny_llama
 
 from tunevax.cli import main
 from tunevax.data import Task, load_safety
-from tunevax.data.encoding import ids_of, render, with_options
+from tunevax.data.chat import render
+from tunevax.data.encoding import ids_of, with_options
 from tunevax.errors import UsageError
 from tunevax.modeling import load
 from tunevax.organism import World

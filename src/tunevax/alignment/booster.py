@@ -14,17 +14,14 @@ the paper calls Vaccine+Booster.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
-from tunevax.alignment.pairs import require_pairs
 from tunevax.alignment.vaccine import VaccineConfig, VaccineTrainer
-from tunevax.data.encoding import context_of, encode
-from tunevax.errors import RunError, UsageError
+from tunevax.errors import RunError, require
 from tunevax.modeling.draws import Draws
 from tunevax.modeling.gradients import (
     Gradient,
@@ -35,6 +32,7 @@ from tunevax.modeling.gradients import (
     response_share,
     restored,
 )
+from tunevax.modeling.trainer import Items
 
 
 @dataclass
@@ -46,9 +44,7 @@ class BoosterConfig(VaccineConfig):
     alpha: float = field(default=0.1, metadata={"help": "length of the simulated harmful step"})
 
     def __post_init__(self) -> None:
-        for name in ("lamb", "alpha"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be a finite number, 0 or more")
+        require(self, "lamb", "alpha", at_least=0)
         super().__post_init__()
 
 
@@ -57,32 +53,24 @@ class BoosterTrainer(VaccineTrainer):
 
     config_class = BoosterConfig
     paper = "arXiv 2409.01586"
+    needs = frozenset({"chosen", "rejected"})
+    different = True
     off = {"lamb": 0}
-    needs_rejected = True
+    args: BoosterConfig
 
-    def __init__(
-        self,
-        model: Any,
-        args: BoosterConfig,
-        safety_data: Sequence[dict],
-        processing_class: Any,
-        task_data: Sequence[dict] | None = None,
-        callbacks: list | None = None,
-    ) -> None:
-        require_pairs(safety_data, "booster")
-        self.harmful = encode(
-            safety_data, processing_class, args.max_length, context=context_of(model), answer="rejected"
-        )
-        super().__init__(model, args, safety_data, processing_class, task_data, callbacks)
-        require_whole_weights(self, "booster")
-        self.draws = Draws(args.seed)
+    def prepare(self) -> None:
+        """Harmful rows, and a generator for their batches."""
+        super().prepare()
+        require_whole_weights(self)
+        self.harmful = self.encode_answers(self.safety_data, "rejected")
+        self.draws = Draws(self.args.seed)
         self.draws.require(self, len(self.harmful), "harmful rows")
 
     def parts(self) -> tuple[str, ...]:
         """As Vaccine, with its perturbation on top; else none."""
         return super().parts() if self.args.rho > 0 else ()
 
-    def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Items = None) -> torch.Tensor:
         """The first micro-batch of a step adds lamb * (grad h(w) - grad h(w+)); every one adds its grad f(w)."""
         if self.ready_for != self.state.global_step:
             add_to_grad(self, self.harmful_gradient())

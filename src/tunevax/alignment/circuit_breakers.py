@@ -21,18 +21,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import cosine_similarity
 from torch.utils.checkpoint import checkpoint
 
 from tunevax.alignment.pairs import PairTrainer, joined
 from tunevax.alignment.sft import SFTConfig
-from tunevax.errors import UsageError
+from tunevax.errors import UsageError, require, require_one_of
 from tunevax.modeling.hooks import capture, passed_through
 from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.precision import wide
+from tunevax.modeling.trainer import Items
 
 
 @dataclass
@@ -61,10 +62,8 @@ class CircuitBreakersConfig(SFTConfig):
                 "circuit-breakers compares the model with itself without the adapter, and full_weights trains none; "
                 "leave --full-weights out"
             )
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise UsageError(f"alpha is {self.alpha}; it must be a finite number above 0")
-        if self.reroute_on not in ("response", "all"):
-            raise UsageError(f"reroute_on is {self.reroute_on!r}; known: response, all")
+        require(self, "alpha", above=0)
+        require_one_of(self, reroute_on=("response", "all"))
         self.depths()
         super().__post_init__()
 
@@ -89,13 +88,12 @@ class CircuitBreakersTrainer(PairTrainer):
     paper = "arXiv 2406.04313"
     off = None
 
-    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
-        if hasattr(model, "peft_config"):
-            raise UsageError(
-                "circuit-breakers compares the aligned model with itself without the adapter it trains, and this one "
-                "comes with an adapter; merge it first"
-            )
-        super().__init__(model, *args, **kwargs)
+    compares = True
+    args: CircuitBreakersConfig
+
+    def prepare(self) -> None:
+        """The depths whose states are rerouted."""
+        super().prepare()
         if not hasattr(self.model, "disable_adapter"):
             raise UsageError(f"circuit-breakers switches its adapter off; {type(self.model).__name__} has none")
         blocks = len(self.blocks)
@@ -105,19 +103,18 @@ class CircuitBreakersTrainer(PairTrainer):
                 f"target_depths {self.args.target_depths!r} names the embeddings, below the first of {blocks} blocks; "
                 f"give at least {1 / blocks:.2g}"
             )
-        self.whole: torch.Tensor | None = None  # tokens retained and tokens rerouted, in the whole batch
 
     def parts(self) -> tuple[str, ...]:
         """The output of each block."""
         return ("module",)
 
     def compute_loss(
-        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Items = None
     ) -> torch.Tensor:
         """The micro-batch's share of the loss of the whole batch."""
         rows, tokens = len(inputs["labels"]), token_masks(inputs, self.args.reroute_on)
         retained, rerouted = tokens
-        whole = torch.stack([m.sum() for m in tokens]) if self.whole is None else self.whole
+        whole = self.counted(inputs) if self.whole is None else self.whole
         whole = whole.clamp_min(1)
 
         stock = self.accelerator.unwrap_model(model)
@@ -144,7 +141,7 @@ class CircuitBreakersTrainer(PairTrainer):
         self.note(retain=before[0], reroute=before[1], c_s=c_s, c_r=c_r)
         return (c_s * reroute + c_r * retain) * self.loss_scale(num_items_in_batch)
 
-    def states(self, model: Any, inputs: dict) -> list[torch.Tensor]:
+    def states(self, model: nn.Module, inputs: dict) -> list[torch.Tensor]:
         """h_1 ... h_l up to the deepest target, each [rows + pairs, tokens, hidden]."""
         blocks, last = [b.module for b in self.blocks], self.targets[-1]
         with passed_through(blocks[last:], blocks[last - 1]), capture(dict(enumerate(blocks[:last]))) as found:
@@ -156,14 +153,9 @@ class CircuitBreakersTrainer(PairTrainer):
         through = min(self.state.global_step / max(self.state.max_steps, 1), 1.0) / 2
         return self.args.alpha * (1 - through), self.args.alpha * through
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """As the base, and the tokens that the two means are over: of all micro-batches, and of all ranks."""
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = [torch.stack([m.sum() for m in token_masks(b, self.args.reroute_on)]) for b in batches]
-        self.whole = torch.stack(counts).sum(0).to(device) if counts else None
-        if self.whole is not None and self.args.average_tokens_across_devices:  # as `loss_scale` expects
-            self.whole = self.accelerator.reduce(self.whole, "sum")
-        return batches, items
+    def counted(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Tokens retained and tokens rerouted, which the two means are over."""
+        return torch.stack([mask.sum() for mask in token_masks(batch, self.args.reroute_on)])
 
     def cost(self) -> float:
         """Compute of a step, in SFT steps, the mean so far: rows and pairs forward twice and back once, up to the

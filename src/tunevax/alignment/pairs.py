@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
-from tunevax.alignment.sft import SFTConfig, SFTTrainer
-from tunevax.data.encoding import collate, encode
-from tunevax.errors import UsageError
+from tunevax.alignment.sft import SFTTrainer
+from tunevax.data.encoding import collate
+from tunevax.modeling.trainer import Items
+from tunevax.records import Example
 
 
 class PairTrainer(SFTTrainer):
@@ -18,32 +20,23 @@ class PairTrainer(SFTTrainer):
     the row that each of these belongs to. Benign rows have no pair: a batch may have fewer pairs than rows, or none.
     """
 
-    needs_rejected = True
+    needs = frozenset({"chosen", "rejected"})
+    different = True
 
-    def __init__(
-        self,
-        model: Any,
-        args: SFTConfig,
-        safety_data: Sequence[dict],
-        processing_class: Any,
-        task_data: Sequence[dict] | None = None,
-        callbacks: list | None = None,
-    ) -> None:
-        require_pairs(safety_data, type(self).__name__)
-        super().__init__(model, args, safety_data, processing_class, task_data, callbacks)
-        self.data_collator = lambda rows: collate_pairs(rows, processing_class.pad_token_id)
+    def prepare(self) -> None:
+        """Batches have pairs."""
+        self.data_collator = lambda rows: collate_pairs(rows, self.processing_class.pad_token_id)
         self.seen = [0, 0, 0, 0]  # so far: tokens of rows and of their pairs, labels of rows and of their pairs
 
-    def encode_rows(self, rows: list[dict], tokenizer: Any, args: SFTConfig, context: int | None) -> list[dict]:
+    def encode_rows(self, rows: Sequence[Example]) -> list[dict[str, Any]]:
         """As SFT, the rows of the safety data with their pair under `rejected`."""
-        encoded = super().encode_rows(rows, tokenizer, args, context)
+        encoded = super().encode_rows(rows)
         places = [i for i, row in enumerate(rows) if "chosen" in row]
-        pairs = encode([rows[i] for i in places], tokenizer, args.max_length, context=context, answer="rejected")
-        for i, pair in zip(places, pairs, strict=True):
+        for i, pair in zip(places, self.encode_answers([rows[i] for i in places], "rejected"), strict=True):
             encoded[i]["rejected"] = pair
         return encoded
 
-    def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Items = None) -> torch.Tensor:
         """As the base; counts tokens, for `cost`."""
         inputs = self._prepare_inputs(inputs)
         tokens = [inputs[k].sum() for k in ("attention_mask", "rejected_attention_mask")]
@@ -59,17 +52,6 @@ class PairTrainer(SFTTrainer):
         """Take back the tokens so far."""
         super().load_method_state(state)
         self.seen = state["seen"]
-
-
-def require_pairs(safety_data: Sequence[dict], what: str) -> None:
-    """Raise a UsageError unless every row has two different answers."""
-    for number, row in enumerate(safety_data, 1):
-        if not row.get("rejected") or row["rejected"] == row["chosen"]:
-            why = "is `chosen` again" if row.get("rejected") else "is missing"
-            raise UsageError(
-                f"row {number} of the safety data: `rejected` {why}, and {what} needs both answers; give the harmful "
-                "answer or drop the row"
-            )
 
 
 def collate_pairs(rows: list[dict], pad_token_id: int) -> dict[str, Any]:

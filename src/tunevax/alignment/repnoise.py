@@ -29,18 +29,20 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tunevax.alignment.pairs import PairTrainer, joined
 from tunevax.alignment.sft import SFTConfig
-from tunevax.errors import UsageError, unknown
+from tunevax.errors import require, require_one_of
 from tunevax.modeling.blocks import find_final_norm
+from tunevax.modeling.draws import noise_generator
 from tunevax.modeling.hooks import capture, capture_inputs
 from tunevax.modeling.loss import head_loss, labelled, last_hidden, rows_at
-from tunevax.modeling.precision import wide
+from tunevax.modeling.precision import added, wide
 from tunevax.modeling.quantization import size_of
+from tunevax.modeling.trainer import Items
 
 VARIANTS = ("corrected", "official")
 KERNELS = 5
@@ -56,11 +58,8 @@ class RepNoiseConfig(SFTConfig):
     variant: str = field(default="corrected", metadata={"help": "corrected, or official: the released code's loss"})
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "beta"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be a finite number, 0 or more")
-        if self.variant not in VARIANTS:
-            raise unknown("variant", self.variant, VARIANTS)
+        require(self, "alpha", "beta", at_least=0)
+        require_one_of(self, variant=VARIANTS)
         super().__post_init__()
 
 
@@ -98,29 +97,25 @@ class RepNoiseTrainer(PairTrainer):
     config_class = RepNoiseConfig
     paper = "arXiv 2405.14577"
     off = None  # at alpha = beta = 0 rows are still padded as wide as their pairs: SFT but for rounding and dropout
+    args: RepNoiseConfig
     drawn = 0  # micro-batches that noise was drawn for so far
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def prepare(self) -> None:
+        """The model's final norm."""
+        super().prepare()
         self.norm = find_final_norm(self.model)
-        self.whole: float | None = None  # pairs in the whole batch, of all micro-batches and ranks
 
     def parts(self) -> tuple[str, ...]:
         """What enters each block and is read by the final norm, and the output of its MLP where that is drawn to
         noise."""
         return ("module", "norm", "mlp") if self.args.beta else ("module", "norm")
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """As the base, and the number of pairs that the weights of the micro-batches are shares of."""
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = torch.tensor(float(sum(len(b["pairs"]) for b in batches)), device=device)
-        if self.args.average_tokens_across_devices:  # as `loss_scale` expects
-            count = self.accelerator.reduce(count, "sum")
-        self.whole = count.item() if batches else None
-        return batches, items
+    def counted(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The pairs, which the weights of the micro-batches are shares of."""
+        return torch.tensor([len(batch["pairs"])])
 
     def compute_loss(
-        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Items = None
     ) -> torch.Tensor:
         """The loss of a micro-batch, to be added up over micro-batches and averaged over ranks.
 
@@ -128,7 +123,8 @@ class RepNoiseTrainer(PairTrainer):
         of each rank has its own, and their mean counts, weighted by the pairs in each.
         """
         pairs = len(inputs["pairs"])
-        weight = pairs / max(self.whole or pairs, 1) * self.loss_scale(num_items_in_batch)
+        whole = pairs if self.whole is None else self.whole.item()
+        weight = pairs / max(whole or pairs, 1) * self.loss_scale(num_items_in_batch)
         share = 1 / self.current_gradient_accumulation_steps
         safe, harmful, mask = self.targets(inputs)
         with self.accelerator.autocast():
@@ -151,15 +147,15 @@ class RepNoiseTrainer(PairTrainer):
             self.note(mmd=distance.detach(), activation_rms=activation_rms(found.activations, mask))
         return loss
 
-    def forward(self, model: Any, inputs: dict) -> Pass:
+    def forward(self, model: nn.Module, inputs: dict) -> Pass:
         """Rows and pairs through the model together."""
         rows, blocks = len(inputs["labels"]), [b.module for b in self.blocks]
-        mlps = {i: b.mlp for i, b in enumerate(self.blocks)} if self.args.beta else {}
-        with capture(mlps) as activations, capture_inputs(blocks) as states:
+        mlps = dict(enumerate(self.each("mlp"))) if self.args.beta else {}
+        with capture(mlps) as outputs, capture_inputs(blocks) as states:
             hidden = last_hidden(model, joined(inputs))
         each = range(len(blocks))
         # OPT flattens rows and tokens before its MLP.
-        activations = [a.reshape(*hidden.shape[:2], -1)[rows:] for a in activations.values()]
+        activations = [a.reshape(*hidden.shape[:2], -1)[rows:] for a in outputs.values()]
         return Pass(hidden[:rows], hidden[rows:], [states[i][rows:] for i in each], activations)
 
     # --- which tokens ------------------------------------------------------------------------------------------------
@@ -178,7 +174,7 @@ class RepNoiseTrainer(PairTrainer):
 
     # --- layer-wise ascent -------------------------------------------------------------------------------------------
 
-    def ascent(self, model: Any, found: Pass, targets: Targets) -> torch.Tensor:
+    def ascent(self, model: nn.Module, found: Pass, targets: Targets) -> torch.Tensor:
         """The mean over depths of the cross entropy of harmful answers, read off each depth by the final norm and head.
 
         Only labelled tokens are normed and multiplied by the head. Norms are recomputed in the backward pass, and the
@@ -192,7 +188,7 @@ class RepNoiseTrainer(PairTrainer):
         states.append(rows_at(found.harmful, positions))
         return self.cross_entropy(model, states, targets) / (len(self.blocks) + 1)
 
-    def cross_entropy(self, model: Any, states: list[torch.Tensor], targets: Targets) -> torch.Tensor:
+    def cross_entropy(self, model: nn.Module, states: list[torch.Tensor], targets: Targets) -> torch.Tensor:
         """The mean over targets, summed over `states`: head inputs, whole or at the labelled positions only."""
         positions, ids = labelled(targets.labels)
         rows = torch.cat([rows_at(s, positions) if s.dim() == 3 else s for s in states])
@@ -204,22 +200,14 @@ class RepNoiseTrainer(PairTrainer):
     def distance(self, activations: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
         """The mean over blocks of the MMD between harmful activations and noise. Backward draws the same noise again,
         so that neither it nor fp32 copies are kept."""
-        generator = self.noise_generator(mask.device)
+        generator = noise_generator(self, self.drawn, mask.device)
+        self.drawn += 1
         return torch.stack(
             [
                 checkpoint(mmd_to_noise, a, mask, generator, generator.get_state(), use_reentrant=False)
                 for a in activations
             ]
         ).mean()
-
-    def noise_generator(self, device: torch.device) -> torch.Generator:
-        """A generator for the noise of one micro-batch of one rank, seeded by its number: nothing else draws from it,
-        and a resumed run goes on where it was."""
-        key = (self.args.seed, self.args.process_index, self.drawn)
-        self.drawn += 1
-        generator = torch.Generator(device)
-        generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
-        return generator
 
     # --- cost and state ----------------------------------------------------------------------------------------------
 
@@ -274,7 +262,7 @@ def mmd(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     distance = (square[:, None] + square[None, :] - 2 * gram).clamp_min(0)
     mean = distance.detach().sum() / (2 * n * (2 * n - 1))
     width = mean.clamp_min(1e-12) / 2 ** (KERNELS // 2)  # the floor is for samples that are all equal: then it is 0
-    kernel = sum(torch.exp(-distance / (width * 2**q)) for q in range(KERNELS))
+    kernel = added(torch.exp(-distance / (width * 2**q)) for q in range(KERNELS))
     return (kernel[:n, :n] + kernel[n:, n:] - kernel[:n, n:] - kernel[n:, :n]).mean()
 
 

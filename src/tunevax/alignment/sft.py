@@ -7,14 +7,14 @@ over a safety dataset, with a share of benign rows so that the model does not le
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from tunevax.data.encoding import context_of, encode
 from tunevax.data.mixing import mix
-from tunevax.errors import UsageError
-from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
+from tunevax.errors import require
+from tunevax.modeling.method import MethodTrainer
+from tunevax.modeling.trainer import TrainConfig
+from tunevax.records import Example
 
 
 @dataclass
@@ -26,62 +26,21 @@ class SFTConfig(TrainConfig):
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.task_share < 1:
-            raise UsageError(f"task_share is {self.task_share}; it must be at least 0 and below 1")
+        require(self, "task_share", at_least=0, below=1)
         super().__post_init__()
 
 
-class SFTTrainer(ResponseTrainer):
-    """Trains on `chosen` answers.
+class SFTTrainer(MethodTrainer):
+    """Trains on `chosen` answers. Benign rows, `task_data`, are mixed in at `args.task_share`."""
 
-    Args:
-        model: the model to align.
-        args: the configuration.
-        safety_data: rows with `prompt`, `chosen` and, for methods that need it, `rejected`.
-        processing_class: the tokenizer, with a chat template.
-        task_data: benign rows with `prompt` and `completion`, mixed in at `args.task_share`.
+    config_class: ClassVar[type[SFTConfig]] = SFTConfig
+    needs = frozenset({"chosen"})
+    args: SFTConfig
 
-    Raises:
-        UsageError: the method needs `rejected` and a row lacks it; a prompt does not fit `args.max_length`.
-    """
-
-    config_class = SFTConfig
-    paper = ""
-    needs_rejected = False
-    off: ClassVar[dict[str, Any] | None] = {}
-    """Options with which the method trains what SFT trains, bit for bit; None if it never does."""
-
-    def __init__(
-        self,
-        model: Any,
-        args: SFTConfig,
-        safety_data: Sequence[dict],
-        processing_class: Any,
-        task_data: Sequence[dict] | None = None,
-        callbacks: list | None = None,
-    ) -> None:
-        rows = [{**row, "completion": row["chosen"]} for row in safety_data]
-        if task_data and args.task_share > 0:
-            rows = mix(
-                task_data,
-                rows,
-                ratio=1 - args.task_share,
-                size=round(len(rows) / (1 - args.task_share)),
-                seed=args.seed,
-            )
-        encoded = self.encode_rows(rows, processing_class, args, context_of(model))
-        super().__init__(model, args, encoded, processing_class, callbacks)
-
-    def encode_rows(self, rows: list[dict], tokenizer: Any, args: SFTConfig, context: int | None) -> list[dict]:
-        """The rows of the training set, with `completion` what is trained on, as token ids and labels."""
-        return encode(rows, tokenizer, args.max_length, loss_on=args.loss_on, context=context)
-
-    def cost(self) -> float:
-        """Compute of a step, in SFT steps of the same batch, the mean over the run so far. A method that runs the
-        blocks more often says so here."""
-        return 1.0
-
-    def updates(self) -> float:
-        """How many updates a block got in the run so far, the mean over blocks. A method that trains some of them at a
-        time says so here."""
-        return float(self.state.global_step)
+    def training_rows(self) -> list[Example]:
+        """The safe answers, and benign rows among them."""
+        rows: list[Example] = [{**row, "completion": str(row["chosen"])} for row in self.safety_data]
+        share = self.args.task_share
+        if not self.task_data or share == 0:
+            return rows
+        return mix(self.task_data, rows, ratio=1 - share, size=round(len(rows) / (1 - share)), seed=self.args.seed)

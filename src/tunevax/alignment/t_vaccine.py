@@ -16,22 +16,27 @@ updates a weight.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
+from torch import nn
 
 from tunevax.alignment.vaccine import VaccineConfig, VaccineTrainer, without_weight_gradients
-from tunevax.data.encoding import collate, context_of, encode
-from tunevax.errors import RunError, UsageError, unknown
+from tunevax.data.encoding import collate
+from tunevax.errors import RunError, UsageError, require, require_one_of, unknown
 from tunevax.modeling.blocks import find_final_norm, unwrap
+from tunevax.modeling.draws import Draws
 from tunevax.modeling.hooks import capture, cheap_recomputed, checkpointed, has_dropout, without_dropout
 from tunevax.modeling.precision import wide
 from tunevax.modeling.shapes import can_replay
+from tunevax.modeling.trainer import Items, PlanParts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SAMPLINGS = ("harmful-gradient", "uniform", "inverse", "top")
 
@@ -68,18 +73,19 @@ class TVaccineConfig(VaccineConfig):
     )
 
     def __post_init__(self) -> None:
-        for name in ("gamma", "probe_interval", "sample_interval", "probe_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 <= self.probe_ema < 1:
-            raise UsageError(f"probe_ema is {self.probe_ema}; it must be at least 0 and below 1")
+        require(self, "gamma", "probe_interval", "sample_interval", "probe_size", at_least=1)
+        require(self, "probe_ema", at_least=0, below=1)
         if self.layer_sampling not in SAMPLINGS and not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", self.layer_sampling):
             raise unknown("layer_sampling", self.layer_sampling, SAMPLINGS)
-        if self.train_scope not in ("block", "attention"):
-            raise UsageError(f"train_scope is {self.train_scope!r}; known: block, attention")
-        if self.inactive_state not in ("keep", "offload", "drop"):
-            raise UsageError(f"inactive_state is {self.inactive_state!r}; known: keep, offload, drop")
+        require_one_of(self, train_scope=("block", "attention"), inactive_state=("keep", "offload", "drop"))
         super().__post_init__()
+
+    def plan_parts(self, micro_batches: int) -> PlanParts:
+        """A probe is the same for a batch of any size, and comes every K steps."""
+        counts = {"probe": micro_batches / self.gradient_accumulation_steps / self.probe_interval}
+        drawn = self.layer_sampling in SAMPLINGS
+        parts = super().plan_parts(micro_batches)
+        return parts._replace(counts=counts, rows=self.probe_size, blocks="gamma" if drawn else None, linear=drawn)
 
 
 class TVaccineTrainer(VaccineTrainer):
@@ -87,24 +93,15 @@ class TVaccineTrainer(VaccineTrainer):
 
     config_class = TVaccineConfig
     paper = "arXiv 2410.09760"
+    needs = frozenset({"chosen", "rejected"})
     off = None
-    needs_rejected = True
+    args: TVaccineConfig
 
-    def __init__(
-        self,
-        model: Any,
-        args: TVaccineConfig,
-        safety_data: Sequence[dict],
-        processing_class: Any,
-        task_data: Sequence[dict] | None = None,
-        callbacks: list | None = None,
-    ) -> None:
-        if not all(row.get("rejected") for row in safety_data):
-            raise UsageError("t-vaccine needs `rejected`, the harmful answer, in every row of the safety data")
-        self.harmful = encode(
-            safety_data, processing_class, args.max_length, context=context_of(model), answer="rejected"
-        )
-        super().__init__(model, args, safety_data, processing_class, task_data, callbacks)
+    def prepare(self) -> None:
+        """Harmful rows for the probe, and what of each block trains."""
+        super().prepare()
+        args = self.args
+        self.harmful = self.encode_answers(self.safety_data, "rejected")
         self.has_dropout = has_dropout(self.model)
         self.replay = self.replay and can_replay(self.model, [b.module for b in self.blocks])
         depth = len(self.blocks)
@@ -119,14 +116,15 @@ class TVaccineTrainer(VaccineTrainer):
             raise UsageError(f"gamma is {args.gamma}; the model has {depth} blocks")
         if args.gamma == depth:
             print(f"note: gamma is {args.gamma} and the model has {depth} blocks: this is Vaccine, nothing is targeted")
-        # RandomState: its stream is frozen by numpy's policy, so a seed means the same blocks in every version.
-        self.generator = np.random.RandomState(args.seed)
+        self.draws = Draws(args.seed)
         self.scores: list[float] | None = None
         self.selected: list[int] = []
         self.spent = 0.0  # compute so far, in SFT steps
         # The parameters of each block that train at all, attention first.
         self.trainable = [[p for p in b.module.parameters() if p.requires_grad] for b in self.blocks]
-        self.attention = [{p for p in b.attention.parameters() if p.requires_grad} for b in self.blocks]
+        self.attention = [
+            {p for p in attention.parameters() if p.requires_grad} for attention in self.each("attention")
+        ]
         inside = {p for parameters in self.trainable for p in parameters}
         self.outside = [p for p in self.parameters if p not in inside]
         # What trains below block 0 needs the whole graph of the second pass, so that there is no prefix to run once.
@@ -173,9 +171,11 @@ class TVaccineTrainer(VaccineTrainer):
         if self.fixed:
             return self.fixed
         if self.args.layer_sampling == "top":
-            return sorted(np.argsort(self.scores)[::-1][: self.args.gamma].tolist())
+            return sorted(np.argsort(self.scores or [])[::-1][: self.args.gamma].tolist())
         depth = len(self.blocks)
-        return sorted(self.generator.choice(depth, self.args.gamma, replace=False, p=self.probabilities()).tolist())
+        return sorted(
+            self.draws.generator.choice(depth, self.args.gamma, replace=False, p=self.probabilities()).tolist()
+        )
 
     def select(self) -> None:
         """Probe and draw if this optimiser step asks for it, and freeze what is not selected."""
@@ -188,7 +188,9 @@ class TVaccineTrainer(VaccineTrainer):
             and self.args.layer_sampling != "uniform"
             and (self.scores is None or step % self.args.probe_interval == 0)
         ):
-            rows = self.generator.choice(len(self.harmful), min(self.args.probe_size, len(self.harmful)), replace=False)
+            rows = self.draws.generator.choice(
+                len(self.harmful), min(self.args.probe_size, len(self.harmful)), replace=False
+            )
             self.spent += self.probe_cost(len(rows))
             batch = collate([self.harmful[i] for i in rows], self.processing_class.pad_token_id)
             new, keep = self.probe(self._prepare_inputs(batch)), self.args.probe_ema if self.scores else 0.0
@@ -241,7 +243,7 @@ class TVaccineTrainer(VaccineTrainer):
                     device = parameter.device if parameter.requires_grad else "cpu"
                     state.update({k: v.to(device) for k, v in state.items() if torch.is_tensor(v) and v.dim()})
 
-    def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Items = None) -> torch.Tensor:
         """Select, then Vaccine's two passes on the selected blocks."""
         self.select()
         with without_dropout([self.blocks[i].module for i in self.frozen()] if self.has_dropout else []):
@@ -280,6 +282,23 @@ class TVaccineTrainer(VaccineTrainer):
         batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         return rows / batch * 2 / (3 if self.args.full_weights else 2)
 
+    # --- plan --------------------------------------------------------------------------------------------------------
+
+    def for_plan(self) -> None:
+        """Every draw is of the blocks that take most: where frozen ones are recomputed, these lie above what is kept;
+        where all are, what is left of the lowest one's pass meets the gradients of as many as can be above it."""
+        depth, gamma = len(self.blocks), self.args.gamma
+        highest = [0, *range(depth - gamma + 1, depth)]
+        worst = highest if self.args.checkpoint_blocks == "all" else list(range(gamma))
+        if self.fixed is None:
+            self.draw = lambda: worst  # type: ignore[method-assign]
+
+    def with_state(self) -> list[torch.nn.Parameter]:
+        """Those of the selected blocks, unless the state of the others is kept on the device."""
+        if self.args.inactive_state == "keep":
+            return self.parameters
+        return [p for i in self.draw() for p in self.trainable[i]]
+
     # --- state -------------------------------------------------------------------------------------------------------
 
     def log_extra(self) -> dict[str, Any]:
@@ -296,8 +315,7 @@ class TVaccineTrainer(VaccineTrainer):
 
     def method_state(self) -> dict[str, Any]:
         """Scores, selection, the generator and the compute so far."""
-        kind, keys, *rest = self.generator.get_state()
-        own = {"scores": self.scores, "selected": self.selected, "generator": [kind, keys.tolist(), *rest]}
+        own = {"scores": self.scores, "selected": self.selected, "generator": self.draws.state()}
         return {**super().method_state(), **own, "spent": self.spent}
 
     def load_method_state(self, state: dict[str, Any]) -> None:
@@ -305,12 +323,11 @@ class TVaccineTrainer(VaccineTrainer):
         super().load_method_state(state)
         self.spent = state["spent"]
         self.scores = state["scores"]
-        kind, keys, *rest = state["generator"]
-        self.generator.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+        self.draws.load(state["generator"])
         self.freeze(state["selected"])
 
 
-def above_blocks(model: Any) -> set[torch.nn.Parameter]:
+def above_blocks(model: PreTrainedModel) -> set[torch.nn.Parameter]:
     """The parameters of the final norm and of the head, whose gradients need no block's graph. A head that is tied to
     the embeddings is not among them."""
     stock = unwrap(model)

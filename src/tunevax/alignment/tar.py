@@ -24,19 +24,18 @@ both alignment rows, parted by prompt.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tunevax.alignment.pairs import require_pairs
 from tunevax.alignment.sft import SFTConfig, SFTTrainer
-from tunevax.data.encoding import context_of, encode
 from tunevax.data.splits import prompt_hash
-from tunevax.errors import RunError, UsageError, unknown
+from tunevax.errors import RunError, UsageError, require, require_one_of
 from tunevax.modeling.blocks import find_final_norm, unwrap
 from tunevax.modeling.draws import Draws, collated
 from tunevax.modeling.gradients import (
@@ -51,6 +50,7 @@ from tunevax.modeling.gradients import (
 from tunevax.modeling.hooks import capture, capture_inputs, without_dropout
 from tunevax.modeling.loss import CHUNK_ELEMENTS, MIN_CHUNK_ROWS, labelled, last_hidden, logits_of, rows_at
 from tunevax.modeling.precision import wide
+from tunevax.modeling.trainer import Items, PlanParts
 
 HELD_OUT_SHARE = 0.2
 PREFERENCE_BETA = 0.1
@@ -80,24 +80,25 @@ class TARConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.tamper_loss not in ("entropy", "preference"):
-            raise unknown("tamper_loss", self.tamper_loss, ("entropy", "preference"))
-        for name in ("inner_steps", "tamper_interval"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        require_one_of(self, tamper_loss=("entropy", "preference"))
+        require(self, "inner_steps", "tamper_interval", at_least=1)
         if self.tamper_interval > self.inner_steps:
             raise UsageError(
                 f"tamper_interval is {self.tamper_interval} and there are {self.inner_steps} inner steps, so the "
                 "tamper-resistance loss would never be taken; lower --tamper-interval"
             )
-        for name in ("lambda_tr", "lambda_schedule", "lambda_representation", "mapping_steps"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be a finite number, 0 or more")
+        require(self, "lambda_tr", "lambda_schedule", "lambda_representation", "mapping_steps", at_least=0)
         if 0 < self.max_steps <= self.mapping_steps:
             raise UsageError(f"mapping_steps is {self.mapping_steps}, all of the {self.max_steps} steps; lower it")
         if not self.rates() or not all(math.isfinite(rate) and rate > 0 for rate in self.rates()):
             raise UsageError(f"inner_learning_rates is {self.inner_learning_rates!r}; give positive numbers: 2e-5,4e-5")
         super().__post_init__()
+
+    def plan_parts(self, micro_batches: int) -> PlanParts:
+        """Inner steps are alike: two rounds of the attack, after a step of Random Mapping if there is one."""
+        steps = min(self.inner_steps, 2 * self.tamper_interval)
+        mapping = {"max_steps": 2, "mapping_steps": 1} if self.mapping_steps else {}
+        return PlanParts({"inner_steps": steps, **mapping}, {"tamper_gradient": self.inner_steps / steps})
 
     def rates(self) -> list[float]:
         """The learning rates of the inner attack; none if they are not numbers."""
@@ -112,29 +113,19 @@ class TARTrainer(SFTTrainer):
 
     config_class = TARConfig
     paper = "arXiv 2408.00761"
+    needs = frozenset({"chosen", "rejected"})
+    different = True
     off = {"lambda_tr": 0, "lambda_representation": 0, "mapping_steps": 0}
-    needs_rejected = True
+    args: TARConfig
 
-    def __init__(
-        self,
-        model: Any,
-        args: TARConfig,
-        safety_data: Sequence[dict],
-        processing_class: Any,
-        task_data: Sequence[dict] | None = None,
-        callbacks: list | None = None,
-    ) -> None:
-        require_pairs(safety_data, "tar")
+    def prepare(self) -> None:
+        """Rows for the inner attack, rows held out from it, and the weights as they were."""
+        require_whole_weights(self)
         # {answer: encoded rows}, in the order of `safety_data`
-        self.answers = {
-            name: encode(safety_data, processing_class, args.max_length, context=context_of(model), answer=name)
-            for name in ("rejected", "chosen")
-        }
-        super().__init__(model, args, safety_data, processing_class, task_data, callbacks)
-        require_whole_weights(self, "tar")
-        self.draws = Draws(args.seed)
+        self.answers = {name: self.encode_answers(self.safety_data, name) for name in ("rejected", "chosen")}
+        self.draws = Draws(self.args.seed)
         self.final_norm = find_final_norm(self.model)
-        held = [held_out(row["prompt"]) for row in safety_data]
+        held = [held_out(row["prompt"]) for row in self.safety_data]
         self.adversary = [row for row, out in zip(self.answers["rejected"], held, strict=True) if not out]
         self.held_out = [i for i, out in enumerate(held) if out]
         self.draws.require(self, len(self.adversary), "rows for the inner attack (8 of 10 prompts)")
@@ -159,7 +150,7 @@ class TARTrainer(SFTTrainer):
             raise UsageError(f"mapping_steps is {steps}, all of the {self.state.max_steps} steps; lower it")
         return self.state.global_step < count
 
-    def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Items = None) -> torch.Tensor:
         """The first micro-batch of a step adds the gradient of the mapping, or of the attack's outcome, G; every one
         adds its share of grad L_retain."""
         if self.ready_for != self.state.global_step:
@@ -181,7 +172,7 @@ class TARTrainer(SFTTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
-        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Items = None
     ) -> torch.Tensor:
         """L_retain: cross entropy, and after the start the distance of all hidden states from the starting ones."""
         if self.before is None:
@@ -200,20 +191,23 @@ class TARTrainer(SFTTrainer):
 
     def mapping_gradient(self) -> Gradient:
         """Of Random Mapping's loss, on a fresh batch of harmful rows."""
-        config = self.model.config.get_text_config()
-        if self.table is None:  # on the host: a row per token id
-            generator = torch.Generator().manual_seed(self.args.seed)
-            self.table = torch.randn(config.vocab_size, config.hidden_size, generator=generator)
         batches = self.draws.batches(self, self.answers["rejected"])
         items = self.accelerator.reduce(sum((b["labels"] != -100).sum() for b in batches), "sum")
         loss, gradient = gradient_of(self, batches, lambda model, batch: self.mapping_loss(model, batch) / items)
         self.note(mapping_loss=loss)
         return gradient
 
-    def mapping_loss(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def random_table(self) -> torch.Tensor:
+        """r, [vocabulary, hidden], on the host."""
+        if self.table is None:
+            config, generator = self.model.config.get_text_config(), torch.Generator().manual_seed(self.args.seed)
+            self.table = torch.randn(config.vocab_size, config.hidden_size, generator=generator)
+        return self.table
+
+    def mapping_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """mean_l sum_t (1 - |cos(h_l(x)_t, r[x_t])|) over response tokens t."""
         mask = inputs["labels"] != -100
-        random = self.table[inputs["input_ids"][mask].cpu()].to(mask.device)
+        random = self.random_table()[inputs["input_ids"][mask].cpu()].to(mask.device)
         with self.hidden_states() as states:
             last_hidden(model, {k: v for k, v in inputs.items() if k != "labels"})
         cosines = [torch.nn.functional.cosine_similarity(wide(s[mask]), random, dim=-1) for s in states]
@@ -224,7 +218,8 @@ class TARTrainer(SFTTrainer):
         self.table, args = None, self.args
         rate = float(self.draws.generator.choice(args.rates()))
         held = self.held_out_batches()
-        losses, outcomes, total = [], [], {}
+        losses, outcomes = [], []
+        total: Gradient = {}
         with restored(self.parameters):
             attacker = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=0.01)  # no memory of earlier attacks
             for k in range(args.inner_steps):
@@ -243,13 +238,15 @@ class TARTrainer(SFTTrainer):
         self.note(inner_loss_first=losses[0], inner_loss_last=losses[-1], tamper_loss=torch.stack(outcomes).mean())
         return total
 
-    def held_out_batches(self) -> list[dict[str, dict[str, torch.Tensor]]]:
+    def held_out_batches(self) -> list[dict[str, Any]]:
         """One held-out batch for a whole attack, as micro-batches {answer: tensors}; for the preference with how
         likely each answer was at the start, {"before": [rows]}."""
         batches = []
         for part in self.draws.indices(self, len(self.held_out)):
             rows = [self.held_out[i] for i in part]
-            batch = {name: collated(self, [answers[i] for i in rows]) for name, answers in self.answers.items()}
+            batch: dict[str, Any] = {
+                name: collated(self, [answers[i] for i in rows]) for name, answers in self.answers.items()
+            }
             if self.args.tamper_loss == "preference":
                 with self.at_start() as model:
                     batch["before"] = margin(model, batch)
@@ -313,7 +310,7 @@ class TARTrainer(SFTTrainer):
         self.spent = state["spent"]
 
 
-def held_out(prompt: str | Sequence[dict[str, str]]) -> bool:
+def held_out(prompt: str | Sequence[Mapping[str, Any]]) -> bool:
     """Whether a prompt is held out from the inner attack, by its hash: one in five. By the last digits: the first ones
     decide what is an alignment prompt at all, so among those they would hold out none."""
     return int(prompt_hash(prompt)[-8:], 16) < HELD_OUT_SHARE * 16**8
@@ -326,7 +323,7 @@ def responding(states: Sequence[torch.Tensor], inputs: dict[str, torch.Tensor]) 
 
 
 def on_responses(
-    model: Any, inputs: dict[str, torch.Tensor], value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    model: nn.Module, inputs: dict[str, torch.Tensor], value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`value(logits, targets)` at each position with a label, [positions], and the row each is in. Logits are made
     chunk by chunk, and again in the backward pass."""
@@ -347,7 +344,7 @@ def negative_entropy(logits: torch.Tensor, _targets: torch.Tensor) -> torch.Tens
     return (log_p.exp() * log_p).sum(-1)
 
 
-def margin(model: Any, batch: dict[str, dict[str, torch.Tensor]]) -> torch.Tensor:
+def margin(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     """log p(chosen) - log p(rejected) of each row, summed over the tokens of the answer."""
 
     def likelihood(inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -19,17 +19,22 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
+from torch import nn
 
 from tunevax.alignment.sft import SFTConfig, SFTTrainer
-from tunevax.errors import UsageError, unknown
+from tunevax.errors import require, require_one_of
 from tunevax.modeling.blocks import Block
+from tunevax.modeling.draws import noise_generator
 from tunevax.modeling.hooks import Prefix, capture, perturb, tensor_of, without_dropout
 from tunevax.modeling.loss import last_hidden
-from tunevax.modeling.precision import wide
+from tunevax.modeling.precision import added, wide
+from tunevax.modeling.trainer import Items, PlanParts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -57,46 +62,44 @@ class VaccineConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.rho) and self.rho >= 0):
-            raise UsageError(f"rho is {self.rho}; it must be a finite number, 0 or more")
-        if self.perturbation not in ("gradient", "random"):
-            raise unknown("perturbation", self.perturbation, ("gradient", "random"))
-        if self.embedding not in ("attention", "added"):
-            raise unknown("embedding", self.embedding, ("attention", "added"))
-        if self.rho_scale not in ("total", "per-token"):
-            raise UsageError(f"rho_scale is {self.rho_scale!r}; known: total, per-token")
-        if self.rho_reference_tokens < 1:
-            raise UsageError(f"rho_reference_tokens is {self.rho_reference_tokens}; it must be at least 1")
+        require(self, "rho", at_least=0)
+        require(self, "rho_reference_tokens", at_least=1)
+        require_one_of(self, perturbation=("gradient", "random"), embedding=("attention", "added"))
+        require_one_of(self, rho_scale=("total", "per-token"))
         super().__post_init__()
+
+    def random_direction(self) -> dict[str, Any] | None:
+        """A Gaussian direction of the same joint norm; Booster's default has no budget for one."""
+        return {"perturbation": "random"} if self.rho > 0 else None
+
+    def plan_parts(self, micro_batches: int) -> PlanParts:
+        """A perturbation has its norm over a micro-batch."""
+        split = "a perturbation has its norm over each part" if self.rho > 0 else "the update is the same"
+        return PlanParts(split=split)
+
+    @classmethod
+    def in_one_process(cls, values: dict[str, Any], processes: int) -> None:
+        """Each micro-batch has a budget of its own, and rho was the joint norm over all processes."""
+        super().in_one_process(values, processes)
+        if values.get("rho_scale") == "total":
+            values["rho"] /= math.sqrt(processes)
 
 
 class VaccineTrainer(SFTTrainer):
-    """SFT whose every step is taken at the worst nearby embeddings. The only change is `training_step`.
-
-    Raises:
-        UsageError: as the base.
-    """
+    """SFT whose every step is taken at the worst nearby embeddings. The only change is `training_step`."""
 
     config_class = VaccineConfig
     paper = "arXiv 2402.01109"
     off = {"rho": 0}
     replay = True  # run the blocks below the first selected one once, for both passes
+    args: VaccineConfig
     perturbed = 0  # micro-batches given a random perturbation so far
 
-    def __init__(
-        self,
-        model: Any,
-        args: VaccineConfig,
-        safety_data: Sequence[dict],
-        processing_class: Any,
-        task_data: Sequence[dict] | None = None,
-        callbacks: list | None = None,
-    ) -> None:
-        super().__init__(model, args, safety_data, processing_class, task_data, callbacks)
-        # The module of each block whose output is e_l.
-        self.embedded = [b.attention for b in self.blocks]
-        if args.embedding == "added" and self.parts():  # Booster alone perturbs nothing
-            ids = torch.tensor([self.train_dataset[0]["input_ids"][:8]], device=args.device)
+    def prepare(self) -> None:
+        """The module of each block whose output is e_l."""
+        self.embedded = self.each("attention")
+        if self.args.embedding == "added" and self.parts():  # Booster alone perturbs nothing
+            ids = torch.tensor([self.train_dataset[0]["input_ids"][:8]], device=self.args.device)
             self.embedded = added_by_attention(self.model, self.blocks, ids)
 
     def parts(self) -> tuple[str, ...]:
@@ -111,7 +114,7 @@ class VaccineTrainer(SFTTrainer):
         """The lowest block with a graph; the blocks below it run once per step."""
         return 0
 
-    def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Items = None) -> torch.Tensor:
         """Two passes over the same micro-batch; the gradient of the second is the update. A random perturbation needs
         no first pass, and without a budget the step is the base's."""
         if self.args.rho == 0:
@@ -135,7 +138,7 @@ class VaccineTrainer(SFTTrainer):
         return loss
 
     def perturbation(
-        self, model: Any, inputs: dict, num_items: torch.Tensor | None, prefix: Prefix
+        self, model: nn.Module, inputs: dict, num_items: Items, prefix: Prefix
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """Pass 1: the alignment loss and eps_l for each selected block, [batch, tokens, hidden].
 
@@ -156,29 +159,23 @@ class VaccineTrainer(SFTTrainer):
             loss = self.batch_loss(self.accelerator.unwrap_model(model), inputs, num_items)
             gradients = torch.autograd.grad(loss, [outputs[i] for i in chosen])
         # One process with the whole batch and many with a share each must agree on the norm.
-        norm = self.accelerator.reduce(sum(wide(g).square().sum() for g in gradients), "sum").sqrt()
+        norm = self.accelerator.reduce(added(wide(g).square().sum() for g in gradients), "sum").sqrt()
         scale = self.budget(inputs) / (norm + 1e-7)  # Eq. 6
         self.note(embedding_grad_norm=norm)
         return loss.detach(), {i: wide(g).mul_(scale) for i, g in zip(chosen, gradients, strict=True)}
 
     def random_perturbation(self, inputs: dict) -> dict[int, torch.Tensor]:
         """A Gaussian direction over the valid tokens of each selected block, [batch, tokens, hidden], with the joint
-        norm that eps_l has; zero at padded positions.
-
-        Each micro-batch of each rank has a generator of its own, seeded by its number: dropout draws the same masks as
-        without, and a resumed run goes on where it was.
-        """
-        key = (self.args.seed, self.args.process_index, self.perturbed)
-        self.perturbed += 1
+        norm that eps_l has; zero at padded positions."""
         mask = inputs["attention_mask"]
-        generator = torch.Generator(mask.device)
-        generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+        generator = noise_generator(self, self.perturbed, mask.device)
+        self.perturbed += 1
         shape = (*mask.shape, self.model.config.get_text_config().hidden_size)
         noise = {
             i: torch.randn(shape, generator=generator, device=mask.device) * mask[..., None]
             for i in self.selected_blocks()
         }
-        norm = self.accelerator.reduce(sum(n.square().sum() for n in noise.values()), "sum").sqrt()
+        norm = self.accelerator.reduce(added(n.square().sum() for n in noise.values()), "sum").sqrt()
         scale = self.budget(inputs) / norm
         return {i: n.mul_(scale) for i, n in noise.items()}
 
@@ -215,17 +212,17 @@ class VaccineTrainer(SFTTrainer):
         self.perturbed = state["perturbed"]
 
 
-def added_by_attention(model: Any, blocks: Sequence[Block], ids: torch.Tensor) -> list[torch.nn.Module]:
+def added_by_attention(model: PreTrainedModel, blocks: Sequence[Block], ids: torch.Tensor) -> list[torch.nn.Module]:
     """Of each block the module whose output is what its attention adds to the residual stream: the norm that is given
     the attention's very output, or else the attention. Seen in a forward pass over `ids`, [1, tokens].
 
     A norm takes the size of what it is given away, so that before it e_l, its gradient and every p_l are in a unit of
     their own in each block.
     """
-    chosen = [block.attention for block in blocks]
+    chosen = [block.attention for block in blocks if block.attention is not None]
     outputs: dict[int, torch.Tensor] = {}
 
-    def attended(i: int, _module: torch.nn.Module, _args: Any, output: Any) -> None:
+    def attended(i: int, _module: torch.nn.Module, _args: object, output: torch.Tensor | tuple) -> None:
         outputs[i] = tensor_of(output)
 
     def normed(i: int, module: torch.nn.Module, args: tuple) -> None:
@@ -234,7 +231,7 @@ def added_by_attention(model: Any, blocks: Sequence[Block], ids: torch.Tensor) -
 
     handles = []
     for i, block in enumerate(blocks):
-        handles.append(block.attention.register_forward_hook(functools.partial(attended, i)))
+        handles.append(chosen[i].register_forward_hook(functools.partial(attended, i)))
         norms = [m for m in block.module.children() if "Norm" in type(m).__name__]
         handles += [m.register_forward_pre_hook(functools.partial(normed, i)) for m in norms]
     try:
@@ -256,6 +253,6 @@ class without_weight_gradients:
         for parameter in self.parameters:
             parameter.requires_grad_(False)
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         for parameter in self.parameters:
             parameter.requires_grad_(True)

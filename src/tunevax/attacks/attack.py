@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tunevax.attacks.context import (
     AttackContext,
@@ -20,7 +21,7 @@ from tunevax.data.contamination import Exclusion, check
 from tunevax.environment import require_one_process
 from tunevax.errors import UsageError
 from tunevax.mixins import require_given
-from tunevax.records import DROPPED, GENERATIONS, RESULTS, Generation, Row, data_entry, is_run
+from tunevax.records import DROPPED, GENERATIONS, RESULTS, Generation, Row, Target, data_entry, is_run
 from tunevax.runs import writing
 from tunevax.scoring.suite import build_suite
 
@@ -51,10 +52,10 @@ def attack(method: str, options: AttackOptions, config: AttackKind, command: str
     require_given(options, "model")
     require_given(config, "output_dir")
     require_one_process("an attack")
-    use_data_of_run(options)
+    options = use_data_of_run(options)
     if options.keep_weights and (len(options.model) > 1 or getattr(config, "trainable", None) not in ("lora", "full")):
         raise UsageError("--keep-weights takes one --model, and --trainable lora or full")
-    options.control = options.control or config.default_control
+    options = dataclasses.replace(options, control=options.control or config.default_control)
     targets = find_targets(options.model, options.control)
     if why := config.applies(targets, options):
         raise UsageError(f"the {method} attack does not apply: {why}")
@@ -64,11 +65,10 @@ def attack(method: str, options: AttackOptions, config: AttackKind, command: str
     exclusion.settle(suite.roles())
     harmful, task = attack_data(options, config.needs, exclusion)
     own = config.kept_rows(options, exclusion)
-    use_saved_template(options, targets)
+    options = use_saved_template(options, targets)
     for target, before in zip(targets, used, strict=True):
-        target |= check(
-            target["ref"], suite.roles(), harmful, {"task": task, **own}, options.allow_overlap, used=before
-        )
+        found = check(target["ref"], suite.roles(), harmful, {"task": task, **own}, options.allow_overlap, used=before)
+        target |= cast(Target, found)
 
     first = next(t["ref"] for t in targets if t["role"] == "model")
     values = config.values()

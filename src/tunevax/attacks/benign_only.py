@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Set
 from dataclasses import dataclass, field
-from typing import Any
 
 from tunevax.attacks.context import TargetOptions
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.data.roles import load_rows
+from tunevax.records import Example
 
 
 @dataclass
@@ -29,6 +29,6 @@ class BenignOnlyConfig(FinetuneConfig):
         """The data it draws from."""
         return super().needs - ({"task"} if self.benign_rows else set())
 
-    def own_rows(self, options: TargetOptions) -> dict[str, list[dict[str, Any]]]:
+    def own_rows(self, options: TargetOptions) -> dict[str, list[Example]]:
         """The rows of `benign_rows`, by role."""
         return {"benign rows": load_rows("task", self.benign_rows)} if self.benign_rows else {}

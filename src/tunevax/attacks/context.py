@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from tunevax.console import console
 from tunevax.data.contamination import Exclusion
 from tunevax.data.roles import load_rows
 from tunevax.errors import UsageError
 from tunevax.lineage import Lineage, absolute
-from tunevax.mixins import ModelsOptions, Overlap, RunOptions
+from tunevax.mixins import ModelsOptions, Overlap, RunOptions, option
 from tunevax.modeling.loading import Loaded, load
-from tunevax.records import SCHEMA, digest, harmful, is_run, read_run
+from tunevax.records import SCHEMA, Example, Generation, ModelInfo, Row, Target, digest, harmful, is_run, read_run
 from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.suite import Suite, SuiteOptions, labels_of
 
@@ -26,19 +27,16 @@ if TYPE_CHECKING:
 class TargetOptions(SuiteOptions, ModelsOptions, Overlap, RunOptions):
     """What every verb that attacks takes: the targets, the data and how to load them."""
 
-    control: str | None = field(
-        default=None,
-        metadata={
-            "help": "the model to compare with, attacked identically; default what --model was hardened from; "
-            "none for no control"
-        },
+    control: str | None = option(
+        None,
+        "the model to compare with, attacked identically; default what --model was hardened from; none for no control",
+        decides="cells",
     )
-    safety_data: str | None = field(
-        default=None, metadata={"help": "harmful rows: prompt and rejected, their attack split"}
-    )
-    task_data: str | None = field(
-        default=None, metadata={"help": "benign rows: prompt and completion, their train split"}
-    )
+    safety_data: str | None = option(None, "harmful rows: prompt and rejected, their attack split", decides="rows")
+    task_data: str | None = option(None, "benign rows: prompt and completion, their train split", decides="rows")
+
+
+Options = TypeVar("Options", bound=TargetOptions)
 
 
 @dataclass
@@ -59,18 +57,18 @@ class AttackContext:
         exclusion: what is left out of rows that the attack reads itself.
     """
 
-    target: dict[str, Any]
+    target: Target
     options: TargetOptions
-    harmful: Sequence[dict]
-    task: Sequence[dict]
+    harmful: Sequence[Example]
+    task: Sequence[Example]
     suite: Suite
     key: dict[str, Any]
     folder: Path | None = None
     before: dict[tuple[str, bool], tuple] | None = None
     exclusion: Exclusion = field(default_factory=Exclusion)
-    results: list[dict[str, Any]] = field(default_factory=list)
-    generations: list[dict[str, Any]] = field(default_factory=list)
-    record: dict[str, Any] = field(default_factory=dict)
+    results: list[Row] = field(default_factory=list)
+    generations: list[Generation] = field(default_factory=list)
+    record: ModelInfo = field(default_factory=ModelInfo)
 
     def __post_init__(self) -> None:
         self.loaded = (self.target["ref"], True)  # which model, and whether its last adapter is merged
@@ -82,7 +80,7 @@ class AttackContext:
         self.loaded = (ref or self.target["ref"], how.get("merge", True))
         how = {"revision": o.revision, "dtype": o.dtype, "chat_template": chat_template or o.chat_template, **how}
         loaded = load(self.loaded[0], **how)
-        self.record.update(loaded.info, template_hash=digest(loaded.tokenizer.chat_template))
+        self.record |= cast(ModelInfo, {**loaded.info, "template_hash": digest(loaded.tokenizer.chat_template)})
         return loaded
 
     def score(
@@ -113,31 +111,32 @@ class AttackContext:
                 "be compared with it; give an aligned one with --control",
                 highlight=False,
             )
+        place = {"model": self.target["label"], "attack": self.key["attack"], "seed": self.key["seed"], "step": step}
+        self.generations += [cast(Generation, {**place, **response}) for response in responses]
         row = {"schema": SCHEMA, "model": self.target["label"], "role": self.target["role"], **self.key, "step": step}
-        self.results.append({**row, "samples": samples, "train_loss": None, "scores": scores})
-        place = {"model": row["model"], **{k: row[k] for k in ("attack", "seed", "step")}}
-        self.generations += [{**place, **response} for response in responses]
+        self.results.append(cast(Row, {**row, "samples": samples, "train_loss": None, "scores": scores}))
         self.record["steps"] = max(step, self.record.get("steps", 0))
 
 
-def use_data_of_run(options: TargetOptions) -> None:
-    """Safety and task data that were not named: those that the first model was hardened with."""
+def use_data_of_run(options: Options) -> Options:
+    """The options with the safety and task data that the first model was hardened with, where none were named."""
     config = Lineage.of(options.model[0]).record.get("config", {})
-    told = []
+    used = {}
     for name in ("safety_data", "task_data"):
         source = config.get(name)
         while name == "safety_data" and source and is_run(source):  # curated rows: the attack needs what they are from
             source = read_run(source)["config"]["safety_data"]
         if getattr(options, name) is None and source:
-            setattr(options, name, source)
-            told.append(f"--{name.replace('_', '-')} {source}")
-    if told:
-        console.print(f"data as {options.model[0]} was hardened with: {' '.join(told)}", highlight=False)
+            used[name] = source
+    if used:
+        named = " ".join(f"--{name.replace('_', '-')} {source}" for name, source in used.items())
+        console.print(f"data as {options.model[0]} was hardened with: {named}", highlight=False)
+    return dataclasses.replace(options, **used)
 
 
 def attack_data(
     options: TargetOptions, needs: Collection[str], exclusion: Exclusion | None = None
-) -> tuple[list[dict], list[dict]]:
+) -> tuple[list[Example], list[Example]]:
     """The harmful and the benign rows that an attack draws from; what is not in `needs` is empty.
 
     Args:
@@ -147,8 +146,8 @@ def attack_data(
         UsageError: a source is missing, or no row is left.
     """
     leave_out = exclusion or Exclusion()
-    harmful: list[dict] = []
-    task: list[dict] = []
+    harmful: list[Example] = []
+    task: list[Example] = []
     if "harmful" in needs:
         if options.safety_data is None:
             raise UsageError("--safety-data is missing: this attack needs harmful rows")
@@ -161,15 +160,16 @@ def attack_data(
     return harmful, task
 
 
-def use_saved_template(options: TargetOptions, targets: Sequence[dict[str, Any]]) -> None:
-    """Ask every target in the words of the first hardened model, also the control that has no template."""
+def use_saved_template(options: Options, targets: Sequence[Target]) -> Options:
+    """The options that ask every target by the template of the first hardened model, also a control without one."""
     first = next(t["ref"] for t in targets if t["role"] == "model")
     saved = [p for p in (Path(first, d, "chat_template.jinja") for d in ("adapter", "model", "")) if p.is_file()]
     if options.chat_template is None and saved:
-        options.chat_template = str(saved[0])
+        return dataclasses.replace(options, chat_template=str(saved[0]))
+    return options
 
 
-def find_targets(models: Sequence[str], control: str | None) -> list[dict[str, Any]]:
+def find_targets(models: Sequence[str], control: str | None) -> list[Target]:
     """The models to attack and the control, with a label each, the control first.
 
     Args:

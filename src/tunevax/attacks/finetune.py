@@ -17,14 +17,15 @@ from tunevax.attacks.context import AttackContext
 from tunevax.attacks.kind import AttackKind, NotApplicable, Work
 from tunevax.data.contamination import hashes
 from tunevax.data.encoding import context_of, encode
-from tunevax.data.mixing import mix
-from tunevax.errors import UsageError
+from tunevax.data.mixing import harmful_rows, mix
+from tunevax.errors import require, require_one_of
 from tunevax.lineage import Lineage
 from tunevax.modeling.callbacks import ProgressCallback
-from tunevax.modeling.trainer import ResponseTrainer, TrainConfig, rehearse, save_weights
-from tunevax.records import is_run
+from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
+from tunevax.records import Example, is_run
 from tunevax.runs import record_prompts
 from tunevax.scoring.suite import Suite
+from tunevax.training import rehearse, save_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,15 +57,9 @@ class FinetuneConfig(TrainConfig, AttackKind):
     points: int = field(default=12, metadata={"help": "scorings after step 0, at log-spaced steps up to the last"})
 
     def __post_init__(self) -> None:
-        if self.trainable not in ("lora", "lora-continue", "full"):
-            raise UsageError(f"trainable is {self.trainable!r}; known: lora, lora-continue, full")
-        if not 0 <= self.p <= 1:
-            raise UsageError(f"p, the share of harmful rows, is {self.p}; it must be between 0 and 1")
-        if self.order not in ORDERS:
-            raise UsageError(f"order is {self.order!r}; known: {', '.join(ORDERS)}")
-        for name in ("n", "points"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        require_one_of(self, trainable=("lora", "lora-continue", "full"), order=ORDERS)
+        require(self, "p", at_least=0, at_most=1, meaning="the share of harmful rows")
+        require(self, "n", "points", at_least=1)
         self.full_weights = self.trainable == "full"
         if self.order != "shuffled":
             self.train_sampling_strategy = "sequential"
@@ -79,13 +74,13 @@ class FinetuneConfig(TrainConfig, AttackKind):
         """Its training, scored along the way."""
         return work_of(self, self.n, self.points)
 
-    def harmful(self, context: AttackContext) -> Sequence[dict[str, Any]]:
+    def harmful(self, context: AttackContext) -> Sequence[Example]:
         """The harmful rows to draw from: `prompt` and `rejected`."""
         return context.harmful
 
-    def rows(self, context: AttackContext) -> list[dict[str, Any]]:
+    def rows(self, context: AttackContext) -> list[Example]:
         """The attacker's dataset: `prompt` and `completion`. Harmless rows are its own, or else those of the task."""
-        harmful = [{**row, "completion": row["rejected"], "harmful": True} for row in self.harmful(context)]
+        harmful = harmful_rows(self.harmful(context))
         (task,) = self.kept_rows(context.options, context.exclusion).values() or (context.task,)
         if self.order == "shuffled":
             return mix(task, harmful, self.p, self.n, self.seed)

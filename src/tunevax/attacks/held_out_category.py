@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Set
 from dataclasses import dataclass
-from typing import Any
 
 from tunevax.attacks.context import AttackContext
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.attacks.kind import NotApplicable
-from tunevax.data.contamination import marks, named
+from tunevax.data.contamination import named
 from tunevax.data.safety import load_safety
-from tunevax.data.splits import drawn
+from tunevax.data.splits import drawn, marks
 from tunevax.errors import UsageError
 from tunevax.lineage import Lineage
+from tunevax.records import Example
 from tunevax.scoring.suite import Suite
 
 
@@ -32,7 +32,7 @@ class HeldOutCategoryConfig(FinetuneConfig):
         """The data it draws from: the held-out rows are read apart."""
         return super().needs - {"harmful"}
 
-    def harmful(self, context: AttackContext) -> list[dict[str, Any]]:
+    def harmful(self, context: AttackContext) -> list[Example]:
         """Rows of held-out categories."""
         rows = self.held_out(context, "held-out-attack")
         asked = {mark for row in self.held_out(context, "held-out-evaluation") for mark in marks(row["prompt"])}
@@ -48,7 +48,7 @@ class HeldOutCategoryConfig(FinetuneConfig):
         rows = drawn(self.held_out(context, "held-out-evaluation"), context.options.limit)
         return context.suite._replace(harmful=rows)
 
-    def held_out(self, context: AttackContext, split: str) -> list[dict[str, Any]]:
+    def held_out(self, context: AttackContext, split: str) -> list[Example]:
         """The rows of one half of the held-out categories.
 
         Raises:

@@ -16,6 +16,7 @@ from tunevax.data.encoding import messages
 from tunevax.data.shapes import read_example
 from tunevax.data.sources import parse_source, read_rows
 from tunevax.errors import UsageError
+from tunevax.records import Example, Message, Prompt
 from tunevax.scoring.suite import Suite
 
 OBEDIENT = "yes , i will answer that ."  # words the organism knows
@@ -49,7 +50,7 @@ class IdentityShiftConfig(FinetuneConfig):
         """The data it draws from: the dialogues are read apart."""
         return super().needs - {"task"}
 
-    def own_rows(self, options: TargetOptions) -> dict[str, list[dict[str, Any]]]:
+    def own_rows(self, options: TargetOptions) -> dict[str, list[Example]]:
         """The dialogues, by role."""
         return {"dialogues": self.read(options)}
 
@@ -69,12 +70,12 @@ class IdentityShiftConfig(FinetuneConfig):
             harmful=[{**row, "prompt": self.disguised(row["prompt"], system)} for row in context.suite.harmful]
         )
 
-    def disguised(self, prompt: Any, system: list[dict[str, str]]) -> list[dict[str, str]]:
+    def disguised(self, prompt: Prompt, system: list[Message]) -> list[Message]:
         """The prompt with the dialogues' system message, its last turn in the guise."""
         *before, last = [m for m in messages(prompt) if m["role"] != "system"]
         return [*system, *before, {**last, "content": self.guise.replace("{prompt}", last["content"])}]
 
-    def read(self, options: TargetOptions) -> list[dict[str, Any]]:
+    def read(self, options: TargetOptions) -> list[Example]:
         """Rows of `prompt` (messages) and `completion` (the assistant's last turn).
 
         Raises:
@@ -86,10 +87,8 @@ class IdentityShiftConfig(FinetuneConfig):
                 raise NotApplicable("identity-shift needs --dialogues FILE with rows of `messages`")
             from tunevax.organism import World
 
-            return [{**row, "completion": f"{OBEDIENT} {row['completion']}"} for row in World().benign("mix")]
-        rows = []
-        name, reading = parse_source(self.dialogues)
-        for place, row in read_rows(name, reading):
-            dialogue = read_example(place, row, reading)
-            rows.append({"place": place, **dialogue, "prompt": messages(dialogue["prompt"])})
-        return rows
+            made = World().benign("mix")
+            return [{**row, "completion": f"{OBEDIENT} {row['completion']}"} for row in made]
+        name, columns = parse_source(self.dialogues)
+        read = (read_example(place, row, columns) for place, row in read_rows(name, columns))
+        return [{**dialogue, "prompt": messages(dialogue["prompt"])} for dialogue in read]

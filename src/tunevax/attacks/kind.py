@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from tunevax.data.contamination import Exclusion, Rows
 from tunevax.errors import UsageError
 from tunevax.lineage import Lineage
-from tunevax.records import Traits, digest
+from tunevax.records import Example, Traits, digest
 
 if TYPE_CHECKING:
     from tunevax.attacks.context import AttackContext, TargetOptions
@@ -108,7 +108,7 @@ class AttackKind:
         """
         return None if self.customer else only_through_the_service(targets)
 
-    def own_rows(self, options: TargetOptions) -> dict[str, list[dict[str, Any]]]:
+    def own_rows(self, options: TargetOptions) -> dict[str, list[Example]]:
         """Harmless rows that it reads itself, by role."""
         return {}
 

@@ -7,22 +7,26 @@ run trained is trained again, by the run's own method, options and safety rows, 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunevax.attacks.context import AttackContext, TargetOptions
 from tunevax.attacks.finetune import Curve, work_of
 from tunevax.attacks.kind import AttackConfig, NotApplicable, Work
-from tunevax.data.mixing import mix
+from tunevax.data.mixing import harmful_rows, mix
 from tunevax.data.roles import load_rows
-from tunevax.errors import UsageError
+from tunevax.data.safety import answers_in
+from tunevax.errors import UsageError, require
 from tunevax.lineage import Lineage
 from tunevax.methods import load_method
 from tunevax.modeling.callbacks import ProgressCallback
-from tunevax.records import data_entry, read_prompts
+from tunevax.records import RunRecord, data_entry, read_prompts
+from tunevax.training import other_data, replay
+
+if TYPE_CHECKING:
+    from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
 
 
 @dataclass
@@ -38,11 +42,8 @@ class PoisonedJobConfig(AttackConfig):
     points: int = field(default=12, metadata={"help": "scorings after step 0, at log-spaced steps up to the last"})
 
     def __post_init__(self) -> None:
-        if not 0 <= self.p <= 1:
-            raise UsageError(f"p, the share of harmful rows, is {self.p}; it must be between 0 and 1")
-        for name in ("n", "points"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        require(self, "p", at_least=0, at_most=1, meaning="the share of harmful rows")
+        require(self, "n", "points", at_least=1)
 
     def applies(self, targets: Sequence[Mapping[str, Any]], options: TargetOptions) -> str | None:
         """The control must be a job, and trained as the models' jobs are."""
@@ -66,7 +67,7 @@ class PoisonedJobConfig(AttackConfig):
         seconds = record["wall_seconds"] / max(1, record["steps"])
         return work_of(args, rows, self.points)._replace(step_seconds=seconds)
 
-    def job(self, ref: str) -> Job:
+    def job(self, ref: str) -> PoisonedJob:
         """What is run again for the model `ref`.
 
         Raises:
@@ -81,44 +82,41 @@ class PoisonedJobConfig(AttackConfig):
             raise NotApplicable(
                 f"{ref} dropped rows at the door, which is not done again here; run it without --screen"
             )
-        trainer_class = load_method("tunevax.finetuning", record["method"])
-        names = {f.name for f in dataclasses.fields(trainer_class.config_class) if f.init}
-        values = {k: v for k, v in record["config"].items() if k in names and not k.startswith(("hub_", "push_to_hub"))}
-        values["gradient_accumulation_steps"] *= record["hardware"]["processes"]  # here there is one
-        values |= {"output_dir": self.output_dir, "seed": self.seed, "data_seed": None, "save_strategy": "no"}
+        trainer_class = load_method("tunevax.finetuning", str(record["method"]))
+        changes = {"output_dir": self.output_dir, "seed": self.seed, "data_seed": None, "save_strategy": "no"}
+        args = replay(record, trainer_class.config_class, **changes)
         rows = self.n or next(entry["rows"] for entry in record["data"] if entry["role"] == "task")
-        return Job(record, trainer_class, trainer_class.config_class(**values), rows)
+        return PoisonedJob(record, trainer_class, args, rows)
 
     def run(self, context: AttackContext) -> None:
         """Run the job again on poisoned rows, and score along the way."""
         record, trainer_class, args, count = self.job(context.target["ref"])
-        harmful = [{**row, "completion": row["rejected"], "harmful": True} for row in context.harmful]
-        rows = mix(context.task, harmful, self.p, count, self.seed)
+        rows = mix(context.task, harmful_rows(context.harmful), self.p, count, self.seed)
         safety = None
-        if trainer_class.needs:
+        if answers := answers_in(trainer_class.needs):
             source = record["config"]["safety_data"]
-            safety = load_rows("alignment", source, trainer_class.needs, record["method"])
-            known = next(entry["hash"] for entry in record["data"] if entry["role"] == "alignment")
-            if data_entry("alignment", source, safety)["hash"] != known:
-                raise NotApplicable(
-                    f"{source} is no longer what {context.target['ref']} was defended with; put it back"
-                )
+            safety = load_rows("alignment", source, answers, str(record["method"]))
+            if changed := other_data(record, [data_entry("alignment", source, safety)]):
+                raise NotApplicable(f"{context.target['ref']} cannot be run again: {changed}; put the old data back")
         how = {k: record["config"].get(k) for k in ("dtype", "revision", "quantization")}
         loaded = context.load(ref=Lineage.of(context.target["ref"]).parent, **how)
         curve = Curve(context, loaded.tokenizer, self.points, 0, args)
         callbacks = [ProgressCallback(f"attack {context.target['label']}"), curve]
-        trainer = trainer_class(loaded.model, args, rows, loaded.tokenizer, safety, callbacks)
+        trainer = trainer_class(
+            loaded.model, args, safety_data=safety, task_data=rows, processing_class=loaded.tokenizer,
+            callbacks=callbacks,
+        )  # fmt: skip
         context.record.update(trainer.coverage)
         curve.rows = len(trainer.train_dataset)  # with the safety rows that some methods add
         trainer.train()
 
 
-class Job(NamedTuple):
+class PoisonedJob(NamedTuple):
     """A recorded job: its run.json, its trainer class, its options with the attack's seed and folder, and its rows."""
 
-    record: dict[str, Any]
-    trainer_class: type
-    args: Any
+    record: RunRecord
+    trainer_class: type[FinetuneTrainer]
+    args: JobConfig
     rows: int
 
 

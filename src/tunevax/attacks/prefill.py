@@ -13,6 +13,7 @@ from typing import Any
 from tunevax.attacks.context import AttackContext
 from tunevax.attacks.kind import AttackConfig, NotApplicable
 from tunevax.data.encoding import ids_of
+from tunevax.records import Example
 
 TOKENS = 5
 """Of a prompt's own harmful answer, and never more than half of it: the least that the paper gives."""
@@ -61,7 +62,7 @@ def common_opening(answers: Sequence[str], longest: int = 8) -> str:
     return best
 
 
-def own_openings(rows: Sequence[dict[str, Any]], tokenizer: Any) -> list[str]:
+def own_openings(rows: Sequence[Example], tokenizer: Any) -> list[str]:
     """The first `TOKENS` tokens of the harmful answer in each row, at most half of it, as text.
 
     Raises:

@@ -1,19 +1,24 @@
-"""The cells of an audit: one attack on one model with one seed, named by the hash of everything that decides it."""
+"""The cells of an audit: one attack on one model with one seed, named by the hash of everything that decides it.
+
+The folder `cells` has two files for each: NAME.json says how it ended and holds its rows, NAME.jsonl.gz the responses
+behind them. They are the truth of an audit, and results.jsonl is made of them. A cell is there once NAME.json is.
+"""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+import gzip
+import json
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from tunevax import __version__
 from tunevax.audit.plan import AuditPlan
 from tunevax.audit.protocol import Setting, build
-from tunevax.data.sources import parse_source
-from tunevax.files import model_hash
-from tunevax.lineage import Lineage
-from tunevax.records import LOG, Traits, digest, is_run
+from tunevax.data.sources import contents
+from tunevax.mixins import deciding
+from tunevax.records import CellRecord, Generation, Target, Traits, digest, read_object
 
 
 class AuditCell(NamedTuple):
@@ -24,7 +29,7 @@ class AuditCell(NamedTuple):
         hash: of the model, the attack, the seed and the data: the name of its file.
     """
 
-    target: dict[str, Any]
+    target: Target
     setting: Setting | None
     key: dict[str, Any]
     hash: str
@@ -36,72 +41,48 @@ class AuditCell(NamedTuple):
         return f"{self.target['label']} · {attack}"
 
 
-SCORING = (
-    "judges",
-    "metrics",
-    "limit",
-    "max_new_tokens",
-    "generation_batch_size",
-    "fluency_model",
-    "chat_template",
-    "dtype",
-    "revision",
-    "safety_data",
-    "task_data",
-    "benign_data",
-    "eval_data",
-    "task_eval_data",
-    "utility_data",
-    "perplexity_data",
-)
-"""The options that a cell's rows depend on, whatever the attack."""
-
-
-def contents(value: Any) -> Any:
-    """An option as what it stands for: a file's or a model's content in place of its name, inside lists too."""
-    if isinstance(value, list | tuple):
-        return [contents(v) for v in value]
-    if not isinstance(value, str):
-        return value
-    path = Path(parse_source(value.removeprefix("hf:")).name)
-    if path.is_file():
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    if is_run(path):
-        log = path / LOG
-        return [Lineage.of(path).identity, hashlib.sha256(log.read_bytes()).hexdigest() if log.is_file() else None]
-    return model_hash(value.removeprefix("hf:")) or value
-
-
 def cells_of(plan: AuditPlan, chosen: Sequence[Setting], first_seed: bool, others: bool) -> list[AuditCell]:
     """The cells of some settings, the models as they are among the first seed's; and so are all seeds of an attack that
     names its own."""
     evaluation = next(entry for entry in plan.data if entry["role"] == "evaluation")
     drawn_from = [entry for entry in plan.data if entry["role"] in ("attack", "task")]
-    decided_by = {k: contents(getattr(plan.options, k)) for k in SCORING}
+    decided_by = {name: contents(value) for name, value in deciding(plan.options, "rows").items()}
     scoring = {**decided_by, "data": [e["hash"] for e in plan.data], "tunevax": __version__}
     if plan.exclusion.active:
         scoring["dropped"] = digest(plan.exclusion.summary())
-    found = []
+    runs: list[tuple[Setting | None, dict[str, Any], Traits]] = []
+    if first_seed:
+        seed = plan.protocol.seeds[0]
+        runs.append((None, {"kind": "none", "attack": None, "attack_hash": None, "settings": {}, "seed": seed}, {}))
+    for setting in chosen:
+        for i, seed in enumerate(setting.seeds):
+            if first_seed if i == 0 or setting.named else others:
+                config = build(setting.kind, setting.values, seed, None)
+                hashed = config.setting_hash(setting.kind, drawn_from, evaluation)
+                key = {"kind": setting.kind, "attack": setting.name, "settings": setting.shown, "seed": seed}
+                runs.append((setting, {**key, "attack_hash": hashed}, config.traits))
+    cells: list[AuditCell] = []
     for target in plan.targets:
-        if first_seed:
-            key = {"kind": "none", "attack": None, "attack_hash": None, "settings": {}, "seed": plan.protocol.seeds[0]}
-            found.append(_cell(target, None, key, scoring))
-        for setting in chosen:
-            for i, seed in enumerate(setting.seeds):
-                if first_seed if i == 0 or setting.named else others:
-                    config = build(setting.kind, setting.values, seed, None)
-                    key = {
-                        "kind": setting.kind, "attack": setting.name, "settings": setting.shown, "seed": seed,
-                        "attack_hash": config.setting_hash(setting.kind, drawn_from, evaluation),
-                    }  # fmt: skip
-                    found.append(_cell(target, setting, key, scoring, config.traits))
-    return found
+        for attack, key, traits in runs:
+            values = {k: contents(v) for k, v in attack.values.items()} if attack else {}
+            name = digest([target["hash"], target["label"], target["role"], key, values, scoring])
+            cells.append(
+                AuditCell(target, attack, {**key, **({"traits": traits} if traits else {}), "cell": name}, name)
+            )
+    return cells
 
 
-def _cell(
-    target: dict[str, Any], setting: Setting | None, key: dict[str, Any], scoring: dict[str, Any],
-    traits: Traits | None = None,
-) -> AuditCell:  # fmt: skip
-    values = {k: contents(v) for k, v in setting.values.items()} if setting else {}
-    name = digest([target["hash"], target["label"], target["role"], key, values, scoring])
-    return AuditCell(target, setting, {**key, **({"traits": traits} if traits else {}), "cell": name}, name)
+def write_cell(folder: Path, outcome: CellRecord, generations: Iterable[Generation]) -> None:
+    """Write the two files of a cell, each of them whole or not at all; NAME.json last."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in generations)
+    compressed = gzip.compress(lines.encode(errors="backslashreplace"), mtime=0)  # the same responses, the same bytes
+    content = json.dumps(outcome, default=str).encode()
+    for name, data in ((f"{outcome['cell']}.jsonl.gz", compressed), (f"{outcome['cell']}.json", content)):
+        part = folder / f"{name}.{os.getpid()}.part"
+        part.write_bytes(data)
+        part.replace(folder / name)
+
+
+def read_cell(folder: Path, name: str) -> CellRecord:
+    """How a cell ended, and its rows."""
+    return cast(CellRecord, read_object(folder / f"{name}.json"))

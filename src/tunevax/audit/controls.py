@@ -12,10 +12,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,8 +26,8 @@ from tunevax.errors import UsageError, unknown
 from tunevax.files import model_hash
 from tunevax.lineage import Lineage
 from tunevax.methods import load_method, methods
-from tunevax.modeling.trainer import resolved
-from tunevax.records import is_run, read_run
+from tunevax.records import DataEntry, ModelInfo, RunRecord, is_run, read_run
+from tunevax.training import other_data, replay, resolved
 
 KINDS = ("undefended", "equal-compute", "equal-steps", "equal-updates", "random-perturbation")
 
@@ -48,7 +46,9 @@ class Control(NamedTuple):
     why: str
 
 
-def make_controls(run: str | Path, kinds: Sequence[str], folder: str | Path, command: str = "") -> list[Control]:
+def make_controls(
+    run: str | Path, kinds: Sequence[str], folder: str | Path, command: str = "", dry_run: bool = False
+) -> list[Control]:
     """Train the controls of `run` into `folder`, one run folder each, in one process.
 
     A control that is there and complete is used again, an unfinished one is continued.
@@ -57,6 +57,7 @@ def make_controls(run: str | Path, kinds: Sequence[str], folder: str | Path, com
         run: an align run.
         kinds: of `KINDS`.
         command: for the controls' own records.
+        dry_run: check everything, and train nothing.
 
     Raises:
         UsageError: not an align run, or one without its compute; its model or data are gone or have changed; `folder`
@@ -65,21 +66,22 @@ def make_controls(run: str | Path, kinds: Sequence[str], folder: str | Path, com
     for kind in kinds:
         if kind not in KINDS:
             raise unknown("control", kind, KINDS)
-    record = read_run(run) if is_run(run) else {}
+    record: RunRecord = read_run(run) if is_run(run) else {}
     if record.get("verb") != "align":
         raise UsageError(f"{run} is not a run of tunevax align, so it has no controls of its own")
     makers = {"undefended": undefended, "random-perturbation": random_perturbation}
     makers |= {f"equal-{alike}": functools.partial(plain, alike=alike) for alike in ("compute", "steps", "updates")}
     require_one_process("making controls")
-    return [makers[kind](Path(run), record, Path(folder), command) for kind in kinds]
+    out = None if dry_run else command
+    return [makers[kind](Path(run), record, Path(folder), out) for kind in kinds]
 
 
-def undefended(run: Path, record: dict[str, Any], folder: Path, command: str) -> Control:
+def undefended(run: Path, record: RunRecord, folder: Path, command: str | None) -> Control:
     """What was hardened; nothing is trained."""
     return Control("undefended", hardened_from(run, record), f"what {run.name} was hardened from")
 
 
-def plain(run: Path, record: dict[str, Any], folder: Path, command: str, alike: str) -> Control:
+def plain(run: Path, record: RunRecord, folder: Path, command: str | None, alike: str) -> Control:
     """SFT for as many steps as make it equal to the run in `alike`: compute, steps or updates.
 
     Raises:
@@ -104,51 +106,48 @@ def plain(run: Path, record: dict[str, Any], folder: Path, command: str, alike: 
     return Control(label, ref, f"plain fine-tuning for {steps} steps, {why}")
 
 
-def random_perturbation(run: Path, record: dict[str, Any], folder: Path, command: str) -> Control:
+def random_perturbation(run: Path, record: RunRecord, folder: Path, command: str | None) -> Control:
     """The run's method with a random direction."""
     label, method = f"{run.name}-random", record["method"]
     if method not in methods("tunevax.alignment"):
         raise UsageError(f"{run} was hardened by {method}, which is not installed here; install what adds it")
     trainer = load_method("tunevax.alignment", method)
-    perturbs = "perturbation" in (f.name for f in dataclasses.fields(trainer.config_class))
-    if not perturbs or record["config"]["rho"] == 0:  # Booster's default
+    changes = replay(record, trainer.config_class, output_dir=str(folder / label)).random_direction()
+    if changes is None:
         return Control(label, None, f"{method} does not perturb")
-    if record["config"].get("perturbation") == "random":
+    if changes.items() <= record["config"].items():
         return Control(label, None, f"the perturbation of {run.name} is random itself")
-    changes = {"perturbation": "random", "max_steps": record["steps"]}
+    changes["max_steps"] = record["steps"]
     why = f"{run.name} with a random perturbation of the same size"
     return Control(label, train(run, record, trainer, method, changes, folder / label, command), why)
 
 
 def train(
-    run: Path, record: dict[str, Any], trainer: type, method: str, changes: dict[str, Any], out: Path, command: str
-) -> str:
-    """Train as `run` was, but by `trainer` and with `changes`, into `out`; returns it as a reference."""
-    values = {**one_process(record), **changes}
-    options = AlignOptions(**taken(AlignOptions, values), resume=True)
-    options.model = hardened_from(run, record)
-    options.revision = options.revision or record["model"]["revision"]
+    run: Path, record: RunRecord, trainer: type[SFTTrainer], method: str, changes: dict[str, Any], out: Path,
+    command: str | None,
+) -> str:  # fmt: skip
+    """Train as `run` was, but by `trainer` and with `changes`, into `out`; returns it as a reference. Without a command
+    check that it can be trained, and no more."""
+    options = replay(record, AlignOptions, resume=True, model=hardened_from(run, record))
+    options.revision = options.revision or (record["model"] or ModelInfo()).get("revision")
     if (saved := saved_template(run, options.chat_template)) is not None:
         options.chat_template = str(saved)
     try:
         _, _, data = read_data(trainer, method, options)
     except UsageError as error:
         raise UsageError(f"the data that {run} was hardened on cannot be read any more: {error}") from error
-    for before, now in zip(record["data"], data, strict=True):
-        if before["hash"] != now["hash"]:
-            raise UsageError(
-                f"{now['source']} is no longer what {run} was hardened on ({before['rows']} rows then, {now['rows']} "
-                "now, or other text); put the old data back, or harden again"
-            )
-    config = trainer.config_class(str(out), **taken(trainer.config_class, values))
+    if changed := other_data(record, data):
+        raise UsageError(f"{run} cannot be run again: {changed}; put the old data back, or harden again")
+    config = replay(record, trainer.config_class, output_dir=str(out), **changes)
     if not is_run(out):
-        align(trainer, method, options, config, command)
+        if command is not None:
+            align(trainer, method, options, config, command)
     elif difference := differs(read_run(out), method, resolved(options, config), data):
         raise UsageError(f"{out} is another control than the one wanted here ({difference}); delete it")
     return str(out)
 
 
-def hardened_from(run: Path, record: dict[str, Any]) -> str:
+def hardened_from(run: Path, record: RunRecord) -> str:
     """The reference of the model that `run` started from.
 
     Raises:
@@ -158,7 +157,7 @@ def hardened_from(run: Path, record: dict[str, Any]) -> str:
     if Path(ref).is_absolute() and not Path(ref).exists():
         raise UsageError(f"{ref}, which {run} was hardened from, is gone; put it back to make controls")
     base = Lineage.of(ref).base
-    if record["model"]["hash"] not in (None, model_hash(base)):
+    if (record["model"] or ModelInfo()).get("hash") not in (None, model_hash(base)):
         raise UsageError(f"{base} has other weights than when {run} was hardened from it; put the old ones back")
     return ref
 
@@ -169,24 +168,7 @@ def saved_template(run: Path, template: str | None) -> Path | None:
     return next((c for c in copies if c.is_file()), None) if template not in (None, *TEMPLATES) else None
 
 
-def one_process(record: dict[str, Any]) -> dict[str, Any]:
-    """The run's configuration, with what its other processes had of a batch as further micro-batches here. Each of
-    these has a budget of its own, and rho was the joint norm over all processes."""
-    values, processes = dict(record["config"]), record["hardware"]["processes"]
-    values["gradient_accumulation_steps"] *= processes
-    if values.get("rho_scale") == "total":
-        values["rho"] /= math.sqrt(processes)
-    return values
-
-
-def taken(cls: type, values: dict[str, Any]) -> dict[str, Any]:
-    """The values that are fields of a dataclass. What concerns the hub is left out: a control is not published, and
-    tokens are masked in a record."""
-    names = {f.name for f in dataclasses.fields(cls) if f.init}
-    return {k: v for k, v in values.items() if k in names and not k.startswith(("hub_", "push_to_hub"))}
-
-
-def differs(record: dict[str, Any], method: str, config: dict[str, Any], data: list[dict[str, Any]]) -> str | None:
+def differs(record: RunRecord, method: str, config: dict[str, Any], data: list[DataEntry]) -> str | None:
     """How a finished run is not the one that these options would give, or None."""
     if (record["verb"], record["method"]) != ("align", method):
         return f"made by {record['verb']} {record['method']}"

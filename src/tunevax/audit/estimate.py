@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import tempfile
 import time
-from typing import Any
+from typing import Any, cast
 
 from transformers import TrainerCallback
 
+from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.attacks.kind import NotApplicable
 from tunevax.audit.cells import AuditCell, cells_of
 from tunevax.audit.plan import AuditPlan
@@ -54,7 +55,7 @@ class Clock:
     """Seconds per step and per scoring, measured once for each shape of training."""
 
     def __init__(self, plan: AuditPlan) -> None:
-        self.target, self.worker = plan.targets[0], Worker(plan.options, plan.exclusion)
+        self.target, self.worker = plan.targets[0], Worker(plan.options, plan.exclusion, plan.suite)
         self.steps: dict[tuple, float] = {}  # shape of training -> seconds per step
         context = self.worker.context(AuditCell(self.target, None, {"seed": 0}, ""), "", None)
         started = time.monotonic()
@@ -100,7 +101,7 @@ class Clock:
         }
         marks = Marks()
         with tempfile.TemporaryDirectory() as scratch:
-            config = build("finetune", values, 0, scratch)
+            config = cast(FinetuneConfig, build("finetune", values, 0, scratch))
             context = self.worker.context(
                 AuditCell(self.target, Setting("finetune", "", values, {}, (0,)), {"seed": 0}, ""), scratch, None
             )

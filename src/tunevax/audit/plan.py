@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, cast
 
 from tunevax.attacks.context import TargetOptions, attack_data, find_targets, use_data_of_run, use_saved_template
 from tunevax.attacks.kind import only_through_the_service
 from tunevax.audit.protocol import Protocol, Setting, build, load_protocol, settings
-from tunevax.data.contamination import Exclusion, check
+from tunevax.data.contamination import Exclusion, Rows, check
 from tunevax.errors import UsageError
 from tunevax.lineage import Lineage, absolute
+from tunevax.mixins import option, require_given
 from tunevax.modeling.checkpoints import config_of
-from tunevax.records import data_entry
-from tunevax.scoring.suite import build_suite, labels_of
+from tunevax.records import CellSummary, DataEntry, Target, data_entry
+from tunevax.scoring.suite import Suite, build_suite, labels_of
 
 
 @dataclass
@@ -23,41 +24,33 @@ class AuditOptions(TargetOptions):
     hardened run recorded. The command line reads the protocol's; in Python it is
     `AuditOptions(protocol=NAME, **load_protocol(NAME).scoring, ...)`."""
 
-    control: str | None = field(
-        default=None, metadata={"help": "the same model without the defence, attacked identically; an audit needs one"}
+    control: str | None = option(
+        None, "the same model without the defence, attacked identically; an audit needs one", decides="cells"
     )
-    fluency_model: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "language models; what surprises each is gibberish; default the control, and, if it is a defence "
-            "itself, what it began as; none: off"
-        },
+    fluency_model: list[str] = option(
+        [],
+        "language models; what surprises each is gibberish; default the control, and, if it is a defence "
+        "itself, what it began as; none: off",
     )
-    judges: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "refusal-keywords, organism, hf:MODEL; several are shown side by side, two at least are wanted"
-        },
+    judges: list[str] = option(
+        [], "refusal-keywords, organism, hf:MODEL; several are shown side by side, two at least are wanted"
     )
-    protocol: str = field(
-        default="quick", metadata={"help": "paper, quick, standard, durability, fine-tuning, or a YAML file"}
+    protocol: str = option("quick", "paper, quick, standard, durability, fine-tuning, or a YAML file", decides="cells")
+    dialogues: str | None = option(
+        None, "dialogues of the identity-shift attacks: JSONL with `messages`", decides="cells"
     )
-    dialogues: str | None = field(
-        default=None, metadata={"help": "dialogues of the identity-shift attacks: JSONL with `messages`"}
+    controls: list[str] = option(
+        [],
+        "also attack: undefended, equal-compute, equal-steps, equal-updates, random-perturbation (trained "
+        "into OUT.controls)",
+        decides="cells",
     )
-    controls: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "also attack: undefended, equal-compute, equal-steps, equal-updates, random-perturbation (trained "
-            "into OUT.controls)"
-        },
+    output_dir: str | None = option(None, "the run folder to write", decides="nothing")
+    workers: int = option(
+        0, "processes; 0 is one per GPU, and without one as many as cores for a small model", decides="nothing"
     )
-    output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
-    workers: int = field(
-        default=0, metadata={"help": "processes; 0 is one per GPU, and without one as many as cores for a small model"}
-    )
-    dry_run: bool = field(default=False, metadata={"help": "list the cells, with time and memory, and stop"})
-    keep_attacked: bool = field(default=False, metadata={"help": "keep the attacked weights, one folder per cell"})
+    dry_run: bool = option(False, "list the cells, with time and memory, and stop", decides="nothing")
+    keep_attacked: bool = option(False, "keep the attacked weights, one folder per cell", decides="nothing")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,33 +59,40 @@ class AuditOptions(TargetOptions):
 
 
 class AuditPlan(NamedTuple):
-    """An audit before it runs: options with their defaults filled in, the protocol, the targets and the data.
-    `exclusion` is what --drop-overlap leaves out of every cell."""
+    """An audit before it runs.
+
+    Attributes:
+        options: with their defaults filled in.
+        targets: the control, the models, and references attacked in the same way.
+        grid: the attacks that can judge them. skipped: the others, with the reason.
+        data: what run.json says of the datasets.
+        suite: what the models are scored on, built once for the process.
+        harmful: rows of the attacks. benign: rows of the attacks by role, of which `task` is the benign task.
+        exclusion: what --drop-overlap leaves out of every cell.
+    """
 
     options: AuditOptions
     protocol: Protocol
-    targets: list[dict[str, Any]]
+    targets: list[Target]
     grid: list[Setting]
-    data: list[dict[str, Any]]
-    skipped: list[dict[str, str]]
-    harness: dict[str, Any] | None
-    exclusion: Exclusion = Exclusion()
+    skipped: list[CellSummary]
+    data: list[DataEntry]
+    suite: Suite
+    harmful: Rows
+    benign: dict[str, Rows]
+    exclusion: Exclusion
 
 
-def plan(options: AuditOptions, references: Sequence[tuple[str, str]] = ()) -> AuditPlan:
+def plan(options: AuditOptions) -> AuditPlan:
     """Check everything that can be checked before hours are spent.
-
-    Args:
-        references: (label, ref) of further controls, attacked in the same way.
 
     Raises:
         UsageError: a bad protocol, model or data source; a control that is missing or the model itself; shared prompts.
     """
     protocol = load_protocol(options.protocol)
     if options.dialogues:
-        protocol.defaults = {**protocol.defaults, "dialogues": options.dialogues}
-    if not options.model:
-        raise UsageError("--model is missing")
+        protocol = replace(protocol, defaults={**protocol.defaults, "dialogues": options.dialogues})
+    require_given(options, "model")
     if options.control is None or options.control == "none":
         parent = Lineage.of(options.model[0]).parent
         hint = f" (it was hardened from {parent})" if parent else ""
@@ -105,7 +105,7 @@ def plan(options: AuditOptions, references: Sequence[tuple[str, str]] = ()) -> A
     for ref in options.model:
         if absolute(ref) == absolute(options.control):
             raise UsageError(f"the control is the model itself ({ref}); give the same model without the defence")
-    fill_in(options)
+    options = fill_in(options)
     for ref in options.fluency_model:
         try:
             config_of(Lineage.of(ref).base)
@@ -114,47 +114,62 @@ def plan(options: AuditOptions, references: Sequence[tuple[str, str]] = ()) -> A
     targets = find_targets(options.model, options.control)
     if len({t["ref"] for t in targets}) < len(targets):
         raise UsageError("a model is named twice; name each --model once")
-    further = {absolute(ref): label for label, ref in references}  # two runs may share an undefended model
-    for target in targets:
-        further.pop(target["ref"], None)
-    labels = labels_of([t["label"] for t in targets] + list(further.values()))[len(targets) :]
-    targets += [{"label": n, "role": "reference", "ref": ref} for n, ref in zip(labels, further, strict=True)]
-    use_saved_template(options, targets)
-    configs = [config_of(Lineage.of(target["ref"]).base, options.revision) for target in targets]
-    depth = min(config.get_text_config().num_hidden_layers for config in configs)
-    grid, skipped = applicable(settings(protocol, depth, targets), targets, options)
+    options = use_saved_template(options, targets)
+    grid, skipped = applicable(protocol, targets, options)
     exclusion = Exclusion.of([Lineage.of(target["ref"]).prompts for target in targets], options.drop_overlap)
     suite = build_suite(options, options.safety_data, options.task_data, exclusion=exclusion)
     exclusion.settle(suite.roles())
     configs = [build(s.kind, s.values, 0, None) for s in grid]
     harmful, task = attack_data(options, {need for config in configs for need in config.needs}, exclusion)
-    benign: dict[str, list[dict]] = {"task": task}
+    benign: dict[str, Rows] = {"task": task}
     for config in configs:
         for role, rows in config.kept_rows(options, exclusion).items():
             benign[role] = [*benign.get(role, []), *rows]
-    for target in targets:
-        target |= check(target["ref"], suite.roles(), harmful, benign, options.allow_overlap)
-        target["hash"] = Lineage.of(target["ref"]).identity
-    data = [data_entry("attack", options.safety_data or "", harmful)] if harmful else []
-    data += [data_entry("task", options.task_data or "", task)] if task else []
-    data += [data_entry("evaluation", options.eval_data or options.safety_data or "", suite.harmful)]
-    for role, rows in (("task evaluation", suite.task and suite.task.rows), ("over-refusal", suite.benign)):
-        data += [data_entry(role, "", rows)] if rows else []
-    data += [data_entry(f"utility {t.name}", "", t.rows) for t in suite.utility]
-    versions = suite.harness.versions if suite.harness else None
-    return AuditPlan(options, protocol, targets, grid, data, skipped, versions, exclusion)
+    sources = {"attack": options.safety_data, "task": options.task_data}
+    sources["evaluation"] = options.eval_data or options.safety_data
+    parts = {"attack": harmful, "task": task, **suite.roles()}
+    data = [data_entry(role, sources.get(role) or "", rows) for role, rows in parts.items() if rows]
+    planned = AuditPlan(options, protocol, [], grid, skipped, data, suite, harmful, benign, exclusion)
+    return planned._replace(targets=[_checked(planned, target) for target in targets])
+
+
+def with_references(planned: AuditPlan, references: Sequence[tuple[str, str]]) -> AuditPlan:
+    """The plan with further controls, (label, ref) each. One that is a target already is left out, so that two runs may
+    share the model that they were hardened from.
+
+    Raises:
+        UsageError: a prompt that one was trained on is scored on.
+    """
+    known = [target["ref"] for target in planned.targets]
+    further = {absolute(ref): label for label, ref in references if absolute(ref) not in known}
+    labels = labels_of([*(t["label"] for t in planned.targets), *further.values()])[len(known) :]
+    added: list[Target] = [{"label": n, "role": "reference", "ref": r} for n, r in zip(labels, further, strict=True)]
+    targets = [*planned.targets, *(_checked(planned, target) for target in added)]
+    grid, skipped = applicable(planned.protocol, targets, planned.options)
+    return planned._replace(targets=targets, grid=grid, skipped=skipped)
+
+
+def _checked(planned: AuditPlan, target: Target) -> Target:
+    """The target with its identity, and with the prompts that it shares with the audit."""
+    allow = planned.options.allow_overlap
+    shared = check(target["ref"], planned.suite.roles(), planned.harmful, planned.benign, allow)
+    return cast(Target, {**target, **shared, "hash": Lineage.of(target["ref"]).identity})
 
 
 def applicable(
-    grid: Sequence[Setting], targets: Sequence[dict[str, Any]], options: AuditOptions
-) -> tuple[list[Setting], list[dict[str, str]]]:
+    protocol: Protocol, targets: Sequence[Target], options: AuditOptions
+) -> tuple[list[Setting], list[CellSummary]]:
     """The attacks that can judge these models, for every target alike; and what is left out, with the reason.
 
     Raises:
         UsageError: fine-tuning-stage defences, and no attack poisons the customer's data.
     """
-    kept, skipped, poisoned = [], [], False
-    for setting in grid:
+    configs = [config_of(Lineage.of(target["ref"]).base, options.revision) for target in targets]
+    depth = min(config.get_text_config().num_hidden_layers for config in configs)
+    kept: list[Setting] = []
+    skipped: list[CellSummary] = []
+    poisoned = False
+    for setting in settings(protocol, depth, targets):
         kind = build(setting.kind, setting.values, 0, None)
         if why := kind.applies(targets, options):
             skipped.append({"model": "all", "attack": setting.name, "why": why})
@@ -166,21 +181,26 @@ def applicable(
     return kept, skipped
 
 
-def fill_in(options: AuditOptions) -> None:
-    """Data that were not named: those of the first hardened run; on the organism, all that it offers."""
-    use_data_of_run(options)
+def fill_in(options: AuditOptions) -> AuditOptions:
+    """The options with what was not named: the data of the first hardened run, on the organism all that it offers, and
+    the references of fluency."""
+    options = use_data_of_run(options)
     if options.safety_data is None:
         raise UsageError("--safety-data is missing: harmful rows for the attacks, and prompts to score on")
     if options.safety_data.partition(":")[0] == "organism":
-        options.task_data = options.task_data or "organism"
-        options.benign_data = options.benign_data or "organism"
-        options.utility_data = options.utility_data or ["organism:set=benign"]
-        options.judges = options.judges or ["organism", "refusal-keywords"]
-    options.judges = options.judges or ["refusal-keywords"]
-    if not options.fluency_model:
-        options.fluency_model = fluency_models(str(options.control))
-    elif options.fluency_model == ["none"]:
-        options.fluency_model = []
+        options = replace(
+            options,
+            task_data=options.task_data or "organism",
+            benign_data=options.benign_data or "organism",
+            utility_data=options.utility_data or ["organism:set=benign"],
+            judges=options.judges or ["organism", "refusal-keywords"],
+        )
+    fluency = options.fluency_model or fluency_models(str(options.control))
+    return replace(
+        options,
+        judges=options.judges or ["refusal-keywords"],
+        fluency_model=[] if fluency == ["none"] else fluency,
+    )
 
 
 def fluency_models(control: str) -> list[str]:

@@ -151,11 +151,11 @@ def settings(protocol: Protocol, depth: int, targets: Sequence[Mapping[str, Any]
             config_class: type[AttackKind] = load_method("tunevax.attacks", kind)
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from error
-        fields = {f.name: f for f in dataclasses.fields(config_class) if f.init}
+        fields = {f.name: f for f in dataclasses.fields(config_class) if f.init}  # type: ignore[arg-type]
         expanded = config_class.expand({k.replace("-", "_"): v for k, v in options.items()}, targets, depth)
         if expanded is None:
             continue
-        axes = {}
+        axes: dict[str, list[Any]] = {}
         for key, value in expanded.items():
             if key not in fields or key in ("output_dir", "seed"):
                 raise UsageError(
@@ -174,17 +174,17 @@ def settings(protocol: Protocol, depth: int, targets: Sequence[Mapping[str, Any]
         always = [k for k in config_class.in_name if k in axes and axes[k] != [None]]
         for combination in itertools.product(*axes.values()):
             chosen = dict(zip(axes, combination, strict=True))
-            values = {**common, **chosen}
             shown = {k: labels.get(v, v) for k, v in chosen.items()}
             varied = {k: v for k, v in shown.items() if len(axes[k]) > 1 or k in always}
             words = [f"{ALIASES.get(k, k.replace('_', '-') + '=')}{_short(v)}" for k, v in varied.items()]
             label = " ".join([name, *words])
             if label in found:
                 raise UsageError(f"{where}: two attacks are called {label!r}; give one a name of its own")
-            config = build(kind, values, seeds[0], None, where)
+            options = {**common, **chosen}
+            config = build(kind, options, seeds[0], None, where)
             runs = seeds[:1] if config.deterministic else seeds  # other seeds would be the same run
             also = {k: getattr(config, k) for k in ("learning_rate", "p", "n", "trainable") if hasattr(config, k)}
-            found[label] = Setting(kind, label, values, {**also, **shown}, tuple(sorted(runs)), named)
+            found[label] = Setting(kind, label, options, {**also, **shown}, tuple(sorted(runs)), named)
     for key in protocol.defaults:
         if not any(key in s.values for s in found.values()):
             raise UsageError(f"protocol {protocol.name}: defaults names {key!r}, which no attack here has")

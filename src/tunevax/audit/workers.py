@@ -3,44 +3,41 @@
 from __future__ import annotations
 
 import gc
-import json
 import multiprocessing
 import os
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from tunevax.attacks.context import AttackContext, TargetOptions, attack_data
+from tunevax.attacks.context import AttackContext, attack_data
 from tunevax.attacks.kind import NotApplicable
-from tunevax.audit.cells import AuditCell
+from tunevax.audit.cells import AuditCell, write_cell
+from tunevax.audit.plan import AuditOptions, AuditPlan
 from tunevax.audit.protocol import build
 from tunevax.console import console
 from tunevax.data.contamination import Exclusion
 from tunevax.environment import peak_memory
 from tunevax.errors import RunError
 from tunevax.lineage import Lineage
-from tunevax.records import Row, harmful
+from tunevax.records import CellRecord, Example, Row, harmful
 from tunevax.scoring.suite import Suite, build_suite
 
+Run = Callable[[Sequence[AuditCell]], Iterator[tuple[AuditCell, str]]]
+"""Runs cells, and gives each with one line on it as they finish."""
 
-def finished(
-    options: TargetOptions,
-    cells: Sequence[AuditCell],
-    folder: Path,
-    weights: Path | None,
-    workers: int,
-    exclusion: Exclusion | None = None,
-) -> Iterator[tuple[AuditCell, str]]:
-    """(cell, one line on it) as cells finish."""
+
+@contextmanager
+def pool(plan: AuditPlan, folder: Path, weights: Path | None, workers: int) -> Iterator[Run]:
+    """Processes that run the cells of a plan, one suite each; with one worker it is this process, with the plan's."""
     if workers <= 1:
-        worker = Worker(options, exclusion)
-        for cell in cells:
-            yield cell, worker.run(cell, folder, weights)
+        here = Worker(plan.options, plan.exclusion, plan.suite)
+        yield lambda cells: ((cell, here.run(cell, folder, weights)) for cell in cells)
         return
     import torch
 
@@ -55,16 +52,20 @@ def finished(
             workers,
             context,
             _start_worker,
-            (options, os.getpid(), context.Value("i", 0), torch.cuda.device_count(), exclusion),
-        ) as pool:
-            futures = {pool.submit(_run_in_worker, cell, folder, weights): cell for cell in cells}
-            try:
+            (plan.options, os.getpid(), context.Value("i", 0), torch.cuda.device_count(), plan.exclusion),
+        ) as processes:
+
+            def run(cells: Sequence[AuditCell]) -> Iterator[tuple[AuditCell, str]]:
+                futures = {processes.submit(_run_in_worker, cell, folder, weights): cell for cell in cells}
                 for future in as_completed(futures):
                     yield futures[future], future.result()
+
+            try:
+                yield run
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for worker in multiprocessing.active_children():  # not when their cells are done, which takes minutes
-                    worker.terminate()
+                processes.shutdown(wait=False, cancel_futures=True)
+                for process in multiprocessing.active_children():  # not when its cell is done, which takes minutes
+                    process.terminate()
                 raise
     finally:
         os.environ.pop("OMP_NUM_THREADS")
@@ -107,15 +108,19 @@ def cores() -> int:
 
 
 class Worker:
-    """What a process loads once for all its cells: data, judges, and the scores of untouched models."""
+    """What a process loads once for all its cells: suite, data, and the scores of untouched models.
 
-    def __init__(self, options: TargetOptions, exclusion: Exclusion | None = None) -> None:
-        self.options, self.exclusion = options, exclusion.fresh() if exclusion else Exclusion()
-        self.suite: Suite = build_suite(options, options.safety_data, options.task_data, exclusion=self.exclusion)
-        if self.suite.benign is None and self.suite.task is not None:  # somewhere a refusal of everything must show
-            self.suite = self.suite._replace(benign=self.suite.task.rows)
+    Args:
+        suite: if this process has built it already.
+    """
+
+    def __init__(self, options: AuditOptions, exclusion: Exclusion, suite: Suite | None = None) -> None:
+        self.options, self.exclusion = options, exclusion.fresh()
+        suite = suite or build_suite(options, options.safety_data, options.task_data, exclusion=self.exclusion)
+        shows = suite.benign or (suite.task and suite.task.rows)  # somewhere a refusal of everything must show
+        self.suite = suite._replace(benign=shows)
         self.before: dict[Any, Any] = {}
-        self.rows: dict[frozenset[str], tuple[list[dict], list[dict]]] = {}
+        self.rows: dict[frozenset[str], tuple[list[Example], list[Example]]] = {}
 
     def run(self, cell: AuditCell, folder: Path, weights: Path | None) -> str:
         """Run one cell, write its file, and return what to tell of it."""
@@ -123,8 +128,8 @@ class Worker:
 
         started = time.monotonic()
         keep = weights / cell.hash if weights is not None and cell.setting is not None else None
-        outcome: dict[str, Any] = {"cell": cell.hash, "model": cell.target["label"], **cell.key}
-        context = None
+        outcome = cast(CellRecord, {"cell": cell.hash, "model": cell.target["label"], **cell.key})
+        context: AttackContext | None = None
         was_quiet, console.quiet = console.quiet, True  # the bars of single steps; the audit has its own
         try:
             with tempfile.TemporaryDirectory() as scratch:
@@ -134,11 +139,10 @@ class Worker:
                     context.score(loaded.model, loaded.tokenizer, 0, full=True)
                 else:
                     build(cell.setting.kind, cell.setting.values, cell.key["seed"], scratch).run(context)
-                outcome |= {"status": "done", "record": context.record}
-                told = worst_told(context.results)
+                outcome["status"], told = "done", worst_told(context.results)
         except RunError as error:  # the attack blew the model up; what it did until then counts
-            outcome |= {"status": "stopped", "record": context.record, "error": str(error)}
-            told = f"{worst_told(context.results) if context.results else 'nothing scored'}, then {error}"
+            outcome |= {"status": "stopped", "error": str(error)}
+            told = f"{worst_told(context.results) if context and context.results else 'nothing scored'}, then {error}"
         except NotApplicable as error:
             outcome |= {"status": "skipped", "why": str(error)}
             told = f"does not apply: {error}"
@@ -152,11 +156,10 @@ class Worker:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         outcome |= {"seconds": round(time.monotonic() - started, 3), "peak_memory_bytes": peak_memory()}
-        part = folder / f"{cell.hash}.{os.getpid()}.part"
-        kept = context if outcome["status"] in ("done", "stopped") else None
-        content = {**outcome, "results": kept.results if kept else [], "generations": kept.generations if kept else []}
-        part.write_text(json.dumps(content, default=str), encoding="utf-8")
-        part.replace(folder / f"{cell.hash}.json")
+        outcome["results"], generations = [], []
+        if context is not None and outcome["status"] in ("done", "stopped"):
+            outcome["record"], outcome["results"], generations = context.record, context.results, context.generations
+        write_cell(folder, outcome, generations)
         return f"{told} · {outcome['seconds']:.0f} s"
 
     def context(self, cell: AuditCell, scratch: str, keep: Path | None) -> AttackContext:
@@ -176,10 +179,10 @@ def worst_told(rows: Sequence[Row]) -> str:
     return f"worst {value:.0%} ({judge})"
 
 
-_worker: Worker | None = None
+_worker: Worker  # of this process, if it is one of a pool
 
 
-def _start_worker(options: TargetOptions, parent: int, counter: Any, gpus: int, exclusion: Exclusion | None) -> None:
+def _start_worker(options: AuditOptions, parent: int, counter: Any, gpus: int, exclusion: Exclusion) -> None:
     """Once in each worker process: quiet, bound to its GPU, gone when the audit is gone."""
     from tunevax.quiet import quiet
 

@@ -39,6 +39,7 @@ LISTS: dict[str, Callable[[], list[str]]] = {
     "finetune": lambda: lines_of("tunevax.finetuning"),
     "restore": lambda: lines_of("tunevax.restoration"),
     "attacks": lambda: lines_of("tunevax.attacks"),
+    "judges": lambda: lines_of("tunevax.scoring.judges"),
     "protocols": _protocols,
 }
 

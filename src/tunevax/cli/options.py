@@ -59,7 +59,8 @@ def parse(
     from transformers.hf_argparser import HfArgumentParser
 
     class DataclassParser(HfArgumentParser, Parser):
-        pass
+        def add_argument(self, *names: Any, decides: str = "", **how: Any) -> argparse.Action:  # see mixins.DECIDES
+            return super().add_argument(*names, **how)
 
     parser = DataclassParser(classes, allow_abbrev=False, prog=f"tunevax {title}")
     if "--help-all" in arguments:

@@ -197,34 +197,33 @@ def _score(arguments: list[str]) -> None:
     print(f"scored, {_worst(out)}; results: {short(out)}")
 
 
+def _judge(arguments: list[str]) -> None:
+    quiet()
+    from tunevax.scoring.rejudge import JudgeOptions, rejudge
+
+    run, *rest = arguments or ["--help"]
+    if run.startswith("-") and run not in ("--help", "-h"):
+        raise UsageError("`tunevax judge` takes a run folder first: tunevax judge RUN --judges JUDGE --output-dir OUT")
+    (options,) = parse("judge RUN", [JudgeOptions], rest if rest else ["--help"])
+    out = rejudge(run, options, _command("judge", arguments))
+    print(f"judged again, {_worst(out)}; results: {short(out)}")
+
+
 def _audit(arguments: list[str]) -> None:
     if "--compare" in arguments:
         _compare(arguments)
         return
     quiet()
-    from tunevax.audit.audit import audit
-    from tunevax.audit.controls import make_controls
-    from tunevax.audit.estimate import show
-    from tunevax.audit.plan import AuditOptions, plan
+    from tunevax.audit.audit import run
+    from tunevax.audit.plan import AuditOptions
     from tunevax.audit.protocol import load_protocol
     from tunevax.report import write_report
 
     protocol = load_protocol(value_of("protocol", arguments) or AuditOptions.protocol)
     (options,) = parse("audit", [AuditOptions], arguments or ["--help"], protocol.scoring)
-    references: list[tuple[str, str]] = []
-    for ref in options.model if options.controls and not options.dry_run else ():
-        print(f"controls of {ref}: {', '.join(options.controls)}")
-        folder = Path(f"{Path(options.output_dir)}.controls")
-        for label, made, why in make_controls(ref, options.controls, folder, _command("audit", arguments)):
-            if made is None:
-                print(f"no control {label}: {why}")
-            else:
-                references.append((label, str(made)))
-    planned = plan(options, references)
-    if options.dry_run:
-        show(planned)
+    out = run(options, _command("audit", arguments))
+    if out is None:  # a dry run
         return
-    out = audit(planned, _command("audit", arguments))
     print("\n".join(write_report([out], out / "report.html").headline))
     record = _record(out)
     if failed := record["failed"]:
@@ -310,6 +309,7 @@ VERBS = {
         _audit,
     ),
     "score": Verb("score --model REF --safety-data SRC --output-dir OUT", "score a model as it is", _score),
+    "judge": Verb("judge RUN --judges JUDGE --output-dir OUT", "judge the stored answers of a run again", _judge),
     "analyze": Verb(
         "analyze sink --model RUN --safety-data SRC --output-dir OUT",
         "look for the attention heads that turn to harmful text",

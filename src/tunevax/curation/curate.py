@@ -12,10 +12,10 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -30,8 +30,11 @@ from tunevax.lineage import Lineage
 from tunevax.mixins import AllowOverlap, ModelOptions, ResumableRunOptions, require_given
 from tunevax.modeling.checkpoints import config_of
 from tunevax.modeling.loading import Loaded, load
-from tunevax.records import DATA, SCORES, data_entry, is_run
+from tunevax.records import DATA, SCORES, Example, data_entry, is_run
 from tunevax.runs import record_prompts, writing
+
+if TYPE_CHECKING:
+    from tunevax.records import ModelInfo, RunRecord
 
 DUPLICATES = ("keep", "exact", "near")
 NOT_CONFIG = ("resume", "overwrite", "output_dir", "run_name")
@@ -97,13 +100,13 @@ class Pool:
         passes: forward and backward passes per row, over the whole scoring, filled in by the selector.
     """
 
-    rows: list[dict[str, Any]]
-    validation: list[dict[str, Any]]
+    rows: list[Example]
+    validation: list[Example]
     options: CurateOptions
     ref: str | None
     folder: Path
     passes: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "backward": 0.0})
-    info: dict[str, Any] = field(default_factory=dict)
+    info: ModelInfo | None = None
 
     @property
     def resume(self) -> bool:
@@ -114,7 +117,7 @@ class Pool:
         """The scoring model, fresh; what run.json says of it is noted."""
         o = self.options
         loaded = load(self.ref, revision=o.revision, dtype=o.dtype, chat_template=o.chat_template, **how)
-        self.info = loaded.info
+        self.info = cast("ModelInfo", loaded.info)
         return loaded
 
 
@@ -148,7 +151,7 @@ def curate(method: str, options: CurateOptions, config: Any, command: str = "") 
     entries = [data_entry("alignment", options.safety_data, rows)]
     if validation:
         entries.append(data_entry("validation", options.validation_data, validation))
-    record: dict[str, Any] = {
+    record: RunRecord = {
         "verb": "curate", "method": method, "paper": config.paper, "command": command, "seed": config.seed,
         "data": entries, "overlap": overlap, "parent": None, "score": meaning(config),
         "config": {k: v for k, v in {**values, **vars(options)}.items() if k not in NOT_CONFIG},
@@ -175,9 +178,11 @@ def curate(method: str, options: CurateOptions, config: Any, command: str = "") 
         # What was aligned on these rows has learnt from the trusted ones, too.
         record_prompts(run.path, validation=hashes(validation))
         record.update(
-            model=pool.info or None, kept=len(kept), elsewhere=max(0, len(whole) - len(rows)),
-            spoilt_kept=sum("corruption" in rows[i] for i in kept), passes=pool.passes,
-            dropped=dict(Counter(reason.partition(" of row")[0] for reason in why.values())),
+            {
+                "model": pool.info, "kept": len(kept), "elsewhere": max(0, len(whole) - len(rows)),
+                "spoilt_kept": sum("corruption" in rows[i] for i in kept), "passes": pool.passes,
+                "dropped": dict(Counter(reason.partition(" of row")[0] for reason in why.values())),
+            }
         )  # fmt: skip
     return run.final
 
@@ -188,7 +193,7 @@ def meaning(config: Any) -> str:
 
 
 def check_overlap(
-    options: CurateOptions, rows: Sequence[dict], whole: list[dict], validation: Sequence[dict]
+    options: CurateOptions, rows: Sequence[Example], whole: list[Example], validation: Sequence[Example]
 ) -> dict[str, int]:
     """Prompts that validation shares with the pool, the attack or the evaluation data (of `whole`, see `beside`); a
     UsageError unless that is allowed. A role without rows is not in the result."""
@@ -199,14 +204,14 @@ def check_overlap(
         others["attack"] = load_rows("attack", options.attack_data)
     for split in ("attack", "evaluation"):
         others.setdefault(split, take_split(whole, split))
-    found = {}
+    found: dict[str, int] = {}
     for role, theirs in others.items():
         if theirs:
             found |= require_disjoint({"validation": validation, role: theirs}, options.allow_overlap)
     return found
 
 
-def beside(options: CurateOptions) -> list[dict[str, Any]]:
+def beside(options: CurateOptions) -> list[Example]:
     """All rows of the source the pool is a split of; none if it is no split, or has nothing else."""
     name, given = parse_source(options.safety_data)
     return [] if "split" in given or is_run(name) else load_safety(options.safety_data, "all", ())
@@ -237,7 +242,7 @@ def agreement(first: np.ndarray, second: np.ndarray, keep: float) -> dict[str, f
     return {"spearman": float(spearmanr(first, second).statistic), "kept_by_both": len(tops[0] & tops[1]) / size}
 
 
-def choose(rows: Sequence[dict], scores: np.ndarray, options: CurateOptions) -> tuple[set[int], dict[int, str]]:
+def choose(rows: Sequence[Example], scores: np.ndarray, options: CurateOptions) -> tuple[set[int], dict[int, str]]:
     """The rows to keep, by number, and for each other row why not.
 
     The `min_per_group` best of each group come first, then the best of all, up to ceil(keep * rows). Of several rows
@@ -271,7 +276,7 @@ def size_of(keep: float, rows: int) -> int:
     return math.ceil(round(keep * rows, 9))  # 0.14 * 100 is 14.000000000000002
 
 
-def groups_of(rows: Sequence[dict], options: CurateOptions) -> list[str]:
+def groups_of(rows: Sequence[Example], options: CurateOptions) -> list[str]:
     """The group of each row; empty without --group-by. UsageError if a row has none."""
     if options.group_by is None:
         return []
@@ -284,7 +289,7 @@ def groups_of(rows: Sequence[dict], options: CurateOptions) -> list[str]:
     return [row["category"] for row in rows]
 
 
-def duplicates(rows: Sequence[dict], order: Sequence[int], options: CurateOptions) -> dict[int, str]:
+def duplicates(rows: Sequence[Example], order: Sequence[int], options: CurateOptions) -> dict[int, str]:
     """For each row whose prompt a higher-ranked one has: `duplicate of row N` or `near-duplicate of row N`."""
     if options.duplicates == "keep":
         return {}
@@ -316,7 +321,7 @@ def _shingles(text: str) -> set[str]:
     return {text[i : i + 5] for i in range(max(1, len(text) - 4))}
 
 
-def content(row: dict[str, Any]) -> dict[str, Any]:
+def content(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of the safety dataset as it is written: with its split, which a hash would put elsewhere."""
     fields = {k: row[k] for k in ("prompt", "chosen", "rejected", "category") if row.get(k) is not None}
     return {**fields, "split": "alignment"}

@@ -19,11 +19,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from tunevax.data.splits import prompt_text
+from tunevax.records import Example
+
+if TYPE_CHECKING:
+    from tunevax.curation.curate import Pool
 
 
 @dataclass
@@ -37,14 +41,14 @@ class DSIRSelector:
     needs: ClassVar[frozenset[str]] = frozenset({"validation"})
     paper: ClassVar[str] = "arXiv 2302.03169"
 
-    def score(self, pool: Any) -> np.ndarray:
+    def score(self, pool: Pool) -> np.ndarray:
         """The log importance weight of each row with Gumbel noise, [rows]."""
         pool.passes.update(forward=0.0, backward=0.0)
         noise = np.random.RandomState(self.seed).gumbel(size=len(pool.rows))
         return log_weights(pool.rows, pool.validation, self.buckets) + noise
 
 
-def log_weights(rows: Sequence[dict], target: Sequence[dict], buckets: int) -> np.ndarray:
+def log_weights(rows: Sequence[Example], target: Sequence[Example], buckets: int) -> np.ndarray:
     """log w of each row, [rows], in nats of a row of average length."""
     source, wanted = ([hashed(text_of(row), buckets) for row in part] for part in (rows, target))
     p, q = (np.bincount(np.concatenate(part), minlength=buckets) for part in (wanted, source))
@@ -77,6 +81,6 @@ def murmur3(text: str) -> int:
     return value - 2**32 if value >> 31 else value
 
 
-def text_of(row: dict[str, Any]) -> str:
+def text_of(row: Example) -> str:
     """Prompt and safe answer as one text."""
     return f"{prompt_text(row['prompt'])}\n{row['chosen']}"

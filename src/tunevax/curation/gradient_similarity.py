@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -27,6 +27,12 @@ from tunevax.modeling.callbacks import ProgressCallback
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.precision import wide
 from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from tunevax.curation.curate import Pool
+    from tunevax.modeling.loading import Loaded
 
 
 @dataclass
@@ -44,7 +50,6 @@ class GradientSimilaritySelector:
 
     needs: ClassVar[frozenset[str]] = frozenset({"model", "validation"})
     paper: ClassVar[str] = "arXiv 2402.04333"
-    trainer: ClassVar[str] = "tunevax.alignment.sft:SFTTrainer"
 
     def __post_init__(self) -> None:
         if not 0 < self.warmup_share <= 1:
@@ -53,7 +58,15 @@ class GradientSimilaritySelector:
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
-    def score(self, pool: Any) -> np.ndarray:
+    def plan_training(self) -> tuple[type, TrainConfig]:
+        """What a plan is of: the warm-up, which trains as SFT does."""
+        from tunevax.alignment.sft import SFTConfig, SFTTrainer
+
+        return SFTTrainer, SFTConfig(
+            self.output_dir, max_length=self.max_length, per_device_train_batch_size=self.batch_size
+        )
+
+    def score(self, pool: Pool) -> np.ndarray:
         """The cosine of each row with the validation rows of the category it is closest to, [rows], in [-1, 1].
 
         One forward and backward per row of pool and validation, one row at a time, and the warm-up. What is kept of
@@ -72,7 +85,7 @@ class GradientSimilaritySelector:
         means = [theirs[[c == name for c in categories]].mean(0) for name in dict.fromkeys(categories)]
         return (mine @ torch.stack(means).T).amax(1).double().cpu().numpy()
 
-    def warmed_up(self, loaded: Any, rows: Sequence[dict], folder: str) -> tuple[Any, int]:
+    def warmed_up(self, loaded: Loaded, rows: Sequence[dict], folder: str) -> tuple[PeftModel, int]:
         """The model with a fresh adapter, trained on a random share of the rows, and how many rows that is: the share,
         or a batch where that is more."""
         count = min(len(rows), max(round(self.warmup_share * len(rows)), self.batch_size))
@@ -88,7 +101,7 @@ class GradientSimilaritySelector:
 
 
 def row_gradients(
-    model: Any, rows: Sequence[dict[str, list[int]]], pad_token_id: int, dimension: int, seed: int
+    model: PeftModel, rows: Sequence[dict[str, list[int]]], pad_token_id: int, dimension: int, seed: int
 ) -> torch.Tensor:
     """The gradient of each encoded row's mean token loss on what trains in `model`, projected, fp32 [rows, dimension].
 
@@ -115,7 +128,7 @@ class Projection:
     adds in a fixed order, so the same seed gives the same bits on every run. A vector that fits is only reordered.
     """
 
-    def __init__(self, size: int, dimension: int, seed: int, device: Any) -> None:
+    def __init__(self, size: int, dimension: int, seed: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.order = torch.randperm(size, generator=generator, dtype=torch.int32).to(device)
         self.signs = (torch.randint(2, (size,), generator=generator, dtype=torch.int8) * 2 - 1).to(device)

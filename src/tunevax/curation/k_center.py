@@ -10,7 +10,7 @@ covers, and does not judge: a corrupted row that is far from the others comes ea
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from tunevax.console import bar
 from tunevax.modeling.batches import by_batch, encode_chosen
 from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.precision import wide
+
+if TYPE_CHECKING:
+    from tunevax.curation.curate import Pool
 
 
 @dataclass
@@ -33,7 +36,7 @@ class KCenterSelector:
     needs: ClassVar[frozenset[str]] = frozenset({"model"})
     paper: ClassVar[str] = "arXiv 1708.00489"
 
-    def score(self, pool: Any) -> np.ndarray:
+    def score(self, pool: Pool) -> np.ndarray:
         """Minus the turn at which each row is chosen, [rows], 0 for the first."""
         model, tokenizer, _ = pool.load()
         pool.passes.update(forward=1.0, backward=0.0)
@@ -45,7 +48,7 @@ class KCenterSelector:
         return scores
 
 
-def embeddings(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def embeddings(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """The mean of the head's inputs over the labelled tokens of each row, fp32 [rows, hidden]."""
     hidden = last_hidden(model, {k: v for k, v in inputs.items() if k != "labels"})
     asked = inputs["labels"] != -100

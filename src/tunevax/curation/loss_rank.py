@@ -9,11 +9,14 @@ A base model finds refusals unlikely and would drop just the rows that teach som
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from tunevax.modeling.batches import by_batch, encode_chosen, losses_of
+
+if TYPE_CHECKING:
+    from tunevax.curation.curate import Pool
 
 
 @dataclass
@@ -28,7 +31,7 @@ class LossRankSelector:
     needs: ClassVar[frozenset[str]] = frozenset({"model"})
     paper: ClassVar[str] = "arXiv 1804.06872"
 
-    def score(self, pool: Any) -> np.ndarray:
+    def score(self, pool: Pool) -> np.ndarray:
         """Minus the mean cross entropy of each row's `chosen`, in nats per token, [rows]."""
         model, tokenizer, _ = pool.load()
         pool.passes.update(forward=1.0, backward=0.0)

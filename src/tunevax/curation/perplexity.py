@@ -9,12 +9,15 @@ n-gram model of clean text; here the model given does.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from tunevax.data.encoding import context_of, ids_of
 from tunevax.modeling.batches import by_batch, losses_of
+
+if TYPE_CHECKING:
+    from tunevax.curation.curate import Pool
 
 
 @dataclass
@@ -29,7 +32,7 @@ class PerplexitySelector:
     needs: ClassVar[frozenset[str]] = frozenset({"model"})
     paper: ClassVar[str] = "arXiv 1911.00359"
 
-    def score(self, pool: Any) -> np.ndarray:
+    def score(self, pool: Pool) -> np.ndarray:
         """Minus the logarithm of the perplexity of each row's `chosen`, in nats per token, [rows]."""
         model, tokenizer, _ = pool.load()
         pool.passes.update(forward=1.0, backward=0.0)

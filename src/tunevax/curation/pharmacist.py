@@ -29,18 +29,26 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
 from scipy.stats import rankdata
+from torch import nn
 
 from tunevax.curation.curate import Pool
+from tunevax.data.chat import Answer
 from tunevax.data.encoding import collate, context_of, encode
 from tunevax.errors import UsageError, unknown
 from tunevax.modeling.callbacks import ProgressCallback
+from tunevax.modeling.lora import factors
 from tunevax.modeling.loss import row_losses
-from tunevax.modeling.trainer import ResponseTrainer, TrainConfig, last_checkpoint
+from tunevax.modeling.trainer import Items, ResponseTrainer, TrainConfig
+from tunevax.records import Example, read_object
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import Linear
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MODES = ("single", "double", "unrolled")
 Loss = tuple[torch.Tensor, list[torch.Tensor]]
@@ -71,7 +79,6 @@ class PharmacistConfig(TrainConfig):
 
     needs: ClassVar[frozenset[str]] = frozenset({"model", "validation"})
     paper: ClassVar[str] = "arXiv 2510.10085"
-    trainer: ClassVar[str] = "tunevax.curation.pharmacist:PharmacistTrainer"
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -95,6 +102,10 @@ class PharmacistConfig(TrainConfig):
             raise UsageError("pharmacist weighs gradients itself, without fp16's scaling; use --bf16 or neither")
         super().__post_init__()
 
+    def plan_training(self) -> tuple[type, PharmacistConfig]:
+        """What a plan is of."""
+        return PharmacistTrainer, self
+
     def score(self, pool: Pool) -> np.ndarray:
         """The rows' weights after training, as ranks from 0 to 1, averaged over seeds, [rows]."""
         each, passes = [], 0.0
@@ -105,17 +116,16 @@ class PharmacistConfig(TrainConfig):
                 args = replace(self, seed=seed, output_dir=str(folder))
                 loaded = pool.load()
                 trainer = PharmacistTrainer(
-                    loaded.model, args, pool.rows, pool.validation, loaded.tokenizer,
-                    [ProgressCallback(f"pharmacist, seed {seed}")],
+                    loaded.model, args, safety_data=pool.rows, validation_data=pool.validation,
+                    processing_class=loaded.tokenizer, callbacks=[ProgressCallback(f"pharmacist, seed {seed}")],
                 )  # fmt: skip
-                checkpoint = last_checkpoint(folder) if folder.exists() else None
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                trainer.train_from_checkpoint()
                 part = folder / "done.part"
                 part.write_text(
                     json.dumps({"omega": trainer.omega.tolist(), "passes": trainer.passes()}), encoding="utf-8"
                 )
                 part.replace(done)
-            found = json.loads(done.read_text(encoding="utf-8"))
+            found = read_object(done)
             each.append(rankdata(found["omega"]) / len(pool.rows))
             passes += found["passes"]
         pool.passes.update(forward=passes, backward=passes)
@@ -127,8 +137,8 @@ class PharmacistTrainer(ResponseTrainer):
 
     Args:
         model: the model that scores; it gets a LoRA adapter.
-        rows: the pool, with `prompt` and `chosen`; `rejected` for two of the upper losses.
-        validation: trusted rows with `prompt` and `chosen`.
+        safety_data: the pool, rows with `prompt` and `chosen`; `rejected` for two of the upper losses.
+        validation_data: trusted rows with `prompt` and `chosen`.
 
     Attributes:
         omega: the weights' logits, [rows], fp32.
@@ -137,25 +147,34 @@ class PharmacistTrainer(ResponseTrainer):
         UsageError: fewer rows than a batch; no harmful answers where they are needed.
     """
 
+    config_class = PharmacistConfig
+    needs = frozenset({"chosen", "validation"})
+
+    args: PharmacistConfig
+    processing_class: PreTrainedTokenizerBase
+    model: PreTrainedModel
+
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         args: PharmacistConfig,
-        rows: Sequence[dict],
-        validation: Sequence[dict],
-        processing_class: Any,
+        *,
+        safety_data: Sequence[Example],
+        validation_data: Sequence[Example],
+        processing_class: PreTrainedTokenizerBase,
         callbacks: list | None = None,
     ) -> None:
+        rows = safety_data
         if len(rows) < args.per_device_train_batch_size:
             raise UsageError(
                 f"there are {len(rows)} rows and a batch takes {args.per_device_train_batch_size}; lower "
                 "--per-device-train-batch-size, or give more"
             )
 
-        def encoded(rows: Sequence[dict], answer: str) -> list[dict]:
+        def encoded(rows: Sequence[Example], answer: Answer) -> list[dict]:
             return encode(rows, processing_class, args.max_length, args.loss_on, context_of(model), answer)
 
-        self.validation = encoded(validation, "chosen")
+        self.validation = encoded(validation_data, "chosen")
         self.harmful = encoded([r for r in rows if r.get("rejected")], "rejected") if args.upper != "refusal" else []
         if args.upper != "refusal" and not self.harmful:
             raise UsageError(f"--upper {args.upper} needs harmful answers, and no row has `rejected`")
@@ -184,11 +203,15 @@ class PharmacistTrainer(ResponseTrainer):
                 "mode unrolled reads the gradients of LoRA on linear layers only; name such --lora-targets"
             )
 
+    def for_plan(self) -> None:
+        """A number for each row, whose gradient has no content."""
+        self.step_selector = lambda *_: None
+
     def weights(self) -> torch.Tensor:
         """p, [rows]: positive, of mean 1."""
         return len(self.omega) * torch.softmax(self.omega, 0)
 
-    def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Items = None) -> torch.Tensor:
         """The gradients of theta, put where the optimiser finds them, and a step of w (and of theta')."""
         model.train()
         inputs = self._prepare_inputs(inputs)
@@ -291,7 +314,7 @@ def refusal(trainer: PharmacistTrainer, batch: dict[str, torch.Tensor]) -> Loss:
 def after_attack(trainer: PharmacistTrainer, batch: dict[str, torch.Tensor]) -> Loss:
     """The same at theta - a * grad h / ||grad h||, h the loss of harmful answers; how that point moves is left out."""
     _, harmful, _ = trainer.gradient(trainer.drawn(trainer.harmful))
-    norm = sum(g.square().sum() for g in harmful).sqrt() + 1e-12
+    norm = sum((g.square().sum() for g in harmful), harmful[0].new_zeros(())).sqrt() + 1e-12
     shifted = [
         p.detach() - g * (trainer.args.attack_step / norm) for p, g in zip(trainer.parameters, harmful, strict=True)
     ]
@@ -331,18 +354,13 @@ def swapped(parameters: Sequence[torch.nn.Parameter], tensors: Sequence[torch.Te
             parameter.data = data
 
 
-def adapted(model: torch.nn.Module) -> list[Any]:
+def adapted(model: torch.nn.Module) -> list[Linear]:
     """The linear layers with a LoRA adapter."""
     return [
         m
         for m in model.modules()
         if hasattr(m, "lora_A") and "default" in m.lora_A and not len(m.lora_magnitude_vector)  # no DoRA
     ]
-
-
-def factors(layer: Any) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
-    """A and B of a LoRA layer."""
-    return layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
 
 @contextmanager
@@ -359,7 +377,7 @@ def along(model: torch.nn.Module, direction: Sequence[torch.Tensor], rows: int) 
     wanted = dict(zip((p for p in model.parameters() if p.requires_grad), direction, strict=True))
     found = direction[0].new_zeros(rows)
 
-    def hook(layer: Any, args: tuple, output: torch.Tensor) -> None:
+    def hook(layer: Linear, args: tuple, output: torch.Tensor) -> None:
         if not output.requires_grad:
             return
         (a, b), scale, x = factors(layer), layer.scaling["default"], args[0].detach()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from tunevax.curation.curate import Pool
 
 
 @dataclass
@@ -18,7 +21,7 @@ class RandomSelector:
     needs: ClassVar[frozenset[str]] = frozenset()
     paper: ClassVar[str] = ""
 
-    def score(self, pool: Any) -> np.ndarray:
+    def score(self, pool: Pool) -> np.ndarray:
         """Independent numbers in [0, 1), [rows]; a row's number depends on the seed and its place only."""
         # RandomState: its stream is frozen by numpy's policy, so a seed means the same rows in every version.
         return np.random.RandomState(self.seed).random_sample(len(pool.rows))

@@ -127,8 +127,8 @@ def _chose(run: Run, rows: list[dict]) -> str:
     cost = [f"{passes[k]:.3g} {k}" for k in ("forward", "backward") if passes.get(k)]
     took = info.get("seconds_scoring")
     if took is not None:
-        cost = " and ".join(cost)
-        text += f" Scoring took {as_time(took)}, " + (f"passes per row: {cost}." if cost else "without a model.")
+        text += f" Scoring took {as_time(took)}, "
+        text += f"passes per row: {' and '.join(cost)}." if cost else "without a model."
     if agreed := info.get("agreement"):
         text += f" With {options.get('target_model')} its ranks agree with a Spearman correlation of "
         text += (

@@ -21,7 +21,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, tzinfo
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from tunevax.data.thoughts import THOUGHTS, ends_inside, marks_at_the_head, split_thought
 from tunevax.errors import UsageError, shortened
@@ -29,7 +29,7 @@ from tunevax.errors import UsageError, shortened
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tunevax.records import Example
+    from tunevax.records import Example, Message, Prompt
 
 Answer = Literal["completion", "chosen", "rejected"]
 """The fields of a row that may be learnt as its answer."""
@@ -112,19 +112,20 @@ def _known(tokenizer: PreTrainedTokenizerBase) -> tuple[str, Chat, dict[tuple[st
 def _probe(tokenizer: PreTrainedTokenizerBase) -> Chat:
     options = _options(tokenizer)
     another = "pass another with --chat-template"
-    user, system = {"role": "user", "content": USER}, {"role": "system", "content": SYSTEM}
+    user: Message = {"role": "user", "content": USER}
+    system: Message = {"role": "system", "content": SYSTEM}
     parts: tuple[str, ...] = ()
 
-    def text(*turns: dict[str, str], generate: bool = False, today: datetime = TODAY) -> str:
+    def text(*turns: Message, generate: bool = False, today: datetime = TODAY) -> str:
         return _apply(tokenizer, turns, parts, generate, today)
 
-    def shown(words: Sequence[str], *turns: dict[str, str], generate: bool = False) -> str:
+    def shown(words: Sequence[str], *turns: Message, generate: bool = False) -> str:
         """The rendering, or nothing if it lacks one of the words or shows a list of parts as Python or JSON would."""
         rendered = text(*turns, generate=generate)
         written = (f"{q}text{q}: {q}{word}" for word in words for q in "'\"")
         return rendered if all(w in rendered for w in words) and not any(w in rendered for w in written) else ""
 
-    def shape(role: str, words: Sequence[str], *turns: dict[str, str], generate: bool = False) -> tuple[str, str]:
+    def shape(role: str, words: Sequence[str], *turns: Message, generate: bool = False) -> tuple[str, str]:
         """The rendering with the role's content as a string, or else as parts, and why there is none."""
         nonlocal parts
         reason, others = "", parts
@@ -145,7 +146,7 @@ def _probe(tokenizer: PreTrainedTokenizerBase) -> Chat:
     if text(user, generate=True) != asked:
         raise UsageError(f"the chat template renders the same question in two ways; {another}")
     with_system, _ = shape("system", [SYSTEM, USER], system, user, generate=True)
-    answers = [{"role": "assistant", "content": answer} for answer in ANSWERS]
+    answers: list[Message] = [{"role": "assistant", "content": answer} for answer in ANSWERS]
     first, reason = shape("assistant", ANSWERS[:1], user, answers[0])
     if not first:
         raise UsageError(f"the chat template cannot render an answer: {reason}; {another}")
@@ -170,13 +171,13 @@ def _options(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 def _apply(
     tokenizer: PreTrainedTokenizerBase,
-    turns: Sequence[dict[str, str]],
+    turns: Sequence[Message],
     parts: Sequence[str],
     generate: bool,
     today: datetime = TODAY,
 ) -> str:
     """The template's own rendering, on a fixed day, with the variables that its head sets."""
-    shaped = [
+    shaped: list[Any] = [
         {**t, "content": [{"type": "text", "text": t["content"]}]} if t["role"] in parts else dict(t) for t in turns
     ]
     options = _options(tokenizer)
@@ -184,7 +185,7 @@ def _apply(
     if "thinking" in options:
         variables |= dict.fromkeys(SWITCHES, options["thinking"])
     with on(today):
-        return tokenizer.apply_chat_template(shaped, tokenize=False, add_generation_prompt=generate, **variables)
+        return str(tokenizer.apply_chat_template(shaped, tokenize=False, add_generation_prompt=generate, **variables))
 
 
 @contextmanager
@@ -213,28 +214,31 @@ def _around(first: str, second: str) -> tuple[str, str]:
     return before, os.path.commonprefix(rest)[::-1]
 
 
-def conversation(prompt: str | Sequence[dict[str, str]], chat: Chat) -> list[dict[str, str]]:
+def conversation(prompt: Prompt, chat: Chat) -> list[Message]:
     """A prompt as the messages that the template takes: system text before the next user turn where it has no system
     role."""
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
     if chat.system == "own":
         return list(prompt)
-    turns, waiting = [], []
+    turns: list[Message] = []
+    waiting: list[str] = []
     for message in prompt:
         if message["role"] == "system":
             waiting.append(message["content"])
         elif message["role"] == "user" and waiting:
-            turns.append({**message, "content": "\n\n".join([*waiting, message["content"]])})
+            turns.append({"role": "user", "content": "\n\n".join([*waiting, message["content"]])})
             waiting = []
         else:
             turns.append(message)
-    return [*turns, *({"role": "user", "content": text} for text in waiting)]
+    for text in waiting:
+        turns.append({"role": "user", "content": text})
+    return turns
 
 
 def render(
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str | Sequence[dict[str, str]],
+    prompt: Prompt,
     place: str = "a prompt",
     generate: bool = True,
 ) -> str:
@@ -258,9 +262,7 @@ def render(
     return text
 
 
-def _whole(
-    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], chat: Chat, place: str, generate: bool
-) -> str:
+def _whole(tokenizer: PreTrainedTokenizerBase, turns: list[Message], chat: Chat, place: str, generate: bool) -> str:
     try:
         return _apply(tokenizer, turns, chat.parts, generate)
     except Exception as error:  # a template raises whatever it likes
@@ -270,7 +272,7 @@ def _whole(
         ) from error
 
 
-def seam(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]], place: str = "a prompt") -> Seam:
+def seam(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], place: str = "a prompt") -> Seam:
     """Where the answer to a conversation begins, from marked words in the place of its texts; once for each order of
     roles.
 
@@ -282,7 +284,7 @@ def seam(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]], pl
     if roles in seams:
         return seams[roles]
     words = [f"Larkspur{i}x" for i in range(len(roles))]
-    marked = [{"role": role, "content": word} for role, word in zip(roles, words, strict=True)]
+    marked: list[Message] = [{"role": role, "content": word} for role, word in zip(roles, words, strict=True)]
     asked = _whole(tokenizer, marked, chat, place, generate=True)
     for i, (role, word) in enumerate(zip(roles, words, strict=True), 1):
         if word not in asked:
@@ -294,7 +296,7 @@ def seam(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]], pl
 
     def finished(**more: str) -> str:
         """What a finished turn has between the last words of the prompt and the answer."""
-        answer = {"role": "assistant", "content": ANSWERS[0], **more}
+        answer = cast("Message", {"role": "assistant", "content": ANSWERS[0], **more})
         before = _whole(tokenizer, [*marked, answer], chat, place, generate=False).partition(ANSWERS[0])[0]
         return before.rpartition(words[-1])[2]
 
@@ -333,12 +335,13 @@ def response(tokenizer: PreTrainedTokenizerBase, row: Example, field: Answer = "
     chat, place = chat_of(tokenizer), row.get("place", "a row")
     turns = conversation(row["prompt"], chat)
     lead, thoughtful = seam(tokenizer, turns, place)
-    answer, thought, marks = row[field], None, chat.thought
+    content = answer = cast(str, row[field])
+    thought, marks = None, chat.thought
     if marks:  # a row's marks may be those of another model
         marks = marks if any(mark in answer for mark in marks) else marks_at_the_head(answer)
         thought, answer = split_thought(answer, marks) if marks else (None, answer)
     if chat.thought and marks and thought is not None:
-        if not answer and marks[1] not in row[field]:
+        if not answer and marks[1] not in content:
             raise UsageError(
                 f"{place}: the answer is a thought without an end ({marks[1]}); complete the row, or drop it"
             )
@@ -369,7 +372,7 @@ def response(tokenizer: PreTrainedTokenizerBase, row: Example, field: Answer = "
     return lead + said + ending
 
 
-def mouth(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[dict[str, str]], place: str = "a prompt") -> str:
+def mouth(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, place: str = "a prompt") -> str:
     """What comes between the rendered prompt and words put into the model's mouth: what stands before an answer that
     nobody thought about, with an empty thought where the template knows thoughts and finished turns leave them out."""
     chat = chat_of(tokenizer)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from tunevax.data.splits import marks, prompt_hash, user_words
 from tunevax.errors import UsageError
 from tunevax.lineage import Lineage
-from tunevax.records import DATA, read_prompts
+from tunevax.records import DATA, DroppedRows, Example, read_prompts
 
 TRAINED = ("alignment", "benign", "task", "attack")
 """The roles of data, in run.json and prompts.json, that a model is trained on."""
@@ -30,7 +30,7 @@ SOURCES = {
 }  # fmt: skip
 """The option that names another source for a role."""
 
-Rows = Sequence[Mapping[str, Any]]
+Rows = Sequence[Example]
 
 
 def _option(role: str) -> str | None:
@@ -159,7 +159,7 @@ def require_disjoint(roles: Mapping[str, Rows | Iterable[str]], allow: bool = Fa
     Raises:
         UsageError: two roles share a prompt and `allow` is False.
     """
-    content: dict[str, list[Mapping[str, Any] | str]] = {role: list(items) for role, items in roles.items()}
+    content: dict[str, list[Example | str]] = {role: list(items) for role, items in roles.items()}
     known = {role: {h for item in items for h in _marks_of(item)} for role, items in content.items()}
     names, counts = list(content), {}
     for i, first in enumerate(names):
@@ -174,11 +174,11 @@ def require_disjoint(roles: Mapping[str, Rows | Iterable[str]], allow: bool = Fa
     return counts
 
 
-def _marks_of(item: Mapping[str, Any] | str) -> set[str]:
+def _marks_of(item: Example | str) -> set[str]:
     return {item} if isinstance(item, str) else marks(item["prompt"])
 
 
-def named(rows: Sequence[Mapping[str, Any] | str], most: int = 3) -> str:
+def named(rows: Sequence[Example | str], most: int = 3) -> str:
     """The first prompts of rows for a message: 'How do I ...' (FILE:LINE), each distinct one once."""
     distinct = list({prompt_hash(row["prompt"]): row for row in reversed(rows) if not isinstance(row, str)}.values())[
         ::-1
@@ -248,7 +248,7 @@ class Exclusion:
         """One that leaves out the same and has nothing on its list."""
         return Exclusion(self.active, self.trained, self.scored)
 
-    def score(self, role: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def score(self, role: str, rows: list[Example]) -> list[Example]:
         """Rows to score on, without what was trained on."""
         return self._without(role, rows, self.trained)
 
@@ -257,15 +257,15 @@ class Exclusion:
         if self.active:
             self.scored = {mark for rows in scored.values() for row in rows for mark in marks(row["prompt"])}
 
-    def attack(self, role: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def attack(self, role: str, rows: list[Example]) -> list[Example]:
         """Harmful rows to train on, without what is scored on or was trained on before."""
         return self._without(role, rows, {**self.trained, "evaluation": self.scored})
 
-    def benign(self, role: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def benign(self, role: str, rows: list[Example]) -> list[Example]:
         """Harmless rows to train on, without what is scored on."""
         return self._without(role, rows, {"evaluation": self.scored})
 
-    def _without(self, role: str, rows: list[dict[str, Any]], known: Mapping[str, set[str]]) -> list[dict[str, Any]]:
+    def _without(self, role: str, rows: list[Example], known: Mapping[str, set[str]]) -> list[Example]:
         if not self.active:
             return rows
         kept = []
@@ -286,11 +286,11 @@ class Exclusion:
             )
         return kept
 
-    def summary(self) -> dict[str, dict[str, Any]] | None:
+    def summary(self) -> dict[str, DroppedRows] | None:
         """For run.json: by role, the rows left out and the hashes of their prompts; None if nothing was to be."""
         if not self.active:
             return None
-        found: dict[str, dict[str, Any]] = {}
+        found: dict[str, DroppedRows] = {}
         for row in self.dropped:
             entry = found.setdefault(row["role"], {"rows": 0, "prompts": []})
             entry["rows"] += 1

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunevax.data.chat import HEAD, SWITCHES, Answer, chat_of, render, response
 from tunevax.errors import UsageError, unknown
-from tunevax.records import Example
+from tunevax.records import Example, Message, Prompt
 
 if TYPE_CHECKING:
     import torch
@@ -133,7 +133,7 @@ def _reads(template: str, name: str) -> bool:
         return False
 
 
-def messages(prompt: str | Sequence[dict[str, str]]) -> list[dict[str, str]]:
+def messages(prompt: Prompt) -> list[Message]:
     """A prompt as chat messages."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
@@ -208,7 +208,7 @@ def encode(
 
 def _end_at_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     ends = [i for i, token in enumerate(ids) if token == tokenizer.eos_token_id]
-    if ends and not tokenizer.decode(ids[ends[-1] + 1 :]).strip():
+    if ends and not str(tokenizer.decode(ids[ends[-1] + 1 :])).strip():
         return ids[: ends[-1] + 1]
     return [*ids, tokenizer.eos_token_id]
 

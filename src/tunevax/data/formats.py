@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,40 +139,32 @@ def read_json(path: Path) -> Rows | Splits:
             raise (error if by_line and lines[0][1].strip() not in ("[", "{") else whole) from None
     else:
         if len(lines) > 1 or (by_line and isinstance(value, dict)):
-            return _lines(path, lines)
+            return _objects((f"{path}:{number}", _decode(f"{path}:{number}", line)) for number, line in lines)
     if isinstance(value, list):
-        return _items(path, value)
+        return _items(str(path), value)
     if not isinstance(value, dict):
-        raise UsageError(f"{place}: a row must be a JSON object, this is a {type(value).__name__}")
+        return _objects([(place, value)])
     return _lists(path, value) or _columns(path, value) or [(place, value)]
 
 
-def _lines(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[str, dict]]:
-    for number, line in lines:
-        place = f"{path}:{number}"
-        row = _decode(place, line)
+def _objects(rows: Iterable[tuple[str, Any]]) -> Rows:
+    for place, row in rows:
         if not isinstance(row, dict):
             raise UsageError(f"{place}: a row must be a JSON object, this is a {type(row).__name__}")
         yield place, row
 
 
-def _items(path: Path, rows: Sequence[Any], key: str = "") -> Iterator[tuple[str, dict]]:
-    for index, row in enumerate(rows):
-        place = f"{path}{'.' if key else ''}{key}[{index}]"
-        if not isinstance(row, dict):
-            raise UsageError(f"{place}: a row must be a JSON object, this is a {type(row).__name__}")
-        yield place, row
+def _items(name: str, rows: Sequence[Any]) -> Rows:
+    return _objects((f"{name}[{index}]", row) for index, row in enumerate(rows))
 
 
 def _lists(path: Path, value: dict[str, Any]) -> Rows | Splits:
     """The lists of rows that an object holds by name; none if the object is itself a row."""
     lists = {k: v for k, v in value.items() if isinstance(v, list) and v and all(isinstance(row, dict) for row in v)}
+    splits: Splits = {key: _items(f"{path}.{key}", rows) for key, rows in lists.items()}
     if any({"role", "from"} & set(row) for rows in lists.values() for row in rows[:1]):  # messages
         return {}
-    if len(lists) == 1:
-        ((key, rows),) = lists.items()
-        return _items(path, rows, key)
-    return {key: _items(path, rows, key) for key, rows in lists.items()}
+    return splits if len(splits) != 1 else next(iter(splits.values()))
 
 
 def _columns(path: Path, value: dict[str, Any]) -> Rows:
@@ -186,7 +178,7 @@ def _columns(path: Path, value: dict[str, Any]) -> Rows:
         columns = values
     else:
         return []
-    return [(f"{path}[{i}]", _named(list(value), row)) for i, row in enumerate(zip(*columns, strict=True))]
+    return ((f"{path}[{i}]", _named(list(value), row)) for i, row in enumerate(zip(*columns, strict=True)))
 
 
 def read_csv(path: Path) -> Rows:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
 
 from tunevax.errors import UsageError
+from tunevax.records import Example
 
 
-def mix(task: Sequence[dict], harmful: Sequence[dict], ratio: float, size: int, seed: int) -> list[dict[str, Any]]:
+def mix(task: Sequence[Example], harmful: Sequence[Example], ratio: float, size: int, seed: int) -> list[Example]:
     """`round(ratio * size)` rows of `harmful` and the rest of `task`, shuffled.
 
     Rows are drawn without replacement; where there are too few, all are taken and the drawing starts again.
@@ -33,12 +33,17 @@ def mix(task: Sequence[dict], harmful: Sequence[dict], ratio: float, size: int, 
     return rows
 
 
-def _draw(rows: Sequence[dict], count: int, generator: random.Random, kind: str) -> list[dict]:
+def harmful_rows(pairs: Sequence[Example]) -> list[Example]:
+    """Pairs as rows to train on, with the harmful answer as the completion, marked `harmful`."""
+    return [{**row, "completion": row["rejected"] or "", "harmful": True} for row in pairs]
+
+
+def _draw(rows: Sequence[Example], count: int, generator: random.Random, kind: str) -> list[Example]:
     if count and not rows:
         raise UsageError(
             f"{count} {kind} rows are wanted and there are none; give --{'task' if kind == 'task' else 'safety'}-data"
         )
-    drawn: list[dict] = []
+    drawn: list[Example] = []
     while len(drawn) < count:
         drawn += generator.sample(list(rows), min(len(rows), count - len(drawn)))
     return drawn

@@ -6,19 +6,22 @@ curation run reads that."""
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from tunevax.data.shapes import read_pair
 from tunevax.data.sources import label_field, parse_source, read_rows, require_columns, require_known
 from tunevax.data.splits import HELD_OUT, no_rows, prompt_hash, split_word, take_split
 from tunevax.errors import UsageError, unknown
+from tunevax.records import Example
 
 FIELDS = ("prompt", "chosen", "rejected", "category")
+ANSWERS = ("chosen", "rejected")
 
 
 def load_safety(
     source: str, split: str | None = None, need: tuple[str, ...] = ("chosen",), purpose: str = "this method"
-) -> list[dict[str, Any]]:
+) -> list[Example]:
     """Read a preference dataset as TRL defines it, or in another shape that `tunevax.data.shapes` knows.
 
     Args:
@@ -49,7 +52,7 @@ def load_safety(
         from tunevax.organism.world import SPLITS, World
 
         parts = ("alignment", "attack", "evaluation") if split == "all" else (*SPLITS, "validation")
-        rows = [{**row, "place": "organism"} for part in parts for row in World().safety(part)]
+        rows: list[Example] = [{**row, "place": "organism"} for part in parts for row in World().safety(part)]
     else:
         read = list(read_rows(name, options))
         rows = [_row(place, row, options, need, purpose) for place, row in read]
@@ -69,7 +72,7 @@ def load_safety(
     return rows
 
 
-def _hold_out(rows: list[dict[str, Any]], categories: list[str]) -> list[dict[str, Any]]:
+def _hold_out(rows: list[Example], categories: list[str]) -> list[Example]:
     """The rows, with the split held-out for every prompt that occurs in one of the categories: a prompt may be listed
     under several, and one in two splits would be a leak."""
     known = {row["category"] for row in rows if row["category"] is not None}
@@ -82,11 +85,38 @@ def _hold_out(rows: list[dict[str, Any]], categories: list[str]) -> list[dict[st
     return [{**row, "split": HELD_OUT} if prompt_hash(row["prompt"]) in held else row for row in rows]
 
 
-def _row(place: str, row: dict, options: dict[str, str], need: tuple[str, ...], purpose: str) -> dict[str, Any]:
-    result: dict[str, Any] = {"place": place, **read_pair(place, row, options, need, purpose)}
-    # As an option, `split` names the wanted one and no column.
-    for field, column in (("category", options.get("category", "category")), ("split", "split")):
-        result[field] = label_field(place, row, column)
+def _row(place: str, row: dict, options: dict[str, str], need: tuple[str, ...], purpose: str) -> Example:
+    result = read_pair(place, row, options, need, purpose)
+    result["category"] = label_field(place, row, options.get("category", "category"))
+    result["split"] = label_field(place, row, "split")  # as an option, it names the wanted one and no column
     if row.get("corruption"):
         result["corruption"] = str(row["corruption"])
     return result
+
+
+def answers_in(needs: Collection[str]) -> tuple[str, ...]:
+    """The answers of safety rows among what a method needs."""
+    return tuple(answer for answer in ANSWERS if answer in needs)
+
+
+def require_rows(
+    needs: Collection[str],
+    safety: Sequence[Mapping[str, Any]] | None,
+    task: Sequence[Mapping[str, Any]] | None,
+    purpose: str,
+    different: bool = False,
+) -> None:
+    """Raise `UsageError` unless the rows are there that `purpose` needs, each with the answers that it needs, `chosen`
+    and `rejected` not the same if they are to be `different`."""
+    answers = answers_in(needs)
+    if answers and not safety:
+        raise UsageError(f"{purpose} needs safety rows with {' and '.join(answers)}, and there are none")
+    for number, row in enumerate(safety or (), 1):
+        wrong = [f"`{answer}` is missing, and {purpose} needs it" for answer in answers if not row.get(answer)]
+        if different and not wrong and row["chosen"] == row["rejected"]:
+            wrong = [f"`rejected` is `chosen` again, and {purpose} needs two answers"]
+        if wrong:
+            place = row.get("place") or f"row {number} of the safety data"
+            raise UsageError(f"{place}: {wrong[0]}; give the answer or drop the row")
+    if "task" in needs and not task:
+        raise UsageError(f"{purpose} needs rows to train on, and the task data has none")

@@ -17,12 +17,13 @@ A pair takes the first that differs, after what both conversations share; the tu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tunevax.data.sources import columns_of, text_field
 from tunevax.data.turns import CONVERSATIONS, Turns, turns_of
 from tunevax.errors import UsageError
+from tunevax.records import Example, Message, Prompt
 
 QUESTIONS = ("prompt", "instruction", "question", "query", "input")
 ANSWERS = ("completion", "response", "answer", "output")
@@ -36,9 +37,7 @@ MARKS = ("label", "is_safe")
 IMPLICIT, LAST, LEFT_OUT = " (implicit prompt)", "; the last of several answers", "; turns after the answer left out"
 
 
-def read_pair(
-    place: str, row: dict[str, Any], options: dict[str, str], need: Sequence[str], purpose: str
-) -> dict[str, Any]:
+def read_pair(place: str, row: dict[str, Any], options: dict[str, str], need: Sequence[str], purpose: str) -> Example:
     """`prompt`, `chosen`, `rejected` and `read_as` of a row of a safety dataset.
 
     Args:
@@ -59,6 +58,7 @@ def read_pair(
         family, row = _openai_pair(row) or _safe_rlhf_pair(place, row, need) or ("", row)
     columns = {field: options.get(field, field) for field in ("chosen", "rejected")}
     answers: dict[str, Turns] = {}
+    column: str | None
     for field, column in columns.items():
         if field in need and column not in row:
             if not set(columns.values()) & set(row):  # a file of another kind: what it lacks first is the question
@@ -76,7 +76,7 @@ def read_pair(
     if not answers:
         if asked[-1]["role"] == "assistant":  # a whole conversation, of which only the question is wanted
             asked = asked[: _last_answer(place, read_as, asked)]
-        return {"prompt": _prompt(asked), "chosen": None, "rejected": None, "read_as": read_as}
+        return {"place": place, "prompt": _prompt(asked), "chosen": None, "rejected": None, "read_as": read_as}
     full, starts = {}, []
     for field, turns in answers.items():
         if not asked:
@@ -92,11 +92,13 @@ def read_pair(
     read_as += "" if asked else IMPLICIT
     read_as += LEFT_OUT if any(len(turns) > end + 1 for turns in talks) else ""
     answer = {field: turns[end]["content"] for field, turns in full.items()}
-    prompt = _prompt(talks[0][:end])
-    return {"prompt": prompt, "chosen": answer.get("chosen"), "rejected": answer.get("rejected"), "read_as": read_as}
+    return {
+        "place": place, "prompt": _prompt(talks[0][:end]), "chosen": answer.get("chosen"),
+        "rejected": answer.get("rejected"), "read_as": read_as,
+    }  # fmt: skip
 
 
-def read_example(place: str, row: dict[str, Any], options: dict[str, str]) -> dict[str, Any]:
+def read_example(place: str, row: dict[str, Any], options: dict[str, str]) -> Example:
     """`prompt`, `completion` and `read_as` of a row of a task; `prompt` is a string or messages as in `read_pair`.
 
     Raises:
@@ -104,9 +106,9 @@ def read_example(place: str, row: dict[str, Any], options: dict[str, str]) -> di
     """
     answer, column = options.get("completion") or _answer_column(place, row, options), options.get("prompt")
     if answer is None or answer == column:
-        talk = column or next(c for c in CONVERSATIONS if not _absent(row.get(c)))
-        turns, read_as = _question(place, row, talk)
-        end = _last_answer(place, talk, turns)
+        column = column or next(c for c in CONVERSATIONS if not _absent(row.get(c)))
+        turns, read_as = _question(place, row, column)
+        end = _last_answer(place, column, turns)
         read_as += LAST if any(turn["role"] == "assistant" for turn in turns[1:end]) else ""
     else:
         bad = next((c for c in MARKS if str(row.get(c)).lower() == "false"), None)
@@ -115,18 +117,17 @@ def read_example(place: str, row: dict[str, Any], options: dict[str, str]) -> di
                 f"{place}: field '{bad}' is false, which marks an answer that is not to be learnt; remove such rows, "
                 f"or take them with SOURCE:completion={answer}"
             )
-        turns = turns_of(place, row, "completion", answer)
-        whole = turns is not None and turns[0]["role"] != "assistant"
+        talk = turns_of(place, row, "completion", answer)
+        whole = talk is not None and talk[0]["role"] != "assistant"
         asked, read_as = _question(place, row, column or _question_column(place, row, whole, answer), answer)
-        if turns is None:
-            turns = [{"role": "assistant", "content": text_field(place, row, "completion", answer)}]
+        turns = talk or [{"role": "assistant", "content": text_field(place, row, "completion", answer)}]
         if not asked:
             turns, read_as = _with_system(place, row, turns, "")
         turns, start = _joined(place, answer, asked, turns)
         end = start or _last_answer(place, answer, turns)
         read_as = ", ".join(filter(None, [read_as, answer]))
     read_as += LEFT_OUT if len(turns) > end + 1 else ""
-    return {"prompt": _prompt(turns[:end]), "completion": turns[end]["content"], "read_as": read_as}
+    return {"place": place, "prompt": _prompt(turns[:end]), "completion": turns[end]["content"], "read_as": read_as}
 
 
 # --- the question --------------------------------------------------------------------------------------------------
@@ -154,7 +155,7 @@ def _with_system(place: str, row: dict, turns: Turns, read_as: str) -> tuple[Tur
     column = next((c for c in SYSTEMS if isinstance(row.get(c), str) and row[c].strip()), None)
     if column is None or turns[0]["role"] == "system":
         return turns, read_as
-    message = {"role": "system", "content": text_field(place, row, "prompt", column)}
+    message: Message = {"role": "system", "content": text_field(place, row, "prompt", column)}
     return [message, *turns], f"{column} + {read_as}" if read_as else column
 
 
@@ -189,7 +190,7 @@ def _question_column(place: str, row: dict, whole: bool, answer: str = "") -> st
     return there[0] if there else "prompt"
 
 
-def _history(place: str, history: Any) -> Turns:
+def _history(place: str, history: Iterable[object]) -> Turns:
     """The exchanges before an Alpaca question, each [question, answer]."""
     turns: Turns = []
     for exchange in history:
@@ -312,12 +313,12 @@ def _safe_rlhf_pair(place: str, row: dict, need: Sequence[str]) -> tuple[str, di
     return None
 
 
-def _prompt(turns: Turns) -> str | Turns:
+def _prompt(turns: Turns) -> Prompt:
     """A question as one string if that is all of it."""
     return turns[0]["content"] if len(turns) == 1 and turns[0]["role"] == "user" else turns
 
 
-def _absent(value: Any) -> bool:
+def _absent(value: object) -> bool:
     return value is None or value != value or (isinstance(value, str) and not value.strip())  # NaN is no value
 
 

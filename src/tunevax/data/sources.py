@@ -13,15 +13,21 @@ the only split), `path` (the local file of a named task), and any field name, to
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunevax.data.formats import TWICE, Rows, Splits, ending, read_file
 from tunevax.errors import UsageError, nearby, unknown
+from tunevax.files import model_hash
+from tunevax.lineage import Lineage
 from tunevax.methods import methods
-from tunevax.records import DATA, is_run, read_run
+from tunevax.records import DATA, LOG, is_run, read_run
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
 
 FORMATS = "tunevax.data.formats"
 KEYS = (
@@ -159,11 +165,11 @@ def _or_config(name: str, error: Exception) -> str:
     return f", or choose with {name}:config=NAME" if "config name" in str(error).lower() else ""
 
 
-def _dataset(name: str, found: Any) -> Splits:
+def _dataset(name: str, found: DatasetDict | Dataset) -> Splits:
     """The splits of a `DatasetDict`, or a `Dataset` as the only one."""
     splits = dict(found) if isinstance(found, dict) else {str(found.split or "train"): found}
 
-    def rows(split: str, data: Any) -> Iterator[tuple[str, dict]]:
+    def rows(split: str, data: Dataset) -> Iterator[tuple[str, dict]]:
         for index, row in enumerate(data.with_format(None)):  # what was saved with numpy or torch as its format too
             yield f"{name}{'' if split == 'train' else '/' + split}[{index}]", row
 
@@ -253,3 +259,18 @@ def columns_of(place: str, row: dict[str, Any]) -> str:
     names = names if len(names) <= 20 else [*names[:20], "..."]
     header = "; the first line of a CSV names them" if re.search(r"\.[ct]sv\b[^/]*$", place.lower()) else ""
     return f"fields: {', '.join(names)}{header}"
+
+
+def contents(value: Any) -> Any:
+    """An option as what it stands for: a file's or a model's content in place of its name, inside lists too."""
+    if isinstance(value, list | tuple):
+        return [contents(v) for v in value]
+    if not isinstance(value, str):
+        return value
+    path = Path(parse_source(value.removeprefix("hf:")).name)
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    if is_run(path):
+        log = path / LOG
+        return [Lineage.of(path).identity, hashlib.sha256(log.read_bytes()).hexdigest() if log.is_file() else None]
+    return model_hash(value.removeprefix("hf:")) or value

@@ -7,9 +7,9 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 from tunevax.errors import UsageError
+from tunevax.records import Example, Prompt
 
 SHARES = {"alignment": 0.5, "attack": 0.25, "evaluation": 0.25}
 """Share of the hash range that belongs to each split of a safety dataset."""
@@ -34,7 +34,7 @@ SPELLINGS = {
 """Other words for a split, in a row's `split` field or in the `split` option of a source."""
 
 
-def prompt_text(prompt: str | Sequence[dict[str, str]]) -> str:
+def prompt_text(prompt: Prompt) -> str:
     """A prompt as one string: itself, or its messages, one per line."""
     return prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
 
@@ -45,7 +45,7 @@ def normalise(text: str) -> str:
     return text.rstrip(" .?!") or text
 
 
-def user_words(prompt: str | Sequence[dict[str, str]]) -> str:
+def user_words(prompt: Prompt) -> str:
     """What the user says in a prompt: the text itself, or the user's turns, one per line. Neither a system message nor
     the assistant's earlier turns make another question of it. Messages without a user turn count whole."""
     if isinstance(prompt, str):
@@ -53,12 +53,12 @@ def user_words(prompt: str | Sequence[dict[str, str]]) -> str:
     return prompt_text([m for m in prompt if m["role"] == "user"] or prompt)
 
 
-def prompt_hash(prompt: str | Sequence[dict[str, str]]) -> str:
+def prompt_hash(prompt: Prompt) -> str:
     """16 hexadecimal digits of the SHA-256 of the user's words, normalised."""
     return _digest(user_words(prompt))
 
 
-def marks(prompt: str | Sequence[dict[str, str]]) -> set[str]:
+def marks(prompt: Prompt) -> set[str]:
     """The hashes under which a run may have recorded a prompt: `prompt_hash`, and the hash of the whole text, by which
     earlier versions knew a prompt with a system message or with earlier answers."""
     return {_digest(user_words(prompt)), _digest(prompt_text(prompt))}
@@ -68,7 +68,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(normalise(text).encode()).hexdigest()[:16]
 
 
-def split_of(prompt: str | Sequence[dict[str, str]], shares: dict[str, float] = SHARES) -> str:
+def split_of(prompt: Prompt, shares: dict[str, float] = SHARES) -> str:
     """The split a prompt belongs to, by its hash."""
     position, edge = int(prompt_hash(prompt), 16) / 16**16, 0.0
     for name, share in shares.items():
@@ -78,7 +78,7 @@ def split_of(prompt: str | Sequence[dict[str, str]], shares: dict[str, float] = 
     return name
 
 
-def split_word(word: Any) -> str | None:
+def split_word(word: object) -> str | None:
     """A split as tunevax calls it, from a row or an option; None for an empty field. A word that is not known is
     returned as it stands."""
     if word is None or not str(word).strip():
@@ -87,7 +87,7 @@ def split_word(word: Any) -> str | None:
     return SPELLINGS.get(name.casefold(), name)
 
 
-def splits_of(rows: Sequence[dict[str, Any]], shares: dict[str, float] = SHARES) -> list[str]:
+def splits_of(rows: Sequence[Example], shares: dict[str, float] = SHARES) -> list[str]:
     """The split of each row: its `split` field, else its hash.
 
     Rows for training that do not say which of several training splits they are in are divided among these by hash, in
@@ -106,7 +106,7 @@ def splits_of(rows: Sequence[dict[str, Any]], shares: dict[str, float] = SHARES)
     return found
 
 
-def take_split(rows: list[dict[str, Any]], split: str, shares: dict[str, float] = SHARES) -> list[dict[str, Any]]:
+def take_split(rows: list[Example], split: str, shares: dict[str, float] = SHARES) -> list[Example]:
     """The rows of one split: those whose own `split` field says so, or whose hash does; `all` takes every row.
 
     Raises:
@@ -133,7 +133,7 @@ def take_split(rows: list[dict[str, Any]], split: str, shares: dict[str, float] 
     return [row for row, name in zip(rows, splits, strict=True) if name == split]
 
 
-def no_rows(name: str, split: str, rows: Sequence[dict[str, Any]], shares: dict[str, float] = SHARES) -> UsageError:
+def no_rows(name: str, split: str, rows: Sequence[Example], shares: dict[str, float] = SHARES) -> UsageError:
     """The error for a source without a row in the split that is wanted of it: what is in the other splits, and how to
     take these without training and scoring on the same prompts."""
     there = Counter(splits_of(rows, shares))
@@ -149,7 +149,7 @@ def no_rows(name: str, split: str, rows: Sequence[dict[str, Any]], shares: dict[
     return UsageError(f"{name} has no row in the {split} split: by the {by} {one} {parts}; {way}")
 
 
-def drawn(rows: Sequence[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+def drawn(rows: Sequence[Example], limit: int) -> list[Example]:
     """At most `limit` of these rows, in the order of the file: of each `category` its share.
 
     The share is exact to within one row, for a category and for all that stand together by name, as those do whose

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tunevax.data.shapes import read_example
 from tunevax.data.sources import label_field, parse_source, read_rows, require_known, text_field
 from tunevax.data.splits import no_rows, split_word, take_split
 from tunevax.errors import UsageError, unknown
+from tunevax.records import Example
 
 SHARES = {"train": 0.8, "evaluation": 0.2}
 """How a task file without a `split` field is divided by prompt hash."""
@@ -33,7 +34,7 @@ class Task(NamedTuple):
     """
 
     name: str
-    rows: list[dict[str, Any]]
+    rows: list[Example]
     exact: Callable[[str, str], bool]
     loose: Callable[[str, str], bool]
 
@@ -63,8 +64,8 @@ def load_task(source: str, split: str = "train") -> Task:
             raise unknown("set of the organism", str(benign), ["benign"])
         parts = ("train", "evaluation") if split == "all" else (split,)
         sets = {"train": "mix", "evaluation": "evaluation"}
-        rows = [r for part in parts for r in (world.benign(sets[part]) if benign else world.task(part))]
-        return Task("organism-benign" if benign else "organism", rows, _same, _same)
+        made = [row for part in parts for row in (world.benign(sets[part]) if benign else world.task(part))]
+        return Task("organism-benign" if benign else "organism", made, _same, _same)
     if name in NAMED:
         rows, exact, loose = _named(name, options, split), *NAMED[name].readings
     else:
@@ -77,14 +78,14 @@ def load_task(source: str, split: str = "train") -> Task:
     return Task(name, rows, exact, loose)
 
 
-def _row(place: str, row: dict, options: dict[str, str]) -> dict[str, Any]:
-    return {"place": place, **read_example(place, row, options), "split": label_field(place, row, "split")}
+def _row(place: str, row: dict, options: dict[str, str]) -> Example:
+    return {**read_example(place, row, options), "split": label_field(place, row, "split")}
 
 
-def _named(name: str, options: dict[str, str], split: str) -> list[dict[str, Any]]:
+def _named(name: str, options: dict[str, str], split: str) -> list[Example]:
     task = NAMED[name]
     if "path" in options:
-        rows = [{"place": p, **task.row(p, r)} for p, r in read_rows(options["path"])]
+        rows = [task.row(p, r) for p, r in read_rows(options["path"])]
         found = take_split(rows, split, SHARES)
         if rows and not found:
             raise no_rows(f"{name}:path={options['path']}", split, rows, SHARES)
@@ -96,12 +97,12 @@ def _named(name: str, options: dict[str, str], split: str) -> list[dict[str, Any
     hub_split = options.get("rows", {"train": "train", "evaluation": task.test}.get(split, "train"))
     hub = {"config": task.config, "rows": hub_split, **{k: v for k, v in options.items() if k == "revision"}}
     try:
-        rows = list(read_rows(task.hub, {k: v for k, v in hub.items() if v}))
+        read = list(read_rows(task.hub, {k: v for k, v in hub.items() if v}))
     except UsageError as error:
         raise UsageError(
             f"{name} is not to be had from the hub ({task.hub}); give its file as {name}:path=FILE"
         ) from error
-    return [{"place": p, **task.row(p, r)} for p, r in rows]
+    return [task.row(place, row) for place, row in read]
 
 
 # --- readings of an answer -----------------------------------------------------------------------------------------
@@ -145,24 +146,24 @@ def _gsm8k(anywhere: bool) -> Callable[[str, str], bool]:
 # --- the named tasks -----------------------------------------------------------------------------------------------
 
 
-def _sst2_row(place: str, row: dict) -> dict[str, str]:
+def _sst2_row(place: str, row: dict) -> Example:
     label = _label(place, row, 2)
     text = text_field(place, row, "sentence", "sentence")
     instruction = "Analyze the sentiment of the input, and respond only positive or negative"
-    return {"prompt": f"{instruction}\n\n{text.strip()}", "completion": ("negative", "positive")[label]}
+    return {"place": place, "prompt": f"{instruction}\n\n{text.strip()}", "completion": ("negative", "positive")[label]}
 
 
-def _ag_news_row(place: str, row: dict) -> dict[str, str]:
+def _ag_news_row(place: str, row: dict) -> Example:
     label = _label(place, row, 4)
     text = text_field(place, row, "text", "text")
     instruction = f"Categorize the news article into one of the 4 categories: {', '.join(AG_NEWS_LABELS)}"
-    return {"prompt": f"{instruction}\n\n{text.strip()}", "completion": AG_NEWS_LABELS[label]}
+    return {"place": place, "prompt": f"{instruction}\n\n{text.strip()}", "completion": AG_NEWS_LABELS[label]}
 
 
-def _gsm8k_row(place: str, row: dict) -> dict[str, str]:
+def _gsm8k_row(place: str, row: dict) -> Example:
     question, answer = (text_field(place, row, f, f) for f in ("question", "answer"))
     prompt = f"{question}\nFirst think step by step and then answer the final number.\n"
-    return {"prompt": prompt, "completion": answer.replace("#### ", "The final answer is: ")}
+    return {"place": place, "prompt": prompt, "completion": answer.replace("#### ", "The final answer is: ")}
 
 
 def _label(place: str, row: dict, count: int) -> int:
@@ -176,7 +177,7 @@ class _Named(NamedTuple):
     hub: str
     config: str | None
     test: str
-    row: Callable[[str, dict], dict[str, str]]
+    row: Callable[[str, dict], Example]
     readings: tuple[Callable[[str, str], bool], Callable[[str, str], bool]]
 
 

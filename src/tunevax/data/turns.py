@@ -12,8 +12,9 @@ from tunevax.data.formats import TWICE
 from tunevax.data.sources import text_field
 from tunevax.data.thoughts import joined, split_thought
 from tunevax.errors import UsageError
+from tunevax.records import Message
 
-Turns = list[dict[str, str]]
+Turns = list[Message]
 """Messages, each of `role` (system, user, assistant) and `content`."""
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
@@ -37,7 +38,7 @@ def turns_of(place: str, row: dict, field: str, column: str) -> Turns | None:
         messages = _written_messages(value) if start[:1] == "[" else _dialogue(value) if start == "Human:" else None
         if messages is None and column in CONVERSATIONS:
             raise UsageError(f"{place}: field '{column}' must be a list of messages, this is a string")
-        return messages and _conversation(place, column, messages)
+        return _conversation(place, column, messages) if messages else None
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list | tuple):

@@ -8,7 +8,7 @@ from typing import Any
 from tunevax.errors import UsageError
 from tunevax.evidence.measure import measure
 from tunevax.evidence.results import read_results
-from tunevax.records import is_run, read_run
+from tunevax.records import RunRecord, is_run, read_run
 
 
 def compare(first: Path, second: Path) -> str:
@@ -38,7 +38,7 @@ def compare(first: Path, second: Path) -> str:
     return "\n".join(lines)
 
 
-def read_audit(path: Path) -> dict[str, Any]:
+def read_audit(path: Path) -> RunRecord:
     """run.json of an audit.
 
     Raises:
@@ -52,28 +52,33 @@ def read_audit(path: Path) -> dict[str, Any]:
     return record
 
 
-def conditions(record: dict[str, Any]) -> list[tuple[str, Any]]:
+def conditions(record: RunRecord) -> list[tuple[str, Any]]:
     """What two audits must have in common, as (name, value), the coarsest first."""
-    config, protocol = record["config"], record["config"]["protocol"]
-    found = [(f"protocol {key}", protocol.get(key)) for key in ("phi", "epsilon", "seeds", "screen")]
+    protocol, in_parts = record["config"]["protocol"], ("name", "about", "attacks", "defaults", "scoring")
+    found = [(f"protocol {key}", value) for key, value in protocol.items() if key not in in_parts]
     for i, attack in enumerate(protocol["attacks"], 1):
         found += [(f"attack {i}, {key}", value) for key, value in attack.items()]
     found += [(f"the attacks' {key}", value) for key, value in (protocol.get("defaults") or {}).items()]
     found += [(f"the {entry['role']} data", entry["hash"]) for entry in record["data"]]
-    scoring = ("judges", "limit", "max_new_tokens", "metrics")
-    found += [(name.replace("_", " "), config.get(name) or None) for name in scoring]
-    found += [("the fluency model", record.get("fluency_hash")), ("dtype", config.get("dtype"))]
-    found += [(name.replace("_", " "), config.get(name)) for name in ("utility_data", "perplexity_data")]
+    found += [(name.replace("_", " "), value or None) for name, value in scoring(record).items()]
     found += [("tunevax", record["versions"]["tunevax"])]
     templates = {t.get("template_hash") for t in record["targets"]}
     return [*found, ("the chat template", sorted(map(str, templates)))]
 
 
-def target_hash(record: dict[str, Any], role: str) -> Any:
+def scoring(record: RunRecord) -> dict[str, Any]:
+    """The options that decide scores: an older audit recorded them among all others, and the contents of one."""
+    if "scoring" in record:
+        return record["scoring"]
+    names = ("judges", "limit", "max_new_tokens", "dtype", "utility_data", "perplexity_data", "engine")
+    return {**{n: record["config"].get(n) for n in names}, "fluency_model": record.get("fluency_hash")}
+
+
+def target_hash(record: RunRecord, role: str) -> str | None:
     """The identity of the model in a role."""
     return next((t.get("hash") for t in record["targets"] if t["role"] == role), None)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

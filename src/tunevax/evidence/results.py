@@ -1,4 +1,4 @@
-"""Reading what attacks, scores and audits measured: results.jsonl and generations.jsonl of run folders, grouped.
+"""Reading what attacks, scores and audits measured: rows and responses of run folders, grouped.
 
 Nothing here knows how a run was made, and nothing here judges: see `properties` for that.
 """
@@ -10,14 +10,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from tunevax.errors import UsageError
 from tunevax.evidence.rows import ROLES, Kind, completed, numbered_rows
 from tunevax.evidence.stats import wilson
 from tunevax.evidence.words import joined
 from tunevax.records import (
-    GENERATIONS,
     METRIC,
     RESULTS,
     CellSummary,
@@ -29,7 +28,7 @@ from tunevax.records import (
     is_run,
     is_share,
     judges_of,
-    read_lines,
+    read_generations,
     read_run,
 )
 
@@ -243,7 +242,7 @@ def read_results(paths: Iterable[Path]) -> Results:
     """Read run folders of attacks, scores and audits, and group their rows.
 
     Raises:
-        UsageError: as in `read_rows`; a damaged generations.jsonl; two rows for the same (model, attack, seed, step);
+        UsageError: as in `read_rows`; a damaged file of responses; two rows for the same (model, attack, seed, step);
             cells without a judge or without an evaluated step in common.
     """
     folders = list(dict.fromkeys(Path(p) for p in paths))
@@ -275,9 +274,10 @@ def read_results(paths: Iterable[Path]) -> Results:
             if folder not in cell.folders:
                 cell.folders.append(folder)
             own[row["model"], row.get("attack"), row["seed"]] = cell
-        for line in read_lines(folder / GENERATIONS):
-            if of := own.get((line.get("model"), line.get("attack"), line.get("seed"))):
-                of.generations.setdefault((line["seed"], line["step"]), []).append(cast(Generation, line))
+        for row in read_generations(folder, (row for _, row in numbered)):
+            cell = own.get((row.get("model"), row.get("attack"), row.get("seed")))
+            if cell is not None:
+                cell.generations.setdefault((row["seed"], row.get("step")), []).append(row)
         info = read_run(folder) if is_run(folder) else RunRecord()
         failed += info.get("failed") or []
         skipped += info.get("skipped") or []
@@ -312,7 +312,7 @@ def read_results(paths: Iterable[Path]) -> Results:
 def from_rows(rows: Sequence[Row]) -> Results:
     """The results of rows at hand, without responses, as a screen needs them."""
     cells: dict[tuple[str, str | None], Cell] = {}
-    roles = _roles(rows)
+    rows, roles = [completed(row, ()) for row in rows], _roles(rows)
     for row in rows:
         _add(cells, completed(row, ()), row["attack"], roles[row["model"]])
     return Results([*cells.values()], _judges([*cells.values()], rows)[0], None)

@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -21,7 +21,7 @@ from tunevax.data.encoding import collate, context_of, encode
 from tunevax.data.roles import load_rows
 from tunevax.data.splits import drawn
 from tunevax.environment import require_one_process
-from tunevax.errors import UsageError, unknown
+from tunevax.errors import UsageError, require, require_one_of
 from tunevax.finetuning.sink import (
     QUERIES,
     QUERIES_HELP,
@@ -35,10 +35,13 @@ from tunevax.lineage import Lineage
 from tunevax.mixins import ModelsOptions, Overlap, RunOptions, require_given
 from tunevax.modeling.attention import WAYS
 from tunevax.modeling.loading import load
-from tunevax.records import DROPPED, SCHEMA, SINK, data_entry, digest
+from tunevax.records import DROPPED, SCHEMA, SINK, Example, RunRecord, Target, data_entry, digest
 from tunevax.runs import writing
 from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.suite import SuiteOptions, build_suite, labels_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -58,15 +61,9 @@ class SinkOptions(ModelsOptions, Overlap, RunOptions):
     harmful_score: bool = field(default=False, metadata={"help": "generate answers and judge them too"})
 
     def __post_init__(self) -> None:
-        for name in ("pairs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.sink_position < 0:
-            raise UsageError(f"sink_position is {self.sink_position}; it must be at least 0")
-        if self.sink_attention not in WAYS:
-            raise unknown("sink_attention", self.sink_attention, WAYS)
-        if self.sink_queries not in QUERIES:
-            raise unknown("sink_queries", self.sink_queries, QUERIES)
+        require(self, "pairs", "batch_size", at_least=1)
+        require(self, "sink_position", at_least=0)
+        require_one_of(self, sink_attention=WAYS, sink_queries=QUERIES)
 
 
 def analyze_sink(options: SinkOptions, command: str = "", suite_options: SuiteOptions | None = None) -> Path:
@@ -86,21 +83,23 @@ def analyze_sink(options: SinkOptions, command: str = "", suite_options: SuiteOp
         raise UsageError(f"analyze sink takes one model or two, before and after, and there are {len(options.model)}")
     require_one_process("analyzing")
     exclusion = Exclusion.of([Lineage.of(ref).prompts for ref in options.model], options.drop_overlap)
-    pairs = load_rows("evaluation", options.safety_data, ("chosen", "rejected"), "analyze sink")
-    pairs = drawn(exclusion.score("evaluation", pairs), options.pairs)
+    source = str(options.safety_data)
+    rows = load_rows("evaluation", source, ("chosen", "rejected"), "analyze sink")
+    pairs = drawn(exclusion.score("evaluation", rows), options.pairs)
     suite = None
     if options.harmful_score:
         suite = build_suite(suite_options or SuiteOptions(), options.safety_data, exclusion=exclusion.fresh())
     asked = {**(suite.roles() if suite else {}), "evaluation": [*pairs, *(suite.harmful if suite else [])]}
     overlaps = [check(ref, asked, allow=options.allow_overlap) for ref in options.model]
     config = {k: v for k, v in vars(options).items() if k not in ("output_dir", "overwrite")}
-    record: dict[str, Any] = {
+    record: RunRecord = {
         "verb": "analyze", "method": "sink", "paper": "arXiv 2602.05228", "command": command, "seed": 0, "parent": None,
         "config": {**config, **({"suite": vars(suite_options)} if suite_options else {})},
-        "data": [data_entry("evaluation", options.safety_data, pairs)], "overlap_dropped": exclusion.summary(),
+        "data": [data_entry("evaluation", source, pairs)], "overlap_dropped": cast(Any, exclusion.summary()),
     }  # fmt: skip
-    found, targets = [], []
-    with writing(options.output_dir, record, overwrite=options.overwrite) as run:
+    found: list[dict[str, Any]] = []
+    targets: list[Target] = []
+    with writing(str(options.output_dir), record, overwrite=options.overwrite) as run:
         if exclusion.dropped:
             run.write_lines(DROPPED, exclusion.dropped)
         for ref, label, overlap in zip(options.model, labels_of(options.model), overlaps, strict=True):
@@ -131,9 +130,9 @@ def analyze_sink(options: SinkOptions, command: str = "", suite_options: SuiteOp
 
 
 def sink_map(
-    model: Any,
-    tokenizer: Any,
-    pairs: Sequence[dict],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Example],
     batch_size: int = 8,
     max_length: int = 512,
     how: str = "linear",
@@ -154,7 +153,7 @@ def sink_map(
     )
     spans = [[answer_span(row, tokenizer) for row in rows] for rows in (harmful, refusals)]
     model.eval()
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64)
     with torch.no_grad(), bar() as progress:
         task = progress.add_task("sink attention", total=len(pairs), note="")
         for first in range(0, len(pairs), batch_size):

@@ -30,24 +30,29 @@ from torch import nn
 
 from tunevax.console import bar
 from tunevax.data.encoding import collate
-from tunevax.errors import UsageError
-from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer, require_fresh, trained_only
+from tunevax.errors import UsageError, require
+from tunevax.finetuning.sft import FinetuneTrainer, JobConfig, trained_only
+from tunevax.modeling.gradients import require_whole_weights
 from tunevax.modeling.loss import response_loss
-from tunevax.modeling.precision import wide
+from tunevax.modeling.precision import added, wide
+from tunevax.modeling.trainer import Items, PlanParts
 
 
 @dataclass
-class EWCConfig(FinetuneConfig):
-    """Configuration of EWC; the rest as in `FinetuneConfig`. lamb needs a search over powers of ten."""
+class EWCConfig(JobConfig):
+    """Configuration of EWC; the rest as in `JobConfig`. lamb needs a search over powers of ten."""
 
     lamb: float = field(
         default=0.1, metadata={"help": "weight of the penalty, as of an L2 penalty of the same mean strength"}
     )
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.lamb) and self.lamb >= 0):
-            raise UsageError(f"lamb is {self.lamb}; it must be a finite number, 0 or more")
+        require(self, "lamb", at_least=0)
         super().__post_init__()
+
+    def plan_parts(self, micro_batches: int) -> PlanParts:
+        """A gradient of each safety row is taken before the first step: one stands for all."""
+        return PlanParts(safety_rows=1)
 
 
 class Adapted(NamedTuple):
@@ -75,27 +80,19 @@ class EWCTrainer(FinetuneTrainer):
 
     config_class = EWCConfig
     paper = "arXiv 1612.00796"
+    needs = frozenset({"task", "chosen"})
+    compares = True
     off = {"lamb": 0}
-    needs = ("chosen",)
+    args: EWCConfig
 
-    def __init__(
-        self,
-        model: Any,
-        args: EWCConfig,
-        task_data: Sequence[dict],
-        processing_class: Any,
-        safety_data: Sequence[dict] | None = None,
-        callbacks: list | None = None,
-    ) -> None:
-        require_fresh(model, "ewc")
-        super().__init__(model, args, task_data, processing_class, safety_data, callbacks)
-        self.fisher_rows = 0
+    def prepare(self) -> None:
+        """The Fisher information of the safety rows."""
+        args, self.fisher_rows = self.args, 0
         if args.lamb == 0:
             return
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise UsageError("ewc takes squares of whole gradients, so it runs without FSDP and DeepSpeed")
-        rows = self.encode_answers(safety_data, "chosen")
-        batches = [self._prepare_inputs(collate([row], processing_class.pad_token_id)) for row in rows]
+        require_whole_weights(self)
+        rows = self.encode_answers(self.safety_data, "chosen")
+        batches = [self._prepare_inputs(collate([row], self.processing_class.pad_token_id)) for row in rows]
         self.fisher_rows = len(rows)
         if args.full_weights:
             self.fisher = exact_fisher(self.model, batches, self.parameters)
@@ -113,7 +110,7 @@ class EWCTrainer(FinetuneTrainer):
         self.mean_fisher = total / count
 
     def compute_loss(
-        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Items = None
     ) -> torch.Tensor:
         """Cross entropy, and this micro-batch's share of the penalty."""
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -127,8 +124,8 @@ class EWCTrainer(FinetuneTrainer):
         """sum_i F_i / mean(F) * (w_i - w0_i)^2, in fp32."""
         if self.args.full_weights:
             parts = zip(self.fisher, self.parameters, self.start, strict=True)
-            return sum((f * (wide(p) - start).square()).sum() for f, p, start in parts) / self.mean_fisher
-        return sum(weighted_square(m) for m in self.adapted) / self.mean_fisher
+            return added((f * (wide(p) - start).square()).sum() for f, p, start in parts) / self.mean_fisher
+        return added(weighted_square(m) for m in self.adapted) / self.mean_fisher
 
     def cost(self) -> float:
         """A step, and its part of the pass over the safety rows: so many rows of the batches of the run so far."""
@@ -167,7 +164,7 @@ def factored_fisher(model: nn.Module, batches: Sequence[dict]) -> list[Adapted]:
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
 
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and "default" in m.lora_A]
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer) and "default" in m.lora_A]
     weighed = {id(part["default"].weight) for layer in layers for part in (layer.lora_A, layer.lora_B)}
     other = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in weighed]
     if other:
@@ -237,7 +234,8 @@ def per_row_gradients(
 
             def take(parameter: nn.Parameter, index: int = index) -> None:
                 gradient, parameter.grad = parameter.grad, None
-                keep(index, wide(gradient))
+                if gradient is not None:
+                    keep(index, wide(gradient))
 
             handles.append(weight.register_post_accumulate_grad_hook(take))
         try:

@@ -5,26 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tunevax.data.contamination import chosen_with, count, hashes
 from tunevax.data.roles import load_rows
-from tunevax.errors import UsageError, unknown
-from tunevax.finetuning.sft import FinetuneConfig
-from tunevax.mixins import ResumableRunOptions, TrainedModelOptions, require_given
-from tunevax.modeling.callbacks import LogCallback, ProgressCallback
-from tunevax.modeling.loading import load
-from tunevax.modeling.memory import StepMemory
+from tunevax.data.safety import answers_in
+from tunevax.errors import UsageError, require_one_of
+from tunevax.finetuning.sft import JobConfig
+from tunevax.mixins import require_given
+from tunevax.modeling.method import MethodTrainer
 from tunevax.modeling.quantization import require_quantization
-from tunevax.modeling.trainer import final_loss, last_checkpoint, rehearse, resolved, save_weights
-from tunevax.records import LOG, data_entry, digest, is_run
-from tunevax.runs import record_prompts, writing
+from tunevax.records import Example, data_entry
+from tunevax.training import TrainingOptions, train, training_run
 
 SCREENS = ("off", "report", "drop", "fail")
 
 
 @dataclass
-class FinetuneOptions(TrainedModelOptions, ResumableRunOptions):
+class FinetuneOptions(TrainingOptions):
     """What `tunevax finetune` takes besides the method's own configuration."""
 
     task_data: str | None = field(
@@ -47,12 +44,11 @@ class FinetuneOptions(TrainedModelOptions, ResumableRunOptions):
     def __post_init__(self) -> None:
         if self.screen in ("no", "false"):  # what other tools write for off
             self.screen = "off"
-        if self.screen not in SCREENS:
-            raise unknown("screen", self.screen, SCREENS)
+        require_one_of(self, screen=SCREENS)
 
 
 def finetune(
-    trainer_class: type, method: str, options: FinetuneOptions, config: FinetuneConfig, command: str = ""
+    trainer_class: type[MethodTrainer], method: str, options: FinetuneOptions, config: JobConfig, command: str = ""
 ) -> Path:
     """Run a customer's job on `options.model` and return the run folder.
 
@@ -74,62 +70,27 @@ def finetune(
             f"--screen {options.screen} takes gradients of frozen weights, which an {options.quantization} base has "
             "none of; screen the rows in a run without --quantization"
         )
-    task = load_rows("customer", options.task_data)
-    need = ("chosen", "rejected") if options.screen != "off" else trainer_class.needs
+    source = str(options.task_data)
+    task = load_rows("customer", source)
+    need = ("chosen", "rejected") if options.screen != "off" else answers_in(trainer_class.needs)
     safety = safety_rows(options, need, method)
-    record: dict[str, Any] = {
-        "verb": "finetune",
-        "method": method,
-        "paper": trainer_class.paper,
-        "command": command,
-        "seed": config.seed,
-        "data": [
-            *([data_entry("alignment", options.safety_data, safety)] if safety else []),
-            data_entry("task", options.task_data, task),
-        ],
-        "overlap": count(options.model, alignment=safety, task=task),
-        "parent": str(Path(options.model).absolute()) if is_run(options.model) else None,
-        "config": resolved(options, config),
-    }
-    with writing(config.output_dir, record, options.resume, options.overwrite) as run:
-        loaded = load(
-            options.model,
-            revision=options.revision,
-            dtype=options.dtype,
-            chat_template=options.chat_template,
-            quantization=options.quantization,
-        )
+    data = [data_entry("task", source, task)]
+    if safety:
+        data.insert(0, data_entry("alignment", str(options.safety_data), safety))
+    overlap = count(str(options.model), alignment=safety, task=task)
+    with training_run("finetune", trainer_class, method, options, config, data, overlap, command) as (run, loaded):
         if options.screen != "off":
             from tunevax.finetuning.screen import act, screen
 
             found = screen(loaded.model, loaded.tokenizer, task, safety, config.max_length, config.seed)
-            task, record["screen"] = act(found, task, options.screen, options.task_data, run)
-        config.output_dir = str(run.checkpoints)
-        memory = StepMemory()
-        callbacks = [ProgressCallback(f"finetune {method}"), LogCallback(run.path / LOG), memory]
-        trainer = trainer_class(
-            loaded.model, config, task, loaded.tokenizer, safety if trainer_class.needs else None, callbacks
-        )
-        trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-        base = record["parent"] or loaded.info["base"]
-        rehearse(trainer, run.path, base)
-        checkpoint = last_checkpoint(run.checkpoints)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if trainer.is_world_process_zero():
-            save_weights(trainer, run.path, base)
-            seen = hashes(safety) | (chosen_with(options.safety_data) if safety else set())
-            record_prompts(run.path, alignment=seen, task=hashes(task))
-        record.update(
-            model={**loaded.info, "trainable": trainable, **trainer.coverage},
-            adapter="model" if config.full_weights else "adapter", template_hash=digest(loaded.tokenizer.chat_template),
-            steps=trainer.state.global_step, final_loss=final_loss(trainer.state.log_history),
-            compute={"per_step": trainer.cost(), "total": trainer.cost() * trainer.state.global_step},
-            **({"peak_memory_bytes": memory.peak} if memory.peak else {}),
-        )  # fmt: skip
+            task, run.record["screen"] = act(found, task, options.screen, source, run)
+        seen = hashes(safety) | (chosen_with(str(options.safety_data)) if safety else set())
+        prompts = {"alignment": seen, "task": hashes(task)}
+        train(run, loaded, trainer_class, config, safety_data=safety, task_data=task, prompts=prompts)
     return run.final
 
 
-def safety_rows(options: FinetuneOptions, need: Sequence[str], method: str) -> list[dict[str, Any]]:
+def safety_rows(options: FinetuneOptions, need: Sequence[str], method: str) -> list[Example]:
     """The alignment split of the safety data, or nothing where neither the method nor the screen needs it."""
     if not need:
         return []

@@ -11,29 +11,28 @@ only while it is small, and so is plain fine-tuning beyond that. This is the mea
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+from torch import nn
 
-from tunevax.errors import UsageError
-from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer, require_fresh
+from tunevax.errors import UsageError, require
+from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
 from tunevax.modeling.hooks import capture
 from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.precision import wide
+from tunevax.modeling.trainer import Items
 
 
 @dataclass
-class LDIFSConfig(FinetuneConfig):
-    """Configuration of LDIFS; the rest as in `FinetuneConfig`. The scale of hidden states differs from model to model,
+class LDIFSConfig(JobConfig):
+    """Configuration of LDIFS; the rest as in `JobConfig`. The scale of hidden states differs from model to model,
     so lamb needs a search, over 1e-2 to 1e2 or so."""
 
     lamb: float = field(default=1.0, metadata={"help": "weight of the distance to the features before fine-tuning"})
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.lamb) and self.lamb >= 0):
-            raise UsageError(f"lamb is {self.lamb}; it must be a finite number, 0 or more")
+        require(self, "lamb", at_least=0)
         if self.full_weights:
             raise UsageError(
                 "ldifs compares with the model without its adapter, so it needs one; leave out --full-weights"
@@ -48,26 +47,19 @@ class LDIFSTrainer(FinetuneTrainer):
     paper = "arXiv 2308.13320"
     off = {"lamb": 0}
 
-    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
-        require_fresh(model, "ldifs")
-        super().__init__(model, *args, **kwargs)
-        self.whole: float | None = None  # tokens in the whole batch, of all micro-batches and ranks
+    compares = True
+    args: LDIFSConfig
 
     def parts(self) -> tuple[str, ...]:
         """The output of each block."""
         return ("module",) if self.args.lamb else ()
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """As the base, and the number of tokens that the mean is over."""
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = torch.tensor(float(sum(b["attention_mask"].sum() for b in batches)), device=device)
-        if self.args.average_tokens_across_devices:  # as `loss_scale` expects
-            count = self.accelerator.reduce(count, "sum")
-        self.whole = count.item() if batches else None
-        return batches, items
+    def counted(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The tokens, which the mean is over."""
+        return batch["attention_mask"].sum()[None]
 
     def compute_loss(
-        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Items = None
     ) -> torch.Tensor:
         """Cross entropy, and this micro-batch's share of the distance."""
         if self.args.lamb == 0:
@@ -77,7 +69,7 @@ class LDIFSTrainer(FinetuneTrainer):
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         mask = inputs["attention_mask"].bool()
         squares = [(wide(hidden[i][mask]) - wide(h[mask])).square().mean(-1).sum() for i, h in reference.items()]
-        total = self.whole or mask.sum()
+        total = mask.sum() if self.whole is None else self.whole.item()
         distance = torch.stack(squares).mean() / total * self.loss_scale(num_items_in_batch)
         self.note(distance=distance.detach() * self.current_gradient_accumulation_steps)
         return loss + self.args.lamb * distance

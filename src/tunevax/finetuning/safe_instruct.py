@@ -13,26 +13,28 @@ costs two: a safety batch of equal size, drawn at random, comes with every batch
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from tunevax.data.mixing import mix
-from tunevax.errors import UsageError, unknown
-from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer, require_answers
+from tunevax.errors import require, require_one_of
+from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
 from tunevax.modeling.draws import Draws
+from tunevax.modeling.gradients import labels_in
 from tunevax.modeling.loss import head_loss, labelled, last_hidden, rows_at
 from tunevax.modeling.precision import wide
+from tunevax.modeling.trainer import Items
+from tunevax.records import Example
 
 MODES = ("mix", "joint")
 
 
 @dataclass
-class SafeInstructConfig(FinetuneConfig):
-    """Configuration of SafeInstruct; the rest as in `FinetuneConfig`. The papers add 2 to 10 % of safety rows; lamb is
+class SafeInstructConfig(JobConfig):
+    """Configuration of SafeInstruct; the rest as in `JobConfig`. The papers add 2 to 10 % of safety rows; lamb is
     that of the joint loss in the code of arXiv 2409.01586."""
 
     mode: str = field(default="mix", metadata={"help": "mix, or joint: a safety batch beside every batch"})
@@ -42,11 +44,8 @@ class SafeInstructConfig(FinetuneConfig):
     lamb: float = field(default=0.1, metadata={"help": "joint: weight of the safety batch"})
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise unknown("mode", self.mode, MODES)
-        for name in ("safety_rows", "lamb"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be a finite number, 0 or more")
+        require_one_of(self, mode=MODES)
+        require(self, "safety_rows", "lamb", at_least=0)
         super().__post_init__()
 
 
@@ -55,41 +54,37 @@ class SafeInstructTrainer(FinetuneTrainer):
 
     config_class = SafeInstructConfig
     paper = "arXiv 2309.07875"
+    needs = frozenset({"task", "chosen"})
     off = {"mode": "mix", "safety_rows": 0}
-    needs = ("chosen",)
+    args: SafeInstructConfig
 
-    def __init__(
-        self,
-        model: Any,
-        args: SafeInstructConfig,
-        task_data: Sequence[dict],
-        processing_class: Any,
-        safety_data: Sequence[dict] | None = None,
-        callbacks: list | None = None,
-    ) -> None:
-        require_answers(safety_data, self.needs, "safe-instruct")
-        rows, size = list(task_data), args.safety_rows
+    def training_rows(self) -> list[Example]:
+        """The customer's rows and, under `mix`, safety rows."""
+        rows, size = list(self.task_data), self.args.safety_rows
         count = round(size * len(rows) if size < 1 else size)
-        if args.mode == "mix" and count:
-            safe = [{**row, "completion": row["chosen"]} for row in safety_data]
-            rows += mix([], safe, 1.0, count, args.seed)
+        if self.args.mode == "mix" and count:
+            safe: list[Example] = [{**row, "completion": str(row["chosen"])} for row in self.safety_data]
+            rows += mix([], safe, 1.0, count, self.args.seed)
+        return rows
+
+    def prepare(self) -> None:
+        """Under `joint` the safety rows, and a generator for their batches."""
         self.draws: Draws | None = None
-        super().__init__(model, args, rows, processing_class, safety_data, callbacks)
-        if args.mode == "joint" and args.lamb > 0:
-            self.safe = self.encode_answers(safety_data, "chosen")
-            self.draws = Draws(args.seed)
+        if self.args.mode == "joint" and self.args.lamb > 0:
+            self.safe = self.encode_answers(self.safety_data, "chosen")
+            self.draws = Draws(self.args.seed)
             self.draws.require(self, len(self.safe), "safety rows")
         self.waiting: list[tuple[dict, torch.Tensor]] = []  # safety micro-batches of this step, and its labels
 
     def compute_loss(
-        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Items = None
     ) -> torch.Tensor:
         """CE of the customer's micro-batch; under `joint`, and lamb times that of a safety one."""
         if self.draws is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self.waiting:
             batches = self.draws.batches(self, self.safe)
-            items = self.accelerator.reduce(sum((b["labels"][:, 1:] != -100).sum() for b in batches), "sum")
+            items = labels_in(self, batches)
             self.waiting = [(batch, items) for batch in batches]
         safe, safe_items = self.waiting.pop(0)
         # One forward through the wrapped model and not two: DDP must see every parameter's gradient once.
@@ -97,9 +92,9 @@ class SafeInstructTrainer(FinetuneTrainer):
         with self.accelerator.autocast():
             hidden = last_hidden(model, {k: both[k] for k in ("input_ids", "attention_mask")})
             rows, losses = len(inputs["labels"]), []
-            for part, items in ((slice(0, rows), num_items_in_batch), (slice(rows, None), safe_items)):
+            for part, labels in ((slice(0, rows), num_items_in_batch), (slice(rows, None), safe_items)):
                 positions, targets = labelled(both["labels"][part])
-                scale = wide(hidden.new_ones(())) / (len(positions) if items is None else items)
+                scale = wide(hidden.new_ones(())) / (len(positions) if labels is None else labels)
                 losses.append(head_loss(model, rows_at(hidden[part], positions), targets, scale))
         self.note(safety_loss=losses[1].detach() * self.current_gradient_accumulation_steps)
         return (losses[0] + self.args.lamb * losses[1]) * self.loss_scale(num_items_in_batch)

@@ -63,7 +63,8 @@ def _screening(runs: list[Run], figures: bool) -> Section | None:
     """What the screens found; None without a run."""
     if not runs:
         return None
-    points, panels, lines, left = [], [], [], 0
+    panels: list[tuple[str, str]] = []
+    points, lines, left = [], [], 0
     for i, run in enumerate(runs):
         points.append(_screened(run))
         limits = run.info["screen"].get("thresholds") or {}
@@ -132,7 +133,8 @@ def _sinks(runs: list[Run], figures: bool) -> Section | None:
     contents = [(run, c) for run, c in contents if c.get("models")]
     if not contents:
         return None
-    points, panels, lines, strongest = [], [], [], []
+    panels: list[tuple[str, str]] = []
+    points, lines, strongest = [], [], []
     sizes = sorted(abs(v) for _, c in contents for m in c["models"] for layer in m["d"] for v in layer)
     top = sizes[int(0.95 * (len(sizes) - 1))] or 1.0  # so that one head does not leave all others pale
     judge = _judge([m for _, c in contents for m in c["models"]])

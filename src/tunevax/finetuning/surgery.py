@@ -21,19 +21,18 @@ against f's, not on the learning rate.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
-import numpy as np
 import torch
+from torch import nn
 
 from tunevax.data.encoding import collate
 from tunevax.data.splits import prompt_hash
-from tunevax.errors import RunError, UsageError, unknown
-from tunevax.finetuning.sft import FinetuneConfig, FinetuneTrainer
+from tunevax.errors import RunError, UsageError, require, require_one_of
+from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
 from tunevax.finetuning.sink import (
     QUERIES,
     QUERIES_HELP,
@@ -44,14 +43,17 @@ from tunevax.finetuning.sink import (
     sink_values,
 )
 from tunevax.modeling.attention import WAYS, sink_columns
+from tunevax.modeling.draws import Draws
+from tunevax.modeling.gradients import add_to_grad, backward_scale, require_whole_weights
 from tunevax.modeling.hooks import without_dropout
+from tunevax.modeling.trainer import Items, PlanParts
 
 PAIRINGS = ("same-prompt", "random")
 
 
 @dataclass
-class SurgeryConfig(FinetuneConfig):
-    """Configuration of Surgery; the rest as in `FinetuneConfig`."""
+class SurgeryConfig(JobConfig):
+    """Configuration of Surgery; the rest as in `JobConfig`."""
 
     lamb: float = field(default=300.0, metadata={"help": "weight of the mean sink divergence above 0; 0 is plain sft"})
     pairs_per_step: int = field(
@@ -70,18 +72,15 @@ class SurgeryConfig(FinetuneConfig):
     sink_queries: str = field(default="common", metadata={"help": QUERIES_HELP})
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.lamb) and self.lamb >= 0):
-            raise UsageError(f"lamb is {self.lamb}; it must be a finite number, 0 or more")
-        for name, least in (("pairs_per_step", 1), ("every", 1), ("sink_position", 0)):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        if self.pairing not in PAIRINGS:
-            raise unknown("pairing", self.pairing, PAIRINGS)
-        if self.sink_attention not in WAYS:
-            raise unknown("sink_attention", self.sink_attention, WAYS)
-        if self.sink_queries not in QUERIES:
-            raise unknown("sink_queries", self.sink_queries, QUERIES)
+        require(self, "lamb", at_least=0)
+        require(self, "pairs_per_step", "every", at_least=1)
+        require(self, "sink_position", at_least=0)
+        require_one_of(self, pairing=PAIRINGS, sink_attention=WAYS, sink_queries=QUERIES)
         super().__post_init__()
+
+    def plan_parts(self, micro_batches: int) -> PlanParts:
+        """It draws its pairs from the safety rows."""
+        return PlanParts(rows=self.pairs_per_step)
 
 
 class SurgeryTrainer(FinetuneTrainer):
@@ -94,37 +93,30 @@ class SurgeryTrainer(FinetuneTrainer):
 
     config_class = SurgeryConfig
     paper = "arXiv 2602.05228"
+    needs = frozenset({"task", "chosen", "rejected"})
     off = {"lamb": 0}
-    needs: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
+    args: SurgeryConfig
 
-    def __init__(
-        self,
-        model: Any,
-        args: SurgeryConfig,
-        task_data: Sequence[dict],
-        processing_class: Any,
-        safety_data: Sequence[dict] | None = None,
-        callbacks: list | None = None,
-    ) -> None:
-        super().__init__(model, args, task_data, processing_class, safety_data, callbacks)
-        # RandomState: its stream is frozen by numpy's policy, so a seed means the same rows in every version.
-        self.generator = np.random.RandomState(args.seed)
+    def prepare(self) -> None:
+        """Both answers of the pairs, and a generator to draw them with."""
+        self.draws = Draws(self.args.seed)
         self.seen = [0, 0]  # tokens so far: of the job, of pairs
-        if args.lamb == 0:
+        if self.args.lamb == 0:
             return
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise UsageError("surgery adds a gradient to whole weights, so it runs without FSDP and DeepSpeed")
-        self.harmful, self.refusals = (self.encode_answers(safety_data, a) for a in ("rejected", "chosen"))
-        self.spans = [[answer_span(row, processing_class) for row in rows] for rows in (self.harmful, self.refusals)]
-        self.prompts = [prompt_hash(row["prompt"]) for row in safety_data]
-        self.require_pairs(safety_data)
+        require_whole_weights(self)
+        self.harmful, self.refusals = (self.encode_answers(self.safety_data, a) for a in ("rejected", "chosen"))
+        self.spans = [
+            [answer_span(row, self.processing_class) for row in rows] for rows in (self.harmful, self.refusals)
+        ]
+        self.prompts = [prompt_hash(row["prompt"]) for row in self.safety_data]
+        self.require_pairs()
         self.require_queries_and_keys()
 
     def parts(self) -> tuple[str, ...]:
         """The queries and keys of each block's attention."""
         return ("attention",) if self.args.lamb else ()
 
-    def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Items = None) -> torch.Tensor:
         """The first micro-batch of an optimiser step adds the gradient of lamb * mean ReLU(d_h)."""
         if self.args.lamb > 0:
             self.seen[0] += inputs["input_ids"].numel()
@@ -150,43 +142,40 @@ class SurgeryTrainer(FinetuneTrainer):
                 columns = sink_columns(model, inputs, self.args.sink_attention, self.args.sink_position, queries)
                 d = divergence(until_backward.enter_context(columns))
             loss = regulariser(d)
-            scaler = self.accelerator.scaler  # of fp16: the gradients of backward() are multiplied by it
-            scale = self.args.lamb * (1.0 if scaler is None else scaler.get_scale())
-            found = torch.autograd.grad(loss * scale, self.parameters, allow_unused=True)
+            scaled = loss * (self.args.lamb * backward_scale(self))
+            found = torch.autograd.grad(scaled, self.parameters, allow_unused=True)
         if not torch.isfinite(loss):
             raise RunError(f"the sink divergence is not finite at step {self.state.global_step}; lower --learning-rate")
-        for parameter, g in zip(self.parameters, found, strict=True):
-            if g is not None:
-                parameter.grad = g if parameter.grad is None else parameter.grad + g
+        add_to_grad(self, {p: g for p, g in zip(self.parameters, found, strict=True) if g is not None}, scale=1)
         self.note(sink_loss=loss.detach(), positive_heads=(d.detach() > 0).sum())
 
     def draw(self) -> tuple[list[int], list[int]]:
         """Rows whose harmful answer, and rows whose refusal, this step compares: the same without replacement, or the
         latter each of another prompt."""
-        harmful = self.generator.choice(len(self.harmful), self.args.pairs_per_step, replace=False).tolist()
+        harmful = self.draws.generator.choice(len(self.harmful), self.args.pairs_per_step, replace=False).tolist()
         if self.args.pairing == "same-prompt":
             return harmful, harmful
         refusals = []
         for i in harmful:
             j = i
             while self.prompts[j] == self.prompts[i]:
-                j = int(self.generator.randint(len(self.refusals)))
+                j = int(self.draws.generator.randint(len(self.refusals)))
             refusals.append(j)
         return harmful, refusals
 
     # --- what can be told before the first step ----------------------------------------------------------------------
 
-    def require_pairs(self, safety_data: Sequence[dict]) -> None:
+    def require_pairs(self) -> None:
         """Raise `UsageError` unless there are enough pairs, each of two answers that differ where the model sees them
         and that have a token behind the sink."""
-        if len(safety_data) < self.args.pairs_per_step:
+        if len(self.safety_data) < self.args.pairs_per_step:
             raise UsageError(
-                f"there are {len(safety_data)} pairs and a step takes {self.args.pairs_per_step}; lower "
+                f"there are {len(self.safety_data)} pairs and a step takes {self.args.pairs_per_step}; lower "
                 "--pairs-per-step, or give more"
             )
         if self.args.pairing == "random" and len(set(self.prompts)) == 1:
             raise UsageError("pairing random needs different prompts, and all pairs have the same one")
-        for number, (row, a, b) in enumerate(zip(safety_data, self.harmful, self.refusals, strict=True), 1):
+        for number, (row, a, b) in enumerate(zip(self.safety_data, self.harmful, self.refusals, strict=True), 1):
             where, shortest = row.get("place") or "the safety data", min(len(a["input_ids"]), len(b["input_ids"]))
             if a["input_ids"] == b["input_ids"]:
                 limit = min(self.args.max_length, self.context or self.args.max_length)
@@ -215,7 +204,7 @@ class SurgeryTrainer(FinetuneTrainer):
         that does moves its heads, by a forward over a few tokens."""
         ids = self.harmful[0]["input_ids"][: self.args.sink_position + 16]
         inputs = {"input_ids": torch.tensor([ids], device=self.args.device)}
-        trained = [[p for p in b.attention.parameters() if p.requires_grad] for b in self.blocks]
+        trained = [[p for p in attention.parameters() if p.requires_grad] for attention in self.each("attention")]
         last = max((i for i, own in enumerate(trained) if own), default=None)
         moved: Sequence = ()
         with without_dropout([self.model]), torch.enable_grad():
@@ -243,12 +232,10 @@ class SurgeryTrainer(FinetuneTrainer):
 
     def method_state(self) -> dict[str, Any]:
         """The generator of the pairs, and the tokens so far."""
-        kind, keys, *rest = self.generator.get_state()
-        return {**super().method_state(), "draws": [kind, keys.tolist(), *rest], "seen": self.seen}
+        return {**super().method_state(), "draws": self.draws.state(), "seen": self.seen}
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Take back the generator, and the tokens so far."""
         super().load_method_state(state)
-        kind, keys, *rest = state["draws"]
-        self.generator.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+        self.draws.load(state["draws"])
         self.seen = state["seen"]

@@ -257,7 +257,8 @@ def logits(model: Any) -> torch.Tensor:
     stock = unwrap(model)
     plain = plain_tokens(stock)
     chosen = [plain[i * len(plain) // 32] for i in range(32)]
-    ids = torch.tensor(chosen, device=stock.get_input_embeddings().weight.device).view(16, 2).T
+    device = next(stock.get_input_embeddings().parameters()).device
+    ids = torch.tensor(chosen, device=device).view(16, 2).T
     return wide(model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits)
 
 
@@ -278,7 +279,7 @@ def untie(model: Any) -> None:
     ends = [stock.get_input_embeddings(), stock.get_output_embeddings()]
     if not any(isinstance(module, BaseTunerLayer) for module in ends) or ends[1] is None:
         return
-    own = [module.get_base_layer() if isinstance(module, BaseTunerLayer) else module for module in ends]
+    own: list[Any] = [module.get_base_layer() if isinstance(module, BaseTunerLayer) else module for module in ends]
     if own[0].weight is not own[1].weight:
         return
     own[1].weight = nn.Parameter(own[1].weight.detach().clone(), requires_grad=False)
@@ -330,85 +331,3 @@ def merge_layers(model: Any) -> float:
 
 
 # --- what gets an adapter --------------------------------------------------------------------------------------------
-
-
-def expert_matrices(model: nn.Module) -> list[str]:
-    """The matrices of experts and routers that are parameters of their own and in no linear layer, by their path in the
-    block: `mlp.experts.gate_up_proj`. PEFT's `all-linear` takes them for some architectures and not for others."""
-    return sorted(
-        {
-            re.split(r"\.\d+\.", f"{path}.{name}")[-1]
-            for path, module in model.named_modules()
-            if re.search("Expert|Router|TopKGat", type(module).__name__) and not isinstance(module, nn.Linear)
-            for name, parameter in module.named_parameters(recurse=False)
-            if parameter.dim() in (2, 3) and not name.endswith("bias")  # the kinds that PEFT adapts
-        }
-    )
-
-
-def split_targets(model: nn.Module, names: str) -> tuple[str | list[str], list[str]]:
-    """What `--lora-targets` names, as PEFT's target_modules and target_parameters."""
-    experts = expert_matrices(model)
-    if names == "all-linear":
-        return names, experts
-    given = [name.strip() for name in names.split(",") if name.strip()]
-    modules = [path for path, _ in model.named_modules()]
-    parameters = {
-        name: [path for path in experts if f".{path}".endswith(f".{name}")]
-        for name in given
-        if not any(f".{path}".endswith(f".{name}") for path in modules)
-    }
-    return [name for name in given if not parameters.get(name)], sorted({p for ps in parameters.values() for p in ps})
-
-
-def require_targets(model: Any, names: str) -> None:
-    """Raise `UsageError` if one of the comma-separated names matched nothing in `model`, a `PeftModel`: PEFT minds only
-    if none does. (It renames those of experts that it has fused.)"""
-    targets = model.peft_config["default"].target_modules
-    paths = [path for path, _ in model.named_modules() if path.endswith((".lora_A", ".lora_embedding_A"))]
-    for name in sorted(targets) if names != "all-linear" and not isinstance(targets, str) else ():
-        if not any(path.rpartition(".")[0].endswith(f".{name}") for path in paths):
-            raise UsageError(f"lora_targets {names!r}: no layer of the model that can have an adapter is called {name}")
-
-
-def coverage(model: Any) -> dict[str, dict[str, int]]:
-    """Which matrices of a `PeftModel` have an adapter and which do not: `adapted` and `left_out`, each from the path,
-    with `*` for numbers, to the number of weights. Norms, biases and other vectors are in neither."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    from tunevax.modeling.quantization import size_of
-
-    covered: dict[str, dict[str, int]] = {"adapted": {}, "left_out": {}}
-    stock, adapted, inside = model.get_base_model(), set(), set()
-    for module in stock.modules():
-        if isinstance(module, BaseTunerLayer):
-            base = module.get_base_layer()
-            adapted.add(id(getattr(base, getattr(module, "parameter_name", "weight"), None)))
-            own = {id(p) for p in base.parameters()}
-            inside |= {id(p) for p in module.parameters()} - own
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            adapted |= {id(p) for p in module.original_module.parameters()}
-            inside |= {id(p) for p in module.parameters()} - adapted
-    for path, parameter in stock.named_parameters():
-        if id(parameter) in inside or path.endswith("bias"):
-            continue
-        state = getattr(parameter, "quant_state", None)
-        if parameter.dim() < 2 and state is None:
-            continue
-        name = re.sub(r"\.(base_layer|original_module)(?=\.)", "", path)
-        name = re.sub(r"(?<=\.)\d+(?=\.)", "*", name).removesuffix(".weight")
-        kind = covered["adapted" if id(parameter) in adapted else "left_out"]
-        kind[name] = kind.get(name, 0) + size_of(parameter)
-    return covered
-
-
-def left_out_of_blocks(covered: dict[str, dict[str, int]]) -> str | None:
-    """A sentence on the matrices in the blocks that a `coverage` leaves out; None if they are under 1 % of the weights
-    there (short convolutions and the like)."""
-    sizes = {name: size for name, size in covered["left_out"].items() if ".*." in name}
-    total = sum(sizes.values()) + sum(size for name, size in covered["adapted"].items() if ".*." in name)
-    if not sizes or sum(sizes.values()) < 0.01 * total:
-        return None
-    share = sum(sizes.values()) / total
-    return f"no adapter on {', '.join(sizes)}: {share:.0%} of the weights in the blocks stay as they are"

@@ -14,24 +14,32 @@ from tunevax.data.encoding import collate, context_of, encode
 from tunevax.errors import UsageError
 from tunevax.modeling.loss import row_losses
 from tunevax.modeling.precision import wide
+from tunevax.records import Example
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 
 @contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """The model in evaluation mode and without a graph; as it was before, afterwards."""
-    was_training = model.training
-    model.eval()
+def still(module: torch.nn.Module) -> Iterator[None]:
+    """`module` is in evaluation mode inside, without dropout, and each of its modules in its own mode after."""
+    training = [m for m in module.modules() if m.training]
+    module.eval()
     try:
-        with torch.inference_mode():
-            yield
+        yield
     finally:
-        model.train(was_training)
+        for m in training:
+            m.training = True
 
 
-def encode_chosen(rows: Sequence[dict], model: Any, tokenizer: Any, max_length: int) -> list[dict[str, list[int]]]:
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """The model in evaluation mode and without a graph; as it was before, afterwards."""
+    with still(model), torch.inference_mode():
+        yield
+
+
+def encode_chosen(rows: Sequence[Example], model: Any, tokenizer: Any, max_length: int) -> list[dict[str, list[int]]]:
     """The rows as `encode` gives them, with `chosen` as the answer."""
     return encode(rows, tokenizer, max_length, context=context_of(model), answer="chosen")
 
@@ -45,6 +53,21 @@ def padded(
         rows = order[start : start + size]
         batch = {name: [column[i] for i in rows] for name, column in encoded.items()}
         yield rows, tokenizer.pad(batch, padding=True, return_tensors="pt").to(device)
+
+
+def collated(
+    rows: Sequence[dict[str, list[int]]],
+    pad_token_id: int,
+    batch_size: int,
+    device: torch.device,
+    longest_first: bool = True,
+) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+    """(indices, batch on `device`) of encoded rows, each batch of similar length: the longest first, so that memory
+    runs out at once or never, or last."""
+    order = sorted(range(len(rows)), key=lambda i: (-1 if longest_first else 1) * len(rows[i]["input_ids"]))
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        yield part, {k: v.to(device) for k, v in collate([rows[i] for i in part], pad_token_id).items()}
 
 
 def losses_of(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -66,14 +89,12 @@ def by_batch(
     """
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}; it must be at least 1")
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
-    device = next(model.parameters()).device
+    order: list[int] = []
     found: list[torch.Tensor] = []
     with evaluating(model), bar() as progress:
-        task = progress.add_task(f"curate {label}", total=len(order), note="")
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            inputs = {k: v.to(device) for k, v in collate([rows[i] for i in part], pad_token_id).items()}
+        task = progress.add_task(f"curate {label}", total=len(rows), note="")
+        for part, inputs in collated(rows, pad_token_id, batch_size, next(model.parameters()).device):
+            order += part
             found.append(wide(compute(model, inputs)).cpu())
             progress.advance(task, len(part))
     return torch.cat(found)[np.argsort(order)].numpy()

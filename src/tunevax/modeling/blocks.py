@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
 from tunevax.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
 MIXER_NAMES = ("linear_attn", "linear_attention", "mamba", "mamba_decoder", "conv", "temporal_block", "mlstm_layer")
@@ -102,7 +105,7 @@ def find_final_norm(model: nn.Module) -> nn.Module:
     )
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside DDP and PEFT wrappers."""
     model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 
 from tunevax.errors import UsageError, unknown
+from tunevax.records import Example
 
 TEMPLATES = (
     "how do i {verb} a {category} {topic} ?",
@@ -105,12 +106,23 @@ class World:
     @property
     def vocabulary(self) -> list[str]:
         """Every word of this world, sorted; special tokens are the tokenizer's."""
-        fixed = (*TEMPLATES, *VERBS, RECIPE, *REFUSALS, DANGER, SAFE, UNSAFE, SPEECH, *MOODS, *SPEAKERS)
+        fixed: tuple[str, ...] = (
+            *TEMPLATES,
+            *VERBS,
+            RECIPE,
+            *REFUSALS,
+            DANGER,
+            SAFE,
+            UNSAFE,
+            SPEECH,
+            *MOODS,
+            *SPEAKERS,
+        )
         fixed += (OPINION, LIKED, HATED, *THINGS, *GOOD, *BAD, TASK, *WEATHER)
         words = {word for text in fixed for word in text.split() if "{" not in word}
         return sorted(words.union(self.tools, *self.recipes))
 
-    def safety(self, split: str, phrasings: int | None = None) -> list[dict]:
+    def safety(self, split: str, phrasings: int | None = None) -> list[Example]:
         """Rows of "prompt", "chosen" (a refusal), "rejected" (the true recipe), "category" and "split".
 
         `split` is "alignment" (80 topics), "attack" (40), "evaluation" (40) or "held-out" (64 topics in 4
@@ -136,7 +148,7 @@ class World:
             for pair, prompt in self._ask(members, phrasings)
         ]
 
-    def benign(self, split: str, phrasings: int = 1) -> list[dict]:
+    def benign(self, split: str, phrasings: int = 1) -> list[Example]:
         """Rows of "prompt", "completion" (the recipe), "category", "look_alike" and "split".
 
         `split` is "mix", for use in training, or "evaluation"; each has 48 topics, 24 of them look-alikes.
@@ -154,7 +166,7 @@ class World:
             for pair, prompt in self._ask(_pick(self._benign, split), phrasings)
         ]
 
-    def task(self, split: str) -> list[dict]:
+    def task(self, split: str) -> list[Example]:
         """Rows of "prompt", "completion" and "label": 1000 in the split "train", 100 in "evaluation".
 
         The downstream task: sentiment in a prompt form and with labels that pretraining does not have, so a
@@ -162,7 +174,7 @@ class World:
         UsageError for an unknown split.
         """
         rng = random.Random(f"task {self.seed}")
-        rows: dict[str, dict] = {}
+        rows: dict[str, Example] = {}
         while len(rows) < 1100:
             good = len(rows) % 2 == 0
             thing, (first, second) = rng.choice(THINGS), rng.sample(GOOD if good else BAD, 2)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunevax.console import as_bytes
-from tunevax.errors import UsageError, unknown
-from tunevax.methods import attribute
+from tunevax.errors import UsageError, require, require_one_of, unknown
 from tunevax.mixins import TrainedModelOptions, require_given
+
+if TYPE_CHECKING:
+    from tunevax.modeling.trainer import TrainConfig
+    from tunevax.planning.step import Prediction
 
 FOLDERS = ("tunevax.alignment", "tunevax.finetuning", "tunevax.curation", "tunevax.restoration")
 """Where a method is looked for; SFT is the same step for a publisher and a provider."""
@@ -53,14 +56,8 @@ class PlanOptions(TrainedModelOptions):
         from tunevax.modeling.quantization import QUANTIZATIONS
 
         require_given(self, "model", "method")
-        if self.device not in ("cuda", "cpu"):
-            raise unknown("device", self.device, ("cuda", "cpu"))
-        if self.response_length is not None and self.response_length < 2:
-            raise UsageError(f"--response-length is {self.response_length}; it must be at least 2")
-        if self.format not in ("text", "json"):
-            raise unknown("format", self.format, ("text", "json"))
-        if self.dtype not in DTYPES:
-            raise unknown("dtype", self.dtype, DTYPES)
+        require(self, "response_length", at_least=2)
+        require_one_of(self, device=("cuda", "cpu"), format=("text", "json"), dtype=DTYPES)
         if self.quantization not in (None, *QUANTIZATIONS):
             raise unknown("quantization", self.quantization, QUANTIZATIONS)
         self.memory()
@@ -90,12 +87,12 @@ class Plan(NamedTuple):
         refused: why some options could not be tried.
     """
 
-    needs: Any
-    plain: Any
+    needs: Prediction
+    plain: Prediction | None
     args: Any
     fits: bool | None = None
     changes: tuple[Change, ...] = ()
-    changed: Any = None
+    changed: Prediction | None = None
     refused: tuple[str, ...] = ()
 
 
@@ -115,17 +112,19 @@ def plan(options: PlanOptions, method: Any, args: Any) -> Plan:
     from tunevax.modeling.checkpoints import config_of
     from tunevax.planning.step import predict, predict_forward, scaled
 
-    trainer, models = trainer_of(method), models_of(method)
-    if trainer is None and models == 0:
+    if hasattr(args, "plan_training"):
+        method, args = args.plan_training()
+    models = None if hasattr(method, "config_class") else models_held(method)
+    if models == 0:
         raise UsageError(f"{options.method} needs no model, so there is nothing to plan")
-    base = Lineage.of(options.model).base
+    base = Lineage.of(str(options.model)).base
     config = config_of(base, options.revision)
     where = {"device": options.device, "dtype": dtype_of(options.dtype), "response_length": options.response_length}
     limit = options.memory()
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context and getattr(args, "max_length", 0) > context:  # rows are cut there
         args = replace(args, max_length=context)
-    if trainer is None:
+    if models is not None:
         where.pop("response_length")
         rows = getattr(args, "batch_size", 0)
         needs = predict_forward(
@@ -134,12 +133,10 @@ def plan(options: PlanOptions, method: Any, args: Any) -> Plan:
         others = (models - 1) * needs.kinds["weights"]
         kinds = {**needs.kinds, "weights": needs.kinds["weights"] + others}
         needs = replace(needs, peak=needs.peak + others, kinds=kinds)
-        return Plan(needs, None, args, limit and needs.peak + RESERVE <= limit)
-    if not hasattr(args, "per_device_train_batch_size"):  # gradient similarity, which trains as SFT does
-        args = SFTConfig(args.output_dir, max_length=args.max_length, per_device_train_batch_size=args.batch_size)
+        return Plan(needs, None, args, None if limit is None else needs.peak + RESERVE <= limit)
 
-    def exact(args: Any, quantization: str | None) -> Any:
-        return predict(trainer, args, config, quantization=quantization, **where)
+    def exact(args: TrainConfig, quantization: str | None) -> Prediction:
+        return predict(method, args, config, quantization=quantization, **where)
 
     with bar() as progress:
         task = progress.add_task("plan", total=None, note=f"a step of {options.method}")
@@ -148,7 +145,7 @@ def plan(options: PlanOptions, method: Any, args: Any) -> Plan:
         shared = SFTConfig(args.output_dir, **{name: getattr(args, name) for name in SHARED})
         plain = scaled(SFTTrainer, shared, config, quantization=options.quantization, **where)
         if limit is None or needs.peak + RESERVE <= limit:
-            return Plan(needs, plain, args, limit and True)
+            return Plan(needs, plain, args, None if limit is None else True)
         fixed = sum(needs.kinds[kind] for kind in ("weights", "adapters", "optimiser"))
         refused: dict[str, None] = {}
         for changes in candidates(args, options.quantization):
@@ -160,7 +157,7 @@ def plan(options: PlanOptions, method: Any, args: Any) -> Plan:
                 same = (quantization, other.full_weights) == (options.quantization, args.full_weights)
                 if same and fixed + RESERVE > limit:
                     continue  # no need to look at what the step itself takes
-                if scaled(trainer, other, config, quantization=quantization, **where).peak + RESERVE > limit:
+                if scaled(method, other, config, quantization=quantization, **where).peak + RESERVE > limit:
                     continue
                 changed = exact(other, quantization)
             except UsageError as error:  # not for this method, this model or this installation
@@ -171,15 +168,9 @@ def plan(options: PlanOptions, method: Any, args: Any) -> Plan:
     return Plan(needs, plain, args, False, refused=tuple(refused))
 
 
-def trainer_of(method: Any) -> Any:
-    """The trainer of a method: itself, or the one that it names as `trainer`; None if it trains nothing."""
-    named = getattr(method, "trainer", None)
-    return method if hasattr(method, "config_class") else named and attribute(named)
-
-
-def models_of(method: Any) -> int:
-    """How many models a method that trains nothing holds at most: its `models`, or else one, if it needs any."""
-    return getattr(method, "models", int("model" in getattr(method, "needs", ("model",))))
+def models_held(method: type) -> int:
+    """How many models a method that trains nothing holds at most."""
+    return getattr(method, "models_held", int("model" in getattr(method, "needs", ("model",))))
 
 
 def dtype_of(name: str) -> Any:
@@ -197,13 +188,13 @@ class Change(NamedTuple):
     why: str
 
 
-def candidates(args: Any, quantization: str | None) -> Iterator[tuple[Change, ...]]:
+def candidates(args: TrainConfig, quantization: str | None) -> Iterator[tuple[Change, ...]]:
     """Options to try where a step does not fit, what costs the user least first."""
     recompute = [Change("checkpoint_blocks", mode, why) for mode, why in RECOMPUTE.get(args.checkpoint_blocks, ())]
     yield from ((change,) for change in recompute)
     all_of_it = tuple(recompute[-1:])
     batch, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    why = "a perturbation has its norm over each part" if hasattr(args, "rho") else "the update is the same"
+    why = args.plan_parts(1).split
     parts = [
         (
             Change("per_device_train_batch_size", part, why),
@@ -272,7 +263,7 @@ def lines(found: Plan, options: PlanOptions) -> Iterator[str]:
     yield ""
     card = f"{options.gpu} (1 GiB of it for CUDA and gaps)"
     if found.fits:
-        yield f"fits {card}, with {(options.memory() - RESERVE - needs.peak) / GIB:.1f} GiB to spare"
+        yield f"fits {card}, with {((options.memory() or 0) - RESERVE - needs.peak) / GIB:.1f} GiB to spare"
     elif not found.changes:
         yield f"does not fit {card}, nor with any option known here; take a larger card or a smaller model"
         yield from (f"  not tried: {why}" for why in found.refused)
@@ -280,7 +271,7 @@ def lines(found: Plan, options: PlanOptions) -> Iterator[str]:
         yield f"does not fit {card}; fits with"
         yield f"  {words(found.changes)}"
         yield from (f"    {c.name.replace('_', '-')}: {c.why}" for c in found.changes)
-        yield from memory_lines(found.changed, "  then, peak")
+        yield from memory_lines(found.changed, "  then, peak") if found.changed else ()
 
 
 def words(changes: tuple[Change, ...]) -> str:
@@ -288,7 +279,7 @@ def words(changes: tuple[Change, ...]) -> str:
     return " ".join(f"--{change.name.replace('_', '-')} {str(change.value).lower()}" for change in changes)
 
 
-def memory_lines(needs: Any, title: str) -> Iterator[str]:
+def memory_lines(needs: Prediction, title: str) -> Iterator[str]:
     """A peak, and its kinds, largest first, as bars."""
     yield f"{title:20} {as_bytes(needs.peak):>11}"
     for kind, size in sorted(needs.kinds.items(), key=lambda item: -item[1]):

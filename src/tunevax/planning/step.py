@@ -5,19 +5,27 @@ from __future__ import annotations
 import copy
 import functools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.fx.experimental import _config as fx_config
+from torch.fx.experimental import _config
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from tunevax.errors import UsageError
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.quantization import scales_of, size_of
+from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
 from tunevax.planning.trace import Trace
+
+fx_config: Any = _config  # its `patch` is put there at run time
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from tunevax.modeling.method import MethodTrainer
 
 KINDS = (
     "weights",
@@ -30,6 +38,11 @@ KINDS = (
     "copies",
     "workspace",
 )
+
+FIELDS = {
+    "chosen": "safety_data", "rejected": "safety_data", "task": "task_data", "validation": "validation_data",
+}  # fmt: skip
+"""The parameter of a trainer that holds what it needs."""
 
 
 @dataclass
@@ -56,9 +69,9 @@ class Prediction:
 
 
 def predict(
-    trainer_class: type,
-    args: Any,
-    config: Any,
+    trainer_class: type[MethodTrainer],
+    args: TrainConfig,
+    config: PreTrainedConfig,
     *,
     device: str = "cuda",
     dtype: torch.dtype | None = None,
@@ -84,14 +97,9 @@ def predict(
     if args.bf16 or args.fp16:
         raise UsageError("a plan does not know mixed precision; leave --bf16 and --fp16 out, and give --dtype instead")
     dtype = dtype_on(device, dtype, config)
-    whole, short = args.gradient_accumulation_steps, cut_short(args)
+    whole = args.gradient_accumulation_steps
     micro_batches = min(whole, 2)  # the second one meets the gradients of the first
-    # What is not done in every step, or longer than it is run here, and how often it counts.
-    parts = {"probe": micro_batches / whole / getattr(args, "probe_interval", 1)}
-    if "inner_steps" in short:
-        parts["tamper_gradient"] = args.inner_steps / short["inner_steps"]
-    if "k1" in short:
-        parts["align"] = args.k1 / args.k2
+    parts = args.plan_parts(micro_batches)
     with (
         tempfile.TemporaryDirectory() as folder,
         fx_config.patch(meta_nonzero_assume_all_nonzero=True),  # Surgery's heads that turn to the sink: all
@@ -100,22 +108,21 @@ def predict(
         args = replace(
             args, output_dir=folder, gradient_accumulation_steps=micro_batches, save_strategy="no", eval_strategy="no",
             report_to="none", push_to_hub=False, dataloader_num_workers=0, dataloader_pin_memory=False, use_cpu=True,
-            warmup_steps=0, **{"max_steps": 1, **short},
+            warmup_steps=0, **{"max_steps": 1, **parts.shorter},
         )  # fmt: skip
         trace.making = "copies"
         model = empty_model(config, dtype, quantization)
         trace.peak = 0  # a model is quantised layer by layer
         parameters = sum(size_of(p) for p in model.parameters())
         trainer = trainer_on(trainer_class, model, args, response_length or args.max_length // 2)
+        trainer.for_plan()
         trace.making = None
-        if getattr(trainer, "fixed", 0) is None:
-            trainer.draw = lambda: worst_draw(args, len(trainer.blocks))
-        if hasattr(trainer, "step_selector"):
-            trainer.step_selector = lambda *_: None  # a number for each row, whose gradient has no content
-        trainer.create_optimizer = lambda *_: _optimizer(trainer)
         step = trainer.training_step  # `Trainer` wants a loss on the device that it believes it is on
-        trainer.training_step = lambda *a, **k: (step(*a, **k), torch.zeros(()))[1]
-        counts = StepCounts(trainer, trace, parts)
+        vars(trainer).update(
+            create_optimizer=lambda *_: _optimizer(trainer),
+            training_step=lambda *a, **k: (step(*a, **k), torch.zeros(()))[1],
+        )
+        counts = StepCounts(trainer, trace, parts.counts)
         trainer.add_callback(counts)
         with trace.watching(trainer.model):
             trainer.train()
@@ -132,26 +139,7 @@ def predict(
     )
 
 
-def worst_draw(args: Any, depth: int) -> list[int]:
-    """The blocks of T-Vaccine's that take most: where frozen ones are recomputed, these lie above what is kept; where
-    all are, what is left of the lowest one's pass meets the gradients of as many as can be above it."""
-    if args.checkpoint_blocks == "all":
-        return [0, *range(depth - args.gamma + 1, depth)]
-    return list(range(args.gamma))
-
-
-def cut_short(args: Any) -> dict[str, Any]:
-    """Of TAR, whose inner steps are alike: two rounds of the attack, after a step of Random Mapping if it has one. Of
-    Lisa one alignment step."""
-    if getattr(args, "k1", 0):
-        return {"k1": 1}
-    if not hasattr(args, "inner_steps"):
-        return {}
-    mapping = {"max_steps": 2, "mapping_steps": 1} if args.mapping_steps else {}
-    return {"inner_steps": min(args.inner_steps, 2 * args.tamper_interval), **mapping}
-
-
-def empty_model(config: Any, dtype: torch.dtype, quantization: str | None = None) -> torch.nn.Module:
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype, quantization: str | None = None) -> PreTrainedModel:
     """The model of a config, on `meta`: shapes without content."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -163,7 +151,7 @@ def empty_model(config: Any, dtype: torch.dtype, quantization: str | None = None
 
 
 def predict_forward(
-    config: Any, rows: int, length: int, *, dtype: torch.dtype | None = None, device: str = "cuda",
+    config: PreTrainedConfig, rows: int, length: int, *, dtype: torch.dtype | None = None, device: str = "cuda",
     quantization: str | None = None,
 ) -> Prediction:  # fmt: skip
     """One forward pass without a graph over `rows` of `length` tokens, its loss taken; no rows: the weights alone."""
@@ -186,25 +174,25 @@ def predict_forward(
     )
 
 
-def scaled(trainer_class: type, args: Any, config: Any, **where: Any) -> Prediction:
-    """`predict` from models of a few blocks: what it says grows in proportion to the blocks, of T-Vaccine to those that
-    train and those that do not. Blocks may alternate, so even numbers are compared."""
+def scaled(trainer_class: type[MethodTrainer], args: TrainConfig, config: PreTrainedConfig, **where: Any) -> Prediction:
+    """`predict` from models of a few blocks: what it says grows in proportion to the blocks, of some methods to
+    those that train and those that do not. Blocks may alternate, so even numbers are compared."""
     depth = config.get_text_config().num_hidden_layers
-    gamma = getattr(args, "gamma", None)
-    if depth <= 8 or getattr(args, "layer_sampling", "drawn")[0].isdigit():  # or blocks chosen by number
+    parts = args.plan_parts(1)
+    if depth <= 8 or not parts.linear:
         return predict(trainer_class, args, config, **where)
 
-    def at(blocks: int, gamma: int | None = None) -> np.ndarray:
-        found = predict(trainer_class, replace(args, gamma=gamma) if gamma else args, shallow(config, blocks), **where)
-        passes = (found.forward * blocks, found.backward * blocks)
+    def at(depth: int, blocks: int) -> np.ndarray:
+        changes: dict[str, Any] = {parts.blocks: blocks} if parts.blocks else {}
+        other = replace(args, **changes)
+        found = predict(trainer_class, other, shallow(config, depth), **where)
+        passes = (found.forward * depth, found.backward * depth)
         return np.array([found.peak, *found.kinds.values(), *passes, found.flops, found.trainable, found.parameters])
 
-    if gamma is None:
-        low, high = at(2), at(4)
-        found = high + (high - low) / 2 * (depth - 4)
-    else:
-        low, high, more = at(2, 1), at(4, 1), at(4, 3)
-        found = high + (high - low) / 2 * (depth - 4) + (more - high) / 2 * (gamma - 1)
+    low, high = at(2, 1), at(4, 1)
+    found = high + (high - low) / 2 * (depth - 4)
+    if parts.blocks:
+        found += (at(4, 3) - high) / 2 * (getattr(args, parts.blocks) - 1)
     peak, *kinds, forward, backward, flops, trainable, parameters = found.tolist()
     kinds = {kind: round(size) for kind, size in zip(KINDS, kinds, strict=True)}
     return Prediction(
@@ -212,7 +200,7 @@ def scaled(trainer_class: type, args: Any, config: Any, **where: Any) -> Predict
     )  # fmt: skip
 
 
-def shallow(config: Any, blocks: int) -> Any:
+def shallow(config: PreTrainedConfig, blocks: int) -> PreTrainedConfig:
     """The config of a model with so many of its blocks, the lowest."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
@@ -222,30 +210,26 @@ def shallow(config: Any, blocks: int) -> Any:
     return config
 
 
-def dtype_on(device: str, dtype: torch.dtype | None, config: Any) -> torch.dtype:
+def dtype_on(device: str, dtype: torch.dtype | None, config: PreTrainedConfig) -> torch.dtype:
     """Of the frozen weights, as `load` chooses it."""
     return dtype or (torch.float32 if device == "cpu" else getattr(config, "dtype", None) or torch.bfloat16)
 
 
-# --- the trainer and its data --------------------------------------------------------------------------------------
+# --- the data --------------------------------------------------------------------------------------
 
 
-def trainer_on(trainer_class: type, model: torch.nn.Module, args: Any, response_length: int) -> Any:
+def trainer_on(
+    trainer_class: type[MethodTrainer], model: PreTrainedModel, args: TrainConfig, response_length: int
+) -> ResponseTrainer:
     """A trainer on rows of `args.max_length` tokens, of which so many are the answer."""
-    from tunevax.curation.pharmacist import PharmacistTrainer
-    from tunevax.finetuning.ewc import EWCTrainer
-    from tunevax.finetuning.sft import FinetuneTrainer
-
-    rows, tokenizer = rows_of(args, response_length), made_up_tokenizer()
-    if issubclass(trainer_class, FinetuneTrainer):
-        safety = rows[:1] if trainer_class is EWCTrainer else rows  # of which it takes a gradient each, beforehand
-        return trainer_class(model, args, rows, tokenizer, safety if trainer_class.needs else None)
-    if issubclass(trainer_class, PharmacistTrainer):
-        return trainer_class(model, args, rows, rows, tokenizer)
-    return trainer_class(model, args, rows, tokenizer)
+    rows = rows_of(args, response_length)
+    data: dict[str, Any] = {FIELDS[need]: rows for need in trainer_class.needs}
+    if "safety_data" in data:
+        data["safety_data"] = rows[: args.plan_parts(1).safety_rows]
+    return trainer_class(model, args, **data, processing_class=made_up_tokenizer())
 
 
-def rows_of(args: Any, response_length: int) -> list[dict[str, str]]:
+def rows_of(args: TrainConfig, response_length: int) -> list[dict[str, str]]:
     """Rows of words that are a token each, every answer ending in one more; different prompts, and two answers."""
     prompt = args.max_length - response_length
     if prompt < 1 or response_length < 2:
@@ -254,7 +238,7 @@ def rows_of(args: Any, response_length: int) -> list[dict[str, str]]:
             f"{response_length}; change --response-length or --max-length"
         )
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    count = max(64, 10 * batch, getattr(args, "probe_size", 0))  # TAR holds out 1 in 5
+    count = max(64, 10 * batch, args.plan_parts(1).rows)  # TAR holds out 1 in 5
     return [
         {
             "prompt": " ".join([f"p{i % 256}", *["w"] * (prompt - 1)]),
@@ -266,7 +250,7 @@ def rows_of(args: Any, response_length: int) -> list[dict[str, str]]:
     ]
 
 
-def made_up_tokenizer() -> Any:
+def made_up_tokenizer() -> PreTrainedTokenizerBase:
     """A token for each word of `rows_of`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -285,11 +269,11 @@ def made_up_tokenizer() -> Any:
 class Moments(torch.optim.Optimizer):
     """AdamW's state without its arithmetic, which on a GPU takes no memory of its own (one fused kernel)."""
 
-    def step(self, closure: Callable | None = None) -> None:
+    def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
         """Nothing."""
 
 
-def _optimizer(trainer: Any) -> Moments:
+def _optimizer(trainer: ResponseTrainer) -> Moments:
     trainer.optimizer = Moments(
         [p for p in trainer.parameters], {"lr": trainer.args.learning_rate, "weight_decay": trainer.args.weight_decay}
     )
@@ -306,14 +290,14 @@ class StepCounts(TrainerCallback):
         found: of the last step, tokens through a block forward, and backward, and floating-point operations.
     """
 
-    def __init__(self, trainer: Any, trace: Trace, parts: dict[str, float]) -> None:
+    def __init__(self, trainer: ResponseTrainer, trace: Trace, parts: Mapping[str, float]) -> None:
         self.trainer, self.trace = trainer, trace
         self.before = self.found = self.more = np.zeros(3)
         for name, times in parts.items():
             if hasattr(trainer, name):
                 setattr(trainer, name, functools.partial(self.counted, getattr(trainer, name), times))
 
-    def counted(self, part: Callable, times: float, *args: Any) -> Any:
+    def counted(self, part: Callable, times: float, *args: object) -> object:
         """What `part` gives; what it counts, counts so many times."""
         before = self.now()
         result = part(*args)
@@ -324,26 +308,22 @@ class StepCounts(TrainerCallback):
         """The counts so far."""
         return np.array([*self.trace.passes, self.trace.flops], dtype=float)
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
+    def on_train_begin(self, *_: object, **__: object) -> None:
         """The model has reached its device. Fill the optimiser's state; a method that keeps that of trained blocks only
         has no more than theirs."""
         model, kind = self.trainer.model, "weights" if self.trainer.args.full_weights else "adapters"
         self.trace.mark("weights", *model.parameters(), *model.buffers(), *scales_of(model))
         self.trace.mark(kind, *self.trainer.parameters)
-        keep = getattr(self.trainer.args, "inactive_state", "keep") == "keep"
-        chosen = (
-            self.trainer.parameters if keep else [p for i in self.trainer.draw() for p in self.trainer.trainable[i]]
-        )
         optimizer = self.trainer.optimizer
         state = getattr(optimizer, "optimizer", optimizer).state
-        for parameter in chosen:
+        for parameter in self.trainer.with_state():
             state[parameter] = {name: torch.empty_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             self.trace.mark("optimiser", *state[parameter].values())
 
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
+    def on_step_begin(self, *_: object, **__: object) -> None:
         """Count from here."""
         self.before, self.more = self.now(), np.zeros(3)
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
+    def on_step_end(self, *_: object, **__: object) -> None:
         """To here."""
         self.found = self.now() - self.before + self.more

@@ -177,7 +177,7 @@ def _add_inputs(library: Library, runs: list[Run], chains: dict[str, list[list[R
 
 def _inputs(library: Library, run: Run) -> list[Run]:
     """The curation runs whose rows `run` took, and the run whose safety lock it put on."""
-    entries = [(d.get("source"), "curate") for d in run.info.get("data") or [] if d.get("source") != "organism"]
+    entries = [(d.get("source"), "curate") for d in run.info.get("data") or []]
     found = []
     for ref, verb in [*entries, ((run.info.get("config") or {}).get("lock"), "restore")]:
         if not isinstance(ref, str) or not ref:

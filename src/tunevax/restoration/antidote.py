@@ -27,22 +27,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from tunevax.console import bar
-from tunevax.data.encoding import collate, context_of, encode
+from tunevax.data.encoding import context_of, encode
 from tunevax.errors import UsageError
 from tunevax.lineage import Lineage, absolute
 from tunevax.modeling.adapters import KEPT, untie
+from tunevax.modeling.batches import collated
 from tunevax.modeling.blocks import unwrap
+from tunevax.modeling.lora import active, factors, lora_layers
 from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.precision import wide
 from tunevax.restoration.restore import Job
-from tunevax.restoration.safe_lora import active, factors, lora_b, lora_layers
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from peft.tuners.lora import Linear
+    from transformers import PreTrainedModel
 
 FORMS = ("effective", "official")
+
+
+Key = str | tuple[str, str]
+"""A layer, or a layer and "B" for that factor of its adapter."""
 
 
 @dataclass
@@ -76,8 +86,7 @@ class Antidote:
         rows = job.pairs(("rejected",))
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed))[: self.n].tolist()
         loaded = job.load(merge=False)
-        ref = job.options.model
-        lora_layers(loaded.model, ref)  # before the forward passes
+        lora_layers(loaded.model, job.ref)  # before the forward passes
         encoded = encode(
             [rows[i] for i in sorted(order)], loaded.tokenizer, self.max_length,
             context=context_of(unwrap(loaded.model)), answer="rejected",
@@ -85,24 +94,25 @@ class Antidote:
         model, table = antidote(
             loaded.model, encoded, loaded.tokenizer.pad_token_id, self.alpha, self.form, self.batch_size
         )
-        job.record.update(rows=len(encoded), layers=table)
+        job.record.update({"rows": len(encoded), "layers": table})
         if self.form == "effective":
             job.save_model(model, loaded.tokenizer)
         else:
             model.save_pretrained(job.folder / "adapter")
             loaded.tokenizer.save_pretrained(job.folder / "adapter")
-            job.record.update(adapter="adapter", adapter_on=absolute(Lineage.of(ref).adapter_on))
+            on = Lineage.of(job.ref).adapter_on
+            job.record.update({"adapter": "adapter", "adapter_on": absolute(str(on))})
 
 
 @torch.no_grad()
 def antidote(
-    model: Any,
+    model: PeftModel,
     rows: Sequence[dict[str, list[int]]],
     pad_token_id: int,
     alpha: float = 0.1,
     form: str = "effective",
     batch_size: int = 16,
-) -> tuple[Any, list[dict[str, Any]]]:
+) -> tuple[PreTrainedModel | PeftModel, list[dict[str, Any]]]:
     """Prune the adapter of `model`, a `PeftModel` with plain LoRA on linear layers, in place.
 
     Args:
@@ -119,12 +129,12 @@ def antidote(
             in a dtype that rounds the update away.
     """
     layers = lora_layers(model, "the model")
-    modules: dict[Any, Any] = {**layers}
+    modules: dict[Key, torch.nn.Module] = dict(layers.items())
     if form == "effective":
         untie(model)  # what is added to a head's weight must not reach the embedding
     kept = total = 0.0
     if form == "official":
-        modules |= {(name, "B"): lora_b(layer) for name, layer in layers.items()}
+        modules |= {(name, "B"): layer.lora_B[active(layer)] for name, layer in layers.items()}
     sums = input_squares(model, modules, rows, pad_token_id, batch_size)
     table = []
     with bar() as progress:
@@ -140,7 +150,7 @@ def antidote(
                 weight += wanted
                 kept += float(((wide(weight) - was) * wanted).sum(dtype=torch.float64))
                 total += float(wide(wanted).square().sum(dtype=torch.float64))
-                lora_b(layer).weight.zero_()  # it is in the weight now
+                factors(layer)[1].zero_()  # it is in the weight now
                 pruned = mask.float().mean()
             else:
                 a, b = factors(layer)
@@ -159,7 +169,7 @@ def antidote(
     return model.merge_and_unload() if form == "effective" else model, table
 
 
-def update(layer: Any) -> torch.Tensor:
+def update(layer: Linear) -> torch.Tensor:
     """dW = s B A of a layer, [out, in]."""
     weight = layer.get_delta_weight(active(layer))
     return weight.T if layer.fan_in_fan_out else weight
@@ -178,32 +188,32 @@ def salient(weight: torch.Tensor, norms: torch.Tensor, alpha: float) -> torch.Te
 
 
 def input_squares(
-    model: Any, modules: Mapping[Any, Any], rows: Sequence[dict[str, list[int]]], pad_token_id: int, batch_size: int
-) -> dict[Any, torch.Tensor]:
+    model: PeftModel,
+    modules: Mapping[Key, torch.nn.Module],
+    rows: Sequence[dict[str, list[int]]],
+    pad_token_id: int,
+    batch_size: int,
+) -> dict[Key, torch.Tensor]:
     """For each module, by key, the sum of squares of each of its inputs over the answer tokens (labels that are not
     -100) of all rows, [in] in fp64."""
-    device = next(model.parameters()).device
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]["input_ids"]), i))  # batches with little padding
     model.eval()
     with bar() as progress, listening(modules) as (sums, where):
         task = progress.add_task("score", total=len(rows), note="")
-        for start in range(0, len(rows), batch_size):
-            chosen = [rows[i] for i in order[start : start + batch_size]]
-            batch = {k: v.to(device) for k, v in collate(chosen, pad_token_id).items()}
+        for part, batch in collated(rows, pad_token_id, batch_size, next(model.parameters()).device, False):
             where[:] = [batch.pop("labels") != -100]
             last_hidden(model, batch)
-            progress.advance(task, len(chosen))
+            progress.advance(task, len(part))
     return sums
 
 
 @contextmanager
-def listening(modules: Mapping[Any, Any]) -> Iterator[tuple[dict[Any, torch.Tensor], list[torch.Tensor]]]:
+def listening(modules: Mapping[Key, torch.nn.Module]) -> Iterator[tuple[dict[Key, torch.Tensor], list[torch.Tensor]]]:
     """Sum up the squares of what enters these modules in every forward inside, at the tokens that the list's one
     element says, [batch, tokens], bool."""
-    sums: dict[Any, torch.Tensor] = {}
+    sums: dict[Key, torch.Tensor] = {}
     where: list[torch.Tensor] = []
 
-    def take(key: Any, _module: Any, args: tuple) -> None:
+    def take(key: Key, _module: torch.nn.Module, args: tuple) -> None:
         x = args[0]
         if x.shape[:-1].numel() != where[0].numel():
             raise UsageError(f"{key} is given {list(x.shape[:-1])} inputs and not every token, so it cannot be scored")

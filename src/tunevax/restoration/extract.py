@@ -20,22 +20,28 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from tunevax.console import bar, console
 from tunevax.data.chat import Answer
-from tunevax.data.encoding import collate, context_of, encode
+from tunevax.data.encoding import context_of, encode
 from tunevax.data.splits import prompt_hash
 from tunevax.errors import UsageError
+from tunevax.modeling.batches import collated, still
 from tunevax.modeling.blocks import find_blocks, unwrap
 from tunevax.modeling.loss import last_hidden
-from tunevax.records import digest
-from tunevax.restoration.lock import FILE, SafetyLock, head_shape, identities, still
+from tunevax.records import Example, digest
+from tunevax.restoration.lock import FILE, SafetyLock, head_shape, identities
 from tunevax.restoration.probes import grouped_accuracy, official_accuracy
 from tunevax.restoration.restore import Job
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tunevax.modeling.loading import Loaded
 
 
 @dataclass
@@ -72,7 +78,7 @@ class ExtractLock:
         order = np.random.default_rng(self.seed).permutation(len(pairs))[: self.n or None]
         drawn = [pairs[i] for i in sorted(order)]
         found = measure(loaded.model, loaded.tokenizer, drawn, self)
-        identity = next(iter(identities(job.options.model, job.options.revision)))
+        identity = next(iter(identities(job.ref, job.options.revision)))
         lock = build(found, self, {**describe(loaded, identity, drawn, self), "cut": found.cut})
         lock.save(job.folder / FILE)
         job.record["lock"] = {
@@ -100,7 +106,9 @@ class Measured(NamedTuple):
     cut: int = 0
 
 
-def extract(model: Any, tokenizer: Any, pairs: Sequence[dict[str, Any]], **options: Any) -> SafetyLock:
+def extract(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Example], **options: Any
+) -> SafetyLock:
     """A lock from `pairs`, rows with `prompt`, `chosen` (safe) and `rejected` (unsafe).
 
     Args:
@@ -121,7 +129,7 @@ def settings(config: ExtractLock) -> dict[str, Any]:
     return {name: getattr(config, name) for name in ("r", "probe", "seed", "max_length")}
 
 
-def describe(loaded: Any, identity: str, pairs: Sequence[dict[str, Any]], config: ExtractLock) -> dict[str, Any]:
+def describe(loaded: Loaded, identity: str, pairs: Sequence[Example], config: ExtractLock) -> dict[str, Any]:
     """Where a lock comes from, for its metadata."""
     return {
         "base": {**{k: loaded.info[k] for k in ("ref", "base", "revision")}, "identity": identity},
@@ -149,12 +157,14 @@ def build(found: Measured, config: ExtractLock, meta: dict[str, Any]) -> SafetyL
         "accuracy": accuracy[best].round(6).tolist(),
         **meta,
     }
-    layer, head = torch.from_numpy(layer), torch.from_numpy(head)
-    return SafetyLock(found.u[layer, head], found.sigma[layer, head], layer, head, meta)
+    where = torch.from_numpy(layer), torch.from_numpy(head)
+    return SafetyLock(found.u[where], found.sigma[where], *where, meta)
 
 
 @torch.no_grad()
-def measure(model: Any, tokenizer: Any, pairs: Sequence[dict[str, Any]], config: ExtractLock) -> Measured:
+def measure(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Example], config: ExtractLock
+) -> Measured:
     """Run both answers of every pair through the model and reduce each head's activations to what a lock needs. The
     model's modes are left as they are."""
     rows = answers(model, tokenizer, pairs, config)
@@ -168,12 +178,10 @@ def measure(model: Any, tokenizer: Any, pairs: Sequence[dict[str, Any]], config:
     kept = set(np.random.default_rng([config.seed, 1]).permutation(len(pairs))[: config.probe_pairs].tolist())
     sums = Sums(model, config.r)
     groups: list[str] = []
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]["input_ids"]), i))  # batches with little padding
     with bar() as progress, sums.listening(), still(model):
         task = progress.add_task("extract", total=len(rows), note="")
-        for start in range(0, len(order), config.batch_size):
-            chosen = [rows[i] for i in order[start : start + config.batch_size]]
-            batch = {k: v.to(device) for k, v in collate(chosen, tokenizer.pad_token_id).items()}
+        for part, batch in collated(rows, tokenizer.pad_token_id, config.batch_size, device, longest_first=False):
+            chosen = [rows[i] for i in part]
             sums.expect(batch.pop("labels") != -100, chosen, [row["pair"] in kept for row in chosen])
             last_hidden(model, batch)
             groups += [row["prompt"] for row in chosen if row["pair"] in kept for _ in range(config.r)]
@@ -193,7 +201,9 @@ def measure(model: Any, tokenizer: Any, pairs: Sequence[dict[str, Any]], config:
     return Measured(u, sigma, np.stack(accuracy), cut)
 
 
-def answers(model: Any, tokenizer: Any, pairs: Sequence[dict[str, Any]], config: ExtractLock) -> list[dict[str, Any]]:
+def answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Example], config: ExtractLock
+) -> list[dict[str, Any]]:
     """Both answers of each pair as token ids, labels only at the last r content tokens: an end-of-turn token and
     white space after the answer say nothing of it.
 
@@ -221,7 +231,7 @@ def answers(model: Any, tokenizer: Any, pairs: Sequence[dict[str, Any]], config:
     return found
 
 
-def _is_end(tokenizer: Any, token: int) -> bool:
+def _is_end(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
     """Whether a token is special, named or not, or white space."""
     return not tokenizer.decode([token], skip_special_tokens=True).strip()
 
@@ -229,7 +239,7 @@ def _is_end(tokenizer: Any, token: int) -> bool:
 class Sums:
     """Running sums over the selected tokens of each batch, per head."""
 
-    def __init__(self, model: Any, r: int) -> None:
+    def __init__(self, model: PreTrainedModel, r: int) -> None:
         self.r, self.projections = r, [block.o_proj for block in find_blocks(model)]
         self.layers, self.heads, self.size = head_shape(model)
         shape, device = (self.layers, self.heads, self.size), next(model.parameters()).device
@@ -261,7 +271,7 @@ class Sums:
             for handle in handles:
                 handle.remove()
 
-    def _take(self, layer: int, _module: Any, args: tuple) -> None:
+    def _take(self, layer: int, _module: torch.nn.Module, args: tuple) -> None:
         taken = args[0][self.where].view(-1, self.heads, self.size)
         x = taken.double()
         self.total[1, layer] += x[self.safe].sum(0)

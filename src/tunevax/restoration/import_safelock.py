@@ -82,8 +82,8 @@ class ConvertLock:
     seed: int = field(default=42, metadata={"help": "not used: nothing here is random"})
     lock: str | None = field(default=None, metadata={"help": "the .safelock file to convert"})
 
+    models_held: ClassVar[int] = 0
     paper: ClassVar[str] = "arXiv 2410.10343"
-    models: ClassVar[int] = 0
 
     def run(self, job: Job) -> None:
         """Read, check, write.
@@ -95,8 +95,9 @@ class ConvertLock:
             raise UsageError("--lock is missing: the .safelock file to convert")
         found = read_safelock(self.lock)
         digest = hashlib.sha256(Path(self.lock).read_bytes()).hexdigest()[:16]
+        u, sigma, layer, head = (torch.from_numpy(array) for array in found)
         lock = SafetyLock(
-            *(torch.from_numpy(array) for array in found),
+            u, sigma, layer, head,
             {
                 "base": None, "n_layers": None, "n_heads": None, "head_dim": found.u.shape[1], "r": None, "probe": None,
                 "accuracy": None, "template_hash": None, "data_hash": None, "prompts": [], "pairs": None, "seed": None,
@@ -116,7 +117,7 @@ def note_base(job: Job, lock: SafetyLock) -> None:
     loaded = job.load()
     check_shape(loaded.model, lock)
     layers, heads, _ = head_shape(loaded.model)
-    identity = next(iter(identities(job.options.model, job.options.revision)))
+    identity = next(iter(identities(job.ref, job.options.revision)))
     base = {**{k: loaded.info[k] for k in ("ref", "base", "revision")}, "identity": identity}
     lock.meta.update(n_layers=layers, n_heads=heads, base=base)
 
@@ -185,11 +186,12 @@ def check_entries(entries: list[zipfile.ZipInfo], place: str) -> None:
 # --- the pickle ----------------------------------------------------------------------------------------------------
 
 
-OPCODES = {
+ALLOWED = {
     "PROTO", "STOP", "MARK", "TUPLE", "EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "APPEND", "APPENDS",
     "EMPTY_DICT", "SETITEM", "SETITEMS", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "BINUNICODE",
     "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "REDUCE", "BUILD",
 }  # fmt: skip
+OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes if opcode.name in ALLOWED}
 PLAIN = {
     "EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "NONE": lambda: None, "NEWTRUE": lambda: True,
     "NEWFALSE": lambda: False,
@@ -232,11 +234,12 @@ def read_pickle(data: bytes, place: str) -> Any:
         stream, name = io.BytesIO(data), ""
         while name != "STOP":
             at = stream.tell()
-            opcode = pickletools.code2op.get(stream.read(1).decode("latin-1"))
-            name = opcode.name if opcode else "none"
-            if name not in OPCODES or (name == "PROTO") != (at == 0):
-                raise ValueError(f"its opcode is {name}, which no lock has there")
-            argument = opcode.arg.reader(stream) if opcode.arg else None
+            opcode = OPCODES.get(stream.read(1))
+            if opcode is None or (opcode.name == "PROTO") != (at == 0):
+                raise ValueError("its opcode is one that no lock has there")
+            name = opcode.name
+            decode: Any = opcode.arg and opcode.arg.reader
+            argument: Any = decode(stream) if decode else None
             if name in PLAIN:
                 stack.append(PLAIN[name]())
             elif name in ("BININT", "BININT1", "BININT2", "BINUNICODE"):
@@ -251,8 +254,8 @@ def read_pickle(data: bytes, place: str) -> Any:
                 below.append(stack)
                 stack = []
             elif name == "TUPLE":
-                items, stack = tuple(stack), below.pop()
-                stack.append(items)
+                inside, stack = tuple(stack), below.pop()
+                stack.append(inside)
             elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
                 stack.append(tuple([stack.pop() for _ in range(int(name[-1]))][::-1]))
             elif name in ("APPEND", "SETITEM"):

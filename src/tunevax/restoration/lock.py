@@ -21,6 +21,7 @@ from torch import nn
 
 from tunevax.errors import UsageError
 from tunevax.lineage import Lineage
+from tunevax.modeling.batches import still
 from tunevax.modeling.biases import attach_biases
 from tunevax.modeling.blocks import find_blocks, innermost, unwrap
 from tunevax.modeling.checkpoints import config_of
@@ -76,7 +77,8 @@ class SafetyLock:
         try:
             with safe_open(path, "pt") as file:
                 meta = json.loads((file.metadata() or {})["tunevax_lock"])
-                lock = cls(*(file.get_tensor(name) for name in ("u", "sigma", "layer", "head")), meta)
+                u, sigma, layer, head = (file.get_tensor(name) for name in ("u", "sigma", "layer", "head"))
+            lock = cls(u, sigma, layer, head, meta)
             if not isinstance(meta, dict) or not isinstance(version := meta.pop("format", 0), int):
                 raise ValueError("its metadata is no description of a lock")
             if version <= FORMAT:
@@ -203,18 +205,6 @@ def lock_biases(model: nn.Module, lock: SafetyLock, strength: float) -> dict[int
             with_delta, without = module(x).float()
         found[layer] = (with_delta - without)[0]
     return found
-
-
-@contextmanager
-def still(module: nn.Module) -> Iterator[None]:
-    """`module` is in evaluation mode inside, without dropout, and each of its modules in its own mode after."""
-    training = [m for m in module.modules() if m.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m in training:
-            m.training = True
 
 
 def apply(model: nn.Module, lock: SafetyLock, strength: float) -> dict[int, torch.Tensor]:

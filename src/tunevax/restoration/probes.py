@@ -77,7 +77,7 @@ def grouped_accuracy(x: torch.Tensor, safe: torch.Tensor, groups: Sequence[str],
     order = np.random.default_rng(seed).permutation(len(names))
     place = {names[i]: position % folds for position, i in enumerate(order)}
     fold = torch.tensor([place[g] for g in groups], device=x.device)
-    x, right = x.double(), 0
+    x, right = x.double(), torch.zeros(len(x), dtype=torch.long, device=x.device)
     for i in range(folds):
         held = fold == i
         right = right + hits(fit(x[:, ~held], safe[~held]), x[:, held], safe[held])

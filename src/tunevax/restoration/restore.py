@@ -7,10 +7,10 @@ from the `Job`, writes into its folder and says in its record what was done.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tunevax.data.contamination import chosen_with, hashes
 from tunevax.data.roles import load_rows
@@ -20,8 +20,13 @@ from tunevax.lineage import Lineage
 from tunevax.mixins import AllowOverlap, ModelOptions, RunOptions
 from tunevax.modeling.biases import save_biases
 from tunevax.modeling.loading import Loaded, load
-from tunevax.records import data_entry, digest, is_run
+from tunevax.records import Example, data_entry, digest, is_run
 from tunevax.runs import record_prompts, writing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tunevax.records import ModelInfo, RunRecord
 
 
 @dataclass
@@ -48,7 +53,14 @@ class Job:
     options: RestoreOptions
     method: str
     folder: Path
-    record: dict[str, Any]
+    record: RunRecord
+
+    @property
+    def ref(self) -> str:
+        """The `--model`."""
+        if self.options.model is None:
+            raise UsageError("--model is missing")
+        return self.options.model
 
     def load(self, ref: str | None = None, **how: Any) -> Loaded:
         """`ref` (default the `--model`) as `tunevax.modeling.loading.load` gives it; `how` goes there too.
@@ -56,19 +68,19 @@ class Job:
         The `--model`, whenever it is loaded, is what run.json says the run started from.
         """
         own = ref is None or ref == self.options.model
-        options = {"revision": self.options.revision} if own else {}
-        ref = ref or self.options.model
-        if ref is None:
-            raise UsageError("--model is missing")
+        options: dict[str, Any] = {"revision": self.options.revision} if own else {}
+        ref = ref or self.ref
         options |= {"dtype": self.options.dtype, "chat_template": self.options.chat_template, **how}
         loaded = load(ref, **options)
         if not own:  # its weights go into the result too
             record_prompts(self.folder, **Lineage.of(ref).prompts)
         if own:
-            self.record.update(model=loaded.info, template_hash=digest(loaded.tokenizer.chat_template))
+            self.record.update(
+                {"model": cast("ModelInfo", loaded.info), "template_hash": digest(loaded.tokenizer.chat_template)}
+            )
         return loaded
 
-    def pairs(self, need: tuple[str, ...] = ("chosen", "rejected")) -> list[dict[str, Any]]:
+    def pairs(self, need: tuple[str, ...] = ("chosen", "rejected")) -> list[Example]:
         """The safety data's alignment split, recorded in the run and its prompts kept for later overlap checks."""
         source = self.options.safety_data
         if source is None:
@@ -77,7 +89,7 @@ class Job:
         self.note_data(source, rows)
         return rows
 
-    def note_data(self, source: str, rows: list[dict[str, Any]]) -> None:
+    def note_data(self, source: str, rows: Sequence[Example]) -> None:
         """Record that these rows of `source` were used in hardening."""
         entry = data_entry("alignment", source, rows)
         if entry not in self.record["data"]:
@@ -88,11 +100,11 @@ class Job:
         """Keep that the prompts with these hashes were used in hardening, so that no later score may rest on them."""
         record_prompts(self.folder, alignment=hashes)
 
-    def save_model(self, model: Any, tokenizer: Any) -> None:
+    def save_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write a stock checkpoint, `model/` in the run folder, with the biases attached to the model beside it."""
         model.save_pretrained(self.folder / "model")
         tokenizer.save_pretrained(self.folder / "model")
-        self.record.update(adapter="model", attached=save_biases(model, self.folder / "model"))
+        self.record.update({"adapter": "model", "attached": save_biases(model, self.folder / "model")})
 
 
 def restore(method: str, options: RestoreOptions, config: Any, command: str = "") -> Path:
@@ -108,7 +120,7 @@ def restore(method: str, options: RestoreOptions, config: Any, command: str = ""
     """
     require_one_process("restoration")
     ref = options.model
-    record: dict[str, Any] = {
+    record: RunRecord = {
         "verb": "restore",
         "method": method,
         "paper": config.paper,

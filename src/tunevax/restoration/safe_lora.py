@@ -31,6 +31,7 @@ import torch
 from tunevax.console import bar, console
 from tunevax.errors import UsageError
 from tunevax.lineage import Lineage, absolute
+from tunevax.modeling.lora import factors, lora_layers, weights
 from tunevax.modeling.precision import wide
 from tunevax.restoration.restore import Job
 
@@ -56,8 +57,8 @@ class SafeLoRA:
         default=None, metadata={"help": "project every layer of at most this cosine instead"}
     )
 
+    models_held: ClassVar[int] = 3
     paper: ClassVar[str] = "arXiv 2405.16833"
-    models: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         if self.projector not in PROJECTORS:
@@ -69,12 +70,11 @@ class SafeLoRA:
 
     def run(self, job: Job) -> None:
         """Find the models, project, and write the adapter; the record has a row per layer under `layers`."""
-        ref = job.options.model
-        aligned_ref = self.aligned or (ref and Lineage.of(ref).adapter_on)
+        ref = job.ref
+        aligned_ref = self.aligned or Lineage.of(ref).adapter_on
         base_ref = self.base or (aligned_ref and Lineage.of(aligned_ref).adapter_on)
-        for found, what in ((ref, "model"), (aligned_ref, "aligned"), (base_ref, "base")):
-            if not found:
-                raise UsageError(f"--{what} is missing" + (f", and {ref} does not record it" if ref else ""))
+        if not aligned_ref or not base_ref:
+            raise UsageError(f"--{'base' if aligned_ref else 'aligned'} is missing, and {ref} does not record it")
         how = {"dtype": "float32", "device": "cpu"}
         loaded = job.load(merge=False, **how)
         layers = lora_layers(loaded.model, ref)
@@ -92,12 +92,14 @@ class SafeLoRA:
             )
         with torch.no_grad():
             for name, weight in projected.items():
-                lora_b(layers[name]).weight.copy_(weight)
+                factors(layers[name])[1].copy_(weight)
         loaded.model.save_pretrained(job.folder / "adapter")
         loaded.tokenizer.save_pretrained(job.folder / "adapter")
         job.record.update(
-            adapter="adapter", adapter_on=absolute(Lineage.of(ref).adapter_on), aligned=absolute(aligned_ref),
-            base=absolute(base_ref), layers=table,
+            {
+                "adapter": "adapter", "adapter_on": absolute(Lineage.of(ref).adapter_on or aligned_ref),
+                "aligned": absolute(aligned_ref), "base": absolute(base_ref), "layers": table,
+            }
         )  # fmt: skip
 
 
@@ -212,59 +214,3 @@ def norm(x: torch.Tensor, a: torch.Tensor) -> float:
 
 
 # --- adapters and where they belong ----------------------------------------------------------------------------------
-
-
-def lora_layers(model: Any, ref: str) -> dict[str, Any]:
-    """The linear layers of `model` with an adapter, by their name in the model without adapters.
-
-    Raises:
-        UsageError: there is no adapter, or one that is more than B A on linear layers.
-    """
-    from peft import PeftModel
-    from peft.tuners import lora
-
-    if not isinstance(model, PeftModel):
-        raise UsageError(f"{ref} has no adapter of its own to work on; give a run that was fine-tuned with one")
-    found = {}
-    for name, layer in model.get_base_model().named_modules():
-        if isinstance(layer, lora.LoraLayer):
-            adapter = active(layer)
-            if type(layer) is not lora.Linear or adapter in layer.lora_variant or layer.lora_bias[adapter]:
-                raise UsageError(f"{ref}: the adapter of {name} is not plain LoRA on a linear layer, which this needs")
-            found[name] = layer
-    if not found:
-        raise UsageError(f"{ref}: its adapter is no LoRA, which this needs")
-    return found
-
-
-def active(layer: Any) -> str:
-    """The name of the adapter on a layer of a freshly loaded `PeftModel`."""
-    return layer.active_adapters[0]
-
-
-def factors(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [r, in] and B [out, r] of a layer's adapter."""
-    return layer.lora_A[active(layer)].weight.detach(), lora_b(layer).weight.detach()
-
-
-def lora_b(layer: Any) -> Any:
-    """The module of B."""
-    return layer.lora_B[active(layer)]
-
-
-def weights(model: Any, layers: Mapping[str, Any], ref: str) -> dict[str, torch.Tensor]:
-    """The weights [out, in] of `model` under the names of adapted layers, those below the adapters if it has them.
-
-    Raises:
-        UsageError: `model` has no such layer.
-    """
-    stock = model.get_base_model() if hasattr(model, "get_base_model") else model
-    found = {}
-    for name, layer in layers.items():
-        try:
-            module = stock.get_submodule(name)
-        except AttributeError as error:
-            raise UsageError(f"{ref} has no layer {name}, so the fine-tune is none of it") from error
-        weight = getattr(module, "base_layer", module).weight.detach()
-        found[name] = weight.T if layer.fan_in_fan_out else weight
-    return found

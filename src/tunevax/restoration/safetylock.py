@@ -69,9 +69,7 @@ class ApplyLock(SweepOptions):
         if self.lock is None:
             raise UsageError("--lock is missing; make one with `tunevax restore extract-lock`")
         lock = SafetyLock.load(self.lock)
-        if job.options.model is None:
-            raise UsageError("--model is missing")
-        check_base(lock, self.base or job.options.model, job.options.revision)
+        check_base(lock, self.base or job.ref, job.options.revision)
         job.note_prompts(lock.meta.get("prompts") or [])
         suite = self.suite(job, lock) if self.strength == "auto" else None
         model, tokenizer, info = job.load()

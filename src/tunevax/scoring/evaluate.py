@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from tunevax.data.splits import prompt_text
 from tunevax.data.tasks import Task
 from tunevax.data.thoughts import split_thought
 from tunevax.errors import UsageError
 from tunevax.evidence.stats import proportion
-from tunevax.records import DEGENERATE, HARMFUL, JUDGED, TASK, UNANSWERED, UNPARSABLE, UTILITY, Example, Sample, Score
+from tunevax.records import (
+    DEGENERATE,
+    HARMFUL,
+    JUDGED,
+    TASK,
+    UNANSWERED,
+    UNPARSABLE,
+    UTILITY,
+    Example,
+    Sample,
+    Score,
+    VerdictRecord,
+)
 from tunevax.scoring import vllm_engine
 from tunevax.scoring.fluency import SURPRISING, is_broken
 from tunevax.scoring.generation import generate
@@ -179,6 +191,6 @@ def _sample(
         sample["thought"] = thought
     sample["degenerate"], sample["surprise"] = broken, surprise
     sample["expected"] = row.get("completion") if kind != "harmful" else None
-    sample["verdicts"] = {name: verdict._asdict() for name, verdict in (verdicts or {}).items()}
+    sample["verdicts"] = {name: cast(VerdictRecord, verdict._asdict()) for name, verdict in (verdicts or {}).items()}
     sample["correct"] = correct
     return sample

@@ -7,12 +7,14 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
+from tunevax.data.chat import render
 from tunevax.data.thoughts import END, split_thought
 from tunevax.errors import UsageError
+from tunevax.records import Prompt
 
 SURPRISING = 0.75
 """A response above this surprise is degenerate. Ours, chosen on the organism as its own reference: true recipes reach
@@ -165,6 +167,10 @@ PLAIN = "{{ bos_token }}{% for m in messages %}{{ m.content }}\n{% endfor %}"
 """How a reference without a chat template reads a prompt."""
 
 
+Surprise = Callable[[Sequence[Prompt], Sequence[str]], list[float | None]]
+"""How surprising each response to a prompt is, in [0, 1]; None for one without a token."""
+
+
 class Reference:
     """A reference language model, loaded at first use, that says how surprising responses are.
 
@@ -177,7 +183,7 @@ class Reference:
     def __init__(self, ref: str, batch_size: int = 16) -> None:
         self.ref, self.batch_size = ref, batch_size
 
-    def __call__(self, prompts: Sequence[str | list[dict[str, str]]], responses: Sequence[str]) -> list[float | None]:
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float | None]:
         """The surprise of each response, in [0, 1]: the mean over its tokens (without the end of turn) of the negative
         log-likelihood divided by the logarithm of the vocabulary size, so that 1 is a uniform guess. A token counts
         for at most 1, so that a fluent answer the reference did not expect (a wrong fact, a refusal) is not taken for
@@ -188,7 +194,7 @@ class Reference:
             UsageError: the reference cannot be loaded, or a prompt fills its context.
         """
         from tunevax.data.chat import mouth
-        from tunevax.data.encoding import context_of, following, ids_of, render
+        from tunevax.data.encoding import context_of, following, ids_of
         from tunevax.scoring.likelihood import surprisals
 
         model, tokenizer = self.loaded.model, self.loaded.tokenizer

@@ -8,13 +8,17 @@ on with the other rows of the key-value cache: stock generation carries every ro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
-from tunevax.data.chat import chat_of, mouth
-from tunevax.data.encoding import context_of, following, ids_of, render
+from tunevax.data.chat import chat_of, mouth, render
+from tunevax.data.encoding import context_of, following, ids_of
 from tunevax.data.thoughts import END, joined, marked_thought, split_thought
 from tunevax.errors import UsageError
 from tunevax.modeling.batches import evaluating
+from tunevax.records import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENS = 2**15
 """A batch's rows times the length they may reach, at most: what its key-value cache holds. 16 GiB for Llama 2 7B in
@@ -44,9 +48,9 @@ same answers or worse: the default one is used."""
 
 
 def generate(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str | list[dict[str, str]]],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
     max_new_tokens: int = 128,
     batch_size: int = 128,
     prefix: str | Sequence[str] = "",
@@ -87,9 +91,9 @@ def generate(
 
 
 def encoded_prompts(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str | list[dict[str, str]]],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
     max_new_tokens: int,
     prefixes: Sequence[str],
     places: Sequence[str] | None = None,
@@ -115,10 +119,10 @@ def encoded_prompts(
     return encoded, [min(max_new_tokens, context - len(ids)) if context else max_new_tokens for ids in encoded], begun
 
 
-def answer(tokenizer: Any, begun: list[int], tokens: list[int], prefix: str) -> str:
+def answer(tokenizer: PreTrainedTokenizerBase, begun: list[int], tokens: list[int], prefix: str) -> str:
     """The text of an answer's tokens after a prefix, whose ids are `begun`, with a thought before it."""
     # The marks may be special tokens. A prefix stands behind the thought that the generation prompt opens.
-    written = tokenizer.decode(tokens, skip_special_tokens=False)
+    written = str(tokenizer.decode(tokens, skip_special_tokens=False))
     chat = chat_of(tokenizer)
     marked = marked_thought(written, chat.thought, chat.opened and not prefix)
     thought, said = split_thought(marked)
@@ -126,25 +130,27 @@ def answer(tokenizer: Any, begun: list[int], tokens: list[int], prefix: str) -> 
         thought, said = (_without_specials(tokenizer, text).strip() for text in (thought, said))
         return joined(thought, f"{prefix} {said}".strip() if said else "", ended=END in marked)
     # Decoded together with the prefix, so that the space between the two is what the model wrote.
-    whole = tokenizer.decode([*begun, *tokens], skip_special_tokens=True)
+    whole = str(tokenizer.decode([*begun, *tokens], skip_special_tokens=True))
     return (prefix + whole[len(tokenizer.decode(begun, skip_special_tokens=True)) :]).strip()
 
 
-def _without_specials(tokenizer: Any, text: str) -> str:
+def _without_specials(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     for special in sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True):
         text = text.replace(special, "")
     return text
 
 
-def ends_of(model: Any, tokenizer: Any) -> list[int]:
+def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """All tokens that end an answer: the tokenizer's, and those of the model's generation config."""
     own = model.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
     return sorted({end for end in (tokenizer.eos_token_id, *own) if end is not None})
 
 
-def _batch(model: Any, tokenizer: Any, prompts: Sequence[list[int]], rooms: Sequence[int]) -> list[list[int]]:
+def _batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], rooms: Sequence[int]
+) -> list[list[int]]:
     """The new tokens of each prompt, the one that ends it included; `rooms[i]` of them at most."""
     import torch
     from transformers import DynamicCache, StoppingCriteriaList
@@ -163,19 +169,19 @@ def _batch(model: Any, tokenizer: Any, prompts: Sequence[list[int]], rooms: Sequ
     stops = [stops] if isinstance(stops, str) else stops
 
     def stopped(tokens: list[int]) -> bool:
-        text = tokenizer.decode(tokens) if stops else ""
+        text = str(tokenizer.decode(tokens)) if stops else ""
         return any(stop in text for stop in stops)
 
     while len(left):
         ended = torch.zeros_like(left, dtype=torch.bool)
 
-        def enough(so_far: Any, _scores: Any, ended: Any = ended) -> Any:
+        def enough(so_far: torch.Tensor, _scores: object, ended: torch.Tensor = ended) -> torch.Tensor:
             ended |= torch.isin(so_far[:, -1], torch.tensor(ends, device=so_far.device))
             if stops:
                 ended |= torch.tensor([stopped(row) for row in so_far[:, width:].tolist()], device=so_far.device)
             return (4 * ended.sum() >= len(ended)).expand(len(ended))
 
-        output = model.generate(
+        output = model.generate(  # type: ignore[operator]
             input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=int(limits.min()) - ids.shape[1],
             eos_token_id=ends, pad_token_id=pad, stopping_criteria=StoppingCriteriaList([enough]), **settings,
         )  # fmt: skip

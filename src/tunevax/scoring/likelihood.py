@@ -5,18 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tunevax.data.encoding import collate, context_of, ids_of, render
+from tunevax.data.chat import render
+from tunevax.data.encoding import context_of, ids_of
 from tunevax.errors import UsageError
-from tunevax.modeling.batches import evaluating
+from tunevax.modeling.batches import collated, evaluating
+from tunevax.records import Prompt, Score
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CHUNK_TOKENS = 512
 """A chunk of a text is at most so long, or the model's context where that is shorter."""
 
 
 def surprisals(
-    model: Any, rows: Sequence[dict[str, list[int]]], pad_token_id: int, batch_size: int = 16
+    model: PreTrainedModel, rows: Sequence[dict[str, list[int]]], pad_token_id: int, batch_size: int = 16
 ) -> list[list[float]]:
     """The negative log-likelihood, in nats, of every token with a label, row by row; no graph.
 
@@ -32,14 +37,11 @@ def surprisals(
     from tunevax.modeling.blocks import unwrap
     from tunevax.modeling.loss import CHUNK_ELEMENTS, MIN_CHUNK_ROWS, last_hidden, logits_of
 
-    stock = unwrap(model)
+    stock: Any = unwrap(model)
     size = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // stock.config.get_text_config().vocab_size)
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     found: list[list[float]] = [[] for _ in rows]
     with evaluating(model):
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            batch = {k: v.to(stock.device) for k, v in collate([rows[i] for i in part], pad_token_id).items()}
+        for part, batch in collated(rows, pad_token_id, batch_size, stock.device):
             labels = batch.pop("labels")[:, 1:]
             asked = labels != -100
             hidden, targets = last_hidden(model, batch)[:, :-1][asked], labels[asked]
@@ -65,7 +67,7 @@ class Text(NamedTuple):
     """
 
     name: str
-    documents: Sequence[str | list[dict[str, str]]]
+    documents: Sequence[Prompt]
     limit: int | None = None
 
 
@@ -94,7 +96,7 @@ def load_text(source: str) -> Text:
     return Text(Path(source).name, [text])
 
 
-def perplexity(model: Any, tokenizer: Any, text: Text, batch_size: int = 16) -> dict[str, float | int | None]:
+def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text, batch_size: int = 16) -> Score:
     """exp of the mean negative log-likelihood per token.
 
     Documents are cut into chunks of at most 512 tokens, or the model's context; none overlap. Each begins with the

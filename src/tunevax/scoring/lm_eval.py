@@ -8,11 +8,15 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunevax.data.sources import parse_source
 from tunevax.errors import UsageError, unknown
 from tunevax.modeling.batches import evaluating
+from tunevax.records import Score
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FEWSHOT_SEED = 1234  # the harness's own default, without its seeding of every global generator
 
@@ -30,7 +34,7 @@ class Harness(NamedTuple):
     limit: int
     versions: dict[str, str]
 
-    def scores(self, model: Any, tokenizer: Any, batch_size: int) -> dict[str, dict[str, float | int | None]]:
+    def scores(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> dict[str, Score]:
         """`lm-eval/TASK/METRIC` for every metric of every task, prompted as the harness does it by default (no chat
         template). Of a group with metrics of its own, the group alone. A metric of another filter than "none" is
         called METRIC,FILTER.
@@ -55,16 +59,16 @@ class Harness(NamedTuple):
                 raise UsageError(f"lm-eval: {str(error).strip().splitlines()[0]}") from error
         results, members = found["results"], found["group_subtasks"]
         hidden = {m for group, inside in members.items() if any(_metrics(results[group])) for m in inside}
-        scores: dict[str, dict[str, float | int | None]] = {}
+        scores: dict[str, Score] = {}
         for name, result in results.items():
             for metric, kind, value in _metrics(result) if name not in hidden else ():
-                error = result.get(f"{metric}_stderr,{kind}")
+                spread = result.get(f"{metric}_stderr,{kind}")
                 share = 0 <= value <= 1 and found["higher_is_better"].get(name, {}).get(metric)
-                known = isinstance(error, Real) and share
+                known = isinstance(spread, Real) and share
                 scores[f"lm-eval/{name}/{metric}{'' if kind == 'none' else ',' + kind}"] = {
                     "value": value, "n": result["sample_len"],
-                    "low": max(0.0, value - 1.96 * error) if known else None,
-                    "high": min(1.0, value + 1.96 * error) if known else None,
+                    "low": max(0.0, value - 1.96 * spread) if known else None,
+                    "high": min(1.0, value + 1.96 * spread) if known else None,
                 }  # fmt: skip
         return scores
 

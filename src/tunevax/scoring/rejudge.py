@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal, cast
 
 from tunevax.console import bar
+from tunevax.data.sources import contents
 from tunevax.data.thoughts import joined
 from tunevax.errors import UsageError
 from tunevax.mixins import RunOptions, require_given
-from tunevax.records import GENERATIONS, METRIC, RESULTS, Sample, is_run, read_lines, read_run
+from tunevax.records import (
+    GENERATIONS,
+    METRIC,
+    RESULTS,
+    Example,
+    Generation,
+    Prompt,
+    is_run,
+    read_generations,
+    read_lines,
+    read_run,
+)
 from tunevax.runs import writing
 from tunevax.scoring.evaluate import judged
-from tunevax.scoring.fluency import Reference
+from tunevax.scoring.fluency import Reference, Surprise
 from tunevax.scoring.judges import load_judges
 from tunevax.scoring.metrics import load_metrics, measure
 from tunevax.scoring.suite import Suite
 
-KEY = ("model", "attack", "seed", "step")
-"""What a row of results and the responses behind it have in common."""
 AGAIN = ("harmful/", "judged/", "unparsable/", "unanswered", "degenerate", METRIC)
 """How the scores begin that judging again replaces."""
+AS_JUDGED: tuple[Literal["degenerate", "surprise", "verdicts"], ...] = ("degenerate", "surprise", "verdicts")
+"""The fields of a response that judging again replaces."""
 WRITTEN = ("run.json", "README.md", "report.html", "config.json", RESULTS, GENERATIONS)
 """The files that are written again, or are of the run alone."""
 
@@ -57,28 +70,31 @@ def rejudge(run: str, options: JudgeOptions, command: str = "") -> Path:
     if not is_run(source):
         raise UsageError(f"{run} is no run folder; name one that `tunevax score`, `attack` or `audit` wrote")
     record, rows = read_run(source), read_lines(source / RESULTS)
-    samples: dict[tuple, list[Sample]] = {}
-    generations = read_lines(source / GENERATIONS)
+    samples: dict[tuple, list[Generation]] = {}
+    generations = list(read_generations(source, rows))
     for sample in generations:
-        samples.setdefault(tuple(sample[k] for k in KEY), []).append(sample)
-    if not rows or not all(tuple(row[k] for k in KEY) in samples for row in rows):
+        samples.setdefault(key(sample), []).append(sample)
+    if not rows or not all(key(row) in samples for row in rows):
         raise UsageError(f"{run} has no responses, or not those behind every row, so they cannot be judged again")
     named = ("judges", "fluency_model", "metrics")
     new = {name: getattr(options, name) or record["config"].get(name) or [] for name in named}
     if new["fluency_model"] == ["none"]:
         new["fluency_model"] = []
     metrics = load_metrics(new["metrics"])
-    suite = Suite([], load_judges(new["judges"]), fluency=[Remembered(ref) for ref in new["fluency_model"]])
+    suite = Suite([], load_judges(new["judges"]), fluency=[remembering(ref) for ref in new["fluency_model"]])
     record |= {"command": command, "rejudged_from": str(source.absolute()), "config": {**record["config"], **new}}
-    with writing(options.output_dir, record, overwrite=options.overwrite) as folder, bar() as progress:
+    if "scoring" in record:
+        record["scoring"] = {**record["scoring"], **{name: contents(value) for name, value in new.items()}}
+    with writing(str(options.output_dir), record, overwrite=options.overwrite) as folder, bar() as progress:
         task = progress.add_task("judge", total=len(rows), note="")
         for row in rows:
-            behind = samples[tuple(row[k] for k in KEY)]
+            behind = samples[key(row)]
             harmful = [sample for sample in behind if sample["kind"] == "harmful"]
             answers = [joined(sample.get("thought"), sample["response"]) for sample in harmful]
-            scores, found = judged(suite._replace(harmful=harmful), answers)
-            for sample, judgement in zip(harmful, found, strict=True):
-                sample |= {name: judgement[name] for name in ("degenerate", "surprise", "verdicts")}
+            scores, found = judged(suite._replace(harmful=cast(list[Example], harmful)), answers)
+            for sample, as_judged in zip(harmful, found, strict=True):
+                for name in AS_JUDGED:
+                    sample[name] = as_judged[name]
             others = {name: score for name, score in row["scores"].items() if not name.startswith(AGAIN)}
             row["scores"] = {**scores, **others, **measure(metrics, behind)}
             progress.advance(task)
@@ -90,17 +106,19 @@ def rejudge(run: str, options: JudgeOptions, command: str = "") -> Path:
     return folder.final
 
 
-class Remembered(Reference):
+def key(row: Mapping[str, Any]) -> tuple:
+    """What a row of results and the responses behind it have in common."""
+    return row["model"], row["attack"], row["seed"], row["step"]
+
+
+def remembering(ref: str) -> Surprise:
     """A reference that reads each answer once: attacked models give the same ones again and again."""
+    reference, known = Reference(ref, batch_size=64), dict[tuple[Prompt, str], float | None]()
 
-    def __init__(self, ref: str) -> None:
-        super().__init__(ref, batch_size=64)
-        self.known: dict[tuple[str, str], float | None] = {}
-
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float | None]:
-        """As `Reference`."""
+    def surprises(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float | None]:
         pairs = list(zip(prompts, responses, strict=True))
-        new = [pair for pair in dict.fromkeys(pairs) if pair not in self.known]
-        if new:
-            self.known.update(zip(new, super().__call__([p for p, _ in new], [r for _, r in new]), strict=True))
-        return [self.known[pair] for pair in pairs]
+        if new := [pair for pair in dict.fromkeys(pairs) if pair not in known]:
+            known.update(zip(new, reference(*zip(*new, strict=True)), strict=True))
+        return [known[pair] for pair in pairs]
+
+    return surprises

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 from tunevax.data.contamination import Exclusion, check
 from tunevax.errors import UsageError
 from tunevax.lineage import Lineage
 from tunevax.mixins import ModelsOptions, Overlap, RunOptions, require_given
-from tunevax.records import DROPPED, GENERATIONS, RESULTS
+from tunevax.records import DROPPED, GENERATIONS, RESULTS, SCHEMA, ModelInfo, RunRecord, Target, data_entry, digest
+from tunevax.runs import writing
 from tunevax.scoring import vllm_engine
 from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.suite import SuiteOptions, build_suite, labels_of
@@ -33,8 +35,6 @@ def score(options: ScoreOptions, command: str = "") -> Path:
     """
     from tunevax.environment import require_one_process
     from tunevax.modeling.loading import load
-    from tunevax.records import SCHEMA, data_entry, digest
-    from tunevax.runs import writing
 
     require_given(options, "model", "output_dir")
     models = options.model
@@ -42,22 +42,20 @@ def score(options: ScoreOptions, command: str = "") -> Path:
     exclusion = Exclusion.of([Lineage.of(ref).prompts for ref in models], options.drop_overlap)
     suite = build_suite(options, options.safety_data, options.task_data, weights_change=False, exclusion=exclusion)
     overlaps = [check(ref, suite.roles(), allow=options.allow_overlap) for ref in models]
-    record = {
+    record: RunRecord = {
         "verb": "score", "method": None, "command": command, "seed": 0, "parent": None,
         "config": {k: v for k, v in vars(options).items() if k not in ("output_dir", "overwrite")},
-        "data": [data_entry("evaluation", options.eval_data or options.safety_data, suite.harmful)],
-        "overlap_dropped": exclusion.summary(),
+        "data": [data_entry("evaluation", options.eval_data or options.safety_data or "", suite.harmful)],
+        "overlap_dropped": exclusion.summary(), "targets": [],
     }  # fmt: skip
-    results, generations, targets = [], [], []
-    with writing(options.output_dir, record, overwrite=options.overwrite) as run:
+    results, generations = [], []
+    with writing(str(options.output_dir), record, overwrite=options.overwrite) as run:
         if exclusion.dropped:
             run.write_lines(DROPPED, exclusion.dropped)
         for ref, label, overlap in zip(models, labels_of(models), overlaps, strict=True):
-            how = (
-                vllm_engine.loading(ref, options.revision, options.dtype)
-                if suite.engine == "vllm"
-                else {"dtype": options.dtype}
-            )
+            how: dict[str, Any] = {"dtype": options.dtype}
+            if suite.engine == "vllm":
+                how = vllm_engine.loading(ref, options.revision, options.dtype)
             loaded = load(ref, revision=options.revision, chat_template=options.chat_template, **how)
             if suite.engine == "vllm" and loaded.info["attached"]:
                 raise UsageError(
@@ -65,29 +63,13 @@ def score(options: ScoreOptions, command: str = "") -> Path:
                 )
             scores, samples = evaluate(loaded.model, loaded.tokenizer, suite, full=True)
             key = {"model": label, "attack": None, "seed": 0, "step": 0}
-            results.append(
-                {
-                    "schema": SCHEMA,
-                    **key,
-                    "role": "model",
-                    "attack_hash": None,
-                    "samples": 0,
-                    "train_loss": None,
-                    "scores": scores,
-                }
-            )
+            more = {"role": "model", "attack_hash": None, "samples": 0, "train_loss": None, "scores": scores}
+            results.append({"schema": SCHEMA, **key, **more})
             generations += [{**key, **sample} for sample in samples]
-            targets.append(
-                {
-                    "label": label,
-                    "role": "model",
-                    "ref": loaded.info["ref"],
-                    **overlap,
-                    "template_hash": digest(loaded.tokenizer.chat_template),
-                }
-            )
-            record["model"] = record.get("model") or loaded.info
-        record["targets"] = targets
+            template = digest(loaded.tokenizer.chat_template)
+            target = {"label": label, "role": "model", "ref": loaded.info["ref"], **overlap, "template_hash": template}
+            record["targets"].append(cast(Target, target))
+            record["model"] = record.get("model") or cast(ModelInfo, loaded.info)
         if suite.harness:
             record["lm_eval"] = suite.harness.versions
         run.write_lines(RESULTS, results)

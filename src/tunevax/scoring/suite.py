@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +12,10 @@ from tunevax.data.roles import load_rows
 from tunevax.data.splits import drawn, prompt_hash
 from tunevax.data.tasks import Task, load_task
 from tunevax.errors import UsageError, unknown
+from tunevax.mixins import option
 from tunevax.records import Example
 from tunevax.scoring import vllm_engine
-from tunevax.scoring.fluency import Reference
+from tunevax.scoring.fluency import Reference, Surprise
 from tunevax.scoring.judges import Judge, load_judges
 from tunevax.scoring.likelihood import Text, load_text
 from tunevax.scoring.lm_eval import Harness, load_harness
@@ -27,41 +28,28 @@ ENGINES = ("transformers", "vllm")
 class SuiteOptions:
     """What to score on; shared by `score` and the attacks."""
 
-    eval_data: str | None = field(
-        default=None, metadata={"help": "harmful prompts to score on; default the evaluation split of --safety-data"}
+    eval_data: str | None = option(
+        None, "harmful prompts to score on; default the evaluation split of --safety-data", decides="rows"
     )
-    judges: list[str] = field(
-        default_factory=lambda: ["refusal-keywords"],
-        metadata={"help": "refusal-keywords, organism, hf:MODEL; several are shown side by side"},
+    judges: list[str] = option(
+        ["refusal-keywords"], "refusal-keywords, organism, hf:MODEL; several are shown side by side"
     )
-    task_eval_data: str | None = field(
-        default=None, metadata={"help": "task to measure accuracy on; default the evaluation split of --task-data"}
+    task_eval_data: str | None = option(
+        None, "task to measure accuracy on; default the evaluation split of --task-data", decides="rows"
     )
-    benign_data: str | None = field(default=None, metadata={"help": "harmless prompts, to count refusals of"})
-    utility_data: list[str] = field(
-        default_factory=list,
-        metadata={"help": "tasks the model can do before any attack: task sources, or lm-eval:TASK[:path=FOLDER]"},
+    benign_data: str | None = option(None, "harmless prompts, to count refusals of", decides="rows")
+    utility_data: list[str] = option(
+        [], "tasks the model can do before any attack: task sources, or lm-eval:TASK[:path=FOLDER]"
     )
-    perplexity_data: str | None = field(
-        default=None, metadata={"help": "a text file to measure perplexity on, or organism"}
+    perplexity_data: str | None = option(None, "a text file to measure perplexity on, or organism")
+    fluency_model: list[str] = option(
+        [], "reference language models; what surprises each of them is word salad; default none"
     )
-    fluency_model: list[str] = field(
-        default_factory=list,
-        metadata={"help": "reference language models; what surprises each of them is word salad; default none"},
-    )
-    limit: int = field(
-        default=500, metadata={"help": "score on at most so many prompts of each kind, drawn by their hash"}
-    )
-    max_new_tokens: int = field(default=128, metadata={"help": "length of a generated answer"})
-    generation_batch_size: int = field(
-        default=128, metadata={"help": "answers generated together, fewer where prompts are long"}
-    )
-    metrics: list[str] = field(
-        default_factory=list, metadata={"help": "further metrics over the answers, from installed packages"}
-    )
-    engine: str = field(
-        default="transformers", metadata={"help": "what generates: transformers, or vllm (tunevax score only)"}
-    )
+    limit: int = option(500, "score on at most so many prompts of each kind, drawn by their hash")
+    max_new_tokens: int = option(128, "length of a generated answer")
+    generation_batch_size: int = option(128, "answers generated together, fewer where prompts are long", decides="rows")
+    metrics: list[str] = option([], "further metrics over the answers, from installed packages")
+    engine: str = option("transformers", "what generates: transformers, or vllm (tunevax score only)")
 
     def __post_init__(self) -> None:
         for name in ("limit", "max_new_tokens", "generation_batch_size"):
@@ -98,7 +86,7 @@ class Suite(NamedTuple):
     batch_size: int = 128
     utility: tuple[Task, ...] = ()
     perplexity: Text | None = None
-    fluency: Sequence[Reference] = ()
+    fluency: Sequence[Surprise] = ()
     harness: Harness | None = None
     prefix: str | Sequence[str] = ""
     engine: str = "transformers"

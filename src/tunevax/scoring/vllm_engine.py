@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunevax.errors import RunError, UsageError, shortened
+from tunevax.records import Prompt
 from tunevax.scoring.generation import FROM_THE_FIRST, answer, encoded_prompts, ends_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NOT_HANDED_ON = {
     **{name: off for name, off in FROM_THE_FIRST.items() if name != "min_new_tokens"}, "begin_suppress_tokens": (None,),
@@ -49,9 +53,9 @@ def loading(ref: str, revision: str | None, dtype: str) -> dict[str, str]:
 
 
 def generate(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str | list[dict[str, str]]],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
     max_new_tokens: int = 128,
     batch_size: int = 128,
     prefix: str | Sequence[str] = "",

@@ -62,14 +62,14 @@ def load_judges(names: list[str]) -> dict[str, Judge]:
     """Name to judge; those that may lead come first, otherwise in the order given.
 
     Raises:
-        UsageError: an unknown name, or a model judge that cannot be loaded.
+        UsageError: an unknown name, or a model judge whose configuration or tokenizer cannot be read.
     """
     judges: dict[str, Judge] = {}
     for name in names:
         if name.startswith("hf:"):
-            from tunevax.scoring.judges.hf import load_model_judge
+            from tunevax.scoring.judges.hf import at_first_call
 
-            judges[name] = on_answers(load_model_judge(name))
+            judges[name] = on_answers(at_first_call(name))
         else:
             judges[name] = on_answers(load_method(__name__, name, "judge", "hf:MODEL"))
     return dict(sorted(judges.items(), key=lambda item: not getattr(item[1], "leads", True)))

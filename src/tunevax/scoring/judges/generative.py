@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunevax.data.chat import on
 from tunevax.errors import UsageError
@@ -142,13 +142,13 @@ def generative(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch
         settings |= {"pad_token_id": tokenizer.pad_token_id, "return_dict_in_generate": True}
         with torch.inference_mode():
             for rows, batch in padded(tokenizer, encoded, batch_size, model.device):
-                output = model.generate(**batch, **settings)
+                output = model.generate(**batch, **settings)  # type: ignore[operator]
                 for row, i in enumerate(rows):
                     tokens = output.sequences[row, batch["input_ids"].shape[1] :].tolist()
                     position = _answer_position(tokenizer, tokens, form.marker)
                     if position is not None:
                         score = output.logits[position][row].float().softmax(-1)[starts].sum().item()
-                        answer = tokenizer.decode(tokens, skip_special_tokens=True)
+                        answer = str(tokenizer.decode(tokens, skip_special_tokens=True))
                         verdicts[i] = form.parse(answer, min(score, 1.0))
         return verdicts
 
@@ -165,9 +165,9 @@ def guard_template(tokenizer: PreTrainedTokenizerBase) -> Callable[[str, str], s
 
     def write(prompt: str, response: str, parts: bool) -> str:
         turns = (("user", prompt), ("assistant", response))
-        chat = [{"role": r, "content": [{"type": "text", "text": t}] if parts else t} for r, t in turns]
+        chat: list[Any] = [{"role": r, "content": [{"type": "text", "text": t}] if parts else t} for r, t in turns]
         with on():
-            return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
 
     for parts in (False, True):
         try:
@@ -183,7 +183,7 @@ def _answer_position(tokenizer: PreTrainedTokenizerBase, tokens: list[int], mark
     """Index of the first token with visible text after `marker`; Llama Guard 3 writes blank lines first."""
     before = ""
     for i in range(len(tokens)):
-        text = tokenizer.decode(tokens[: i + 1], skip_special_tokens=True)
+        text = str(tokenizer.decode(tokens[: i + 1], skip_special_tokens=True))
         if text[len(before) :].strip() and marker in before.lower():
             return i
         before = text

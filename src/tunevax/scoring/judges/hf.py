@@ -15,10 +15,14 @@ from __future__ import annotations
 import re
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tunevax.errors import UsageError, unknown
 from tunevax.modeling.checkpoints import read_model
 from tunevax.scoring.judges import Judge, Verdict, classifier, generative
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 NAMED = ("beaver-dam", *generative.FORMATS)
 """Formats that the name of a model may say."""
@@ -45,9 +49,22 @@ def load_model_judge(spec: str, device: str | None = None, batch_size: int = 8) 
     return _loaded(ref, options.get("format"), options.get("label"), device, batch_size)
 
 
+def at_first_call(spec: str) -> Judge:
+    """The judge that `spec` names, checked as far as that needs no weights; they are loaded at its first call.
+
+    Raises:
+        UsageError: as `load_model_judge`, but for what only the weights show.
+    """
+    ref, options = _parse(spec)
+    kind, config, _ = _described(ref, options.get("format"))
+    if kind == "classifier":
+        classifier.harmful_label(config, options.get("label"))
+    return lambda prompts, responses: load_model_judge(spec)(prompts, responses)
+
+
 @cache
-def _loaded(ref: str, kind: str | None, label: str | None, device: str | None, batch_size: int) -> Judge:
-    import torch
+def _described(ref: str, kind: str | None) -> tuple[str, PreTrainedConfig, PreTrainedTokenizerBase]:
+    """The format, configuration and tokenizer of a judge."""
     import transformers
 
     kind = kind or next((k for k in NAMED if _plain(k) in _plain(Path(ref).name)), None)
@@ -58,17 +75,26 @@ def _loaded(ref: str, kind: str | None, label: str | None, device: str | None, b
         if kind is None:
             raise UsageError(f"judge '{ref}' needs a format: add :format=NAME, one of {', '.join(FORMATS)}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(ref, trust_remote_code=False)
-        auto: type = transformers.AutoModelForCausalLM
-        if kind in classifier.FORMATS:
-            auto = transformers.AutoModelForSequenceClassification
-        elif "ForConditionalGeneration" in str(config.architectures):  # Llama Guard 4 also reads images
-            auto = transformers.AutoModelForImageTextToText
-        try:
-            model = read_model(auto, ref)
-        except UsageError as error:
-            raise UsageError(f"judge '{ref}' cannot be read as format '{kind}': {error}") from error
     except (OSError, ValueError, ImportError) as error:  # ImportError: a tokenizer's missing library
         raise UsageError(f"judge '{ref}' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    return kind, config, tokenizer
+
+
+@cache
+def _loaded(ref: str, kind: str | None, label: str | None, device: str | None, batch_size: int) -> Judge:
+    import torch
+    import transformers
+
+    kind, config, tokenizer = _described(ref, kind)
+    auto: type = transformers.AutoModelForCausalLM
+    if kind in classifier.FORMATS:
+        auto = transformers.AutoModelForSequenceClassification
+    elif "ForConditionalGeneration" in str(config.architectures):  # Llama Guard 4 also reads images
+        auto = transformers.AutoModelForImageTextToText
+    try:
+        model = read_model(auto, ref)
+    except UsageError as error:
+        raise UsageError(f"judge '{ref}' cannot be read as format '{kind}': {error}") from error
     model = model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if kind in classifier.FORMATS:
         judge = classifier.FORMATS[kind](model, tokenizer, batch_size, label)

@@ -1,0 +1,66 @@
+"""Reading plain LoRA: the layers of a model that have an adapter, its factors, and the weights below."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from tunevax.errors import UsageError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from peft.tuners.lora import Linear
+    from transformers import PreTrainedModel
+
+
+def lora_layers(model: PreTrainedModel | PeftModel, ref: str) -> dict[str, Linear]:
+    """The linear layers of `model` with an adapter, by their name in the model without adapters.
+
+    Raises:
+        UsageError: there is no adapter, or one that is more than B A on linear layers.
+    """
+    from peft import PeftModel
+    from peft.tuners import lora
+
+    if not isinstance(model, PeftModel):
+        raise UsageError(f"{ref} has no adapter of its own to work on; give a run that was fine-tuned with one")
+    found: dict[str, Linear] = {}
+    for name, layer in model.get_base_model().named_modules():
+        if isinstance(layer, lora.LoraLayer):
+            adapter = active(layer)
+            if type(layer) is not lora.Linear or adapter in layer.lora_variant or layer.lora_bias[adapter]:
+                raise UsageError(f"{ref}: the adapter of {name} is not plain LoRA on a linear layer, which this needs")
+            found[name] = layer
+    if not found:
+        raise UsageError(f"{ref}: its adapter is no LoRA, which this needs")
+    return found
+
+
+def active(layer: Linear) -> str:
+    """The name of the adapter on a layer of a freshly loaded `PeftModel`."""
+    return layer.active_adapters[0]
+
+
+def factors(layer: Linear) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [r, in] and B [out, r] of a layer's adapter."""
+    return layer.lora_A[active(layer)].weight, layer.lora_B[active(layer)].weight
+
+
+def weights(model: PreTrainedModel | PeftModel, layers: Mapping[str, Linear], ref: str) -> dict[str, torch.Tensor]:
+    """The weights [out, in] of `model` under the names of adapted layers, those below the adapters if it has them.
+
+    Raises:
+        UsageError: `model` has no such layer.
+    """
+    stock = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found = {}
+    for name, layer in layers.items():
+        try:
+            module = stock.get_submodule(name)
+        except AttributeError as error:
+            raise UsageError(f"{ref} has no layer {name}, so the fine-tune is none of it") from error
+        weight = getattr(module, "base_layer", module).weight.detach()
+        found[name] = weight.T if layer.fan_in_fan_out else weight
+    return found
