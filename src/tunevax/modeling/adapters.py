@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 from tunevax.errors import UsageError, out_of_memory, shortened
-from tunevax.modeling.blocks import plain_tokens, unwrap
+from tunevax.modeling.blocks import embedding, plain_tokens, unwrap
 from tunevax.modeling.precision import wide
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -141,7 +141,7 @@ def fit_embeddings(model: PreTrainedModel, file: Path) -> None:
                     if not torch.equal(own.to("cpu", narrow), saved[key].to(narrow)):
                         raise UsageError(f"{file.parent} is an adapter of another base: {path} differs in its weights")
     rows = {len(weight) for weight in held.values()}
-    if len(rows) != 1 or rows == {model.get_input_embeddings().weight.shape[0]}:
+    if len(rows) != 1 or rows == {len(embedding(model))}:
         return
     tied = names["output"] is None or names["output"].weight is names["input"].weight
     if len(held) < 2 and not tied:
@@ -184,8 +184,8 @@ def merge(model: PeftModel, ref: str) -> tuple[PreTrainedModel, Merge]:
     apart, move = effect(model, ref)
     moved = float(move.norm())
     untie(model)
-    stock = model.get_base_model()
-    dtype = stock.dtype
+    stock = unwrap(model)
+    dtype: torch.dtype = stock.dtype
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that all is merged already, and of ties: what matters is compared below
         try:
@@ -279,7 +279,7 @@ def untie(model: PeftModel) -> None:
     """Give the head of a `PeftModel` weights of its own if it shares the embedding's and one of them has an adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    stock = model.get_base_model()
+    stock = unwrap(model)
     ends = [stock.get_input_embeddings(), stock.get_output_embeddings()]
     if not any(isinstance(module, BaseTunerLayer) for module in ends) or ends[1] is None:
         return

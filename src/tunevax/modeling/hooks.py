@@ -286,7 +286,7 @@ def cheap_modules(block: nn.Module) -> list[nn.Module]:
     inputs."""
     from transformers.activations import ACT2CLS
 
-    kinds = tuple(k[0] if isinstance(k, tuple) else k for k in ACT2CLS.values())
+    kinds: tuple[Any, ...] = tuple(k[0] if isinstance(k, tuple) else k for k in ACT2CLS.values())
     return [m for m in block.modules() if type(m).__name__.endswith("Norm") or isinstance(m, kinds) or hasattr(m, CAST)]
 
 

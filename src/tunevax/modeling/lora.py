@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from tunevax.errors import UsageError
-from tunevax.modeling.blocks import unwrap
+from tunevax.modeling.blocks import innermost, unwrap
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -68,6 +68,6 @@ def weights(model: PreTrainedModel | PeftModel, layers: Mapping[str, Linear], re
             module = stock.get_submodule(name)
         except AttributeError as error:
             raise UsageError(f"{ref} has no layer {name}, so the fine-tune is none of it") from error
-        weight = getattr(module, "base_layer", module).weight.detach()
+        weight = innermost(module).weight.detach()
         found[name] = weight.T if layer.fan_in_fan_out else weight
     return found

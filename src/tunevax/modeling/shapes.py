@@ -10,7 +10,7 @@ from torch import nn
 
 from tunevax.data.chat import chat_of
 from tunevax.errors import UsageError
-from tunevax.modeling.blocks import CALLED, Block, find_final_norm, plain_tokens, unwrap
+from tunevax.modeling.blocks import CALLED, Block, embedding, find_final_norm, plain_tokens, unwrap
 from tunevax.modeling.hooks import Prefix, tensor_of, without_dropout
 from tunevax.modeling.loss import last_hidden, logits_of
 from tunevax.modeling.precision import wide
@@ -85,7 +85,7 @@ def probe_ids(stock: PreTrainedModel) -> torch.Tensor:
     """Two rows of token ids, [2, TOKENS], that differ but for the first one, with no special token among them."""
     plain = plain_tokens(stock)[:1000]
     row = [plain[(7 * i + 3) % len(plain)] for i in range(2 * TOKENS)]
-    return torch.tensor([row[:TOKENS], row[:1] + row[TOKENS + 1 :]], device=stock.get_input_embeddings().weight.device)
+    return torch.tensor([row[:TOKENS], row[:1] + row[TOKENS + 1 :]], device=embedding(stock).device)
 
 
 def _require_head(name: str, stock: nn.Module, heads: list[torch.Tensor], logits: torch.Tensor) -> None:
@@ -188,7 +188,7 @@ def settle_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, ref: str
         UsageError: nothing ends an answer.
     """
     stock = unwrap(model)
-    rows = len(stock.get_input_embeddings().weight)
+    rows = len(embedding(stock))
     if max(tokenizer.get_vocab().values(), default=0) >= rows:
         tokenizer.embedding_rows = rows
     if not _has_row(tokenizer.eos_token_id, rows):
