@@ -80,7 +80,7 @@ def test_controls_of_t_vaccine(tmp_path, safety, monkeypatch):
         make_controls(run, ["equal-compute"], tmp_path / "controls")
     # Other rows, in the same number, are noticed before anything is trained; so is a file that is gone.
     safety.write_text(safety.read_text().replace('"category": "a"', '"category": "c"', 1))
-    with pytest.raises(UsageError, match=r"pairs\.jsonl is no longer what .*tv was hardened on"):
+    with pytest.raises(UsageError, match=r"tv cannot be run again: .*pairs\.jsonl is no longer what it was trained on"):
         make_controls(run, ["equal-compute"], tmp_path / "new")
     with (tmp_path / "base" / "model.safetensors").open("ab") as file:
         file.write(b"other")

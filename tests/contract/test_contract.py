@@ -6,6 +6,7 @@ import torch
 
 from tunevax.methods import load_method, methods
 from tunevax.testing import (
+    TRAINING,
     check_aligner,
     check_attack,
     check_finetuner,
@@ -16,7 +17,6 @@ from tunevax.testing import (
     safety_rows,
     small_model,
     task_rows,
-    tuned,
 )
 
 FEW_STEPS = {
@@ -54,6 +54,12 @@ def made(folder, name, *arguments):
     return str(folder / name)
 
 
+def tuned(folder):
+    """The small model with an adapter, by plain SFT."""
+    data = ("--model", small_model(folder), "--safety-data", safety_rows(folder), "--held-out-prompts", "0")
+    return made(folder, "tuned", "align", "sft", *data, *TRAINING)
+
+
 def job(folder):
     """A customer's job on an aligned model."""
     arguments = ("--model", tuned(folder), "--task-data", task_rows(folder), "--max-steps", "4", "--max-length", "48")
@@ -89,6 +95,7 @@ RESTORED = {
 """By method, options and the model to restore."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", methods("tunevax.restoration"))
 def test_restorer(name, folder):
     options, model = RESTORED[name](folder)
@@ -103,6 +110,7 @@ TAKE_ORDER = ("random", "dsir", "pharmacist", "gradient-similarity")
 """Two draw a number for each row as it comes, two train on them."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", methods("tunevax.curation"))
 def test_selector(name, folder):
     check_selector(name, folder, *FEW_ROWS.get(name, ()), any_order=name not in TAKE_ORDER)
@@ -131,6 +139,7 @@ ATTACKED = {
 """By kind, options and the model to attack, where those of the others will not do."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", methods("tunevax.attacks"))
 def test_attack(name, folder):
     options, model = ATTACKED.get(name, lambda folder: ((), None))(folder)

@@ -360,7 +360,9 @@ def test_two_ranks_agree_with_one_process(tmp_path):
     for ranks in (1, 2):
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
         out = tmp_path / f"{ranks}.pt"
-        done = subprocess.run([sys.executable, *launch, str(script), str(out)], capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [sys.executable, *launch, str(script), str(out)], capture_output=True, text=True, timeout=300
+        )
         assert out.exists(), done.stderr[-3000:]
         results.append(torch.load(out))
     one, two = results

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from tunevax.alignment.vaccine import VaccineConfig, VaccineTrainer, without_weight_gradients

@@ -24,7 +24,7 @@ both alignment rows, parted by prompt.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +51,7 @@ from tunevax.modeling.hooks import capture, capture_inputs, without_dropout
 from tunevax.modeling.loss import CHUNK_ELEMENTS, MIN_CHUNK_ROWS, labelled, last_hidden, logits_of, rows_at
 from tunevax.modeling.precision import wide
 from tunevax.modeling.trainer import Items, PlanParts
+from tunevax.records import Prompt
 
 HELD_OUT_SHARE = 0.2
 PREFERENCE_BETA = 0.1
@@ -310,7 +311,7 @@ class TARTrainer(SFTTrainer):
         self.spent = state["spent"]
 
 
-def held_out(prompt: str | Sequence[Mapping[str, Any]]) -> bool:
+def held_out(prompt: Prompt) -> bool:
     """Whether a prompt is held out from the inner attack, by its hash: one in five. By the last digits: the first ones
     decide what is an alignment prompt at all, so among those they would hold out none."""
     return int(prompt_hash(prompt)[-8:], 16) < HELD_OUT_SHARE * 16**8

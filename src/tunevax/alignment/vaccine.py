@@ -19,7 +19,7 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -90,7 +90,7 @@ class VaccineTrainer(SFTTrainer):
 
     config_class = VaccineConfig
     paper = "arXiv 2402.01109"
-    off = {"rho": 0}
+    off: ClassVar[dict[str, Any] | None] = {"rho": 0}
     replay = True  # run the blocks below the first selected one once, for both passes
     args: VaccineConfig
     perturbed = 0  # micro-batches given a random perturbation so far

@@ -150,7 +150,7 @@ class Curve(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
         """The loss of a step is logged after the step is scored."""
-        rows: Sequence[dict] = self.context.results
+        rows = self.context.results
         if logs and "loss" in logs and rows and rows[-1]["step"] == state.global_step:
             rows[-1]["train_loss"] = logs["loss"]
 

@@ -79,7 +79,6 @@ class PharmacistConfig(TrainConfig):
 
     needs: ClassVar[frozenset[str]] = frozenset({"model", "validation"})
     paper: ClassVar[str] = "arXiv 2510.10085"
-    trainer: ClassVar[str] = "tunevax.curation.pharmacist:PharmacistTrainer"
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -150,6 +149,7 @@ class PharmacistTrainer(ResponseTrainer):
 
     config_class = PharmacistConfig
     needs = frozenset({"chosen", "validation"})
+
     args: PharmacistConfig
     processing_class: PreTrainedTokenizerBase
     model: PreTrainedModel

@@ -90,7 +90,7 @@ def analyze_sink(options: SinkOptions, command: str = "", suite_options: SuiteOp
     if options.harmful_score:
         suite = build_suite(suite_options or SuiteOptions(), options.safety_data, exclusion=exclusion.fresh())
     asked = {**(suite.roles() if suite else {}), "evaluation": [*pairs, *(suite.harmful if suite else [])]}
-    overlaps = [check(ref, asked, allow=options.allow_overlap) for ref in options.model]
+    overlaps: list[Any] = [check(ref, asked, allow=options.allow_overlap) for ref in options.model]
     config = {k: v for k, v in vars(options).items() if k not in ("output_dir", "overwrite")}
     record: RunRecord = {
         "verb": "analyze", "method": "sink", "paper": "arXiv 2602.05228", "command": command, "seed": 0, "parent": None,

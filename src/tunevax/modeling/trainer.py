@@ -34,6 +34,7 @@ from tunevax.modeling.hooks import cheap_modules, cheap_recomputed, checkpointed
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.shapes import require_language_model
 from tunevax.modeling.trainables import coverage, left_out_of_blocks, prepare_trainables
+from tunevax.records import ModelInfo
 
 Items = torch.Tensor | int | None
 """How many labels a loss is divided by: those of the whole batch; None, its own."""
@@ -180,7 +181,7 @@ class ResponseTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         model = prepare_trainables(model, args)
-        self.coverage = {} if args.full_weights else coverage(model)
+        self.coverage: ModelInfo = {} if args.full_weights else coverage(model)
         note = left_out_of_blocks(self.coverage) if self.coverage and args.lora_targets == "all-linear" else None
         if note and is_main_process():
             console.print(f"note: {note}", highlight=False)
@@ -242,7 +243,7 @@ class ResponseTrainer(Trainer):
         checkpoint = last_checkpoint(Path(str(self.args.output_dir)))
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: object, **kwargs: object) -> None:
         """As in `Trainer`, but a run resumed from the checkpoint of its last step is not trained one step more."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
