@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tunevax.errors import TunevaxError, UsageError
 from tunevax.files import require_room
@@ -24,7 +24,6 @@ from tunevax.runs import RunFolder, record_prompts, writing
 
 if TYPE_CHECKING:
     from tunevax.modeling.method import MethodTrainer
-    from tunevax.records import ModelInfo
 
 Options = TypeVar("Options")
 
@@ -113,7 +112,7 @@ def train(
         record_prompts(run.path, **prompts)
     steps, history = trainer.state.global_step, trainer.state.log_history
     done: RunRecord = {
-        "model": cast("ModelInfo", {**loaded.info, "trainable": trainable, **trainer.coverage}),
+        "model": {**loaded.info, "trainable": trainable, **trainer.coverage},
         "adapter": "model" if config.full_weights else "adapter",
         "template_hash": digest(loaded.tokenizer.chat_template),
         "steps": steps,

@@ -183,6 +183,7 @@ def test_weights_and_gradients_come_back_bit_for_bit(make, monkeypatch, kind):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in trainer.model.modules())
 
 
+@pytest.mark.slow
 def test_each_attack_starts_afresh(make):
     trainer = make()
     first, second = trainer.tamper_gradient(), trainer.tamper_gradient()
@@ -268,6 +269,7 @@ def test_random_mapping_by_hand(make):
     assert trainer.mapping()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"tamper_loss": "preference"}, {"mapping_steps": 2}])
 def test_gradients_add_up(make, options):
     # A learning rate at which AdamW does not turn rounding into signs.

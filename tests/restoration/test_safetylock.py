@@ -411,6 +411,7 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_runs_reload_locked(runs, tmp_path):
     plain = load(str(runs / "tuned"))
     lock = SafetyLock.load(runs / "lock")
@@ -443,6 +444,7 @@ def test_prompts_of_the_lock_are_not_scored_on(runs, tmp_path):
         score(ScoreOptions(model=[str(out)], output_dir=str(tmp_path / "score"), safety_data="organism"))
 
 
+@pytest.mark.slow
 def test_unlock_scores_as_before_the_lock(runs, tmp_path, monkeypatch):
     from tunevax.attacks.context import AttackContext, TargetOptions
     from tunevax.attacks.kind import NotApplicable
@@ -468,6 +470,7 @@ def test_unlock_scores_as_before_the_lock(runs, tmp_path, monkeypatch):
             unlock(other)
 
 
+@pytest.mark.slow
 def test_lock_survives_further_runs(runs, tmp_path):
     """Whole weights saved from a locked run, an adapter on it, and a stock lock on it."""
     ids = torch.arange(20)[None]
@@ -546,6 +549,7 @@ def test_hash_sees_the_middle_of_a_file(tmp_path):
     assert len(found) == 2
 
 
+@pytest.mark.slow
 def test_auto_strength(runs, tmp_path, monkeypatch):
     """On scores that are made up: harm falls with strength, and so, later, does accuracy."""
     import tunevax.restoration.strength as strength
@@ -594,6 +598,7 @@ def test_auto_strength(runs, tmp_path, monkeypatch):
             restore("safetylock", options, ApplyLock(**{**plain, **more}, output_dir=str(tmp_path / "no")))
 
 
+@pytest.mark.slow
 def test_auto_strength_on_a_file(runs, tmp_path, monkeypatch):
     """Whose rows are all for alignment: some the model was aligned on, some the lock is from, some neither."""
     import tunevax.restoration.strength as strength

@@ -174,7 +174,7 @@ def require_disjoint(roles: Mapping[str, Rows | Iterable[str]], allow: bool = Fa
     return counts
 
 
-def _marks_of(item: Example | str) -> set[str]:
+def _marks_of(item: Mapping[str, Any] | str) -> set[str]:
     return {item} if isinstance(item, str) else marks(item["prompt"])
 
 

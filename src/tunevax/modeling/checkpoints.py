@@ -53,7 +53,7 @@ def causal_model(base: str, revision: str | None, dtype: str) -> PreTrainedModel
     return model
 
 
-def read_model(auto: Any, ref: str, **how: Any) -> PreTrainedModel:
+def read_model(auto: Any, ref: str, **how: object) -> PreTrainedModel:
     """`auto.from_pretrained(ref, **how)`, if every weight of the model is in the checkpoint and no other.
 
     What transformers leaves out by design (`_keys_to_ignore_on_load_unexpected`, tied weights, the towers of other

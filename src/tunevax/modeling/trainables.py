@@ -16,9 +16,11 @@ from tunevax.modeling.precision import wide
 from tunevax.modeling.quantization import scales_of
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
     from tunevax.modeling.trainer import TrainConfig
+    from tunevax.records import ModelInfo
 
 
 def prepare_trainables(model: PreTrainedModel, args: TrainConfig) -> PreTrainedModel:
@@ -136,17 +138,18 @@ def split_targets(model: nn.Module, names: str) -> tuple[str | list[str], list[s
     return [name for name in given if not parameters.get(name)], sorted({p for ps in parameters.values() for p in ps})
 
 
-def require_targets(model: Any, names: str) -> None:
+def require_targets(model: PreTrainedModel | PeftModel, names: str) -> None:
     """Raise `UsageError` if one of the comma-separated names matched nothing in `model`, a `PeftModel`: PEFT minds only
     if none does. (It renames those of experts that it has fused.)"""
-    targets = getattr(model.peft_config["default"], "target_modules", "")
+    configs: Any = model.peft_config
+    targets = getattr(configs["default"], "target_modules", "")
     paths = [path for path, _ in model.named_modules() if path.endswith((".lora_A", ".lora_embedding_A"))]
     for name in sorted(targets) if names != "all-linear" and not isinstance(targets, str) else ():
         if not any(path.rpartition(".")[0].endswith(f".{name}") for path in paths):
             raise UsageError(f"lora_targets {names!r}: no layer of the model that can have an adapter is called {name}")
 
 
-def coverage(model: nn.Module) -> dict[str, dict[str, int]]:
+def coverage(model: nn.Module) -> ModelInfo:
     """Which matrices of a `PeftModel` have an adapter and which do not: `adapted` and `left_out`, each from the path,
     with `*` for numbers, to the number of weights. Norms, biases and other vectors are in neither."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -154,7 +157,7 @@ def coverage(model: nn.Module) -> dict[str, dict[str, int]]:
 
     from tunevax.modeling.quantization import size_of
 
-    covered: dict[str, dict[str, int]] = {"adapted": {}, "left_out": {}}
+    covered: ModelInfo = {"adapted": {}, "left_out": {}}
     stock, adapted, inside = unwrap(model), set(), set()
     for module in stock.modules():
         if isinstance(module, BaseTunerLayer):
@@ -174,12 +177,12 @@ def coverage(model: nn.Module) -> dict[str, dict[str, int]]:
             continue
         name = re.sub(r"\.(base_layer|original_module)(?=\.)", "", path)
         name = re.sub(r"(?<=\.)\d+(?=\.)", "*", name).removesuffix(".weight")
-        kind = covered["adapted" if id(parameter) in adapted else "left_out"]
+        kind = covered["adapted"] if id(parameter) in adapted else covered["left_out"]
         kind[name] = kind.get(name, 0) + size_of(parameter)
     return covered
 
 
-def left_out_of_blocks(covered: dict[str, dict[str, int]]) -> str | None:
+def left_out_of_blocks(covered: ModelInfo) -> str | None:
     """A sentence on the matrices in the blocks that a `coverage` leaves out; None if they are under 1 % of the weights
     there (short convolutions and the like)."""
     sizes = {name: size for name, size in covered["left_out"].items() if ".*." in name}
