@@ -38,6 +38,7 @@ def weights(run):
     return (run / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_controls_of_t_vaccine(tmp_path, safety, monkeypatch):
     # No max_steps: an epoch of 16 safe and 16 benign rows is 8 steps, a schedule that a control must not fall back to.
     options = {"layer_sampling": "2,5", "rho": 1.0, "num_train_epochs": 0.75}
@@ -91,6 +92,7 @@ def test_controls_of_t_vaccine(tmp_path, safety, monkeypatch):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_random_vaccine_resumes_to_the_same_weights(tmp_path, monkeypatch):
     run = harden(VaccineTrainer, "vaccine", tmp_path / "v", max_steps=6, save_steps=2, lora_dropout=0.1,
                  gradient_accumulation_steps=2)  # fmt: skip

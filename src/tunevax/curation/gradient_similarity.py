@@ -50,7 +50,6 @@ class GradientSimilaritySelector:
 
     needs: ClassVar[frozenset[str]] = frozenset({"model", "validation"})
     paper: ClassVar[str] = "arXiv 2402.04333"
-    trainer: ClassVar[str] = "tunevax.alignment.sft:SFTTrainer"
 
     def __post_init__(self) -> None:
         if not 0 < self.warmup_share <= 1:

@@ -44,7 +44,7 @@ from tunevax.modeling.callbacks import ProgressCallback
 from tunevax.modeling.lora import factors
 from tunevax.modeling.loss import row_losses
 from tunevax.modeling.trainer import Items, ResponseTrainer, TrainConfig
-from tunevax.records import Example
+from tunevax.records import Example, read_object
 
 if TYPE_CHECKING:
     from peft.tuners.lora import Linear
@@ -79,7 +79,6 @@ class PharmacistConfig(TrainConfig):
 
     needs: ClassVar[frozenset[str]] = frozenset({"model", "validation"})
     paper: ClassVar[str] = "arXiv 2510.10085"
-    trainer: ClassVar[str] = "tunevax.curation.pharmacist:PharmacistTrainer"
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -126,7 +125,7 @@ class PharmacistConfig(TrainConfig):
                     json.dumps({"omega": trainer.omega.tolist(), "passes": trainer.passes()}), encoding="utf-8"
                 )
                 part.replace(done)
-            found = json.loads(done.read_text(encoding="utf-8"))
+            found = read_object(done)
             each.append(rankdata(found["omega"]) / len(pool.rows))
             passes += found["passes"]
         pool.passes.update(forward=passes, backward=passes)
@@ -150,6 +149,7 @@ class PharmacistTrainer(ResponseTrainer):
 
     config_class = PharmacistConfig
     needs = frozenset({"chosen", "validation"})
+
     args: PharmacistConfig
     processing_class: PreTrainedTokenizerBase
     model: PreTrainedModel

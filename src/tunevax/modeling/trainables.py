@@ -16,6 +16,7 @@ from tunevax.modeling.precision import wide
 from tunevax.modeling.quantization import scales_of
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
     from tunevax.modeling.trainer import TrainConfig
@@ -137,10 +138,11 @@ def split_targets(model: nn.Module, names: str) -> tuple[str | list[str], list[s
     return [name for name in given if not parameters.get(name)], sorted({p for ps in parameters.values() for p in ps})
 
 
-def require_targets(model: Any, names: str) -> None:
+def require_targets(model: PreTrainedModel | PeftModel, names: str) -> None:
     """Raise `UsageError` if one of the comma-separated names matched nothing in `model`, a `PeftModel`: PEFT minds only
     if none does. (It renames those of experts that it has fused.)"""
-    targets = getattr(model.peft_config["default"], "target_modules", "")
+    configs: Any = model.peft_config
+    targets = getattr(configs["default"], "target_modules", "")
     paths = [path for path, _ in model.named_modules() if path.endswith((".lora_A", ".lora_embedding_A"))]
     for name in sorted(targets) if names != "all-linear" and not isinstance(targets, str) else ():
         if not any(path.rpartition(".")[0].endswith(f".{name}") for path in paths):

@@ -243,7 +243,7 @@ class ResponseTrainer(Trainer):
         checkpoint = last_checkpoint(Path(str(self.args.output_dir)))
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: object, **kwargs: object) -> None:
         """As in `Trainer`, but a run resumed from the checkpoint of its last step is not trained one step more."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)

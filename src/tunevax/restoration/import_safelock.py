@@ -84,7 +84,6 @@ class ConvertLock:
 
     models_held: ClassVar[int] = 0
     paper: ClassVar[str] = "arXiv 2410.10343"
-    models: ClassVar[int] = 0
 
     def run(self, job: Job) -> None:
         """Read, check, write.

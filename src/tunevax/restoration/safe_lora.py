@@ -59,7 +59,6 @@ class SafeLoRA:
 
     models_held: ClassVar[int] = 3
     paper: ClassVar[str] = "arXiv 2405.16833"
-    models: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         if self.projector not in PROJECTORS:

@@ -20,6 +20,7 @@ from tunevax.records import (
     Example,
     Generation,
     Prompt,
+    Row,
     is_run,
     read_generations,
     read_lines,
@@ -69,7 +70,7 @@ def rejudge(run: str, options: JudgeOptions, command: str = "") -> Path:
     source = Path(run)
     if not is_run(source):
         raise UsageError(f"{run} is no run folder; name one that `tunevax score`, `attack` or `audit` wrote")
-    record, rows = read_run(source), read_lines(source / RESULTS)
+    record, rows = read_run(source), cast(list[Row], read_lines(source / RESULTS))
     samples: dict[tuple, list[Generation]] = {}
     generations = list(read_generations(source, rows))
     for sample in generations:

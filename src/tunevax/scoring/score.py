@@ -10,7 +10,7 @@ from tunevax.data.contamination import Exclusion, check
 from tunevax.errors import UsageError
 from tunevax.lineage import Lineage
 from tunevax.mixins import ModelsOptions, Overlap, RunOptions, require_given
-from tunevax.records import DROPPED, GENERATIONS, RESULTS, SCHEMA, ModelInfo, RunRecord, Target, data_entry, digest
+from tunevax.records import DROPPED, GENERATIONS, RESULTS, SCHEMA, RunRecord, Target, data_entry, digest
 from tunevax.runs import writing
 from tunevax.scoring import vllm_engine
 from tunevax.scoring.evaluate import evaluate
@@ -69,7 +69,7 @@ def score(options: ScoreOptions, command: str = "") -> Path:
             template = digest(loaded.tokenizer.chat_template)
             target = {"label": label, "role": "model", "ref": loaded.info["ref"], **overlap, "template_hash": template}
             record["targets"].append(cast(Target, target))
-            record["model"] = record.get("model") or cast(ModelInfo, loaded.info)
+            record["model"] = record.get("model") or loaded.info
         if suite.harness:
             record["lm_eval"] = suite.harness.versions
         run.write_lines(RESULTS, results)
