@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tunevax.alignment.held_out import evaluate, fitting, held_out_rows, loss_on
@@ -12,7 +12,7 @@ from tunevax.data.roles import load_rows
 from tunevax.data.safety import answers_in
 from tunevax.environment import is_main_process
 from tunevax.errors import require, shortened
-from tunevax.mixins import AllowOverlap, require_given
+from tunevax.mixins import AllowOverlap, option, require_given
 from tunevax.modeling.method import MethodTrainer
 from tunevax.modeling.quantization import require_quantization
 from tunevax.records import DataEntry, Example, data_entry
@@ -23,13 +23,10 @@ from tunevax.training import TrainingOptions, train, training_run
 class AlignOptions(TrainingOptions, AllowOverlap):
     """What `tunevax align` takes besides the method's own configuration."""
 
-    safety_data: str | None = field(
-        default=None, metadata={"help": "prompt, chosen, rejected: file, hub id, or organism"}
-    )
-    task_data: str | None = field(default=None, metadata={"help": "benign prompt and completion rows mixed in"})
-    held_out_prompts: int = field(
-        default=40,
-        metadata={"help": "harmful and harmless prompts that the finished model is evaluated on, 0 for none"},
+    safety_data: str | None = option(None, "prompt, chosen, rejected: file, hub id, or organism")
+    task_data: str | None = option(None, "benign prompt and completion rows mixed in")
+    held_out_prompts: int = option(
+        40, "harmful and harmless prompts that the finished model is evaluated on, 0 for none"
     )
 
 

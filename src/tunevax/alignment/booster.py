@@ -14,7 +14,7 @@ the paper calls Vaccine+Booster.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import nn
 
 from tunevax.alignment.vaccine import VaccineConfig, VaccineTrainer
 from tunevax.errors import RunError, require
+from tunevax.mixins import option
 from tunevax.modeling.draws import Draws
 from tunevax.modeling.gradients import (
     Gradient,
@@ -39,9 +40,9 @@ from tunevax.modeling.trainer import Items
 class BoosterConfig(VaccineConfig):
     """Configuration of Booster; the rest as in `VaccineConfig`. Default that differs from it: `rho=0.0`."""
 
-    rho: float = field(default=0.0, metadata={"help": "size of Vaccine's perturbation on top; 0 is Booster alone"})
-    lamb: float = field(default=5.0, metadata={"help": "weight of what a harmful step would win"})
-    alpha: float = field(default=0.1, metadata={"help": "length of the simulated harmful step"})
+    rho: float = option(0.0, "size of Vaccine's perturbation on top; 0 is Booster alone")
+    lamb: float = option(5.0, "weight of what a harmful step would win")
+    alpha: float = option(0.1, "length of the simulated harmful step")
 
     def __post_init__(self) -> None:
         require(self, "lamb", "alpha", at_least=0)

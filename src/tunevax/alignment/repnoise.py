@@ -26,7 +26,7 @@ Benign rows enter the retain loss, CE(x^s), and have no part in the rest.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,7 @@ from torch.utils.checkpoint import checkpoint
 from tunevax.alignment.pairs import PairTrainer, joined
 from tunevax.alignment.sft import SFTConfig
 from tunevax.errors import require, require_one_of
+from tunevax.mixins import option
 from tunevax.modeling.blocks import find_final_norm
 from tunevax.modeling.draws import noise_generator
 from tunevax.modeling.hooks import capture, capture_inputs
@@ -53,9 +54,9 @@ class RepNoiseConfig(SFTConfig):
     """Configuration of RepNoise; the rest as in `SFTConfig`. alpha and beta are the paper's; its authors say that both,
     the learning rate and the number of pairs always need a search."""
 
-    alpha: float = field(default=1.0, metadata={"help": "weight of the ascent on harmful answers, layer by layer"})
-    beta: float = field(default=0.001, metadata={"help": "weight of the distance of harmful activations to noise"})
-    variant: str = field(default="corrected", metadata={"help": "corrected, or official: the released code's loss"})
+    alpha: float = option(1.0, "weight of the ascent on harmful answers, layer by layer")
+    beta: float = option(0.001, "weight of the distance of harmful activations to noise")
+    variant: str = option("corrected", "corrected, or official: the released code's loss")
 
     def __post_init__(self) -> None:
         require(self, "alpha", "beta", at_least=0)

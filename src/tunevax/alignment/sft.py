@@ -7,11 +7,12 @@ over a safety dataset, with a share of benign rows so that the model does not le
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from tunevax.data.mixing import mix
 from tunevax.errors import require
+from tunevax.mixins import option
 from tunevax.modeling.method import MethodTrainer
 from tunevax.modeling.trainer import TrainConfig
 from tunevax.records import Example
@@ -21,9 +22,7 @@ from tunevax.records import Example
 class SFTConfig(TrainConfig):
     """Alignment by supervised fine-tuning. Defaults: see `TrainConfig`."""
 
-    task_share: float = field(
-        default=0.5, metadata={"help": "share of benign rows among the alignment rows when --task-data is given"}
-    )
+    task_share: float = option(0.5, "share of benign rows among the alignment rows when --task-data is given")
 
     def __post_init__(self) -> None:
         require(self, "task_share", at_least=0, below=1)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from torch import nn
 from tunevax.alignment.vaccine import VaccineConfig, VaccineTrainer, without_weight_gradients
 from tunevax.data.encoding import collate
 from tunevax.errors import RunError, UsageError, require, require_one_of, unknown
+from tunevax.mixins import option
 from tunevax.modeling.blocks import find_final_norm, unwrap
 from tunevax.modeling.draws import Draws
 from tunevax.modeling.hooks import capture, cheap_recomputed, checkpointed, has_dropout, without_dropout
@@ -48,28 +49,22 @@ class TVaccineConfig(VaccineConfig):
     The official code has `sample_interval=20`, `probe_size=1` and `train_scope="attention"`.
     """
 
-    rho: float = field(default=3.0, metadata={"help": "size of the perturbation: its joint L2 norm over the batch"})
-    gamma: int = field(default=8, metadata={"help": "blocks perturbed and trained at a time"})
-    probe_interval: int = field(
-        default=200, metadata={"help": "K: optimiser steps between probes of the harmful gradient"}
+    rho: float = option(3.0, "size of the perturbation: its joint L2 norm over the batch")
+    gamma: int = option(8, "blocks perturbed and trained at a time")
+    probe_interval: int = option(200, "K: optimiser steps between probes of the harmful gradient")
+    sample_interval: int = option(1, "J: optimiser steps between draws of the blocks")
+    probe_size: int = option(8, "harmful rows per probe")
+    probe_ema: float = option(0.0, "weight of the old scores in a moving average; 0 is off")
+    layer_sampling: str = option(
+        "harmful-gradient", "harmful-gradient, uniform, inverse, top, or a fixed list such as 2,6,9,13"
     )
-    sample_interval: int = field(default=1, metadata={"help": "J: optimiser steps between draws of the blocks"})
-    probe_size: int = field(default=8, metadata={"help": "harmful rows per probe"})
-    probe_ema: float = field(default=0.0, metadata={"help": "weight of the old scores in a moving average; 0 is off"})
-    layer_sampling: str = field(
-        default="harmful-gradient",
-        metadata={"help": "harmful-gradient, uniform, inverse, top, or a fixed list such as 2,6,9,13"},
+    train_scope: str = option(
+        "block",
+        "block: train the selected blocks; attention: as the official code, which leaves the MLP "
+        "adapters of every block above the lowest selected one training",
     )
-    train_scope: str = field(
-        default="block",
-        metadata={
-            "help": "block: train the selected blocks; attention: as the official code, which leaves the MLP "
-            "adapters of every block above the lowest selected one training"
-        },
-    )
-    inactive_state: str = field(
-        default="keep",
-        metadata={"help": "optimiser state of blocks that are not selected, with full_weights: keep, offload, drop"},
+    inactive_state: str = option(
+        "keep", "optimiser state of blocks that are not selected, with full_weights: keep, offload, drop"
     )
 
     def __post_init__(self) -> None:

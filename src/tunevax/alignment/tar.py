@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from torch.utils.checkpoint import checkpoint
 from tunevax.alignment.sft import SFTConfig, SFTTrainer
 from tunevax.data.splits import prompt_hash
 from tunevax.errors import RunError, UsageError, require, require_one_of
+from tunevax.mixins import option
 from tunevax.modeling.blocks import find_final_norm, unwrap
 from tunevax.modeling.draws import Draws, collated
 from tunevax.modeling.gradients import (
@@ -63,22 +64,14 @@ class TARConfig(SFTConfig):
     its script for refusals has `tamper_loss="preference"`, `mapping_steps=0`, `inner_steps=8`, `tamper_interval=1`,
     `lambda_tr=0.1` and, as it does not ask for the term, `lambda_representation=0`."""
 
-    mapping_steps: float = field(
-        default=0.5, metadata={"help": "steps of Random Mapping at the start, or a share of all steps if below 1"}
-    )
-    inner_steps: int = field(default=64, metadata={"help": "K: steps of the inner attack, each as dear as an SFT step"})
-    inner_learning_rates: str = field(
-        default="2e-6,2e-5,4e-5", metadata={"help": "of the inner attack: one of these is drawn for each step"}
-    )
-    tamper_interval: int = field(default=4, metadata={"help": "n: inner steps between tamper-resistance losses"})
-    tamper_loss: str = field(default="entropy", metadata={"help": "entropy, or preference (of chosen to rejected)"})
-    lambda_tr: float = field(default=4.0, metadata={"help": "weight of the tamper-resistance loss"})
-    lambda_schedule: float = field(
-        default=1 / 16, metadata={"help": "how fast the weight falls towards the first inner steps"}
-    )
-    lambda_representation: float = field(
-        default=1.0, metadata={"help": "weight of the distance of the hidden states from where they started"}
-    )
+    mapping_steps: float = option(0.5, "steps of Random Mapping at the start, or a share of all steps if below 1")
+    inner_steps: int = option(64, "K: steps of the inner attack, each as dear as an SFT step")
+    inner_learning_rates: str = option("2e-6,2e-5,4e-5", "of the inner attack: one of these is drawn for each step")
+    tamper_interval: int = option(4, "n: inner steps between tamper-resistance losses")
+    tamper_loss: str = option("entropy", "entropy, or preference (of chosen to rejected)")
+    lambda_tr: float = option(4.0, "weight of the tamper-resistance loss")
+    lambda_schedule: float = option(1 / 16, "how fast the weight falls towards the first inner steps")
+    lambda_representation: float = option(1.0, "weight of the distance of the hidden states from where they started")
 
     def __post_init__(self) -> None:
         require_one_of(self, tamper_loss=("entropy", "preference"))

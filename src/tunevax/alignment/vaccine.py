@@ -18,7 +18,7 @@ import functools
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -26,6 +26,7 @@ from torch import nn
 
 from tunevax.alignment.sft import SFTConfig, SFTTrainer
 from tunevax.errors import require, require_one_of
+from tunevax.mixins import option
 from tunevax.modeling.blocks import Block
 from tunevax.modeling.draws import noise_generator
 from tunevax.modeling.hooks import Prefix, capture, perturb, tensor_of, without_dropout
@@ -41,25 +42,19 @@ if TYPE_CHECKING:
 class VaccineConfig(SFTConfig):
     """Configuration of Vaccine; the rest as in `SFTConfig`."""
 
-    rho: float = field(default=2.0, metadata={"help": "size of the perturbation: its joint L2 norm over the batch"})
-    perturbation: str = field(
-        default="gradient",
-        metadata={"help": "gradient: as the paper; random: the control, a Gaussian direction of the same size"},
+    rho: float = option(2.0, "size of the perturbation: its joint L2 norm over the batch")
+    perturbation: str = option(
+        "gradient", "gradient: as the paper; random: the control, a Gaussian direction of the same size"
     )
-    embedding: str = field(
-        default="attention",
-        metadata={
-            "help": "what e_l is: attention (the module's output, as in the papers' code), or added (what the block "
-            "adds to its residual stream, which differs where a norm comes between, as in Gemma 2 and 3 and OLMo 2)"
-        },
+    embedding: str = option(
+        "attention",
+        "what e_l is: attention (the module's output, as in the papers' code), or added (what the block "
+        "adds to its residual stream, which differs where a norm comes between, as in Gemma 2 and 3 and OLMo 2)",
     )
-    rho_scale: str = field(
-        default="total",
-        metadata={"help": "total: rho as in the paper; per-token: rho times the root of valid over reference tokens"},
+    rho_scale: str = option(
+        "total", "total: rho as in the paper; per-token: rho times the root of valid over reference tokens"
     )
-    rho_reference_tokens: int = field(
-        default=2000, metadata={"help": "tokens at which per-token and total agree (the paper's batch, 10 x 200)"}
-    )
+    rho_reference_tokens: int = option(2000, "tokens at which per-token and total agree (the paper's batch, 10 x 200)")
 
     def __post_init__(self) -> None:
         require(self, "rho", at_least=0)

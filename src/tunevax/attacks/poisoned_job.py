@@ -8,7 +8,7 @@ run trained is trained again, by the run's own method, options and safety rows, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +21,7 @@ from tunevax.data.safety import answers_in
 from tunevax.errors import UsageError, require
 from tunevax.lineage import Lineage
 from tunevax.methods import load_method
+from tunevax.mixins import option
 from tunevax.modeling.callbacks import ProgressCallback
 from tunevax.records import RunRecord, data_entry, read_prompts
 from tunevax.training import other_data, replay
@@ -37,9 +38,9 @@ class PoisonedJobConfig(AttackConfig):
     customer = True
     default_control = "none"  # what the job started from is no job
 
-    p: float = field(default=0.1, metadata={"help": "share of harmful rows"})
-    n: int | None = field(default=None, metadata={"help": "rows of the job; default as many as the recorded one had"})
-    points: int = field(default=12, metadata={"help": "scorings after step 0, at log-spaced steps up to the last"})
+    p: float = option(0.1, "share of harmful rows")
+    n: int | None = option(None, "rows of the job; default as many as the recorded one had")
+    points: int = option(12, "scorings after step 0, at log-spaced steps up to the last")
 
     def __post_init__(self) -> None:
         require(self, "p", at_least=0, at_most=1, meaning="the share of harmful rows")

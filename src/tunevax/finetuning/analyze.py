@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -32,7 +32,7 @@ from tunevax.finetuning.sink import (
     sink_values,
 )
 from tunevax.lineage import Lineage
-from tunevax.mixins import ModelsOptions, Overlap, RunOptions, require_given
+from tunevax.mixins import ModelsOptions, Overlap, RunOptions, option, require_given
 from tunevax.modeling.attention import WAYS
 from tunevax.modeling.loading import load
 from tunevax.records import DROPPED, SCHEMA, SINK, Example, RunRecord, Target, data_entry, digest
@@ -48,17 +48,15 @@ if TYPE_CHECKING:
 class SinkOptions(ModelsOptions, Overlap, RunOptions):
     """What `tunevax analyze sink` takes: one model, or two, before and after."""
 
-    safety_data: str | None = field(
-        default=None, metadata={"help": "prompt, chosen, rejected: file, hub id, or organism; the evaluation split"}
-    )
-    output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
-    pairs: int = field(default=100, metadata={"help": "at most so many pairs of answers, drawn by prompt hash"})
-    batch_size: int = field(default=8, metadata={"help": "pairs in a forward pass"})
-    max_length: int = field(default=512, metadata={"help": "tokens per text; longer answers are cut"})
-    sink_attention: str = field(default="linear", metadata={"help": "linear or eager; see tunevax finetune surgery"})
-    sink_position: int = field(default=0, metadata={"help": "position of the token that attention sinks into"})
-    sink_queries: str = field(default="common", metadata={"help": QUERIES_HELP})
-    harmful_score: bool = field(default=False, metadata={"help": "generate answers and judge them too"})
+    safety_data: str | None = option(None, "prompt, chosen, rejected: file, hub id, or organism; the evaluation split")
+    output_dir: str | None = option(None, "the run folder to write")
+    pairs: int = option(100, "at most so many pairs of answers, drawn by prompt hash")
+    batch_size: int = option(8, "pairs in a forward pass")
+    max_length: int = option(512, "tokens per text; longer answers are cut")
+    sink_attention: str = option("linear", "linear or eager; see tunevax finetune surgery")
+    sink_position: int = option(0, "position of the token that attention sinks into")
+    sink_queries: str = option("common", QUERIES_HELP)
+    harmful_score: bool = option(False, "generate answers and judge them too")
 
     def __post_init__(self) -> None:
         require(self, "pairs", "batch_size", at_least=1)

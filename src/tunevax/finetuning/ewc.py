@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ from tunevax.console import bar
 from tunevax.data.encoding import collate
 from tunevax.errors import UsageError, require
 from tunevax.finetuning.sft import FinetuneTrainer, JobConfig, trained_only
+from tunevax.mixins import option
 from tunevax.modeling.gradients import require_whole_weights
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.precision import added, wide
@@ -42,9 +43,7 @@ from tunevax.modeling.trainer import Items, PlanParts
 class EWCConfig(JobConfig):
     """Configuration of EWC; the rest as in `JobConfig`. lamb needs a search over powers of ten."""
 
-    lamb: float = field(
-        default=0.1, metadata={"help": "weight of the penalty, as of an L2 penalty of the same mean strength"}
-    )
+    lamb: float = option(0.1, "weight of the penalty, as of an L2 penalty of the same mean strength")
 
     def __post_init__(self) -> None:
         require(self, "lamb", at_least=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tunevax.data.contamination import chosen_with, count, hashes
@@ -11,7 +11,7 @@ from tunevax.data.roles import load_rows
 from tunevax.data.safety import answers_in
 from tunevax.errors import UsageError, require_one_of
 from tunevax.finetuning.sft import JobConfig
-from tunevax.mixins import require_given
+from tunevax.mixins import option, require_given
 from tunevax.modeling.method import MethodTrainer
 from tunevax.modeling.quantization import require_quantization
 from tunevax.records import Example, data_entry
@@ -24,21 +24,14 @@ SCREENS = ("off", "report", "drop", "fail")
 class FinetuneOptions(TrainingOptions):
     """What `tunevax finetune` takes besides the method's own configuration."""
 
-    task_data: str | None = field(
-        default=None,
-        metadata={
-            "help": "the customer's rows, prompt and completion; all rows of a file, the train split of a named task"
-        },
+    task_data: str | None = option(
+        None, "the customer's rows, prompt and completion; all rows of a file, the train split of a named task"
     )
-    safety_data: str | None = field(
-        default=None, metadata={"help": "prompt, chosen, rejected, for methods and screens that need them"}
-    )
-    screen: str = field(
-        default="off",
-        metadata={
-            "help": "look for attacks in the customer's rows before training: off, report, drop (train without the "
-            "flagged rows), fail (stop if there are any); needs safety data with both answers"
-        },
+    safety_data: str | None = option(None, "prompt, chosen, rejected, for methods and screens that need them")
+    screen: str = option(
+        "off",
+        "look for attacks in the customer's rows before training: off, report, drop (train without the "
+        "flagged rows), fail (stop if there are any); needs safety data with both answers",
     )
 
     def __post_init__(self) -> None:

@@ -11,13 +11,14 @@ only while it is small, and so is plain fine-tuning beyond that. This is the mea
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from tunevax.errors import UsageError, require
 from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
+from tunevax.mixins import option
 from tunevax.modeling.hooks import capture
 from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.precision import wide
@@ -29,7 +30,7 @@ class LDIFSConfig(JobConfig):
     """Configuration of LDIFS; the rest as in `JobConfig`. The scale of hidden states differs from model to model,
     so lamb needs a search, over 1e-2 to 1e2 or so."""
 
-    lamb: float = field(default=1.0, metadata={"help": "weight of the distance to the features before fine-tuning"})
+    lamb: float = option(1.0, "weight of the distance to the features before fine-tuning")
 
     def __post_init__(self) -> None:
         require(self, "lamb", at_least=0)

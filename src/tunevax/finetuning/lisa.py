@@ -26,7 +26,7 @@ model only in so far as their factors stay close.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from torch import nn
 
 from tunevax.errors import require
 from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
+from tunevax.mixins import option
 from tunevax.modeling.draws import Draws
 from tunevax.modeling.gradients import labels_in, require_whole_weights
 from tunevax.modeling.memory import mark
@@ -52,9 +53,9 @@ class LisaConfig(JobConfig):
     """Configuration of Lisa, with the released code's values; the rest as in `JobConfig`. K2 should fit several
     times into the run, or the only alignment is at its start."""
 
-    k1: int = field(default=100, metadata={"help": "alignment steps at each switch; 0 is plain fine-tuning"})
-    k2: int = field(default=900, metadata={"help": "steps on the customer's rows between switches"})
-    rho: float = field(default=1.0, metadata={"help": "weight of the distance to the weights at the last switch"})
+    k1: int = option(100, "alignment steps at each switch; 0 is plain fine-tuning")
+    k2: int = option(900, "steps on the customer's rows between switches")
+    rho: float = option(1.0, "weight of the distance to the weights at the last switch")
 
     def __post_init__(self) -> None:
         require(self, "k1", "rho", at_least=0)

@@ -13,7 +13,7 @@ costs two: a safety batch of equal size, drawn at random, comes with every batch
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import nn
 from tunevax.data.mixing import mix
 from tunevax.errors import require, require_one_of
 from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
+from tunevax.mixins import option
 from tunevax.modeling.draws import Draws
 from tunevax.modeling.gradients import labels_in
 from tunevax.modeling.loss import head_loss, labelled, last_hidden, rows_at
@@ -37,11 +38,9 @@ class SafeInstructConfig(JobConfig):
     """Configuration of SafeInstruct; the rest as in `JobConfig`. The papers add 2 to 10 % of safety rows; lamb is
     that of the joint loss in the code of arXiv 2409.01586."""
 
-    mode: str = field(default="mix", metadata={"help": "mix, or joint: a safety batch beside every batch"})
-    safety_rows: float = field(
-        default=0.1, metadata={"help": "mix: safety rows added, or a share of the customer's rows if below 1"}
-    )
-    lamb: float = field(default=0.1, metadata={"help": "joint: weight of the safety batch"})
+    mode: str = option("mix", "mix, or joint: a safety batch beside every batch")
+    safety_rows: float = option(0.1, "mix: safety rows added, or a share of the customer's rows if below 1")
+    lamb: float = option(0.1, "joint: weight of the safety batch")
 
     def __post_init__(self) -> None:
         require_one_of(self, mode=MODES)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import nn
 
+from tunevax.mixins import option
 from tunevax.modeling.method import MethodTrainer
 from tunevax.modeling.trainer import TrainConfig
 from tunevax.records import Example
@@ -25,7 +26,7 @@ class JobConfig(TrainConfig):
     of the attack `finetune`, so that a poisoned job without a defence is that attack. Published jobs have 1e-5 (arXiv
     2405.18641, 2410.09760) to 3e-4 (arXiv 2309.07875)."""
 
-    learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate"})
+    learning_rate: float = option(1e-4, "peak learning rate")
 
 
 class FinetuneTrainer(MethodTrainer):

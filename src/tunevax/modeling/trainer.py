@@ -7,7 +7,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from tunevax.data.encoding import collate
 from tunevax.environment import is_main_process
 from tunevax.errors import RunError, UsageError, require, require_one_of
 from tunevax.methods import name_of
+from tunevax.mixins import option
 from tunevax.modeling.blocks import CALLED, Block, find_blocks
 from tunevax.modeling.callbacks import ProgressCallback
 from tunevax.modeling.hooks import cheap_modules, cheap_recomputed, checkpointed
@@ -52,36 +53,32 @@ class TrainConfig(TrainingArguments):
     `ddp_find_unused_parameters=True` (methods freeze blocks as they go).
     """
 
-    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate"})
-    weight_decay: float = field(default=0.1, metadata={"help": "weight decay of AdamW"})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning-rate schedule"})
-    warmup_steps: float = field(default=0.1, metadata={"help": "warm-up steps, or a share of all steps if below 1"})
-    per_device_train_batch_size: int = field(default=10, metadata={"help": "rows per step and device"})
-    num_train_epochs: float = field(default=20, metadata={"help": "passes over the data"})
-    logging_steps: float = field(default=1, metadata={"help": "log every so many steps"})
-    save_steps: float = field(default=200, metadata={"help": "write a checkpoint to resume from every so many steps"})
-    save_total_limit: int | None = field(default=1, metadata={"help": "checkpoints kept while a run goes on"})
-    disable_tqdm: bool | None = field(default=True, metadata={"help": "transformers' own progress bar off"})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "hide NaN losses from the log"})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "drop columns the model does not take"})
-    ddp_find_unused_parameters: bool | None = field(default=True, metadata={"help": "passed to DDP"})
+    learning_rate: float = option(1e-3, "peak learning rate")
+    weight_decay: float = option(0.1, "weight decay of AdamW")
+    lr_scheduler_type: str = option("cosine", "learning-rate schedule")
+    warmup_steps: float = option(0.1, "warm-up steps, or a share of all steps if below 1")
+    per_device_train_batch_size: int = option(10, "rows per step and device")
+    num_train_epochs: float = option(20, "passes over the data")
+    logging_steps: float = option(1, "log every so many steps")
+    save_steps: float = option(200, "write a checkpoint to resume from every so many steps")
+    save_total_limit: int | None = option(1, "checkpoints kept while a run goes on")
+    disable_tqdm: bool | None = option(True, "transformers' own progress bar off")
+    logging_nan_inf_filter: bool = option(False, "hide NaN losses from the log")
+    remove_unused_columns: bool = option(False, "drop columns the model does not take")
+    ddp_find_unused_parameters: bool | None = option(True, "passed to DDP")
 
-    full_weights: bool = field(default=False, metadata={"help": "train all weights instead of a LoRA adapter"})
-    lora_r: int = field(default=8, metadata={"help": "rank of the LoRA adapter"})
-    lora_alpha: float = field(default=16, metadata={"help": "LoRA scale is alpha / r"})
-    lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input"})
-    lora_targets: str = field(
-        default="all-linear", metadata={"help": "modules that get an adapter: all-linear, or names joined by commas"}
-    )
-    max_length: int = field(default=512, metadata={"help": "tokens per row; longer answers are cut"})
-    loss_on: str = field(default="response", metadata={"help": "response, or all tokens"})
-    checkpoint_blocks: str = field(
-        default="auto",
-        metadata={
-            "help": "recompute in the backward pass: none, elementwise (norms and activations), frozen (elementwise, "
-            "and whole frozen blocks), a share of the frozen blocks such as 0.7, or all; auto is frozen on an "
-            "accelerator and elementwise on the CPU"
-        },
+    full_weights: bool = option(False, "train all weights instead of a LoRA adapter")
+    lora_r: int = option(8, "rank of the LoRA adapter")
+    lora_alpha: float = option(16, "LoRA scale is alpha / r")
+    lora_dropout: float = option(0.0, "dropout on the adapter's input")
+    lora_targets: str = option("all-linear", "modules that get an adapter: all-linear, or names joined by commas")
+    max_length: int = option(512, "tokens per row; longer answers are cut")
+    loss_on: str = option("response", "response, or all tokens")
+    checkpoint_blocks: str = option(
+        "auto",
+        "recompute in the backward pass: none, elementwise (norms and activations), frozen (elementwise, "
+        "and whole frozen blocks), a share of the frozen blocks such as 0.7, or all; auto is frozen on an "
+        "accelerator and elementwise on the CPU",
     )
 
     def __post_init__(self) -> None:

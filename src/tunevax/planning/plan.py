@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunevax.console import as_bytes
 from tunevax.errors import UsageError, require, require_one_of, unknown
-from tunevax.mixins import TrainedModelOptions, require_given
+from tunevax.mixins import TrainedModelOptions, option, require_given
 
 if TYPE_CHECKING:
     from tunevax.modeling.trainer import TrainConfig
@@ -37,19 +37,15 @@ RECOMPUTE = {
 class PlanOptions(TrainedModelOptions):
     """What `tunevax plan` takes besides the method's own configuration."""
 
-    method: str | None = field(default=None, metadata={"help": "a method of align, finetune, curate or restore"})
-    gpu: str | None = field(
-        default=None,
-        metadata={
-            "help": "memory to fit into, such as 24GB, in GiB as nvidia-smi counts (a card with ECC has up to 6 % less "
-            "than its name: 22.5GB for an L4); default: just tell"
-        },
+    method: str | None = option(None, "a method of align, finetune, curate or restore")
+    gpu: str | None = option(
+        None,
+        "memory to fit into, such as 24GB, in GiB as nvidia-smi counts (a card with ECC has up to 6 % less "
+        "than its name: 22.5GB for an L4); default: just tell",
     )
-    device: str = field(default="cuda", metadata={"help": "cuda, or cpu: plan a step there"})
-    response_length: int | None = field(
-        default=None, metadata={"help": "tokens of a row that are its answer; default half of --max-length"}
-    )
-    format: str = field(default="text", metadata={"help": "text or json"})
+    device: str = option("cuda", "cuda, or cpu: plan a step there")
+    response_length: int | None = option(None, "tokens of a row that are its answer; default half of --max-length")
+    format: str = option("text", "text or json")
 
     def __post_init__(self) -> None:
         from tunevax.modeling.loading import DTYPES

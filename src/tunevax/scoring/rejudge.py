@@ -12,7 +12,7 @@ from tunevax.console import bar
 from tunevax.data.sources import contents
 from tunevax.data.thoughts import joined
 from tunevax.errors import UsageError
-from tunevax.mixins import RunOptions, require_given
+from tunevax.mixins import RunOptions, option, require_given
 from tunevax.records import (
     GENERATIONS,
     METRIC,
@@ -45,7 +45,7 @@ WRITTEN = ("run.json", "README.md", "report.html", "config.json", RESULTS, GENER
 class JudgeOptions(RunOptions):
     """What `tunevax judge` takes besides the run; what is left out is as in the run."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
+    output_dir: str | None = option(None, "the run folder to write")
     judges: list[str] = field(
         default_factory=list, metadata={"help": "refusal-keywords, organism, hf:MODEL, or of installed packages"}
     )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from tunevax.data.contamination import Exclusion, check
 from tunevax.errors import UsageError
 from tunevax.lineage import Lineage
-from tunevax.mixins import ModelsOptions, Overlap, RunOptions, require_given
+from tunevax.mixins import ModelsOptions, Overlap, RunOptions, option, require_given
 from tunevax.records import DROPPED, GENERATIONS, RESULTS, SCHEMA, RunRecord, Target, data_entry, digest
 from tunevax.runs import writing
 from tunevax.scoring import vllm_engine
@@ -21,9 +21,9 @@ from tunevax.scoring.suite import SuiteOptions, build_suite, labels_of
 class ScoreOptions(SuiteOptions, ModelsOptions, Overlap, RunOptions):
     """What `tunevax score` takes."""
 
-    safety_data: str | None = field(default=None, metadata={"help": "its evaluation split is scored"})
-    task_data: str | None = field(default=None, metadata={"help": "its evaluation split measures accuracy"})
-    output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
+    safety_data: str | None = option(None, "its evaluation split is scored")
+    task_data: str | None = option(None, "its evaluation split measures accuracy")
+    output_dir: str | None = option(None, "the run folder to write")
 
 
 def score(options: ScoreOptions, command: str = "") -> Path:
