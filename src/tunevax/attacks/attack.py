@@ -80,8 +80,8 @@ def attack(method: str, options: AttackOptions, config: AttackKind, command: str
         "config": {**vars(options), **values}, "parent": first if is_run(first) else None,
         "overlap_dropped": exclusion.summary(),
     }  # fmt: skip
-    for placing in ("resume", "overwrite", "name"):
-        record["config"].pop(placing)
+    for name_of_option in ("resume", "overwrite", "name"):
+        record["config"].pop(name_of_option)
     setting = config.setting_hash(method, drawn_from, evaluation)
     key = {
         "kind": method, "attack": name, "attack_hash": setting, "settings": {}, "traits": config.traits,

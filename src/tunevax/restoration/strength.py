@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tunevax.console import bar, console
@@ -44,9 +44,8 @@ class SweepOptions(SuiteOptions):
         "harmful prompts that --strength auto scores on; default the organism's validation split, or the "
         "alignment split of --safety-data",
     )
-    strengths: list[float] = field(
-        default_factory=lambda: [0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0],
-        metadata={"help": "tried by --strength auto, besides 0"},
+    strengths: list[float] = option(
+        [0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0], "tried by --strength auto, besides 0"
     )
     harmful_target: float = option(0.1, "harmful score to get down to, of the worst judge")
     max_utility_loss: float = option(

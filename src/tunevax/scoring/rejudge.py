@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -46,13 +46,9 @@ class JudgeOptions(RunOptions):
     """What `tunevax judge` takes besides the run; what is left out is as in the run."""
 
     output_dir: str | None = option(None, "the run folder to write")
-    judges: list[str] = field(
-        default_factory=list, metadata={"help": "refusal-keywords, organism, hf:MODEL, or of installed packages"}
-    )
-    fluency_model: list[str] = field(
-        default_factory=list, metadata={"help": "language models; what surprises each of them is degenerate; or none"}
-    )
-    metrics: list[str] = field(default_factory=list, metadata={"help": "metrics of installed packages"})
+    judges: list[str] = option([], "refusal-keywords, organism, hf:MODEL, or of installed packages")
+    fluency_model: list[str] = option([], "language models; what surprises each of them is degenerate; or none")
+    metrics: list[str] = option([], "metrics of installed packages")
 
 
 def rejudge(run: str, options: JudgeOptions, command: str = "") -> Path:
