@@ -9,7 +9,6 @@ import tunevax.audit.controls as controls
 from tunevax.alignment.align import AlignOptions, align
 from tunevax.alignment.sft import SFTTrainer
 from tunevax.alignment.t_vaccine import TVaccineTrainer
-from tunevax.alignment.tar import TARConfig
 from tunevax.alignment.vaccine import VaccineTrainer
 from tunevax.audit.controls import make_controls
 from tunevax.data import load_safety
@@ -161,19 +160,6 @@ def test_what_has_no_control_says_why(tmp_path):
     file.write_text(json.dumps({**record, "method": "vaccine"}))
     with pytest.raises(UsageError, match="does not say what it cost"):
         make_controls(top, ["equal-compute"], tmp_path)
-
-
-def test_a_run_of_four_processes_keeps_its_batch_and_budget():
-    config = {"gradient_accumulation_steps": 2, "rho": 3.0, "rho_scale": "total"}
-    record = {"config": config, "hardware": {"processes": 4}}
-    assert controls.one_process(record) == {**config, "gradient_accumulation_steps": 8, "rho": 1.5}
-    config["rho_scale"] = "per-token"  # follows the tokens of each micro-batch by itself
-    assert controls.one_process(record)["rho"] == 3.0
-
-
-def test_an_option_that_is_no_more_is_left_out_of_a_replay():
-    recorded = {"tar_variant": "first-order", "inner_steps": 3, "tamper_interval": 1}  # as tunevax 0.1 wrote it
-    assert TARConfig("x", **controls.taken(TARConfig, recorded)).inner_steps == 3
 
 
 def test_categories_are_told_of_alignment_data_only():

@@ -15,7 +15,7 @@ from typing import Any
 from tunevax.attacks.context import AttackContext, TargetOptions
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.attacks.kind import NotApplicable
-from tunevax.errors import UsageError
+from tunevax.errors import require
 from tunevax.mixins import option
 from tunevax.modeling.trainer import ResponseTrainer
 from tunevax.records import LOG, is_run, read_lines, read_run
@@ -31,8 +31,7 @@ class AdaptiveConfig(FinetuneConfig):
     share: float = option(0.5, "share of the blocks that is trained")
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise UsageError(f"share is {self.share}; it must be above 0 and at most 1")
+        require(self, "share", above=0, at_most=1)
         super().__post_init__()
 
     @classmethod

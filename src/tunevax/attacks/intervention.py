@@ -21,7 +21,7 @@ from tunevax.attacks.context import AttackContext
 from tunevax.attacks.kind import AttackConfig, Work
 from tunevax.console import bar
 from tunevax.data.encoding import collate, context_of, encode
-from tunevax.errors import UsageError
+from tunevax.errors import UsageError, require
 from tunevax.mixins import option
 from tunevax.modeling.blocks import find_blocks
 from tunevax.modeling.loss import response_loss
@@ -47,9 +47,7 @@ class InterventionConfig(AttackConfig):
     needs = frozenset({"harmful"})
 
     def __post_init__(self) -> None:
-        for name in ("rank", "n", "num_train_epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        require(self, "rank", "n", "num_train_epochs", "batch_size", at_least=1)
 
     @classmethod
     def expand(cls, options: dict[str, Any], targets: Sequence[Mapping[str, Any]], depth: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from tunevax.attacks.context import AttackContext
 from tunevax.attacks.kind import AttackConfig, NotApplicable
-from tunevax.errors import UsageError
+from tunevax.errors import UsageError, require
 from tunevax.lineage import Lineage
 from tunevax.mixins import option
 from tunevax.modeling.biases import AddedBias, attach_biases, attached_biases
@@ -33,8 +33,7 @@ class RollBackConfig(AttackConfig):
     needs = frozenset()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.dose <= 10:
-            raise UsageError(f"dose is {self.dose}; it must be between 0 and 10")
+        require(self, "dose", at_least=0, at_most=10)
 
     def run(self, context: AttackContext) -> None:
         """Move the weights and score once. Holds both models in memory."""
