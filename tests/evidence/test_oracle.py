@@ -128,6 +128,7 @@ def test_rows_of_the_first_version_are_read(file, tmp_path):
         assert all(step is None for a in control["attacks"] for step in a["steps"].values())
 
 
+@pytest.mark.slow
 def test_reading_evidence_imports_neither_torch_nor_transformers(tmp_path):
     folder = study_folder("finetuning", tmp_path)
     code = (

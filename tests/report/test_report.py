@@ -72,7 +72,6 @@ def text_of(page: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", seen)).replace("\u00a0", " "))
 
 
-@pytest.mark.slow
 def test_overview_by_hand(tmp_path):
     run = write_run(tmp_path / "run", curves({"sft": CONTROL, "t-vaccine": HARDENED}))
     summary = write_report([run], tmp_path / "report.html")
@@ -98,7 +97,6 @@ def test_thresholds_are_those_of_the_audit(tmp_path):
         write_report([run, again], tmp_path / "report.html")
 
 
-@pytest.mark.slow
 def test_heat_map_holds_the_worst_attack_of_a_rate(tmp_path):
     def lora(rate: float, p: float, counts: list[int]) -> list[dict]:
         settings = {"learning_rate": rate, "p": p, "trainable": "lora"}
@@ -167,6 +165,7 @@ def test_model_output_cannot_act_on_the_page(tmp_path):
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in told.splitlines() if "organism and" in line} == widths
 
 
+@pytest.mark.slow
 def test_a_large_audit_is_cut_and_says_so(tmp_path):
     rows = []
     for i in range(60):
@@ -193,6 +192,7 @@ def test_no_run_and_newer_schema_are_refused(tmp_path):
         write_report([run], tmp_path)
 
 
+@pytest.mark.slow
 def test_ancestors_are_found_and_the_same_folders_give_the_same_bytes(tmp_path):
     base = {"schema": 1, "verb": "align", "steps": 300, "wall_seconds": 61.0, "peak_memory_bytes": None}
     for name, more in {

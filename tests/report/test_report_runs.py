@@ -59,6 +59,7 @@ def text_of(page: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", seen)).replace("\u00a0", " "))
 
 
+@pytest.mark.slow
 def test_every_stage_has_its_section_from_its_own_run_alone(runs, tmp_path):
     for name, section, told in (
         ("chosen", "Which rows were kept", r"chosen \(random\) kept 160 of 640 rows \(25 %\)"),
@@ -81,6 +82,7 @@ def test_every_stage_has_its_section_from_its_own_run_alone(runs, tmp_path):
         assert json.loads(page_of([runs[name]], tmp_path, "json"))["provenance"]["runs"][0]["name"] == name
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_the_run_folder(runs, tmp_path):
     screen = [json.loads(line) for line in (runs["job"] / "screen.jsonl").open()]
     found = json.loads(page_of([runs["job"]], tmp_path, "json"))["stages"][str(runs["job"])]["screen"]
@@ -100,6 +102,7 @@ def test_numbers_are_those_of_the_run_folder(runs, tmp_path):
     assert table.count("•") == 1 + sum(row["projected"] for row in record)
 
 
+@pytest.mark.slow
 def test_runs_behind_are_found(runs, tmp_path):
     (tmp_path / "there").mkdir()
     _, _, provenance = collect([runs["locked"]])
@@ -108,6 +111,7 @@ def test_runs_behind_are_found(runs, tmp_path):
     assert "Trained on them: aligned." in page and "Data screening" in page
 
 
+@pytest.mark.slow
 def test_hostile_rows_stay_text(runs, tmp_path):
     page, plain = page_of([runs["hostile"]], tmp_path), page_of([runs["hostile"]], tmp_path, "md")
     assert "<script" not in page and "\u202e" not in page and "\x07" not in page
@@ -116,6 +120,7 @@ def test_hostile_rows_stay_text(runs, tmp_path):
     assert "duplicate rows.jsonl:" in text_of(page) and "hostile: repeated prompts" in text_of(page)
 
 
+@pytest.mark.slow
 def test_spoilt_rows_are_counted_and_no_selector_sees_which_they_are(tmp_path):
     pool = [{"prompt": f"how {i} {i} ?", "chosen": "no ."} for i in range(40)]
     marked = [{**row, "corruption": ["stub", None, "noise", None][i % 4]} for i, row in enumerate(pool)]
@@ -137,6 +142,7 @@ def test_spoilt_rows_are_counted_and_no_selector_sees_which_they_are(tmp_path):
     assert "any of these 20 " in text
 
 
+@pytest.mark.slow
 def test_a_run_without_its_files_and_numbers_that_are_none(runs, tmp_path):
     (tmp_path / "run").mkdir()
     info = json.loads((runs["job"] / "run.json").read_text())
@@ -147,6 +153,7 @@ def test_a_run_without_its_files_and_numbers_that_are_none(runs, tmp_path):
         assert "NaN" not in page_of([tmp_path / "run"], tmp_path, form)
 
 
+@pytest.mark.slow
 def test_same_folders_same_bytes(runs, tmp_path):
     for form in ("html", "md", "json"):
         assert page_of(runs.values(), tmp_path, form) == page_of(runs.values(), tmp_path, form)
