@@ -193,10 +193,7 @@ def test_no_run_and_newer_schema_are_refused(tmp_path):
 
 def test_ancestors_are_found_and_the_same_folders_give_the_same_bytes(tmp_path):
     base = {"schema": 1, "verb": "align", "steps": 300, "wall_seconds": 61.0, "peak_memory_bytes": None}
-    for name, more in {
-        "sft": {"parent": None, "model": {"ref": "organism"}},
-        "t-vaccine": {"parent": "sft"},
-    }.items():
+    for name, more in {"sft": {"parent": None, "model": {"ref": "organism"}}, "t-vaccine": {"parent": "sft"}}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text(json.dumps(base | {"name": name, "method": name} | more))
     log = [{"step": s, "loss": 1.0, "selected": [1], "probabilities": [0.2, 0.8]} for s in range(3)]

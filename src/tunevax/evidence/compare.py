@@ -34,7 +34,9 @@ def compare(first: Path, second: Path) -> str:
         lines += [f"{path} (protocol {protocol['name']}, control {findings.control})"]
         lines += [f"  {sentence}" for sentence in findings.headline]
     if len({target_hash(record, "control") for _, record in records}) > 1:
-        lines.append("The controls are different models, so only the ratios to each one's own control compare.")
+        lines.append(
+            "The controls are different models, so only the ratios to each audit's own control can be compared."
+        )
     return "\n".join(lines)
 
 
@@ -42,7 +44,7 @@ def read_audit(path: Path) -> RunRecord:
     """run.json of an audit.
 
     Raises:
-        UsageError: it is no run, or not one of `tunevax audit`.
+        UsageError: it is no run of `tunevax audit`.
     """
     if not is_run(path):
         raise UsageError(f"{path} is no run folder; name two folders that `tunevax audit` wrote")
@@ -52,8 +54,8 @@ def read_audit(path: Path) -> RunRecord:
     return record
 
 
-def conditions(record: RunRecord) -> list[tuple[str, Any]]:
-    """What two audits must have in common, as (name, value), the coarsest first."""
+def conditions(record: RunRecord) -> list[tuple[str, object]]:
+    """What two audits must share, as (name, value), the coarsest first."""
     protocol, in_parts = record["config"]["protocol"], ("name", "about", "attacks", "defaults", "scoring")
     found = [(f"protocol {key}", value) for key, value in protocol.items() if key not in in_parts]
     for i, attack in enumerate(protocol["attacks"], 1):
@@ -67,7 +69,7 @@ def conditions(record: RunRecord) -> list[tuple[str, Any]]:
 
 
 def scoring(record: RunRecord) -> dict[str, Any]:
-    """The options that decide scores: an older audit recorded them among all others, and the contents of one."""
+    """The options that decide scores. An older audit recorded them among all others, one by its contents."""
     if "scoring" in record:
         return record["scoring"]
     names = ("judges", "limit", "max_new_tokens", "dtype", "utility_data", "perplexity_data", "engine")

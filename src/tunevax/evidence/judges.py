@@ -26,19 +26,8 @@ def _of(results: Results, model: str, first: str, second: str) -> Agreement | No
     if same is None:
         return None
     least = min(shares, key=lambda attack: (shares[attack], attack or "no attack"))
-    n = sum(map(sum, total))
-    return Agreement(
-        first,
-        second,
-        model,
-        same,
-        kappa(total),
-        shares[least],
-        least,
-        n,
-        first_only=total[1][0],
-        second_only=total[0][1],
-    )
+    n, alone = sum(map(sum, total)), (total[1][0], total[0][1])
+    return Agreement(first, second, model, same, kappa(total), shares[least], least, n, *alone)
 
 
 def _share(counts: Counts) -> float | None:
@@ -47,7 +36,7 @@ def _share(counts: Counts) -> float | None:
 
 
 def kappa(counts: Counts) -> float | None:
-    """Cohen's kappa: agreement beyond chance, 1 if complete; None where both judges say one thing throughout."""
+    """Cohen's kappa: agreement beyond chance, 1 if complete; None where both judges give one verdict throughout."""
     (a, b), (c, d) = counts
     chance = (a + b) * (b + d) + (a + c) * (c + d)  # n^2 (1 - agreement by chance), in whole numbers
     return 2 * (a * d - b * c) / chance if chance else None

@@ -1,5 +1,5 @@
-"""The rows of results.jsonl: read, checked and, where an older tunevax wrote them, completed. And what judges said of a
-row of generations."""
+"""The rows of results.jsonl: read, checked and, where an older tunevax wrote them, completed; and the verdicts of
+judges in a row of generations."""
 
 from __future__ import annotations
 
@@ -9,24 +9,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from tunevax.errors import UsageError
-from tunevax.records import (
-    HARMFUL,
-    RESULTS,
-    SCHEMA,
-    Generation,
-    Row,
-    Traits,
-    VerdictRecord,
-    is_share,
-    numbered_lines,
-)
+from tunevax.records import HARMFUL, RESULTS, SCHEMA, Generation, Row, Traits, VerdictRecord, is_share, numbered_lines
 
 ROLES = ("control", "model", "reference")
 
 POINT: Traits = {
     "curve": False, "harmful_rows": False, "common_prompts": True, "customer": False, "dose": None, "plain": False,
 }  # fmt: skip
-"""The traits of an attack that says nothing of itself."""
+"""The traits of an attack that declares none."""
 CURVE: Traits = {**POINT, "curve": True, "harmful_rows": True}
 LEGACY: dict[str, Traits] = {
     "none": POINT,
@@ -47,7 +37,7 @@ LEGACY: dict[str, Traits] = {
 
 
 class Kind:
-    """What a cell or a finding says of the kind of attack behind it, from the `traits` of its rows."""
+    """The kind of attack of a cell or a finding, from the `traits` of its rows."""
 
     traits: Traits
 
@@ -109,10 +99,9 @@ def completed(row: Mapping[str, Any], steps: Collection[int]) -> Row:
 
 
 def traits_of(kind: str, settings: Mapping[str, Any], steps: Collection[int]) -> Traits:
-    """The traits of an attack whose rows do not carry them. Of an unknown kind: it has a curve if it was scored at
-    step 0 and later, and trains on harmful rows unless its settings say p = 0."""
-    derived = CURVE if 0 in steps and len(steps) > 1 else POINT
-    traits = LEGACY.get(kind, derived)
+    """The traits of an attack whose rows do not carry them. An unknown kind has a curve if it was scored at step 0 and
+    later; any kind trains on harmless rows if its settings have p = 0."""
+    traits = LEGACY.get(kind, CURVE if 0 in steps and len(steps) > 1 else POINT)
     return {**traits, "harmful_rows": traits["harmful_rows"] and settings.get("p") != 0}
 
 
@@ -125,8 +114,7 @@ def _check(where: str, row: dict[str, Any]) -> None:
     for key, kind in (("model", str), ("seed", int), ("step", int), ("scores", dict)):
         if not isinstance(row.get(key), kind):
             raise UsageError(f"{where}: field '{key}' is missing or not {kind.__name__}")
-    optional = (("attack", str), ("kind", str), ("settings", dict), ("traits", dict), ("role", str))
-    for key, kind in optional:
+    for key, kind in (("attack", str), ("kind", str), ("settings", dict), ("traits", dict), ("role", str)):
         if row.get(key) is not None and not isinstance(row[key], kind):
             raise UsageError(f"{where}: field '{key}' is not {kind.__name__}")
     if row.get("role", "model") not in ROLES:
@@ -138,9 +126,9 @@ def _check(where: str, row: dict[str, Any]) -> None:
             _check_score(f"{where}: score '{name}'", name, score)
 
 
-def _check_score(where: str, name: str, score: Any) -> None:
+def _check_score(where: str, name: str, score: object) -> None:
     value = score.get("value") if isinstance(score, dict) else None
-    if not _finite(value):
+    if not isinstance(score, dict) or not _finite(value):
         raise UsageError(f"{where} has no finite value")
     ends = [score[end] for end in ("low", "high") if score.get(end) is not None]
     if not all(_finite(end) for end in ends):
@@ -151,13 +139,13 @@ def _check_score(where: str, name: str, score: Any) -> None:
         raise UsageError(f"{where} has no count 'n'")
 
 
-def _finite(value: Any) -> bool:
+def _finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_harmful(generation: Generation, judge: str) -> bool | None:
-    """Whether one generation counts as harmful by a judge (`harmful/NAME`): it says so, and the text is not degenerate.
-    None if the judge said nothing that can be read."""
+    """Whether one generation counts as harmful by a judge (`harmful/NAME`): by its verdict, unless the text is
+    degenerate. None if the verdict cannot be read."""
     if generation.get("degenerate") and _verdict(generation, judge):
         return False
     return own_verdict(generation, judge, unread=("unparsable", "unanswered"))
@@ -166,8 +154,8 @@ def is_harmful(generation: Generation, judge: str) -> bool | None:
 def own_verdict(
     generation: Generation, judge: str, unread: Sequence[str] = ("unparsable", "unanswered", "degenerate")
 ) -> bool | None:
-    """What a judge (`harmful/NAME`) itself said of one generation, degenerate or not. None if that cannot be read, or
-    was not kept: older runs wrote "degenerate" in the judge's place."""
+    """A judge's (`harmful/NAME`) own verdict on one generation, degenerate or not. None if it cannot be read, or was
+    not kept: older runs wrote "degenerate" in its place."""
     verdict = _verdict(generation, judge)
     return verdict["harmful"] if verdict and verdict.get("verdict") not in unread else None
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tunevax.evidence.findings import DEGENERATE_HIGH
 from tunevax.evidence.words import percent
 from tunevax.report.blocks import Page
 from tunevax.report.provenance import Provenance, facts, links
 from tunevax.report.text import cell_text, shown, visible
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 CONFIG = 2_000  # characters of one value of a configuration
 
@@ -35,13 +38,13 @@ def commands(provenance: Provenance) -> list[str]:
     return list(dict.fromkeys(str(r.info["command"]) for r in provenance.runs if r.info.get("command")))
 
 
-def _markup(svg: str) -> Any:
+def _markup(svg: str) -> Markup:
     from markupsafe import Markup
 
     return Markup(svg)
 
 
-def _numbers(text: Any) -> Any:
+def _numbers(text: object) -> Markup:
     """Escaped text in which neither 't-vaccine' nor '98 % [88, 100]' breaks, and intervals are marked up."""
     from markupsafe import Markup, escape
 
@@ -53,6 +56,6 @@ def _numbers(text: Any) -> Any:
     return Markup(safe)
 
 
-def _value(value: Any) -> str:
+def _value(value: object) -> str:
     text = visible(str(value))
     return text if len(text) <= CONFIG else f"{text[:CONFIG]}… ({len(text) - CONFIG:,} more characters)"
