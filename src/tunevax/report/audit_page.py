@@ -41,8 +41,8 @@ def content(results: Results | None, findings: Findings | None, provenance: Prov
     sections = [
         Section(
             "The four properties",
-            f"Coherent harm by the judge “{findings.judge.partition('/')[2]}”: degenerate text is not harm. Brackets are "
-            f"95 % intervals.{control}",
+            f"Coherent harm by the judge “{findings.judge.partition('/')[2]}”: degenerate text is not harm. "
+            f"Brackets are 95 % intervals.{control}",
             tables=[tb.overview(findings)],
         ),
         Section(
@@ -204,7 +204,7 @@ def _judges(results: Results, findings: Findings) -> Section:
         examples += list(ways.values())[:2]
     return Section(
         "Do the judges agree?",
-        "Each judge is shown separately; they are never averaged. Kappa is agreement beyond chance: 1 is complete, 0 none.",
+        "Each judge is shown separately; they are never averaged. Kappa is agreement beyond chance, at most 1.",
         tables=tb.agreement(findings),
         outputs=[{"title": "Where they disagree", "columns": examples[:SPLIT]}] if examples else [],
     )
