@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from tunevax.console import as_time
@@ -40,18 +39,12 @@ def measured(run: Run) -> dict[str, Any]:
 def sections(provenance: Provenance, figures: bool) -> list[Section]:
     """Which rows were kept."""
     behind, taken = provenance.behind, provenance.inputs
-    runs = tx.runs_of(behind, "curate")
-    rows = {run.path: [r for r in tx.lines_of(run, SCORES) if tx.is_number(r.get("score"))] for run in runs}
-    used: dict[Path, list[str]] = {run.path: [] for run in runs}
-    for run in behind:
-        for made in taken.get(run.path, []):
-            used.get(made.path, []).append(run.name)
-    points, panels, tables, outputs = [], [], [], []
+    runs, points, tables, outputs = tx.runs_of(behind, "curate"), [], [], []
+    panels: list[tuple[str, str]] = []
     for i, run in enumerate(runs):
-        found = rows[run.path]
-        points.append(
-            _chose(run, found) + (f" Trained on them: {tx.listed(used[run.path])}." if used[run.path] else "")
-        )
+        found = [row for row in tx.lines_of(run, SCORES) if tx.is_number(row.get("score"))]
+        users = [user.name for user in behind if any(made.path == run.path for made in taken.get(user.path, []))]
+        points.append(_chose(run, found) + (f" Trained on them: {tx.listed(users)}." if users else ""))
         if not found:
             continue
         shares = _by_category(found)
@@ -79,21 +72,14 @@ def sections(provenance: Provenance, figures: bool) -> list[Section]:
             columns = [("The highest scores", high), ("The lowest scores", low)]
             samples = [{"title": t, "samples": [_row(r, len(found)) for r in part]} for t, part in columns]
             outputs.append({"title": f"{run.name}: rows by score", "columns": samples})
-    left = len(runs) - SHOWN
-    return [
-        Section(
-            "Which rows were kept",
-            "A selector scored every row of the alignment data and the best were kept, before any alignment method "
-            "used them. The selector keeps the highest scores.",
-            points=cut(points),
-            panels=panels,
-            tables=tables,
-            outputs=outputs,
-            note="Every row with its score, rank and reason is in the run's scores.jsonl."
-            + (f" The rows of {left:,} more curation runs are not shown." if left > 0 else ""),
-            titled=True,
-        )
-    ]
+    about = (
+        "A selector scored every row of the alignment data, and the rows with the highest scores were kept, before any "
+    )
+    about += "alignment method used them."
+    note, left = "Every row with its score, rank and reason is in the run's scores.jsonl.", len(runs) - SHOWN
+    note += f" The rows of {left:,} more curation runs are not shown." if left > 0 else ""
+    parts = {"points": cut(points), "panels": panels, "tables": tables, "outputs": outputs}
+    return [Section("Which rows were kept", about, **parts, note=note, titled=True)]
 
 
 def _chose(run: Run, rows: list[dict]) -> str:

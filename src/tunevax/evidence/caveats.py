@@ -37,8 +37,8 @@ def caveats_on(findings: Findings, model: ModelFindings) -> list[str]:
         elif theirs is not None and ours and direction(theirs) != direction(ours):
             text.append(f"The judge {label} disagrees: {theirs}.")
     text.append(_as_judged(findings, model))
-    for other in findings.models if model.role == "model" and ours else ():
-        if other.role == "reference" and (theirs := other.resistance):
+    for other in findings.models if model.role == "model" else ():
+        if ours and other.role == "reference" and (theirs := other.resistance):
             gain = not claimed or (theirs.high is not None and theirs.high < (ours.low or 0.0))
             text.append(
                 f"The reference {other.label} needs {theirs}" + ("." if gain else ", so no gain over it is shown.")

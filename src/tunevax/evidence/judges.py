@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from tunevax.evidence.findings import Agreement
 from tunevax.evidence.results import Cell, Results
 from tunevax.evidence.rows import own_verdict
@@ -19,7 +17,7 @@ def agreement(results: Results) -> list[Agreement]:
 
 
 def _of(results: Results, model: str, first: str, second: str) -> Agreement | None:
-    by_attack = {c.attack: contingency([c], first, second) for c in results.cells if c.model == model}
+    by_attack = {c.attack: contingency(c, first, second) for c in results.cells if c.model == model}
     total = [[sum(counts[i][j] for counts in by_attack.values()) for j in (0, 1)] for i in (0, 1)]
     shares = {attack: share for attack, counts in by_attack.items() if (share := _share(counts)) is not None}
     same = _share(total)
@@ -42,13 +40,11 @@ def kappa(counts: Counts) -> float | None:
     return 2 * (a * d - b * c) / chance if chance else None
 
 
-def contingency(cells: Iterable[Cell], first: str, second: str) -> Counts:
+def contingency(cell: Cell, first: str, second: str) -> Counts:
     """Counts of the outputs to harmful prompts that both judged."""
     counts = [[0, 0], [0, 0]]
-    for cell in cells:
-        for rows in cell.generations.values():
-            for row in rows:
-                a, b = own_verdict(row, first), own_verdict(row, second)
-                if row.get("kind") == "harmful" and a is not None and b is not None:
-                    counts[a][b] += 1
+    for row in (row for rows in cell.generations.values() for row in rows if row.get("kind") == "harmful"):
+        a, b = own_verdict(row, first), own_verdict(row, second)
+        if a is not None and b is not None:
+            counts[a][b] += 1
     return counts

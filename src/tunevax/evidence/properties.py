@@ -6,18 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from tunevax.evidence import ratios
-from tunevax.evidence.findings import (
-    Attacked,
-    Compared,
-    Difference,
-    Generalisation,
-    ModelFindings,
-    Paired,
-    Ratio,
-    Trainability,
-    Worst,
-)
+from tunevax.evidence import findings, ratios
+from tunevax.evidence.findings import Attacked, Compared, Difference, ModelFindings, Paired, Ratio, Trainability, Worst
 from tunevax.evidence.ratios import Terms
 from tunevax.evidence.results import Cell, Point, Results, pool
 from tunevax.evidence.rows import is_harmful
@@ -166,17 +156,19 @@ def utility_loss(before: Mapping[str, float], row: Row) -> float | None:
     return fmean(before - after for before, after in shared) if shared else None
 
 
-def generalisation(results: Results, label: str, judge: str, phi: float) -> list[Generalisation]:
+def generalisation(results: Results, label: str, judge: str, phi: float) -> list[findings.Generalisation]:
     """One entry for each kind of attack other than the plain fine-tune."""
     found = []
     for kind in dict.fromkeys(c.kind for c in results.of(label) if not c.plain):
         cells, theirs = ([c for c in results.of(model) if c.kind == kind] for model in (label, results.control))
         beside = theirs if label != results.control else []
         cell, *rest = (max(some, key=lambda c: _worst(c, judge).value) for some in (cells, beside) if some)
-        control = (_worst(rest[0], judge), rest[0].attack, rest[0].settings) if rest else (None, None, None)
+        theirs_worst, where, settings = (
+            (_worst(rest[0], judge), rest[0].attack, rest[0].settings) if rest else (None, None, None)
+        )
         ratio = _ratio(results, cells, judge, phi) if beside and cell.has_curve else None
-        worst = len(cells), _worst(cell, judge), str(cell.attack), cell.settings
-        found.append(Generalisation(kind, cell.traits, *worst, *control, ratio))
+        ours = len(cells), _worst(cell, judge), str(cell.attack), cell.settings
+        found.append(findings.Generalisation(kind, cell.traits, *ours, theirs_worst, where, settings, ratio))
     return found
 
 

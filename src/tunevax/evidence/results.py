@@ -9,25 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tunevax import records
 from tunevax.errors import UsageError
 from tunevax.evidence.rows import ROLES, Kind, completed, numbered_rows
 from tunevax.evidence.stats import wilson
 from tunevax.evidence.words import joined
-from tunevax.records import (
-    METRIC,
-    RESULTS,
-    CellSummary,
-    Generation,
-    Row,
-    RunRecord,
-    Score,
-    Traits,
-    is_run,
-    is_share,
-    judges_of,
-    read_generations,
-    read_run,
-)
+from tunevax.records import METRIC, RESULTS, CellSummary, Generation, Row, RunRecord, Score, Traits, is_share
 
 
 @dataclass(frozen=True)
@@ -246,10 +233,10 @@ def read_results(paths: Iterable[Path]) -> Results:
             if folder not in cell.folders:
                 cell.folders.append(folder)
             own[row["model"], row.get("attack"), row["seed"]] = cell
-        for output in read_generations(folder, (row for _, row in numbered)):
+        for output in records.read_generations(folder, (row for _, row in numbered)):
             if of := own.get((output.get("model"), output.get("attack"), output.get("seed"))):
                 of.generations.setdefault((output["seed"], output["step"]), []).append(output)
-        info = read_run(folder) if is_run(folder) else RunRecord()
+        info = records.read_run(folder) if records.is_run(folder) else RunRecord()
         results.failed += info.get("failed") or []
         results.skipped += info.get("skipped") or []
         results.stopped += info.get("stopped") or []
@@ -330,7 +317,7 @@ def _ended_early(cells: list[Cell]) -> None:
 
 def _judges(cells: list[Cell], rows: Sequence[Row]) -> tuple[list[str], list[str]]:
     """The judges that every cell has, the lead first, and those that only some have."""
-    names = judges_of(n for row in rows for n in row["scores"])
+    names = records.judges_of(n for row in rows for n in row["scores"])
     common = [n for n in names if all(_has(cell, n) for cell in cells)]
     return common, [n for n in names if n not in common]
 

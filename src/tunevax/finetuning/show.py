@@ -45,11 +45,9 @@ def sections(provenance: Provenance, figures: bool) -> list[Section]:
     return [s for s in (_screening(screened, figures), _sinks(analyses, figures)) if s]
 
 
-def _screening(runs: list[Run], figures: bool) -> Section | None:
-    """The scores of screened rows; None without a run."""
-    if not runs:
-        return None
-    points, panels, lines, left = [], [], [], 0
+def _screening(runs: list[Run], figures: bool) -> Section:
+    points, lines, left = [], [], 0
+    panels: list[tuple[str, str]] = []
     for i, run in enumerate(runs):
         points.append(_screened(run))
         limits = run.info["screen"].get("thresholds") or {}
@@ -66,7 +64,6 @@ def _screening(runs: list[Run], figures: bool) -> Section | None:
             title, both = f"{run.name}: the two scores of each row of the job{more}", (x_limit, y_limit)
             svg = fig.scatter(f"screen{i}", tx.plain(title), drawn, both, (f"{x} score", f"{y} score"))
             panels.append((title, svg))
-
         rows.sort(key=lambda r: (-len(r.get("flagged") or []), -max(r[x] - x_limit, r[y] - y_limit)))  # noqa: B023
         flagged = sum(bool(r.get("flagged")) for r in rows)
         left += max(0, flagged - ROWS)
@@ -77,17 +74,14 @@ def _screening(runs: list[Run], figures: bool) -> Section | None:
         ]  # fmt: skip
     columns = ["run", "row", "gradient", "refusal", "flagged by", "what was done"]
     note = f"{left:,} more flagged rows are not shown; --format json has them all." if left else ""
-    return Section(
-        "Data screening",
-        "Before training, every row of the customer's job got two scores: how similar its gradient is to that of "
+    about = "Before training, every row of the customer's job got two scores: how similar its gradient is to that of "
+    about += (
         "harmful answers (gradient), and how similar its prompt is to harmful prompts (refusal; 0 is the average row "
-        "of the job, 1 the average harmful prompt). A row at or above either threshold is flagged."
-        + figures
-        * " Filled diamonds are flagged, hollow circles are not; the dotted lines are the thresholds.",
-        points=cut(points),
-        panels=panels,
-        tables=[Table("The rows that look most like an attack", columns, lines, note)] if lines else [],
     )
+    about += "of the job, 1 the average harmful prompt). A row at or above either threshold is flagged."
+    about += figures * " Filled diamonds are flagged, hollow circles are not; the dotted lines are the thresholds."
+    tables = [Table("The rows that look most like an attack", columns, lines, note)] if lines else []
+    return Section("Data screening", about, points=cut(points), panels=panels, tables=tables)
 
 
 def _screened(run: Run) -> str:
@@ -103,10 +97,8 @@ def _screened(run: Run) -> str:
     reached = {k: v for k, v in (set_on.get("harmful_at_threshold") or {}).items() if tx.is_number(v)}
     if set_on.get("rows") and reached:
         shares = " and ".join(f"{percent(share)} reach that of the {name} score" for name, share in reached.items())
-        text += (
-            f" The thresholds were set on {set_on['rows']:,} known harmful rows: {shares}, by choice. Which share of "
-        )
-        text += "the harmful rows of a job they flag is unknown, as is the share of this customer's harmless rows."
+        text += f" The thresholds were set on {set_on['rows']:,} known harmful rows: {shares}, by choice. Which share "
+        text += "of the harmful rows of a job they flag is unknown, as is the share of this customer's harmless rows."
     return text
 
 
@@ -116,7 +108,8 @@ def _sinks(runs: list[Run], figures: bool) -> Section | None:
     models = [m for _, content in contents for m in content["models"]]
     if not models:
         return None
-    points, panels, lines, strongest = [], [], [], []
+    points, lines, strongest = [], [], []
+    panels: list[tuple[str, str]] = []
     sizes = sorted(abs(v) for m in models for layer in m["d"] for v in layer)
     top = sizes[int(0.95 * (len(sizes) - 1))] or 1.0  # an outlier would make all others pale
     judge = _judge(models)
@@ -138,13 +131,9 @@ def _sinks(runs: list[Run], figures: bool) -> Section | None:
                 from tunevax.report import charts as fig
 
                 when = (" (before)", " (after)")[j] if len(content["models"]) == 2 else ""
-                title, scale = (
-                    f"{m['label']}{when}: {heads} heads are positive",
-                    f"fullest colour: {top:.2g} and beyond",
-                )
-                text = f"Largest divergence in layer.head {named}."
-                shape = m["d"], set(positive), 0.0, top, f"head ({scale})", text
-                panels.append((title, fig.head_map(f"sink{i}-{j}", tx.plain(title), *shape)))
+                title, scale = f"{m['label']}{when}: {heads} heads are positive", f"fullest colour: {top:.2g} or more"
+                rest = m["d"], set(positive), 0.0, top, f"head ({scale})", f"Largest divergence in layer.head {named}."
+                panels.append((title, fig.head_map(f"sink{i}-{j}", tx.plain(title), *rest)))
     columns = ["run", "analysed", "averaged over", "positive heads", "mean of the positive parts"]
     if judge:
         columns.append(f"harmful, by {judge.partition('/')[2]}")
@@ -153,21 +142,17 @@ def _sinks(runs: list[Run], figures: bool) -> Section | None:
 
             title = f"Positive heads against harmful answers, by {judge.partition('/')[2]}"
             panels.append((title, fig.heads_and_harm("sink-harm", title, list(harm)[:PANELS])))
-    return Section(
-        "Where attention sinks",
+    about = (
         "The sink divergence of a head: how much more of its attention goes to the first token on harmful answers than "
-        "on refusals to the same prompts. According to arXiv 2602.05228, more heads have a positive divergence as a "
-        "model turns harmful."
-        + figures
-        * " Orange with a dot is positive, blue without is negative; all maps have one scale.",
-        points=cut(points),
-        panels=panels,
-        tables=[
-            Table("Heads and harm", columns, lines[:LINES]),
-            Table("The most positive heads, as layer.head", ["run", "analysed", "heads"], strongest[:LINES]),
-        ],
-        titled=True,
     )
+    about += (
+        "on refusals to the same prompts. According to arXiv 2602.05228, more heads have a positive divergence as a "
+    )
+    about += "model turns harmful."
+    about += figures * " Orange with a dot is positive, blue without is negative; all maps have one scale."
+    most = Table("The most positive heads, as layer.head", ["run", "analysed", "heads"], strongest[:LINES])
+    tables = [Table("Heads and harm", columns, lines[:LINES]), most]
+    return Section("Where attention sinks", about, points=cut(points), panels=panels, tables=tables, titled=True)
 
 
 def _compared(run: Run, content: dict) -> str:

@@ -72,11 +72,7 @@ def write_report(runs: Iterable[Path], output: Path, format: str = "html") -> Su
 
 
 def collect(paths: Iterable[Path]) -> tuple[Results | None, Findings | None, Provenance]:
-    """Read the runs, their findings and their ancestors; None where nothing was measured.
-
-    Raises:
-        UsageError: as `write_report`.
-    """
+    """Read the runs, their findings and their ancestors; None where nothing was measured. Errors as `write_report`."""
     library = Library()
     runs: list[Run] = [library.load(path) for path in dict.fromkeys(Path(p).resolve() for p in paths)]
     if not runs:

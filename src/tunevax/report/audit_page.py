@@ -27,6 +27,17 @@ WEAK = (
     "This is a weak attack setting, for comparison with published numbers only: it says nothing about a determined "
     "attacker."
 )
+RESISTANCE = (
+    "How many times the control's attack steps a model takes to pass the threshold, over the attacks that are strong "
+    "enough to conclude from; and the worst outcome of any attack of the grid that left the model useful, measured "
+    "again with seeds that did not pick it."
+)
+HEAT = "Worst harmful score so far, in percent, of the attacks of kind finetune, by learning rate and step."
+ORDER = "The attacks that the control resists least come first."
+PAIRED = (
+    "How much more, or less, often the model's output is harmful than the control's, mean over the evaluated steps: "
+    "the area between their curves. Intervals and p over seeds (paired t), and with Holm's correction."
+)
 THOUGHT_ALONE = "(no answer after the thought)"
 
 
@@ -45,19 +56,10 @@ def content(results: Results | None, findings: Findings | None, provenance: Prov
             f"Brackets are 95 % intervals.{control}",
             tables=[tb.overview(findings)],
         ),
-        Section(
-            "Resistance",
-            "How many times the control's attack steps a model takes to pass the threshold, over the attacks that are "
-            "strong enough to conclude from; and the worst outcome of any attack of the grid that left the model "
-            "useful, measured again with seeds that did not pick it.",
-            tables=tb.resistance(findings),
-            titled=True,
-        ),
+        Section("Resistance", RESISTANCE, tables=tb.resistance(findings), titled=True),
         Section("Stability", "What the hardening itself changed.", tables=tb.stability(findings)),
         Section(
-            "Trainability",
-            "A model worth releasing learns a benign task as fast as the control.",
-            tables=tb.trainability(findings),
+            "Trainability", "A usable model learns tasks as fast as its control.", tables=tb.trainability(findings)
         ),
         Section(
             "Generalisation", "The worst outcome of each other kind of attack.", tables=tb.generalisation(findings)
@@ -67,24 +69,9 @@ def content(results: Results | None, findings: Findings | None, provenance: Prov
         sections += [*_figures(results, findings), _other_kinds(results, findings)]
     outputs = "From the attack that the control resists least. " if findings.order else ""
     sections += [
-        Section(
-            "Learning rate by steps",
-            "Worst harmful score so far, in percent, of the attacks of kind finetune, by learning rate and step.",
-            maps=fig.heat_maps(results, findings),
-        ),
-        Section(
-            "Every attack",
-            "The attacks that the control resists least come first.",
-            tables=tb.every_attack(findings),
-            fold=True,
-        ),
-        Section(
-            "The same prompts, model and control",
-            "How much more, or less, often the model's output is harmful than the control's, mean over the evaluated "
-            "steps: the area between their curves. Intervals and p over seeds (paired t), and with Holm's correction.",
-            tables=tb.paired(findings),
-            fold=True,
-        ),
+        Section("Learning rate by steps", HEAT, maps=fig.heat_maps(results, findings)),
+        Section("Every attack", ORDER, tables=tb.every_attack(findings), fold=True),
+        Section("The same prompts, model and control", PAIRED, tables=tb.paired(findings), fold=True),
         _judges(results, findings),
         *of_runs,
         Section(
@@ -94,12 +81,7 @@ def content(results: Results | None, findings: Findings | None, provenance: Prov
             outputs=_samples(results, findings.order),
             note=f"Outputs of {SAMPLED} models are shown." if len(results.models) > SAMPLED else "",
         ),
-        Section(
-            "Inconclusive attacks and missing cells",
-            "Attacks from which nothing follows about a model, and cells that are missing.",
-            tables=tb.inconclusive(findings),
-            titled=True,
-        ),
+        Section("Inconclusive attacks and missing cells", tables=tb.inconclusive(findings), titled=True),
         Section("Limitations", points=[*findings.limits, *runs.limits(provenance)]),
     ]
     return Page(
@@ -117,9 +99,6 @@ def content(results: Results | None, findings: Findings | None, provenance: Prov
 def nothing(provenance: Provenance) -> str:
     """The opening of a report without attacks and scores."""
     return NOT_ENOUGH if runs.scored(provenance) else NOTHING
-
-
-# ---------------------------------------------------------------------------------------------------- figures
 
 
 def _figures(results: Results, findings: Findings) -> list[Section]:
@@ -184,9 +163,6 @@ def _other_kinds(results: Results, findings: Findings) -> Section:
     return Section("Attacks without fine-tuning", "Worst harmful score; whiskers are 95 % intervals.", panels=panels)
 
 
-# ----------------------------------------------------------------------------------------- judges and samples
-
-
 def _judges(results: Results, findings: Findings) -> Section:
     """How far the judges agree, and the first outputs on which they disagree, one per model and pattern of verdicts."""
     examples: list[dict[str, Any]] = []
@@ -233,8 +209,9 @@ def _samples(results: Results, order: list[str]) -> list[dict[str, Any]]:
 
 def _sample(row: Generation, results: Results) -> dict[str, Any]:
     names = [judge.partition("/")[2] for judge in results.judges]
-    verdicts = [(name, (row.get("verdicts") or {}).get(name) or {}) for name in names]
-    marks = [(name, str(v.get("verdict", "no verdict")), v.get("harmful")) for name, v in verdicts if v]
+    verdicts = row.get("verdicts") or {}
+    found = [(name, verdicts[name]) for name in names if verdicts.get(name)]
+    marks = [(name, str(v.get("verdict", "no verdict")), v.get("harmful")) for name, v in found]
     correct = row.get("correct") or {}
     marks += [(f"task, {name}", "right" if right else "wrong", None) for name, right in correct.items()]
     return {

@@ -30,7 +30,7 @@ DASHES = ["--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (2, 1))]
 MARKERS = ["s", "^", "D", "v", "P", "X"]
 WIDTH, HEIGHT = 5.3, 3.3  # inches: one panel is 382 x 238 points
 HEAT_COLUMNS = 8  # steps shown in a heat map
-T = TypeVar("T", int, float)
+T = TypeVar("T", bound=float)
 FONT = r" font-family: [^;]*;"  # the page sets it
 DOTTED: dict[str, Any] = {"color": SOFT, "linewidth": 1, "linestyle": (0, (1, 2)), "zorder": 1}  # a line at a limit
 
@@ -42,9 +42,8 @@ MARKERS_EDGED: dict[str, Any] = {"markersize": 4.5, "markeredgecolor": PAPER, "m
 
 def styles(models: list[str], control: str | None) -> Look:
     """The line style of each model: the control in ink, the others by their position."""
-    look: Look = (
-        {control: {"color": INK, "linestyle": "-", "marker": "o", "linewidth": 2.2, "zorder": 3}} if control else {}
-    )
+    ink = {"color": INK, "linestyle": "-", "marker": "o", "linewidth": 2.2, "zorder": 3}
+    look: Look = {control: ink} if control else {}
     for n, model in enumerate(model for model in models if model != control):
         dash, i = DASHES[(n + n // len(COLOURS)) % len(DASHES)], n % len(COLOURS)
         look[model] = {"color": COLOURS[i], "linestyle": dash, "marker": MARKERS[i], "linewidth": 1.6, "zorder": 4}
@@ -129,7 +128,7 @@ def intervals(points: list[Point]) -> tuple[list[float], list[float]]:
     return [low for low, _ in ends], [high for _, high in ends]
 
 
-def bars(key: str, rows: list[tuple[str, float | None, str]], title: str) -> str:
+def bars(key: str, rows: Sequence[tuple[str, float | None, str]], title: str) -> str:
     """Horizontal bars of (label, value, the value as text); a value of None is shown as text only, not as 0."""
     figure, axes = panel([], height=0.4 + 0.3 * len(rows), left=max((len(shorten(r[0])) for r in rows), default=4))
     top = max((v for _, v, _ in rows if v), default=1.0)
@@ -146,9 +145,6 @@ def bars(key: str, rows: list[tuple[str, float | None, str]], title: str) -> str
     axes.spines["bottom"].set_visible(False)
     axes.grid(False)
     return as_svg(figure, key, title, "; ".join(f"{label}: {text}" for label, _, text in rows))
-
-
-# ---------------------------------------------------------------------------------------------------- drawing
 
 
 def shorten(label: str) -> str:
@@ -171,11 +167,9 @@ def panel(labels: list[str], height: float = HEIGHT, left: int = 0) -> tuple[Fig
         bottom=(36 if not left else 6) / (height * 72),
     )
     axes.spines[["top", "right"]].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(SOFT)
-        axes.spines[side].set_linewidth(0.8)
-    axes.patch.set_visible(False)
-    figure.patch.set_visible(False)
+    axes.spines[["left", "bottom"]].set(color=SOFT, linewidth=0.8)
+    for patch in (axes.patch, figure.patch):
+        patch.set_visible(False)
     axes.tick_params(colors=SOFT, labelsize=9.5, length=3, width=0.8)
     axes.xaxis.label.set(color=INK, fontsize=10)
     axes.grid(axis="y", color=GRID, linewidth=0.7)
@@ -185,13 +179,9 @@ def panel(labels: list[str], height: float = HEIGHT, left: int = 0) -> tuple[Fig
 
 def share_axis(axes: Axes, which: str, label: str) -> None:
     """0 to 100 %, with a margin so that markers at the ends are not cut off."""
-    ticks = [0, 0.25, 0.5, 0.75, 1]
     getattr(axes, f"set_{which}lim")(-0.025, 1.025)
-    getattr(axes, f"set_{which}ticks")(ticks, [f"{100 * t:.0f} %" for t in ticks])
-    if which == "y":
-        y_title(axes, label)
-    else:
-        axes.set_xlabel(label)
+    getattr(axes, f"set_{which}ticks")([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+    y_title(axes, label) if which == "y" else axes.set_xlabel(label)
 
 
 def y_title(axes: Axes, text: str) -> None:
@@ -223,18 +213,15 @@ def end_labels(axes: Axes, ends: Sequence[tuple[str, float, float]], look: Look)
     gap = 13 / height  # of the axes' height, for one line of text
     low, high = axes.get_ylim()
     ends = sorted(reversed(ends), key=lambda e: e[2])
-    wanted = [(y - low) / (high - low) for _, _, y in ends]
-    places = list(wanted)
+    places = [(y - low) / (high - low) for _, _, y in ends]
     for _ in range(200):
         for i in range(len(places) - 1):
             overlap = gap - (places[i + 1] - places[i])
             if overlap > 1e-6:
                 places[i] -= overlap / 2
                 places[i + 1] += overlap / 2
-        if places and places[-1] > 1:
-            places[-1] = 1
-        if places and places[0] < 0:
-            places[0] = 0
+        if places:
+            places[0], places[-1] = max(places[0], 0.0), min(places[-1], 1.0)
     to_axes = axes.transScale + axes.transLimits
     for (model, x, y), place in zip(ends, places, strict=True):
         colour, (x_end, y_end) = look[model]["color"], to_axes.transform((x, y))

@@ -188,9 +188,6 @@ def _inputs(library: Library, run: Run) -> list[Run]:
     return inputs
 
 
-# ------------------------------------------------------------------------------------------------------ facts
-
-
 def links(chain: Iterable[Run | str]) -> list[dict[str, Any]]:
     """The facts of each run of a chain."""
     return [facts(link) if isinstance(link, Run) else {"title": link, "facts": [], "config": None} for link in chain]

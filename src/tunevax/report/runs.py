@@ -11,10 +11,10 @@ How a run of a verb is shown is defined beside the methods whose files it reads,
 from __future__ import annotations
 
 import importlib
-import math
 from types import ModuleType
 from typing import Any
 
+from tunevax.evidence.findings import jsonable
 from tunevax.methods import methods
 from tunevax.report.blocks import Section
 from tunevax.report.provenance import Provenance, Run
@@ -53,7 +53,7 @@ def scored(provenance: Provenance) -> bool:
 
 def as_dict(provenance: Provenance) -> dict[str, Any]:
     """The measurements of the runs, by folder, without the text of rows."""
-    parts = {str(run.path): {k: _finite(v) for k, v in _measured(run).items() if v} for run in provenance.behind}
+    parts = {str(run.path): {k: jsonable(v) for k, v in _measured(run).items() if v} for run in provenance.behind}
     return {path: part for path, part in parts.items() if part}
 
 
@@ -77,12 +77,3 @@ def _summary(run: Run) -> str:
     if module := _module(run.info.get("verb")):
         return str(module.summary(run))
     return f"{run.name}: {run.info.get('verb')} {run.info.get('method') or ''}".rstrip() + "."
-
-
-def _finite(value: object) -> object:
-    """JSON values without NaN and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -30,9 +30,6 @@ def _tables(label: str, rows: list[dict[str, str]], note: str = "") -> list[Tabl
     return [Table(label, list(rows[0]), [list(row.values()) for row in rows], note)] if rows else []
 
 
-# ----------------------------------------------------------------------------------------------- the properties
-
-
 def overview(findings: Findings) -> Table:
     """One row per model, one column per property that some model has."""
     rows = []
@@ -132,9 +129,6 @@ def generalisation(findings: Findings) -> list[Table]:
     return _tables("Other kinds of attack", rows)
 
 
-# -------------------------------------------------------------------------------------------------- the attacks
-
-
 def every_attack(findings: Findings) -> list[Table]:
     """A row per attack and model, in the order of `findings`; a second table for those beyond FIRST attacks."""
     judge, phi = findings.judge.partition("/")[2], percent(findings.phi)
@@ -215,9 +209,6 @@ def inconclusive(findings: Findings) -> list[Table]:
         ]  # fmt: skip
         tables += _tables(label, rows, _left_out(cells, label.lower()))
     return tables
-
-
-# -------------------------------------------------------------------------------------------------------- words
 
 
 def named(model: ModelFindings) -> str:

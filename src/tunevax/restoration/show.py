@@ -49,7 +49,8 @@ def sections(provenance: Provenance, figures: bool) -> list[Section]:
 
 def _locks(runs: list[Run], figures: bool) -> Section:
     """Locks and their effect."""
-    points, panels, tables, drawn = [], [], [], set()
+    points, tables, drawn = [], [], set()
+    panels: list[tuple[str, str]] = []
     known: dict[str, list[list[float]]] = {}  # the accuracy of all heads at extraction, by the base's identity
     for run in runs:
         lock = run.info.get("lock") or {}
@@ -96,10 +97,8 @@ def _locked(run: Run) -> str:
     if method == "extract-lock":
         total = (lock.get("n_layers") or 0) * (lock.get("n_heads") or 0)
         text = f"{run.name} chose {heads} of {tx.model_of(run)}'s {total or ''} heads".replace("  ", " ")
-        text += (
-            f" in {counted(layers, 'layer')}, from {lock.get('pairs')} pairs of answers and the last {lock.get('r')} "
-        )
-        return f"{text}tokens of each; {_probed(lock)}. The lock is {as_bytes(lock.get('bytes'))}."
+        text += f" in {counted(layers, 'layer')}, from {lock.get('pairs')} pairs of answers and the last "
+        return f"{text}{lock.get('r')} tokens of each; {_probed(lock)}. The lock is {as_bytes(lock.get('bytes'))}."
     if method == "convert-lock":
         base = (lock.get("base") or {}).get("ref") or "a base that it does not name"
         return f"{run.name} is a published lock of {where} ({lock.get('source')}), for {base}, without an accuracy."
@@ -107,7 +106,7 @@ def _locked(run: Run) -> str:
         return f"{run.name} applied no lock to {tx.model_of(run)}.{swept}"
     form = {"stock": "a checkpoint that stock transformers loads", "run": "biases that tunevax attaches"}
     text = f"{run.name} applied a lock of {where} to {tx.model_of(run)} at strength {lock.get('strength'):g}, as "
-    text += f"{form.get(lock.get('form'), lock.get('form'))}: {as_time(lock.get('seconds_to_apply'))} to apply, "
+    text += f"{form.get(str(lock.get('form')), lock.get('form'))}: {as_time(lock.get('seconds_to_apply'))} to apply, "
     text += f"{as_bytes(lock.get('bytes_added'))} added" + (f"; {_probed(lock)}." if lock.get("accuracy") else ".")
     return text + (f" Finding: {info['finding']}." if info.get("finding") else "") + swept
 
@@ -128,10 +127,10 @@ def _probed(lock: dict) -> str:
 def _heads(run: Run, heads: list[tuple[int, int]], accuracy: list[float]) -> Table:
     """The map, for a form without figures."""
     known = {at: f" ({percent(value)})" for at, value in zip(heads, accuracy, strict=False)}
-    by_layer = {
-        layer: [f"{y}{known.get((x, y), '')}" for x, y in sorted(heads) if x == layer] for layer, _ in sorted(heads)
-    }
-    lines = [[str(layer), ", ".join(names)] for layer, names in by_layer.items()]
+    by_layer: dict[str, list[str]] = {}
+    for x, y in sorted(heads):
+        by_layer.setdefault(str(x), []).append(f"{y}{known.get((x, y), '')}")
+    lines = [[layer, ", ".join(names)] for layer, names in by_layer.items()]
     return tx.cut_table(f"{run.name}: locked heads", ["layer", "heads (accuracy of the probe)"], lines, "layers")
 
 
@@ -203,10 +202,8 @@ def _safe_lora(runs: list[Run]) -> Section:
         taken = [r for r in rows if r.get("projected")]
         projector = (run.info.get("config") or {}).get("projector")
         aligned, base = (Path(str(run.info.get(k) or "?")).name for k in ("aligned", "base"))
-        text = (
-            f"{run.name} projected {len(taken)} of {len(rows)} layers of {tx.model_of(run)} ({projector} projector) on "
-        )
-        text += f"the change from {base} to {aligned}"
+        text = f"{run.name} projected {len(taken)} of {len(rows)} layers of {tx.model_of(run)} ({projector} projector) "
+        text += f"on the change from {base} to {aligned}"
         text += f"; cosines are {min(cosines):.2f} to {max(cosines):.2f}." if cosines else "."
         if full := sum(r.get("rank") == r.get("out") for r in rows):
             text += f" In {full} layers alignment changed every direction, so the exact projector has no effect there."
@@ -216,14 +213,11 @@ def _safe_lora(runs: list[Run]) -> Section:
         if projector != "exact":
             ratio = [(r["layer"], tx.decimals(r.get("ratio"), 3)) for r in rows]
             tables.append(_by_block(f"{run.name}: length of the projected update, as a share of its own", ratio))
-    return Section(
-        "Safe LoRA",
-        "The cosine between an adapter's update and its projection on the change by alignment: 1 is an update "
-        "within it. The layers of the lowest cosine are projected.",
-        points=cut(points),
-        tables=tables,
-        titled=True,
+    about = (
+        "The cosine between an adapter's update and its projection on the change by alignment: 1 is an update within "
     )
+    about += "it. The layers of the lowest cosine are projected."
+    return Section("Safe LoRA", about, points=cut(points), tables=tables, titled=True)
 
 
 def _antidote(runs: list[Run]) -> Section:
@@ -240,13 +234,8 @@ def _antidote(runs: list[Run]) -> Section:
         lengths = [(r["layer"], NONE if r.get("ratio") is None else percent(r["ratio"])) for r in rows]
         tables.append(_by_block(f"{run.name}: share of the weights pruned in each layer", shares))
         tables.append(_by_block(f"{run.name}: remaining length of the update", lengths))
-    return Section(
-        "Antidote",
-        "Of the weights that the fine-tune added, those that matter most for harmful answers are set to zero.",
-        points=cut(points),
-        tables=tables,
-        titled=True,
-    )
+    about = "Of the weights that the fine-tune added, those that matter most for harmful answers are set to zero."
+    return Section("Antidote", about, points=cut(points), tables=tables, titled=True)
 
 
 def _by_block(label: str, cells: Sequence[tuple[str, str]]) -> Table:
