@@ -30,6 +30,8 @@ def sections(provenance: Provenance, figures: bool) -> list[Section]:
 
     aligned = provenance.aligned
     maps = [(label, charts.layer_map(f"map{i}", label, run)) for i, (label, run) in enumerate(aligned)]
+    hardware = {str(sorted((run.info.get("hardware") or {}).items(), key=str)) for _, run in aligned}
+    differ = "; the runs used different hardware, so their bars cannot be compared" if len(hardware) > 1 else ""
     bars = [("wall time", "wall_seconds"), ("peak memory", "peak_memory_bytes")] if aligned else []
     return [
         Section(
@@ -40,7 +42,7 @@ def sections(provenance: Provenance, figures: bool) -> list[Section]:
         ),
         Section(
             "Cost of the hardening",
-            f"As the runs measured it{_hardware_differs([run for _, run in aligned])}. Peak memory: all that is live "
+            f"As the runs measured it{differ}. Peak memory: all that is live "
             "in one step, weights included; on an accelerator, the allocator's.",
             panels=[(name, drawn(key, [_bar(label, run, key) for label, run in aligned], name)) for name, key in bars],
         ),
@@ -55,11 +57,6 @@ def _bar(label: str, run: Run, key: str) -> tuple[str, float | None, str]:
         return label, value, as_bytes(value)
     steps = run.info.get("steps")
     return label, value, as_time(value) + (f", {steps:,} steps" if isinstance(steps, int) else "")
-
-
-def _hardware_differs(runs: list[Run]) -> str:
-    kinds = {str(sorted((run.info.get("hardware") or {}).items(), key=str)) for run in runs}
-    return "; the runs used different hardware, so their bars cannot be compared" if len(kinds) > 1 else ""
 
 
 def limits(provenance: Provenance) -> list[str]:

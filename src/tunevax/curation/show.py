@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
+from statistics import fmean, median
 from typing import Any
 
 from tunevax.console import as_time
@@ -72,10 +72,8 @@ def sections(provenance: Provenance, figures: bool) -> list[Section]:
             columns = [("The highest scores", high), ("The lowest scores", low)]
             samples = [{"title": t, "samples": [_row(r, len(found)) for r in part]} for t, part in columns]
             outputs.append({"title": f"{run.name}: rows by score", "columns": samples})
-    about = (
-        "A selector scored every row of the alignment data, and the rows with the highest scores were kept, before any "
-    )
-    about += "alignment method used them."
+    about = "A selector scored every row of the alignment data, and the rows with the highest scores were kept, before "
+    about += "any alignment method used them."
     note, left = "Every row with its score, rank and reason is in the run's scores.jsonl.", len(runs) - SHOWN
     note += f" The rows of {left:,} more curation runs are not shown." if left > 0 else ""
     parts = {"points": cut(points), "panels": panels, "tables": tables, "outputs": outputs}
@@ -125,7 +123,7 @@ def _quantiles(run: Run, rows: list[dict]) -> Table:
     lines = []
     for name, scores in zip(("kept", "not kept"), _scores(rows), strict=True):
         if scores:
-            ends = min(scores), statistics.median(scores), max(scores)
+            ends = min(scores), median(scores), max(scores)
             lines.append([name, f"{len(scores):,}", *(f"{value:.4g}" for value in ends)])
     return Table(f"{run.name}: scores", ["rows", "number", "lowest", "median", "highest"], lines)
 
@@ -142,18 +140,13 @@ def _corrupted(run: Run, rows: list[dict]) -> list[Table]:
 
     if len(kinds) > 1:
         kinds["any of these"] = [row for part in kinds.values() for row in part]
-    lines = [["intact", f"{len(sound):,}", percent(_kept(sound)), "", ""]]
+    lines = [["intact", f"{len(sound):,}", percent(fmean(bool(row.get("kept")) for row in sound)), "", ""]]
     for kind, part in kinds.items():
         test = mannwhitneyu([row["score"] for row in sound], [row["score"] for row in part])
-        above = test.statistic / (len(sound) * len(part))
-        lines.append([kind, f"{len(part):,}", percent(_kept(part)), percent(above), tx.as_p(test.pvalue)])
+        kept, above = fmean(bool(row.get("kept")) for row in part), test.statistic / (len(sound) * len(part))
+        lines.append([kind, f"{len(part):,}", percent(kept), percent(above), tx.as_p(test.pvalue)])
     columns = ["rows", "number", "kept", "pairs where an intact row scores higher", "p"]
     return [Table(f"{run.name}: rows corrupted on purpose", columns, lines, CORRUPTED)]
-
-
-def _kept(rows: list[dict]) -> float:
-    """The share that was kept."""
-    return sum(bool(r.get("kept")) for r in rows) / len(rows)
 
 
 def _repeated(run: Run, rows: list[dict]) -> list[Table]:

@@ -163,12 +163,13 @@ def generalisation(results: Results, label: str, judge: str, phi: float) -> list
         cells, theirs = ([c for c in results.of(model) if c.kind == kind] for model in (label, results.control))
         beside = theirs if label != results.control else []
         cell, *rest = (max(some, key=lambda c: _worst(c, judge).value) for some in (cells, beside) if some)
-        theirs_worst, where, settings = (
-            (_worst(rest[0], judge), rest[0].attack, rest[0].settings) if rest else (None, None, None)
-        )
-        ratio = _ratio(results, cells, judge, phi) if beside and cell.has_curve else None
-        ours = len(cells), _worst(cell, judge), str(cell.attack), cell.settings
-        found.append(findings.Generalisation(kind, cell.traits, *ours, theirs_worst, where, settings, ratio))
+        control, ratio = rest[0] if rest else None, None
+        if beside and cell.has_curve:
+            ratio = _ratio(results, cells, judge, phi)
+        found.append(findings.Generalisation(
+            kind, cell.traits, len(cells), _worst(cell, judge), str(cell.attack), cell.settings,
+            control and _worst(control, judge), control and control.attack, control and control.settings, ratio,
+        ))  # fmt: skip
     return found
 
 

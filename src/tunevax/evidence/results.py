@@ -204,7 +204,7 @@ def read_results(paths: Iterable[Path]) -> Results:
     """Read run folders of attacks, scores and audits, and group their rows.
 
     Raises:
-        UsageError: as in `read_rows`; a damaged file of responses; two rows for the same (model, attack, seed, step);
+        UsageError: as in `numbered_rows`; a damaged file of responses; two rows for one (model, attack, seed, step);
             cells without a judge or without an evaluated step in common.
     """
     folders = list(dict.fromkeys(Path(p) for p in paths))
@@ -318,12 +318,8 @@ def _ended_early(cells: list[Cell]) -> None:
 def _judges(cells: list[Cell], rows: Sequence[Row]) -> tuple[list[str], list[str]]:
     """The judges that every cell has, the lead first, and those that only some have."""
     names = records.judges_of(n for row in rows for n in row["scores"])
-    common = [n for n in names if all(_has(cell, n) for cell in cells)]
+    common = [n for n in names if all(any(cell.at(n, step) for step in cell.steps) for cell in cells)]
     return common, [n for n in names if n not in common]
-
-
-def _has(cell: Cell, score: str) -> bool:
-    return any(cell.at(score, step) for step in cell.steps)
 
 
 def _check_cells(cells: list[Cell], judges: list[str]) -> list[str]:

@@ -67,18 +67,13 @@ class Kind:
         return self.in_grid and not self.traits["harmful_rows"]
 
 
-def read_rows(folder: Path) -> list[Row]:
-    """The checked rows of a run folder's results.jsonl.
+def numbered_rows(folder: Path) -> list[tuple[int, Row]]:
+    """(line number, row) of a run folder's results.jsonl, checked; every row has a kind, settings and traits.
 
     Raises:
         UsageError: no or an empty results.jsonl; a line that is cut off, of another schema or lacks a field; a value
             that is not finite, or a share outside [0, 1].
     """
-    return [row for _, row in numbered_rows(folder)]
-
-
-def numbered_rows(folder: Path) -> list[tuple[int, Row]]:
-    """(line number, row), as `read_rows`; every row has a kind, settings and traits."""
     file = folder / RESULTS
     rows = list(numbered_lines(file))
     if not rows:
@@ -91,18 +86,17 @@ def numbered_rows(folder: Path) -> list[tuple[int, Row]]:
 
 
 def completed(row: Mapping[str, Any], steps: Collection[int]) -> Row:
-    """A row with its kind, settings and traits; `steps` are those of its attack."""
+    """A row with its kind, settings and traits; `steps` are those of its attack.
+
+    Without recorded traits, an unknown kind has a curve if it was scored at step 0 and later, and any kind trains on
+    harmless rows if its settings have p = 0.
+    """
     kind = row.get("kind") or ("none" if row.get("attack") is None else "finetune")
-    settings = row.get("settings") or {}
-    traits = {**POINT, **(row.get("traits") or traits_of(kind, settings, steps))}
-    return cast(Row, {**row, "kind": kind, "settings": settings, "traits": traits})
-
-
-def traits_of(kind: str, settings: Mapping[str, Any], steps: Collection[int]) -> Traits:
-    """The traits of an attack whose rows do not carry them. An unknown kind has a curve if it was scored at step 0 and
-    later; any kind trains on harmless rows if its settings have p = 0."""
-    traits = LEGACY.get(kind, CURVE if 0 in steps and len(steps) > 1 else POINT)
-    return {**traits, "harmful_rows": traits["harmful_rows"] and settings.get("p") != 0}
+    settings, traits = row.get("settings") or {}, row.get("traits")
+    if not traits:
+        legacy = LEGACY.get(kind, CURVE if 0 in steps and len(steps) > 1 else POINT)
+        traits = {**legacy, "harmful_rows": legacy["harmful_rows"] and settings.get("p") != 0}
+    return cast(Row, {**row, "kind": kind, "settings": settings, "traits": {**POINT, **traits}})
 
 
 def _check(where: str, row: dict[str, Any]) -> None:

@@ -75,10 +75,8 @@ def _screening(runs: list[Run], figures: bool) -> Section:
     columns = ["run", "row", "gradient", "refusal", "flagged by", "what was done"]
     note = f"{left:,} more flagged rows are not shown; --format json has them all." if left else ""
     about = "Before training, every row of the customer's job got two scores: how similar its gradient is to that of "
-    about += (
-        "harmful answers (gradient), and how similar its prompt is to harmful prompts (refusal; 0 is the average row "
-    )
-    about += "of the job, 1 the average harmful prompt). A row at or above either threshold is flagged."
+    about += "harmful answers (gradient), and how similar its prompt is to harmful prompts (refusal; 0 is the average "
+    about += "row of the job, 1 the average harmful prompt). A row at or above either threshold is flagged."
     about += figures * " Filled diamonds are flagged, hollow circles are not; the dotted lines are the thresholds."
     tables = [Table("The rows that look most like an attack", columns, lines, note)] if lines else []
     return Section("Data screening", about, points=cut(points), panels=panels, tables=tables)
@@ -142,13 +140,9 @@ def _sinks(runs: list[Run], figures: bool) -> Section | None:
 
             title = f"Positive heads against harmful answers, by {judge.partition('/')[2]}"
             panels.append((title, fig.heads_and_harm("sink-harm", title, list(harm)[:PANELS])))
-    about = (
-        "The sink divergence of a head: how much more of its attention goes to the first token on harmful answers than "
-    )
-    about += (
-        "on refusals to the same prompts. According to arXiv 2602.05228, more heads have a positive divergence as a "
-    )
-    about += "model turns harmful."
+    about = "The sink divergence of a head: how much more of its attention goes to the first token on harmful answers "
+    about += "than on refusals to the same prompts. According to arXiv 2602.05228, the number of heads where it is "
+    about += "positive grows as a model turns harmful."
     about += figures * " Orange with a dot is positive, blue without is negative; all maps have one scale."
     most = Table("The most positive heads, as layer.head", ["run", "analysed", "heads"], strongest[:LINES])
     tables = [Table("Heads and harm", columns, lines[:LINES]), most]

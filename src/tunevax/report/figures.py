@@ -37,6 +37,8 @@ DOTTED: dict[str, Any] = {"color": SOFT, "linewidth": 1, "linestyle": (0, (1, 2)
 
 Look = dict[str, dict[str, Any]]
 """Line styles by model, the same in every figure."""
+Series = list[tuple[str, list[tuple[float, Point]]]]
+"""(model, [(block or dose, its point)])."""
 MARKERS_EDGED: dict[str, Any] = {"markersize": 4.5, "markeredgecolor": PAPER, "markeredgewidth": 0.6}
 
 
@@ -98,8 +100,8 @@ def trajectory(key: str, cells: list[Cell], score: str, task: str, look: Look, p
     return as_svg(figure, key, f"Harmful score against benign task accuracy, {cells[0].attack} attack", text)
 
 
-def profile(key: str, series: list[tuple[str, list[tuple[float, Point]]]], xlabel: str, look: Look, phi: float) -> str:
-    """Harmful score of each model, (model, [(x, point)]), over the blocks or doses that were tried."""
+def profile(key: str, series: Series, xlabel: str, look: Look, phi: float) -> str:
+    """Harmful score of each model over the blocks or doses that were tried."""
     figure, axes = panel([model for model, _ in series])
     places = sorted({x for _, points in series for x, _ in points})
     reach = (places[-1] - places[0]) or 1.0
@@ -220,8 +222,8 @@ def end_labels(axes: Axes, ends: Sequence[tuple[str, float, float]], look: Look)
             if overlap > 1e-6:
                 places[i] -= overlap / 2
                 places[i + 1] += overlap / 2
-        if places:
-            places[0], places[-1] = max(places[0], 0.0), min(places[-1], 1.0)
+        places[-1:] = [min(place, 1.0) for place in places[-1:]]
+        places[:1] = [max(place, 0.0) for place in places[:1]]
     to_axes = axes.transScale + axes.transLimits
     for (model, x, y), place in zip(ends, places, strict=True):
         colour, (x_end, y_end) = look[model]["color"], to_axes.transform((x, y))
@@ -302,17 +304,15 @@ def heat_maps(results: Results, findings: Findings) -> list[HeatMap]:
     ]
 
 
-def profiles(
-    results: Results, findings: Findings, kind: str, setting: str
-) -> list[tuple[str, list[tuple[float, Point]]]]:
-    """(model, [(block or dose, its worst point)]) of the attacks of one kind, for a figure."""
+def profiles(results: Results, findings: Findings, kind: str, setting: str) -> Series:
+    """The worst points of the attacks of one kind, for `profile`."""
     series = []
     for model in results.models:
-        found: dict[float, Point] = {}
+        by_place: dict[float, Point] = {}
         for cell in (c for c in results.of(model) if c.kind == kind):
             x, worst = cell.settings.get(setting), cell.worst(findings.judge)
-            if isinstance(x, int | float) and worst and (x not in found or worst.value > found[x].value):
-                found[x] = worst
-        if found:
-            series.append((model, sorted(found.items())))
+            if isinstance(x, int | float) and worst and (x not in by_place or worst.value > by_place[x].value):
+                by_place[x] = worst
+        if by_place:
+            series.append((model, sorted(by_place.items())))
     return series

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tunevax.evidence.findings import DEGENERATE_HIGH
 from tunevax.evidence.words import percent
 from tunevax.report.blocks import Page
-from tunevax.report.provenance import Provenance, facts, links
+from tunevax.report.provenance import Provenance, facts
 from tunevax.report.text import cell_text, shown, visible
 
 if TYPE_CHECKING:
@@ -20,13 +20,17 @@ CONFIG = 2_000  # characters of one value of a configuration
 def to_html(page: Page) -> str:
     """One self-contained file, without scripts or requests."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
 
     loader = PackageLoader("tunevax.report", "")
     env = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    env.filters |= {"numbers": _numbers, "shown": shown, "svg": _markup, "value": _value, "percentage": cell_text}
+    env.filters |= {"numbers": _numbers, "shown": shown, "svg": Markup, "value": _value, "percentage": cell_text}
     return env.get_template("page.html.j2").render(
         page=page,
-        chains=[(label, [links(chain) for chain in found]) for label, found in page.provenance.chains.items()],
+        chains=[
+            (label, [[facts(link) for link in chain] for chain in found])
+            for label, found in page.provenance.chains.items()
+        ],
         measurements=[facts(run) for run in page.provenance.measurements],
         commands=commands(page.provenance),
         degenerate_high=percent(DEGENERATE_HIGH),
@@ -36,12 +40,6 @@ def to_html(page: Page) -> str:
 def commands(provenance: Provenance) -> list[str]:
     """The commands that made these results, each once."""
     return list(dict.fromkeys(str(r.info["command"]) for r in provenance.runs if r.info.get("command")))
-
-
-def _markup(svg: str) -> Markup:
-    from markupsafe import Markup
-
-    return Markup(svg)
 
 
 def _numbers(text: object) -> Markup:

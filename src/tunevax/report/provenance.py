@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -188,13 +188,10 @@ def _inputs(library: Library, run: Run) -> list[Run]:
     return inputs
 
 
-def links(chain: Iterable[Run | str]) -> list[dict[str, Any]]:
-    """The facts of each run of a chain."""
-    return [facts(link) if isinstance(link, Run) else {"title": link, "facts": [], "config": None} for link in chain]
-
-
-def facts(run: Run) -> dict[str, Any]:
-    """One run as a title and (name, value) pairs; what the run did not record is left out."""
+def facts(run: Run | str) -> dict[str, Any]:
+    """One run as a title and (name, value) pairs, without what it did not record; a model by its name only."""
+    if isinstance(run, str):
+        return {"title": run, "facts": [], "config": None}
     info, model = run.info, run.info.get("model") or ModelInfo()
     hardware: Mapping[str, object] = info.get("hardware") or {}
     counts = {"parameters": model.get("parameters"), "trainable": model.get("trainable")}

@@ -213,10 +213,8 @@ def _safe_lora(runs: list[Run]) -> Section:
         if projector != "exact":
             ratio = [(r["layer"], tx.decimals(r.get("ratio"), 3)) for r in rows]
             tables.append(_by_block(f"{run.name}: length of the projected update, as a share of its own", ratio))
-    about = (
-        "The cosine between an adapter's update and its projection on the change by alignment: 1 is an update within "
-    )
-    about += "it. The layers of the lowest cosine are projected."
+    about = "The cosine between an adapter's update and its projection on the change by alignment: 1 is an update "
+    about += "within it. The layers of the lowest cosine are projected."
     return Section("Safe LoRA", about, points=cut(points), tables=tables, titled=True)
 
 
