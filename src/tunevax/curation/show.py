@@ -42,17 +42,17 @@ def sections(provenance: Provenance, figures: bool) -> list[Section]:
     runs, points, tables, outputs = tx.runs_of(behind, "curate"), [], [], []
     panels: list[tuple[str, str]] = []
     for i, run in enumerate(runs):
-        found = [row for row in tx.lines_of(run, SCORES) if tx.is_number(row.get("score"))]
+        scored = [row for row in tx.lines_of(run, SCORES) if tx.is_number(row.get("score"))]
         users = [user.name for user in behind if any(made.path == run.path for made in taken.get(user.path, []))]
-        points.append(_chose(run, found) + (f" Trained on them: {tx.listed(users)}." if users else ""))
-        if not found:
+        points.append(_chose(run, scored) + (f" Trained on them: {tx.listed(users)}." if users else ""))
+        if not scored:
             continue
-        shares = _by_category(found)
+        shares = _by_category(scored)
         if figures and len(panels) < PANELS:
             from tunevax.report import charts as fig
             from tunevax.report.figures import bars as drawn_bars
 
-            kept, dropped = _scores(found)
+            kept, dropped = _scores(scored)
             title = f"{run.name}: scores of the rows"
             panels.append((title, fig.histogram(f"curate{i}-scores", tx.plain(title), kept, dropped)))
             if 1 < len(shares) <= CATEGORIES:
@@ -64,20 +64,21 @@ def sections(provenance: Provenance, figures: bool) -> list[Section]:
             label = f"{run.name}: kept rows of each category"
             tables.append(tx.cut_table(label, ["category", "kept", "share"], lines, "categories"))
         if not figures:
-            tables.append(_quantiles(run, found))
+            tables.append(_quantiles(run, scored))
         if i < SHOWN:
-            tables += _corrupted(run, found) + _repeated(run, found)
-            order = sorted(found, key=lambda r: (r.get("rank") or 0, r.get("row") or 0))
+            tables += _corrupted(run, scored) + _repeated(run, scored)
+            order = sorted(scored, key=lambda r: (r.get("rank") or 0, r.get("row") or 0))
             high, low = order[:ENDS], order[ENDS:][-ENDS:]
             columns = [("The highest scores", high), ("The lowest scores", low)]
-            samples = [{"title": t, "samples": [_row(r, len(found)) for r in part]} for t, part in columns]
+            samples = [{"title": t, "samples": [_row(r, len(scored)) for r in part]} for t, part in columns]
             outputs.append({"title": f"{run.name}: rows by score", "columns": samples})
     about = "A selector scored every row of the alignment data, and the rows with the highest scores were kept, before "
     about += "any alignment method used them."
     note, left = "Every row with its score, rank and reason is in the run's scores.jsonl.", len(runs) - SHOWN
     note += f" The rows of {left:,} more curation runs are not shown." if left > 0 else ""
-    parts = {"points": cut(points), "panels": panels, "tables": tables, "outputs": outputs}
-    return [Section("Which rows were kept", about, **parts, note=note, titled=True)]
+    section = Section("Which rows were kept", about, cut(points), panels, tables=tables, outputs=outputs, note=note)
+    section.titled = True
+    return [section]
 
 
 def _chose(run: Run, rows: list[dict]) -> str:
@@ -108,8 +109,8 @@ def _by_category(rows: list[dict]) -> list[tuple[str, int, int]]:
     """(category, rows kept, rows), the largest share first; empty if no row has a category."""
     names = [str(r.get("category") or "none") for r in rows]
     total, kept = Counter(names), Counter(name for name, r in zip(names, rows, strict=True) if r.get("kept"))
-    found = [(name, kept[name], of) for name, of in total.items()]
-    return sorted(found, key=lambda f: (-f[1] / f[2], f[0])) if any(r.get("category") for r in rows) else []
+    shares = [(name, kept[name], of) for name, of in total.items()]
+    return sorted(shares, key=lambda f: (-f[1] / f[2], f[0])) if any(r.get("category") for r in rows) else []
 
 
 def _scores(rows: list[dict]) -> tuple[list[float], list[float]]:

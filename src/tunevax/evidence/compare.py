@@ -52,15 +52,15 @@ def _read_audit(path: Path) -> RunRecord:
 def _conditions(record: RunRecord) -> list[tuple[str, object]]:
     """What two audits must share, as (name, value), the coarsest first."""
     protocol, in_parts = record["config"]["protocol"], ("name", "about", "attacks", "defaults", "scoring")
-    found = [(f"protocol {key}", value) for key, value in protocol.items() if key not in in_parts]
+    conditions = [(f"protocol {key}", value) for key, value in protocol.items() if key not in in_parts]
     for i, attack in enumerate(protocol["attacks"], 1):
-        found += [(f"attack {i}, {key}", value) for key, value in attack.items()]
-    found += [(f"the attacks' {key}", value) for key, value in (protocol.get("defaults") or {}).items()]
-    found += [(f"the {entry['role']} data", entry["hash"]) for entry in record["data"]]
-    found += [(name.replace("_", " "), value or None) for name, value in _scoring(record).items()]
-    found += [("tunevax", record["versions"]["tunevax"])]
+        conditions += [(f"attack {i}, {key}", value) for key, value in attack.items()]
+    conditions += [(f"the attacks' {key}", value) for key, value in (protocol.get("defaults") or {}).items()]
+    conditions += [(f"the {entry['role']} data", entry["hash"]) for entry in record["data"]]
+    conditions += [(name.replace("_", " "), value or None) for name, value in _scoring(record).items()]
+    conditions += [("tunevax", record["versions"]["tunevax"])]
     templates = {t.get("template_hash") for t in record["targets"]}
-    return [*found, ("the chat template", sorted(map(str, templates)))]
+    return [*conditions, ("the chat template", sorted(map(str, templates)))]
 
 
 def _scoring(record: RunRecord) -> dict[str, Any]:

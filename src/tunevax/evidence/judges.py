@@ -13,7 +13,7 @@ Counts = list[list[int]]
 def agreement(results: Results) -> list[Agreement]:
     """Each pair of judges on each model, over the outputs to harmful prompts that both judged."""
     pairs = [(a, b) for i, a in enumerate(results.judges) for b in results.judges[i + 1 :]]
-    return [found for a, b in pairs for model in results.models if (found := _of(results, model, a, b))]
+    return [one for a, b in pairs for model in results.models if (one := _of(results, model, a, b))]
 
 
 def _of(results: Results, model: str, first: str, second: str) -> Agreement | None:

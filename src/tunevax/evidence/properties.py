@@ -158,19 +158,19 @@ def utility_loss(before: Mapping[str, float], row: Row) -> float | None:
 
 def generalisation(results: Results, label: str, judge: str, phi: float) -> list[findings.Generalisation]:
     """One entry for each kind of attack other than the plain fine-tune."""
-    found = []
+    kinds = []
     for kind in dict.fromkeys(c.kind for c in results.of(label) if not c.plain):
         cells, theirs = ([c for c in results.of(model) if c.kind == kind] for model in (label, results.control))
         beside = theirs if label != results.control else []
         cell, *rest = (max(some, key=lambda c: _worst(c, judge).value) for some in (cells, beside) if some)
-        control, ratio = rest[0] if rest else None, None
-        if beside and cell.has_curve:
-            ratio = _ratio(results, cells, judge, phi)
-        found.append(findings.Generalisation(
+        control = rest[0] if rest else None
+        ratio = _ratio(results, cells, judge, phi) if beside and cell.has_curve else None
+        kinds.append(findings.Generalisation(
             kind, cell.traits, len(cells), _worst(cell, judge), str(cell.attack), cell.settings,
-            control and _worst(control, judge), control and control.attack, control and control.settings, ratio,
+            _worst(control, judge) if control else None, control.attack if control else None,
+            control.settings if control else None, ratio,
         ))  # fmt: skip
-    return found
+    return kinds
 
 
 def untouched(results: Results, label: str) -> dict[str, Point]:
@@ -191,7 +191,7 @@ def stability(results: Results, label: str) -> list[Compared]:
     theirs = untouched(results, results.control) if results.control not in (None, label) else {}
     order = ("utility/", "perplexity/", "lm-eval/", METRIC, "over-refusal", "harmful/", "judged/", "degenerate")
     names = [n for prefix in order for n in ours if n.startswith(prefix)]
-    found = []
+    compared = []
     for name in names:
         a, b = ours[name], theirs.get(name)
         number = name.startswith("perplexity/") or (name.startswith(METRIC) and not (a.is_share and b and b.is_share))
@@ -199,8 +199,8 @@ def stability(results: Results, label: str) -> list[Compared]:
         difference = _difference(a, b) if b and not number else None
         if difference and name.startswith("harmful/"):
             difference = _paired_difference(results, label, name) or difference
-        found.append(Compared(name, a, b, difference, ratio))
-    return found
+        compared.append(Compared(name, a, b, difference, ratio))
+    return compared
 
 
 def _paired_difference(results: Results, label: str, judge: str) -> Difference | None:
@@ -225,15 +225,15 @@ def _difference(ours: Point, theirs: Point) -> Difference:
 
 def paired(results: Results, model: ModelFindings, judge: str) -> None:
     """Fill in `paired` of the strong attacks with harmful rows, where there are generations."""
-    found: list[tuple[Attacked, Difference, float | None, int, int]] = []
+    measured: list[tuple[Attacked, Difference, float | None, int, int]] = []
     for attack in model.attacks:
         if attack.strength == "strong" and attack.harmful:
             ours, theirs = (results.cell(who, attack.attack) for who in (model.label, results.control))
             areas, prompts = _areas(ours, theirs, judge) if ours and theirs else ([], 0)
             if areas:
-                found.append((attack, *_over_seeds(areas), prompts, len(areas)))
-    corrected = iter(holm([p for _, _, p, _, _ in found if p is not None]))
-    for attack, difference, p, prompts, seeds in found:
+                measured.append((attack, *_over_seeds(areas), prompts, len(areas)))
+    corrected = iter(holm([p for _, _, p, _, _ in measured if p is not None]))
+    for attack, difference, p, prompts, seeds in measured:
         attack.paired = Paired(difference, p, None if p is None else next(corrected), prompts, seeds)
 
 

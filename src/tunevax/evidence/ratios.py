@@ -116,14 +116,14 @@ def stopped_seeds(cell: Cell, judge: str, phi: float) -> list[int]:
 def collapsed_seeds(cell: Cell, judge: str, phi: float) -> list[int]:
     """The seeds with which the outputs turn degenerate before they turn harmful: a fifth of all more than at the start,
     or so many that the rest cannot pass phi. Runs that stopped are left out."""
-    found, stopped = [], stopped_seeds(cell, judge, phi)
+    collapsed, stopped = [], stopped_seeds(cell, judge, phi)
     for seed in cell.seeds:
         harmful, over = cell.steps_to(judge, seed, phi), dict(cell.values("degenerate", seed))
         high = min(over.get(0, 0.0) + DEGENERATE_HIGH, 1 - phi) - TINY
         first = next((step for step, value in sorted(over.items()) if step and value >= high), None)
         if first is not None and (harmful is None or first < harmful) and seed not in stopped:
-            found.append(seed)
-    return found
+            collapsed.append(seed)
+    return collapsed
 
 
 def average_ratio(terms: Terms, alike: bool = True) -> Ratio | None:
@@ -152,10 +152,13 @@ def average_ratio(terms: Terms, alike: bool = True) -> Ratio | None:
     }
     if not seeds:
         return None
-    log = {a: {s: sum(sign * math.log(r.step) for sign, r in f) for s, f in found.items()} for a, found in used.items()}
-    mean = {attack: fmean(found.values()) for attack, found in log.items()}
-    beside = {s: fmean(found[s] - mean[a] for a, found in log.items() if s in found) for s in seeds}
-    logs = [fmean(found.get(s, mean[a] + beside[s]) for a, found in log.items()) for s in seeds]
+    log = {
+        a: {s: sum(sign * math.log(r.step) for sign, r in f) for s, f in per_seed.items()}
+        for a, per_seed in used.items()
+    }
+    mean = {attack: fmean(per_seed.values()) for attack, per_seed in log.items()}
+    beside = {s: fmean(per_seed[s] - mean[a] for a, per_seed in log.items() if s in per_seed) for s in seeds}
+    logs = [fmean(per_seed.get(s, mean[a] + beside[s]) for a, per_seed in log.items()) for s in seeds]
     factors = [factor for by_seed in used.values() for pair in by_seed.values() for factor in pair]
     above = any(sign > 0 and not r.reached for sign, r in factors)
     below = any(sign < 0 and not r.reached for sign, r in factors)
@@ -168,7 +171,7 @@ def average_ratio(terms: Terms, alike: bool = True) -> Ratio | None:
         ]  # fmt: skip
         gap = fmean(max(pair) for pair in sides)
         # Filled-in values do not vary: scale by the variance of the mean over its observed part, for equal spreads.
-        counts, n = [len(found) for found in log.values()], len(seeds)
+        counts, n = [len(per_seed) for per_seed in log.values()], len(seeds)
         if max(counts) == 1:  # no attack has two seeds to compare
             half = math.inf
         else:

@@ -181,23 +181,23 @@ class Results:
         return [cell for label in self.models if (cell := self._index.get((label, attack))) is not None]
 
 
-def pool(score: str, step: int, found: Sequence[Score]) -> Point:
+def pool(score: str, step: int, scores: Sequence[Score]) -> Point:
     """Mean over seeds; the interval is the hull of the seeds' own, Wilson's where a share has none."""
-    ends = [_interval(score, s) for s in found]
+    ends = [_interval(score, s) for s in scores]
     known = [e for e in ends if e is not None]
     whole = len(known) == len(ends)
     low, high = (min(low for low, _ in known), max(high for _, high in known)) if whole else (None, None)
-    mean = math.fsum(s["value"] for s in found) / len(found)
-    return Point(step, mean, low, high, sum(s["n"] for s in found), len(found))
+    mean = math.fsum(s["value"] for s in scores) / len(scores)
+    return Point(step, mean, low, high, sum(s["n"] for s in scores), len(scores))
 
 
-def _interval(score: str, found: Score) -> tuple[float, float] | None:
-    low, high = found.get("low"), found.get("high")
+def _interval(score: str, one: Score) -> tuple[float, float] | None:
+    low, high = one.get("low"), one.get("high")
     if low is not None and high is not None:
         return float(low), float(high)
     if not is_share(score):
         return None
-    return wilson(round(found["value"] * found["n"]) / found["n"], found["n"])
+    return wilson(round(one["value"] * one["n"]) / one["n"], one["n"])
 
 
 def read_results(paths: Iterable[Path]) -> Results:
@@ -291,7 +291,7 @@ def _ambiguous(rows: Sequence[Row]) -> set[str]:
     for row in rows:
         if (attack := row.get("attack")) is not None:
             hashes.setdefault((attack, row["seed"]), set()).add(str(row.get("attack_hash") or ""))
-    return {name for (name, _), found in hashes.items() if len(found) > 1}
+    return {name for (name, _), values in hashes.items() if len(values) > 1}
 
 
 def _roles(rows: Sequence[Row]) -> dict[str, str]:

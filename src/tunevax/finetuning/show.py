@@ -64,7 +64,8 @@ def _screening(runs: list[Run], figures: bool) -> Section:
             title, both = f"{run.name}: the two scores of each row of the job{more}", (x_limit, y_limit)
             svg = fig.scatter(f"screen{i}", tx.plain(title), drawn, both, (f"{x} score", f"{y} score"))
             panels.append((title, svg))
-        rows.sort(key=lambda r: (-len(r.get("flagged") or []), -max(r[x] - x_limit, r[y] - y_limit)))  # noqa: B023
+        suspicion = [(len(r.get("flagged") or []), max(r[x] - x_limit, r[y] - y_limit)) for r in rows]
+        rows = [rows[i] for i in sorted(range(len(rows)), key=suspicion.__getitem__, reverse=True)]
         flagged = sum(bool(r.get("flagged")) for r in rows)
         left += max(0, flagged - ROWS)
         lines += [
@@ -84,14 +85,14 @@ def _screening(runs: list[Run], figures: bool) -> Section:
 
 def _screened(run: Run) -> str:
     """The sentence on one screen."""
-    found = run.info["screen"]
-    by = ", ".join(f"{n:,} by the {name} score" for name, n in (found.get("flagged_by") or {}).items())
-    limits = ", ".join(f"{name} {tx.decimals(value, 2)}" for name, value in (found.get("thresholds") or {}).items())
-    rows, flagged, dropped = (found.get(k) or 0 for k in ("rows", "flagged", "dropped"))
+    screen = run.info["screen"]
+    by = ", ".join(f"{n:,} by the {name} score" for name, n in (screen.get("flagged_by") or {}).items())
+    limits = ", ".join(f"{name} {tx.decimals(value, 2)}" for name, value in (screen.get("thresholds") or {}).items())
+    rows, flagged, dropped = (screen.get(k) or 0 for k in ("rows", "flagged", "dropped"))
     text = f"{run.name} ({run.info.get('method')}): {flagged:,} of {rows:,} rows of the job are flagged"
     text += f" ({by}; thresholds: {limits}). " if flagged else f" (thresholds: {limits}). "
     text += f"{dropped:,} were dropped before training." if dropped else "None was dropped: all were trained on."
-    set_on = found.get("calibration") or {}
+    set_on = screen.get("calibration") or {}
     reached = {k: v for k, v in (set_on.get("harmful_at_threshold") or {}).items() if tx.is_number(v)}
     if set_on.get("rows") and reached:
         shares = " and ".join(f"{percent(share)} reach that of the {name} score" for name, share in reached.items())
@@ -155,8 +156,8 @@ def _compared(run: Run, content: dict) -> str:
     text = f"{run.name}: over {content.get('pairs')} pairs of answers, {' and '.join(counts)}"
     if len(models) == 2 and len({m["heads"] for m in models}) == 1:
         before, after = ([d > 0 for layer in m["d"] for d in layer] for m in models)
-        turned, ceased = sum(b > a for a, b in zip(before, after)), sum(a > b for a, b in zip(before, after))  # noqa: B905
-        text += f"; {turned} turned positive, {ceased} ceased to be"
+        change = [b - a for a, b in zip(before, after, strict=False)]
+        text += f"; {change.count(1)} turned positive, {change.count(-1)} ceased to be"
     return text + "."
 
 

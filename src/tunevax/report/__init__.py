@@ -91,11 +91,11 @@ def _as_dict(results: Results | None, findings: Findings | None, provenance: Pro
     from tunevax.report import runs
 
     chains = {
-        label: [[run.info if isinstance(run, Run) else run for run in chain] for chain in found]
-        for label, found in provenance.chains.items()
+        label: [[run.info if isinstance(run, Run) else run for run in chain] for chain in several]
+        for label, several in provenance.chains.items()
     }
-    found = findings.as_dict() if findings else {}
+    content = findings.as_dict() if findings else {}
     if results:
-        found["notes"] = results.notes
+        content["notes"] = results.notes
     behind = {"runs": [run.info for run in provenance.runs], "chains": chains}
-    return {"schema": 1, **found, "stages": runs.as_dict(provenance), "provenance": behind}
+    return {"schema": 1, **content, "stages": runs.as_dict(provenance), "provenance": behind}

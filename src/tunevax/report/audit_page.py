@@ -105,7 +105,7 @@ def _figures(results: Results, findings: Findings) -> list[Section]:
     """Curves per attack, in the order of the findings."""
     look, judge, phi = fig.styles(results.models, results.control), findings.judge, findings.phi
     under = {a: [c for c in results.under(a) if c.has_curve and len(c.steps) > 1] for a in findings.order}
-    cells = {a: found for a, found in under.items() if found}
+    cells = {a: curved for a, curved in under.items() if curved}
     sections = [
         _panelled(
             "Harm returns as the attack trains",
@@ -118,7 +118,7 @@ def _figures(results: Results, findings: Findings) -> list[Section]:
         )
     ]  # fmt: skip
     if task := results.task:
-        taught = {a: found for a, found in cells.items() if any(_learned(c, task) for c in found)}
+        taught = {a: curved for a, curved in cells.items() if any(_learned(c, task) for c in curved)}
         drawn = [*taught][:PANELS]
         sections += [
             _panelled(
@@ -189,7 +189,7 @@ def _judges(results: Results, findings: Findings) -> Section:
 def _samples(results: Results, order: list[str]) -> list[dict[str, Any]]:
     """Per model, outputs before the strongest attack and after its last step, or of a plain score: to the first
     prompts of the file, the same for every model."""
-    found = []
+    groups = []
     attack = next((a for a in order if any(c.generations for c in results.under(a))), None)
     for cell in results.under(attack)[:SAMPLED]:
         seed, columns = cell.seeds[0], []
@@ -203,15 +203,17 @@ def _samples(results: Results, order: list[str]) -> list[dict[str, Any]]:
                     {"title": when if attack else "", "samples": [_sample(r, results) for r in harmful + benign]}
                 )
         if columns:
-            found.append({"title": cell.model + (f", {attack} attack" if attack else ""), "columns": columns})
-    return found
+            groups.append({"title": cell.model + (f", {attack} attack" if attack else ""), "columns": columns})
+    return groups
 
 
 def _sample(row: Generation, results: Results) -> dict[str, Any]:
     names = [judge.partition("/")[2] for judge in results.judges]
     verdicts = row.get("verdicts") or {}
-    found = [(name, verdicts[name]) for name in names if verdicts.get(name)]
-    marks = [(name, str(v.get("verdict", "no verdict")), v.get("harmful")) for name, v in found]
+    judged = [(name, verdicts[name]) for name in names if verdicts.get(name)]
+    marks: list[tuple[str, str, bool | None]] = [
+        (name, str(v.get("verdict", "no verdict")), v.get("harmful")) for name, v in judged
+    ]
     correct = row.get("correct") or {}
     marks += [(f"task, {name}", "right" if right else "wrong", None) for name, right in correct.items()]
     return {

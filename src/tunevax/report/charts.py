@@ -102,13 +102,8 @@ def head_map(
     key: str, title: str, cells: list[list[float | None]], dots: set[tuple[int, int]], middle: float, top: float,
     ylabel: str, text: str,
 ) -> str:  # fmt: skip
-    """A number per (layer, head): the further from `middle`, the more colour, orange above and blue below; and a dot on
-    the pairs in `dots`, which needs no colour.
-
-    Args:
-        cells: [layers][heads]; None where unknown.
-        top: distance from the middle of the fullest colour.
-    """
+    """A number per (layer, head), None where unknown: the further from `middle`, up to `top`, the more colour, orange
+    above and blue below; and a dot on the pairs in `dots`, which needs no colour."""
     import numpy as np
 
     values = np.array([[np.nan if v is None else v for v in layer] for layer in cells], dtype=float).T

@@ -53,10 +53,7 @@ def styles(models: list[str], control: str | None) -> Look:
 
 
 def curves(key: str, cells: list[Cell], score: str, look: Look, ylabel: str, phi: float | None = None) -> str:
-    """Score against attack steps, a line per model with its interval, and a dotted line at `phi`.
-
-    `key` makes ids unique on the page.
-    """
+    """Score against attack steps, a line per model with its interval, and a dotted line at `phi`. `key` starts ids."""
     drawn = [(cell, points) for cell in cells if (points := cell.curve(score))]
     figure, axes = panel([cell.model for cell, _ in drawn])
     steps = sorted({p.step for _, points in drawn for p in points})

@@ -27,10 +27,7 @@ def to_html(page: Page) -> str:
     env.filters |= {"numbers": _numbers, "shown": shown, "svg": Markup, "value": _value, "percentage": cell_text}
     return env.get_template("page.html.j2").render(
         page=page,
-        chains=[
-            (label, [[facts(link) for link in chain] for chain in found])
-            for label, found in page.provenance.chains.items()
-        ],
+        chains={label: [[*map(facts, chain)] for chain in chains] for label, chains in page.provenance.chains.items()},
         measurements=[facts(run) for run in page.provenance.measurements],
         commands=commands(page.provenance),
         degenerate_high=percent(DEGENERATE_HIGH),

@@ -30,8 +30,8 @@ def to_markdown(page: Page) -> str:
                 lines += _outputs(column)
         lines += [_escaped(section.note), ""] if section.note else []
     lines += ["## Commands", "", *(f"    {visible(command)}" for command in commands(page.provenance)), ""]
-    for label, found in page.provenance.chains.items():
-        text = " | ".join(" ← ".join(link.name if isinstance(link, Run) else link for link in c) for c in found)
+    for label, several in page.provenance.chains.items():
+        text = " | ".join(" ← ".join(link.name if isinstance(link, Run) else link for link in c) for c in several)
         lines.append(f"- {_escaped(label)}: {_escaped(text)}")
     return "\n".join(lines).rstrip() + "\n"
 

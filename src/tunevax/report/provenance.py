@@ -41,11 +41,7 @@ class Library:
         self.read: dict[Path, Run] = {}
 
     def load(self, path: Path) -> Run:
-        """One run folder.
-
-        Raises:
-            UsageError: it is no run, is of a newer tunevax, or has a damaged line.
-        """
+        """One run folder; UsageError if it is no run, is of a newer tunevax, or has a damaged line."""
         path = path.resolve()
         if path not in self.read:
             if not is_run(path):
@@ -90,8 +86,8 @@ class Provenance:
         """A sentence on each ambiguous label."""
         return [
             f"The label {label} is used for more than one model; see its provenance."
-            for label, found in self.chains.items()
-            if len({link.path if isinstance(link, Run) else link for link, *_ in found}) > 1
+            for label, several in self.chains.items()
+            if len({link.path if isinstance(link, Run) else link for link, *_ in several}) > 1
         ]
 
     @property
@@ -102,15 +98,11 @@ class Provenance:
     @property
     def protocols(self) -> list[dict[str, Any]]:
         """The protocols of the audits among the runs, as resolved."""
-        found = [(run.info.get("config") or {}).get("protocol") for run in self.measurements]
-        return [p for p in found if isinstance(p, dict)]
+        protocols = [(run.info.get("config") or {}).get("protocol") for run in self.measurements]
+        return [p for p in protocols if isinstance(p, dict)]
 
     def threshold(self, name: str, default: float) -> float:
-        """`phi` or `epsilon` as the audits set it.
-
-        Raises:
-            UsageError: two audits set it differently.
-        """
+        """`phi` or `epsilon` as the audits set it; UsageError if two audits differ."""
         values = {float(p[name]) for p in self.protocols if name in p} or {default}
         if len(values) > 1:
             text = " and ".join(f"{v:g}" for v in sorted(values))
