@@ -152,13 +152,10 @@ def average_ratio(terms: Terms, alike: bool = True) -> Ratio | None:
     }
     if not seeds:
         return None
-    log = {
-        a: {s: sum(sign * math.log(r.step) for sign, r in f) for s, f in per_seed.items()}
-        for a, per_seed in used.items()
-    }
-    mean = {attack: fmean(per_seed.values()) for attack, per_seed in log.items()}
-    beside = {s: fmean(per_seed[s] - mean[a] for a, per_seed in log.items() if s in per_seed) for s in seeds}
-    logs = [fmean(per_seed.get(s, mean[a] + beside[s]) for a, per_seed in log.items()) for s in seeds]
+    log = {a: {s: sum(sign * math.log(r.step) for sign, r in f) for s, f in runs.items()} for a, runs in used.items()}
+    mean = {attack: fmean(runs.values()) for attack, runs in log.items()}
+    beside = {s: fmean(runs[s] - mean[a] for a, runs in log.items() if s in runs) for s in seeds}
+    logs = [fmean(runs.get(s, mean[a] + beside[s]) for a, runs in log.items()) for s in seeds]
     factors = [factor for by_seed in used.values() for pair in by_seed.values() for factor in pair]
     above = any(sign > 0 and not r.reached for sign, r in factors)
     below = any(sign < 0 and not r.reached for sign, r in factors)
@@ -171,7 +168,7 @@ def average_ratio(terms: Terms, alike: bool = True) -> Ratio | None:
         ]  # fmt: skip
         gap = fmean(max(pair) for pair in sides)
         # Filled-in values do not vary: scale by the variance of the mean over its observed part, for equal spreads.
-        counts, n = [len(per_seed) for per_seed in log.values()], len(seeds)
+        counts, n = [len(runs) for runs in log.values()], len(seeds)
         if max(counts) == 1:  # no attack has two seeds to compare
             half = math.inf
         else:

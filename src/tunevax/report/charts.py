@@ -168,10 +168,8 @@ def sweep(
     if chosen is not None:
         axes.axvline(chosen, **DOTTED)
     fig.end_labels(axes, [(name, points[-1][0], points[-1][1]["value"]) for name, points in series.items()], look)
-    text = "; ".join(
-        f"{name} {first['value']:.0%} at strength {x:g}, {last['value']:.0%} at {x_last:g}"
-        for name, ((x, first), *_, (x_last, last)) in ((n, [p[0], *p]) for n, p in series.items())
-    )
+    ends = ((name, *points[0], *points[-1]) for name, points in series.items())
+    text = "; ".join(f"{n} {a['value']:.0%} at strength {x:g}, {b['value']:.0%} at {y:g}" for n, x, a, y, b in ends)
     return fig.as_svg(figure, key, title, text)
 
 
