@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-isa lint
+.PHONY: setup demo test test-fast test-lowest test-isa lint
 
 setup: .venv/.done
 
@@ -18,8 +18,25 @@ setup: .venv/.done
 demo: setup
 	OMP_NUM_THREADS=1 $(BIN)/tunevax demo --output-dir demo --overwrite
 
+# A file stays with one process, which trains what its tests share once.
+PYTEST := -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
+
+test-fast: setup
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow"
+
+# The fast tests with the oldest versions that pyproject.toml allows, in an environment of their own.
+LOWEST := .venv-lowest
+test-lowest: $(LOWEST)/.done
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python $(PYTEST) -m "not slow"
+
+$(LOWEST)/.done: pyproject.toml constraints-lowest.txt
+	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	@$(LOWEST)/bin/pip install --quiet --disable-pip-version-check -c constraints-lowest.txt torch
+	@$(LOWEST)/bin/pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e '.[dev]'
+	@touch $@
 
 # The numerical tests as other processors would run them: ATen's kernels and oneDNN's, from the narrowest to the widest.
 # A setting that this processor does not have falls back to the widest that it has.
@@ -27,8 +44,8 @@ ISA := default,AVX2 avx2,AVX2 avx512,AVX512_CORE avx512,AVX512_CORE_AMX
 test-isa: setup
 	@for isa in $(ISA); do \
 	  echo "ATEN_CPU_CAPABILITY=$${isa%,*} DNNL_MAX_CPU_ISA=$${isa#*,}"; \
-	  ATEN_CPU_CAPABILITY=$${isa%,*} DNNL_MAX_CPU_ISA=$${isa#*,} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \
-	    -n auto --maxprocesses 4 --dist loadfile -m numerical || exit 1; \
+	  ATEN_CPU_CAPABILITY=$${isa%,*} DNNL_MAX_CPU_ISA=$${isa#*,} OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) \
+	    -m numerical || exit 1; \
 	done
 
 lint: setup

@@ -8,7 +8,7 @@ import pytest
 from rich.progress import Progress
 
 from tunevax import console as progress
-from tunevax.console import Lines, bar, console
+from tunevax.console import Lines, as_bytes, as_time, bar, console
 from tunevax.modeling.callbacks import ProgressCallback
 
 
@@ -127,3 +127,25 @@ def test_what_is_over_soon_gets_no_line_and_neither_does_nothing(fast, capsys, m
         shown.add_task("long", total=1, note="")
         time.sleep(1.4)
     assert "long" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0158, "15.8 ms"), (0.9996, "1.0 s"), (9.46, "9.5 s"), (42.4, "42 s"), (242, "4 min 2 s"), (7500, "2 h 5 min")],
+)
+def test_seconds_as_text(seconds, text):
+    assert as_time(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (12, "12 bytes"),
+        (2765, "2.7 KiB"),
+        (900 * 2**20, "900.0 MiB"),
+        (5 * 2**28, "1.25 GiB"),
+        (None, "of unknown size"),
+    ],
+)
+def test_bytes_as_text(size, text):
+    assert as_bytes(size) == text

@@ -224,6 +224,8 @@ class ModelInfo(_Class, total=False):
     chat: Any  # how prompts are put into words
     attached: bool  # biases are attached, which no stock checkpoint holds
     trainable: int  # how many parameters a run trained
+    adapted: dict[str, int]  # matrices with an adapter, by path with `*` for numbers: how many weights
+    left_out: dict[str, int]  # those without one
     steps: int  # of an attack on it, in the record of a cell, as what follows
     template_hash: str
     blocks_attacked: list[int]

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tunevax.environment import hardware, is_main_process, peak_memory, versions
 from tunevax.errors import DENIED, RunError, UsageError, not_written
@@ -175,7 +175,7 @@ def writing(output_dir: str, record: RunRecord, resume: bool = False, overwrite:
             "peak_memory_bytes": peak_memory(),
         }
         own = {name: value for name, value in run.record.items() if value}  # `judge` keeps those of the run it judges
-        run.record |= {**measured, **own, "schema": SCHEMA, "name": run.final.name}
+        run.record |= cast(RunRecord, {**measured, **own, "schema": SCHEMA, "name": run.final.name})
         if not lock.held():
             raise RunError(f"{run.path} was taken over by another process, which is writing it now")
         text = card(run.record)

@@ -19,7 +19,7 @@ from tunevax.modeling.callbacks import LogCallback, ProgressCallback
 from tunevax.modeling.loading import Loaded, load
 from tunevax.modeling.memory import StepMemory
 from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
-from tunevax.records import LOG, DataEntry, RunRecord, digest, is_run
+from tunevax.records import LOG, DataEntry, Example, RunRecord, digest, is_run
 from tunevax.runs import RunFolder, record_prompts, writing
 
 if TYPE_CHECKING:
@@ -83,8 +83,8 @@ def train(
     trainer_class: type[MethodTrainer],
     config: TrainConfig,
     *,
-    safety_data: Sequence[dict[str, Any]] | None,
-    task_data: Sequence[dict[str, Any]] | None,
+    safety_data: Sequence[Example] | None,
+    task_data: Sequence[Example] | None,
     prompts: Mapping[str, Iterable[str]],
 ) -> MethodTrainer:
     """Train `loaded` into `run`, from its newest checkpoint if there is one, and record what was done.
@@ -100,13 +100,9 @@ def train(
     config.output_dir = str(run.checkpoints)
     progress = ProgressCallback(f"{record['verb']} {record['method']}")
     trainer = trainer_class(
-        loaded.model,
-        config,
-        safety_data=safety_data,
-        task_data=task_data,
-        processing_class=loaded.tokenizer,
+        loaded.model, config, safety_data=safety_data, task_data=task_data, processing_class=loaded.tokenizer,
         callbacks=[progress, LogCallback(run.path / LOG), memory],
-    )
+    )  # fmt: skip
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     base = record["parent"] or loaded.info["base"]
     rehearse(trainer, run.path, base)
@@ -115,16 +111,18 @@ def train(
         save_weights(trainer, run.path, base)
         record_prompts(run.path, **prompts)
     steps, history = trainer.state.global_step, trainer.state.log_history
-    record.update(
-        model={**loaded.info, "trainable": trainable, **trainer.coverage},
-        adapter="model" if config.full_weights else "adapter",
-        template_hash=digest(loaded.tokenizer.chat_template),
-        steps=steps,
-        final_loss=next((line["loss"] for line in reversed(history) if "loss" in line), None),
-        compute={"per_step": trainer.cost(), "total": trainer.cost() * steps},
-        updates_per_block=trainer.updates(),
-        **({"peak_memory_bytes": memory.peak} if memory.peak else {}),
-    )
+    done: RunRecord = {
+        "model": {**loaded.info, "trainable": trainable, **trainer.coverage},
+        "adapter": "model" if config.full_weights else "adapter",
+        "template_hash": digest(loaded.tokenizer.chat_template),
+        "steps": steps,
+        "final_loss": next((line["loss"] for line in reversed(history) if "loss" in line), None),
+        "compute": {"per_step": trainer.cost(), "total": trainer.cost() * steps},
+        "updates_per_block": trainer.updates(),
+    }
+    record.update(done)
+    if memory.peak:
+        record["peak_memory_bytes"] = memory.peak
     return trainer
 
 
@@ -217,7 +215,9 @@ def rehearse(trainer: ResponseTrainer, folder: Path, base: str) -> None:
     optim = str(getattr(args.optim, "value", args.optim))
     per_weight = 2 if "8bit" in optim else 8  # two numbers
     moments = per_weight * trained if optim.startswith("adam") and not args.save_only_model else 0
-    there = sum(p.stat().st_size for p in Path(args.output_dir).rglob("*") if p.is_file())  # of a run that is resumed
+    there = sum(
+        p.stat().st_size for p in Path(str(args.output_dir)).rglob("*") if p.is_file()
+    )  # of a run that is resumed
     kept = min(together, args.save_total_limit or together)
     needed = max(together * (weights + moments), kept * (weights + moments) + weights)
     hint = "lower --save-total-limit, pass --save-strategy no, or " if together else ""
@@ -229,12 +229,13 @@ def weighed() -> Iterator[list[int]]:
     """Inside, safetensors writes no file; the list receives the bytes that each would have."""
     import safetensors.torch
 
-    original, sizes = safetensors.torch.serialize_file, []
+    original = safetensors.torch.serialize_file
+    sizes: list[int] = []
 
-    def weigh(tensors: dict[str, Any], *_: Any, **__: Any) -> None:
+    def weigh(tensors: Mapping[str, Any], *_: object, **__: object) -> None:
         sizes.append(sum(spec.data_len for spec in tensors.values()))
 
-    safetensors.torch.serialize_file = weigh
+    safetensors.torch.serialize_file = weigh  # type: ignore[assignment]
     try:
         yield sizes
     finally:

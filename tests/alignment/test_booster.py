@@ -64,6 +64,7 @@ def grads(trainer):
     return {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 def test_matches_reference(make):
     trainer = make(lamb=EXPECTED["lamb"], alpha=EXPECTED["alpha"])
     assert step(trainer) == close(EXPECTED["f"], rel=GOLDEN_RTOL)
@@ -91,6 +92,7 @@ def test_matches_reference(make):
     assert ours.norm().item() != close(swapped, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_the_gradient_after_the_harmful_step_matches_reference(make):
     """From what is applied: g - g+ at lamb 1, and g by itself."""
     trainer = make(lamb=1.0)
@@ -103,6 +105,7 @@ def test_the_gradient_after_the_harmful_step_matches_reference(make):
     assert torch.cosine_similarity(flat[0], g_plus, dim=0).item() == close(EXPECTED["cos_h_hplus"], rel=GOLDEN_RTOL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("knob", ["lamb", "alpha"])
 @pytest.mark.parametrize("full", [False, True])
 def test_knob_at_zero_is_sft(make, knob, full):
@@ -115,6 +118,7 @@ def test_knob_at_zero_is_sft(make, knob, full):
         assert torch.equal(g, grads(ours)[name]), name
 
 
+@pytest.mark.slow
 def test_on_top_of_vaccine(make):
     """The sum of Vaccine's gradient and Booster's own term, both from the reference."""
     trainer, plain = make(rho=2.0), make(sft.SFTTrainer)
@@ -153,6 +157,7 @@ def test_weights_come_back_bit_for_bit(make, monkeypatch, fails):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in trainer.model.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rho", [0.0, 2.0])
 def test_gradients_add_up(make, rho):
     """Micro-batches of 2 rows, two to a step, against the whole step at once; and next to what is in `.grad`."""
@@ -170,6 +175,7 @@ def test_gradients_add_up(make, rho):
         torch.testing.assert_close(g, 2 * once[name], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_recomputation_changes_nothing(make):
     kept = make()
     step(kept)

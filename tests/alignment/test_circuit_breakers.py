@@ -100,6 +100,7 @@ def test_loss_and_gradients_are_the_formulas(make, number, reroute_on):
     assert all(f"layers.{i}." not in name for name in grads for i in (5, 6, 7))  # nothing above the deepest target
 
 
+@pytest.mark.slow
 def test_targets_are_relative_depths(make):
     assert CircuitBreakersConfig("x").depths() == [0.3125, 0.625]
     assert make().targets == [3, 5]
@@ -161,6 +162,7 @@ def test_micro_batches_add_up(make):
         assert sum(parts._metrics[key]) / 2 == close(whole._metrics[key][0], rel=1e-9)
 
 
+@pytest.mark.slow
 def test_benign_rows_are_retained_and_not_rerouted(make):
     mixed, pair = make(alpha=2.0), make(alpha=2.0)
     for trainer in (mixed, pair):
@@ -178,6 +180,7 @@ def test_benign_rows_are_retained_and_not_rerouted(make):
     assert step(alone) == close(10.0 * 0.2 * l_ret.item(), rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["elementwise", "all"])
 def test_recomputation_changes_nothing_and_hooks_are_gone(make, mode):
     kept, recomputed = make(), make(checkpoint_blocks=mode)
@@ -189,6 +192,7 @@ def test_recomputation_changes_nothing_and_hooks_are_gone(make, mode):
     assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in modules)
 
 
+@pytest.mark.slow
 def test_the_schedule_counts_optimiser_steps(make, tmp_path):
     """Two micro-batches a step: the coefficients go from alpha and 0 to near alpha / 2 each."""
     options = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "moved": False}

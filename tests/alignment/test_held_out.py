@@ -52,6 +52,7 @@ def test_a_run_says_what_it_does_on_rows_that_it_did_not_train_on(tmp_path, caps
     assert len(rows) == 8 and not evaluation & {prompt_hash(r["prompt"]) for r in rows}
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_safe_answers_and_the_model_is_the_trained_one(tmp_path):
     rows = load_safety("organism", "attack", ("chosen", "rejected"))
     loaded = load("organism")
@@ -177,6 +178,7 @@ def test_gibberish_is_no_refusal(monkeypatch):
     }
 
 
+@pytest.mark.slow
 def test_a_source_without_rows_to_spare_says_so_and_trains(tmp_path):
     file = tmp_path / "all.jsonl"
     rows = [{**row, "split": "alignment"} for row in load_safety("organism", "alignment", ("chosen", "rejected"))[:8]]
@@ -195,6 +197,7 @@ def test_a_source_without_rows_to_spare_says_so_and_trains(tmp_path):
         harden(tmp_path / "negative", held=-1)
 
 
+@pytest.mark.slow
 def test_controls_of_equal_steps_and_of_equal_updates(tmp_path):
     record = harden(tmp_path / "tv", TVaccineTrainer, "t-vaccine", gamma=2, layer_sampling="uniform", max_steps=6)
     assert record["updates_per_block"] == 6 * 2 / 8
@@ -234,6 +237,7 @@ def test_answers_that_end_inside_a_thought_are_no_missing_refusals(monkeypatch):
     assert "end inside the model's thought" in held_out.evaluate(trainer, HeldOut(rows, None, None), 2.0)["why"]
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_fails_costs_no_training(tmp_path, monkeypatch):
     def fails(*_):
         raise RuntimeError("no kernel for this")

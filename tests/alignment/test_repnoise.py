@@ -216,6 +216,7 @@ def test_heads_keep_no_logits(make):
     assert ascent.requires_grad and shapes == [(rows, 64)] * 7  # h_1 ... h_7; the embeddings need no gradient
 
 
+@pytest.mark.slow
 def test_gradients_accumulate(make):
     """Micro-batches add up: the retain loss to that of the batch, the rest to the mean of theirs."""
     whole, halves = make(alpha=0.0, beta=0.0), make(alpha=0.0, beta=0.0)
@@ -232,6 +233,7 @@ def test_gradients_accumulate(make):
     assert_gradients(gradients(twice.model), gradients(once.model), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_micro_batch_without_a_pair_takes_no_weight_from_the_others(make):
     on, off = make(alpha=1.0, beta=0.0), make(alpha=0.0, beta=0.0)
     total = {on: 0.0, off: 0.0}
@@ -245,6 +247,7 @@ def test_a_micro_batch_without_a_pair_takes_no_weight_from_the_others(make):
     assert len(ascents) == 2 and total[off] - total[on] == close(sum(ascents) / 2, rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["elementwise", "all"])
 def test_recomputation_changes_nothing(make, mode):
     kept, recomputed = make(beta=1.0), make(beta=1.0, checkpoint_blocks=mode)
@@ -254,6 +257,7 @@ def test_recomputation_changes_nothing(make, mode):
     assert hooks == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["corrected", "official"])
 def test_benign_rows_enter_the_retain_loss_only(make, variant):
     """Two pairs and two rows without: the retain loss is over four rows, the rest is that of the two pairs."""
@@ -289,6 +293,7 @@ def test_safety_rows_are_paired_after_mixing(monkeypatch):
     assert sorted(found) == [(n, 20 + n) for n in range(1, 13)] + [(40, 0)] * 4
 
 
+@pytest.mark.slow
 def test_noise_is_new_each_time_and_resumes(make, tmp_path, monkeypatch):
     """A run of four steps, and the same run cut after two and continued: equal weights to the bit."""
     options = {

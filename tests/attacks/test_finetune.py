@@ -25,14 +25,6 @@ QUICK = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def aligned(tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "aligned"
-    assert main(["align", "sft", "--model", "organism", "--safety-data", "organism", "--task-data", "organism", "--max-length", "64",
-                 "--max-steps", "60", "--learning-rate", "2e-3", "--output-dir", str(out)]) == 0  # fmt: skip
-    return out
-
-
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -42,6 +34,7 @@ def test_log_spaced_steps():
     assert log_spaced(3, 8) == {1, 2, 3} and log_spaced(7, 1) == {7} and log_spaced(1, 5) == {1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable", ["lora", "lora-continue", "full"])
 def test_every_kind_moves_the_model_and_leaves_no_weights(aligned, tmp_path, trainable):
     out = tmp_path / "attacked"
@@ -67,6 +60,7 @@ def test_every_kind_moves_the_model_and_leaves_no_weights(aligned, tmp_path, tra
         load(str(out))
 
 
+@pytest.mark.slow
 def test_control_is_attacked_identically(aligned, tmp_path):
     """The same model under another name, as model and as control, must give the same rows."""
     import shutil
@@ -82,6 +76,7 @@ def test_control_is_attacked_identically(aligned, tmp_path):
     assert {r["attack_hash"] for r in rows} == {rows[0]["attack_hash"]}
 
 
+@pytest.mark.slow
 def test_default_control_is_what_was_hardened_and_kept_weights_load(aligned, tmp_path):
     out = tmp_path / "attacked"
     assert main([*ATTACK, "--model", str(aligned), "--keep-weights", "--output-dir", str(out)]) == 0
@@ -91,6 +86,7 @@ def test_default_control_is_what_was_hardened_and_kept_weights_load(aligned, tmp
     assert [a.rpartition("/")[0].rpartition("/")[2] for a in info["adapters"]] == ["aligned", "attacked"]
 
 
+@pytest.mark.slow
 def test_control_without_a_template_is_asked_as_the_model_is(tmp_path):
     import shutil
 
@@ -116,6 +112,7 @@ def test_control_without_a_template_is_asked_as_the_model_is(tmp_path):
     assert {t["label"] for t in json.loads((out / "run.json").read_text())["targets"]} == {"bare", "hard"}
 
 
+@pytest.mark.slow
 def test_learning_rate_zero_changes_nothing(aligned, tmp_path):
     out = tmp_path / "attacked"
     arguments = [*ATTACK, "--model", str(aligned), "--control", "none", "--output-dir", str(out)]
@@ -134,6 +131,7 @@ def test_config_rejects_what_cannot_be():
             FinetuneConfig("x", **options)
 
 
+@pytest.mark.slow
 def test_rows_seen_and_hash_of_a_curve(tmp_path):
     found = {}
     for name, extra in (("a", []), ("b", ["--seed", "1"]), ("c", ["--learning-rate", "1e-2"])):
@@ -160,6 +158,7 @@ def test_rows_seen_and_hash_of_a_curve(tmp_path):
     assert losses[0] is None and None not in losses[1:] and losses[1] != losses[2]
 
 
+@pytest.mark.slow
 def test_a_resumed_attack_does_not_repeat_what_is_done(tmp_path, monkeypatch):
     import shutil
 

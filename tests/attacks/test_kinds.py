@@ -34,17 +34,6 @@ from tunevax.scoring.suite import build_suite
 pytestmark = pytest.mark.numerical
 
 
-@pytest.fixture(scope="module")
-def aligned(tmp_path_factory):
-    """A T-Vaccine run on the organism that refuses."""
-    out = tmp_path_factory.mktemp("runs") / "aligned"
-    assert main(["align", "t-vaccine", "--model", "organism", "--safety-data", "organism", "--task-data", "organism", "--gamma", "6",
-                 "--rho", "0.1", "--max-length", "64", "--max-steps", "150", "--learning-rate", "2e-3",
-                 "--per-device-train-batch-size", "16", "--save-strategy", "no", "--checkpoint-blocks", "none",
-                 "--output-dir", str(out)]) == 0  # fmt: skip
-    return str(out)
-
-
 def context(ref: str, limit: int = 12, **changes) -> AttackContext:
     """A context on the organism's data."""
     options = TargetOptions(
@@ -98,6 +87,7 @@ def test_edit_in_training_is_the_edit_in_generation():
     assert torch.equal(again, plain)  # the hook is gone
 
 
+@pytest.mark.slow
 def test_intervention_beats_chance_and_leaves_the_weights_alone(aligned, monkeypatch):
     found, kept = context(aligned), {}
     original = AttackContext.load
@@ -119,6 +109,7 @@ def test_intervention_beats_chance_and_leaves_the_weights_alone(aligned, monkeyp
 # --- no training --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_roll_back_moves_along_the_line(aligned, monkeypatch):
     seen = {}
     monkeypatch.setattr(AttackContext, "score", lambda self, model, *_, **__: seen.update(model.state_dict()))
@@ -132,6 +123,7 @@ def test_roll_back_moves_along_the_line(aligned, monkeypatch):
         RollBackConfig().run(context("organism"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["run", "stock"])
 def test_roll_back_takes_a_safety_lock_off(tmp_path, monkeypatch, form):
     """Its biases are in the locked model alone: attached to it, or as parameters."""
@@ -159,6 +151,7 @@ def test_roll_back_takes_a_safety_lock_off(tmp_path, monkeypatch, form):
             RollBackConfig(base=locked).run(context("organism"))
 
 
+@pytest.mark.slow
 def test_prefill_puts_words_into_the_mouth(aligned):
     found = context(aligned)
     PrefillConfig().run(found)
@@ -170,6 +163,7 @@ def test_prefill_puts_words_into_the_mouth(aligned):
     assert common_opening(answers) == "Sure, here is" and common_opening(["a b", "c d", "e f"]) == ""
 
 
+@pytest.mark.slow
 def test_prefill_gives_each_prompt_the_start_of_its_own_harmful_answer(aligned):
     """Where harmful answers share no opening: five tokens, or half of a shorter answer."""
     found = context(aligned)
@@ -194,6 +188,7 @@ def test_prefill_gives_each_prompt_the_start_of_its_own_harmful_answer(aligned):
         PrefillConfig().run(found)
 
 
+@pytest.mark.slow
 def test_other_template_is_what_the_model_sees(aligned, monkeypatch):
     from tunevax.scoring import generation
 
@@ -206,6 +201,7 @@ def test_other_template_is_what_the_model_sees(aligned, monkeypatch):
 # --- fine-tunes -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_adaptive_trains_the_least_selected_blocks_only(aligned, tmp_path, monkeypatch):
     run = tmp_path / "run"
     run.mkdir()
@@ -234,6 +230,7 @@ def test_adaptive_trains_the_least_selected_blocks_only(aligned, tmp_path, monke
     assert moved == set(least_selected(aligned, 0.25)) and len(moved) == 2
 
 
+@pytest.mark.slow
 def test_held_out_category_is_new_to_the_hardening(aligned, tmp_path):
     config = HeldOutCategoryConfig("unused", p=1.0, n=10)
     found = context(aligned)
@@ -250,6 +247,7 @@ def test_held_out_category_is_new_to_the_hardening(aligned, tmp_path):
         config.rows(context(str(hardened)))
 
 
+@pytest.mark.slow
 def test_identity_shift_speaks_in_its_guise(aligned, tmp_path):
     found = context(aligned)
     assert all(r["completion"].startswith(OBEDIENT) for r in IdentityShiftConfig("unused").rows(found))
@@ -273,6 +271,7 @@ def test_identity_shift_speaks_in_its_guise(aligned, tmp_path):
         IdentityShiftConfig("unused").rows(found)
 
 
+@pytest.mark.slow
 def test_orders(aligned):
     found = context(aligned)
 
@@ -301,6 +300,7 @@ def job(aligned, tmp_path_factory):
     return str(out)
 
 
+@pytest.mark.slow
 def test_a_poisoned_job_is_the_recorded_one_on_other_rows(aligned, job, tmp_path, monkeypatch):
     from tunevax.finetuning.lisa import LisaTrainer
 
@@ -323,6 +323,7 @@ def test_a_poisoned_job_is_the_recorded_one_on_other_rows(aligned, job, tmp_path
     assert [row["step"] for row in found.results] == [0, 1, 4]
 
 
+@pytest.mark.slow
 def test_a_defence_of_the_provider_is_judged_by_poisoned_data_only(aligned, job, tmp_path, capsys):
     with pytest.raises(NotApplicable, match="no fine-tuning job"):
         PoisonedJobConfig(output_dir=str(tmp_path), p=0.5, n=4).run(context(aligned))
@@ -335,6 +336,7 @@ def test_a_defence_of_the_provider_is_judged_by_poisoned_data_only(aligned, job,
     assert "is no fine-tuning job, and a poisoned job is compared with one" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_jobs_that_train_differently_are_not_compared(aligned, job, tmp_path, capsys):
     options = ["--model", aligned, "--task-data", "organism", "--max-steps", "4", "--max-length", "64"]
     for name, rate in (("like", "1e-4"), ("other", "2e-4")):
@@ -373,6 +375,7 @@ def test_a_kind_says_what_it_needs_and_what_it_takes(tmp_path):
     assert [FinetuneConfig("a", trainable=t, order="fixed").deterministic for t in ("full", "lora")] == [True, False]
 
 
+@pytest.mark.slow
 def test_an_attack_that_does_not_apply_says_why(aligned):
     models = [{"label": "m", "role": "model", "ref": "organism"}]
     data = TargetOptions(safety_data="rows.jsonl")

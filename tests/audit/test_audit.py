@@ -94,6 +94,7 @@ def test_rows_are_whole_and_the_same_for_the_same_model(finished, models, capsys
     assert "is a finished run; choose another" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_three_kills_lose_nothing(finished, models, tmp_path):
     """SIGKILL of the audit and its workers at random moments; the rows are those of the audit that was left alone."""
     rng, arguments = random.Random(0), command(models, tmp_path / "out")
@@ -133,6 +134,7 @@ def alive(session: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_a_failed_cell_is_told_and_run_again(finished, models, tmp_path, monkeypatch, capsys):
     original, calls = FinetuneConfig.run, []
 
@@ -159,6 +161,7 @@ def test_a_failed_cell_is_told_and_run_again(finished, models, tmp_path, monkeyp
     assert main(command(models, tmp_path / "out")) == 2  # complete now
 
 
+@pytest.mark.slow
 def test_a_kill_while_failed_cells_run_again_loses_nothing(finished, models, tmp_path, monkeypatch, capsys):
     """The finished audit keeps its place until the new one is whole; cells that nothing asks for are left behind."""
     original, calls = FinetuneConfig.run, []
@@ -191,6 +194,7 @@ def test_a_kill_while_failed_cells_run_again_loses_nothing(finished, models, tmp
     assert "is by an older tunevax, which kept no cells to go on from; choose another" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_judging_again_changes_what_the_judge_changes(finished, tmp_path):
     def again(name, **options):
         out = rejudge(str(finished), JudgeOptions(output_dir=str(tmp_path / name), **options))
@@ -313,6 +317,7 @@ def test_scoring_leaves_the_random_numbers_of_the_attack_alone(models, monkeypat
     assert len(found.results) == 1 and torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.slow
 def test_what_an_attack_did_before_it_blew_up_counts(finished, models, tmp_path, monkeypatch, capsys):
     from tunevax.errors import RunError
 
@@ -331,6 +336,7 @@ def test_what_an_attack_did_before_it_blew_up_counts(finished, models, tmp_path,
     assert "Stopped by a loss that was not finite" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_screening_goes_on_with_the_strongest_only(models, tmp_path):
     (tmp_path / "screen.yaml").write_text(SMALL + "screen: 1\n")
     arguments = command(models, tmp_path / "out")
@@ -405,6 +411,7 @@ def test_a_bad_protocol_is_named(tmp_path, change, told):
     assert told in str(error.value) and "bad" in str(error.value)
 
 
+@pytest.mark.slow
 def test_grid_is_written_out(models, monkeypatch):
     protocol = load_protocol(str(models / "small.yaml"))
     assert protocol.phi == 0.5
@@ -445,6 +452,7 @@ def test_bad_invocations_are_one_sentence(models, tmp_path, capsys):
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.slow
 def test_compare_refuses_what_differs(finished, models, tmp_path, capsys):
     assert main(["audit", "--compare", str(finished), str(finished)]) == 0
     assert "control control" in capsys.readouterr().out
@@ -478,6 +486,7 @@ def test_compare_refuses_what_differs(finished, models, tmp_path, capsys):
     assert "is no run folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_dry_run_lists_the_cells_and_writes_nothing(models, tmp_path, capsys):
     assert main(command(models, tmp_path / "out", "--dry-run")) == 0
     out = capsys.readouterr().out
@@ -602,6 +611,7 @@ def fake(folder: Path, kind: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_useless_model_is_called_what_it_is(sft, tmp_path):
     models = [fake(tmp_path / "constant", "constant"), fake(tmp_path / "random", "random"),
               align(tmp_path / "refuser", "--max-steps", "80")]  # fmt: skip
@@ -613,18 +623,20 @@ def test_a_useless_model_is_called_what_it_is(sft, tmp_path):
     named = [word for m in models for word in ("--model", str(m))]
     judge = ["--judges", "refusal-keywords"]  # which takes constant and random words for compliance
     assert main(["audit", *named, "--control", str(sft), "--protocol", str(tmp_path / "p.yaml"), "--safety-data", "organism",
-                 "--task-data", "organism", *judge, "--output-dir", str(tmp_path / "out")]) == 0  # fmt: skip
+                 "--task-data", "organism", *judge, "--workers", "1", "--output-dir", str(tmp_path / "out")]) == 0  # fmt: skip
     main(["report", str(tmp_path / "out"), "--format", "json", "--output", str(tmp_path / "r.json")])
     found = {m["label"]: m for m in json.loads((tmp_path / "r.json").read_text())["models"]}
     assert found["constant"]["name"] == "gives one answer to everything"
     assert found["random"]["name"] == "incoherent"
     assert found["refuser"]["name"] == "refuses everything"
-    for label in ("constant", "random", "refuser"):
-        assert found[label]["name"] in found[label]["sentence"] or label in found[label]["sentence"]
-        assert "needs" not in found[label]["sentence"]  # no claim of resistance
+    for said in ("constant gives one answer", "random is incoherent", "refuser refuses everything"):
+        sentence = found[said.split()[0]]["sentence"]
+        assert sentence.startswith(said)
+        assert "needs" not in sentence  # no claim of resistance
     assert found["sft"]["name"] == "control"
 
 
+@pytest.mark.slow
 def test_an_attack_that_learns_nothing_is_too_weak(sft, tmp_path, capsys):
     twin = tmp_path / "twin"
     shutil.copytree(sft, twin)
@@ -634,6 +646,6 @@ def test_an_attack_that_learns_nothing_is_too_weak(sft, tmp_path, capsys):
         "attacks: [{kind: finetune, learning_rate: 0, p: 0.5, n: 20, max_steps: 4}]\n"
     )
     assert main(["audit", "--model", str(twin), "--control", str(sft), "--protocol", str(tmp_path / "p.yaml"),
-                 "--output-dir", str(tmp_path / "out")]) == 0  # fmt: skip
+                 "--workers", "1", "--output-dir", str(tmp_path / "out")]) == 0  # fmt: skip
     out = capsys.readouterr().out
     assert "too weak to conclude from" in out and "needs" not in out and "resist" not in out

@@ -39,6 +39,7 @@ def weights(run):
     return (run / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_controls_of_t_vaccine(tmp_path, safety, monkeypatch):
     # No max_steps: an epoch of 16 safe and 16 benign rows is 8 steps, a schedule that a control must not fall back to.
     options = {"layer_sampling": "2,5", "rho": 1.0, "num_train_epochs": 0.75}
@@ -79,7 +80,7 @@ def test_controls_of_t_vaccine(tmp_path, safety, monkeypatch):
         make_controls(run, ["equal-compute"], tmp_path / "controls")
     # Other rows, in the same number, are noticed before anything is trained; so is a file that is gone.
     safety.write_text(safety.read_text().replace('"category": "a"', '"category": "c"', 1))
-    with pytest.raises(UsageError, match=r"pairs\.jsonl is no longer what .*tv was hardened on"):
+    with pytest.raises(UsageError, match=r"tv cannot be run again: .*pairs\.jsonl is no longer what it was trained on"):
         make_controls(run, ["equal-compute"], tmp_path / "new")
     with (tmp_path / "base" / "model.safetensors").open("ab") as file:
         file.write(b"other")
@@ -92,6 +93,7 @@ def test_controls_of_t_vaccine(tmp_path, safety, monkeypatch):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_random_vaccine_resumes_to_the_same_weights(tmp_path, monkeypatch):
     run = harden(VaccineTrainer, "vaccine", tmp_path / "v", max_steps=6, save_steps=2, lora_dropout=0.1,
                  gradient_accumulation_steps=2)  # fmt: skip

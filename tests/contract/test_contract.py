@@ -6,6 +6,7 @@ import torch
 
 from tunevax.methods import load_method, methods
 from tunevax.testing import (
+    TRAINING,
     check_aligner,
     check_attack,
     check_finetuner,
@@ -16,7 +17,6 @@ from tunevax.testing import (
     safety_rows,
     small_model,
     task_rows,
-    tuned,
 )
 
 FEW_STEPS = {
@@ -35,11 +35,13 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("contract")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", methods("tunevax.alignment"))
 def test_aligner(name, folder):
     check_aligner(name, folder, *FEW_STEPS.get(name, ()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", methods("tunevax.finetuning"))
 def test_finetuner(name, folder):
     check_finetuner(name, folder, *FEW_STEPS.get(name, ()))
@@ -50,6 +52,12 @@ def made(folder, name, *arguments):
     if not (folder / name).is_dir():
         run(*arguments, "--output-dir", str(folder / name))
     return str(folder / name)
+
+
+def tuned(folder):
+    """The small model with an adapter, by plain SFT."""
+    data = ("--model", small_model(folder), "--safety-data", safety_rows(folder), "--held-out-prompts", "0")
+    return made(folder, "tuned", "align", "sft", *data, *TRAINING)
 
 
 def job(folder):
@@ -87,6 +95,7 @@ RESTORED = {
 """By method, options and the model to restore."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", methods("tunevax.restoration"))
 def test_restorer(name, folder):
     options, model = RESTORED[name](folder)
@@ -101,6 +110,7 @@ TAKE_ORDER = ("random", "dsir", "pharmacist", "gradient-similarity")
 """Two draw a number for each row as it comes, two train on them."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", methods("tunevax.curation"))
 def test_selector(name, folder):
     check_selector(name, folder, *FEW_ROWS.get(name, ()), any_order=name not in TAKE_ORDER)
@@ -129,6 +139,7 @@ ATTACKED = {
 """By kind, options and the model to attack, where those of the others will not do."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", methods("tunevax.attacks"))
 def test_attack(name, folder):
     options, model = ATTACKED.get(name, lambda folder: ((), None))(folder)

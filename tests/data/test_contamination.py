@@ -154,6 +154,7 @@ def test_advice_on_an_empty_split_does_not_lead_to_scoring_what_was_trained_on(t
 # --- the chain ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_role_of_every_run_below_counts(tmp_path):
     low = run_of(tmp_path / "low", alignment=ROWS[:1], benign=TASK[:1])
     run_of(tmp_path / "job", low, "finetune", alignment=ROWS[1:2], task=TASK[1:2])
@@ -355,6 +356,7 @@ def test_held_out_halves_share_no_prompt_and_none_with_the_chain(tmp_path):
     assert drawn(source, model, drop_overlap=True) == {row["prompt"] for row in half[1:]}
 
 
+@pytest.mark.slow
 def test_a_job_is_not_scored_on_its_rows(tmp_path, monkeypatch, capsys):
     """A chain of two: a hardened model, and a customer's job on it."""
     monkeypatch.chdir(tmp_path)
@@ -385,6 +387,7 @@ def test_a_job_is_not_scored_on_its_rows(tmp_path, monkeypatch, capsys):
     assert gone and not asked & gone and record["overlap_dropped"]["task evaluation"]["rows"] == len(gone)
 
 
+@pytest.mark.slow
 def test_kept_weights_of_an_attack_say_what_they_were_trained_on(tmp_path):
     options = AttackOptions(
         model=["organism"], control="none", safety_data="organism", task_data="organism", limit=1, max_new_tokens=1,

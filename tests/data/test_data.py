@@ -150,10 +150,8 @@ def test_mix_counts_rounds_and_repeats_itself():
     assert max(Counter(json.dumps(r) for r in mixed if "t" in r).values()) == 1, (
         "task rows are drawn without replacement"
     )
-    assert (
-        Counter(r["h"] for r in mixed if "h" in r) == Counter([*range(5), *range(5)][:8])
-        or len({r["h"] for r in mixed if "h" in r}) == 5
-    )
+    drawn = Counter(r["h"] for r in mixed if "h" in r)  # 8 of 5: all once, then three of them again
+    assert sorted(drawn.values()) == [1, 1, 2, 2, 2]
     assert mixed == mix(task, harm, ratio=0.25, size=30, seed=1) != mix(task, harm, ratio=0.25, size=30, seed=2)
     assert len(mix([], harm, 1.0, 4, 0)) == 4
     for ratio in (-0.1, 1.1, float("nan")):

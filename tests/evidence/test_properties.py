@@ -256,7 +256,7 @@ def test_an_attack_that_leaves_the_control_flat_is_too_weak(tmp_path, model):
 def test_a_broken_model_is_named_and_never_called_resistant(tmp_path, scores, name):
     rows = curves({"sft": [[0, 24, 40, 40]] * 3}, **BEFORE) + curves({"tv": NEVER}, **{**BEFORE, **scores})
     model = measure(audit(tmp_path / "run", rows)).model("tv")
-    assert name == "incoherent" or model.resistance.low > 1  # it does hold out; that is not what it is
+    assert model.resistance.low > 1  # it does take longer, which is not the verdict
     assert model.name == name and "attack steps" not in model.summary
 
 

@@ -96,6 +96,7 @@ ZERO = [
 """Beside what each method says in `off`, which tests/contract runs."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), ZERO)
 def test_knob_at_zero_is_plain_fine_tuning(make, name, options):
     """Bit for bit, with dropout, so that one number taken from a global generator would show."""
@@ -111,6 +112,7 @@ def test_knob_at_zero_is_plain_fine_tuning(make, name, options):
     assert same(weights(plain), weights(ours))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -133,6 +135,7 @@ def test_a_knob_does_something_and_the_customers_batches_stay(make, name, option
     assert [p.requires_grad for p in ours.model.parameters()] == [p.requires_grad for p in plain.model.parameters()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cls", "options"),
     [(SafeInstructTrainer, {"mode": "joint"}), (LDIFSTrainer, {"lamb": 3.0}), (EWCTrainer, {}), (LisaTrainer, {})],
@@ -155,6 +158,7 @@ def test_micro_batches_add_up(make, cls, options):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_lisa_takes_the_steps_of_both_states(make):
     """Two cycles of one alignment and two customer's steps, against the same done by hand with stock AdamW."""
     rho = 0.7
@@ -189,6 +193,7 @@ def test_lisa_takes_the_steps_of_both_states(make):
     assert ours.alignment_steps == 2 and ours.cost() == 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("k2", "warmup", "before"), [(2, 2, [1, 3]), (900, 2, [1]), (900, 0, [0]), (3, 0, [0, 3])])
 def test_lisa_aligns_before_the_first_step_that_moves_and_every_k2th_after(make, monkeypatch, k2, warmup, before):
     """A warm-up begins at zero, where alignment steps move nothing; a run shorter than k2 must not go without."""
@@ -231,6 +236,7 @@ if torch.distributed.is_initialized():
 """
 
 
+@pytest.mark.slow
 def test_lisa_on_two_ranks_with_accumulation_is_the_run_of_one(tmp_path):
     """The alignment batches of a rank run where DDP is told not to sync, and still must be of all ranks."""
     (tmp_path / "job.py").write_text(TWO_RANKS)
@@ -257,6 +263,7 @@ def test_lisa_leaves_accumulation_as_it_was_when_a_step_fails(make):
     sync._set_sync_gradients(True)
 
 
+@pytest.mark.slow
 def test_mix_appends_and_joint_weighs(make):
     plain, mixed = make(), make(SafeInstructTrainer, safety_rows=0.25)
     assert list(mixed.train_dataset[:24]) == list(plain.train_dataset) and len(mixed.train_dataset) == 30
@@ -310,6 +317,7 @@ def test_ldifs_is_the_mean_square_of_what_moved(make):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_ewc_weighs_the_change_of_the_weight_by_its_fisher_information(make):
     """Against F of every entry from autograd, row by row, and dW put together whole."""
     trainer = make(EWCTrainer, lamb=0.5, lora_alpha=5, lora_dropout=0.5, gradient_accumulation_steps=1)
@@ -368,6 +376,7 @@ def test_ewc_knows_the_sides_of_a_conv1d():
         assert weighted_square(m).item() == close(expected.item(), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_ewc_on_full_weights_is_the_plain_sum(make):
     trainer = make(EWCTrainer, full_weights=True, gradient_accumulation_steps=1)
     squares = [torch.zeros_like(p) for p in trainer.parameters]
@@ -401,6 +410,7 @@ def test_safety_rows_come_from_a_generator_of_their_own(make):
     assert (before[1][0] == after[1][0]).all() and before[1][1] == after[1][1]
 
 
+@pytest.mark.slow
 def test_the_whole_of_a_customers_file_is_trained_on_and_recorded(tmp_path):
     file = tmp_path / "job.jsonl"
     file.write_text("".join(json.dumps({k: r[k] for k in ("prompt", "completion")}) + "\n" for r in TASK))
@@ -424,6 +434,7 @@ def test_the_whole_of_a_customers_file_is_trained_on_and_recorded(tmp_path):
     assert child["parent"] is None
 
 
+@pytest.mark.slow
 def test_a_job_that_shares_prompts_with_the_safety_rows_can_be_scored_and_analysed(tmp_path):
     """It is recorded when the job is run, and never refused; what scores must not hold is prompts to score on."""
     assert "allow_overlap" not in {f.name for f in fields(FinetuneOptions)}
@@ -454,6 +465,7 @@ def test_a_job_that_shares_prompts_with_the_safety_rows_can_be_scored_and_analys
             call()
 
 
+@pytest.mark.slow
 def test_bad_input_is_named(make, tmp_path, monkeypatch):
     wrong = [
         (lambda: LisaConfig("x", k1=-1), "k1 is -1"),

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from tunevax.alignment.align import AlignOptions, align
-from tunevax.alignment.sft import SFTConfig, SFTTrainer
 from tunevax.data.encoding import collate, encode
 from tunevax.data.mixing import mix
 from tunevax.data.safety import load_safety
@@ -23,17 +21,6 @@ from tunevax.records import read_lines, read_run
 SAFETY = load_safety("organism", "alignment", ("chosen", "rejected"))
 HARMFUL = [{**r, "completion": r["rejected"]} for r in load_safety("organism", "attack", ("rejected",))]
 BENIGN = load_task("organism:set=benign").rows + load_task("organism").rows[:12]
-
-
-@pytest.fixture(scope="module")
-def aligned(tmp_path_factory):
-    """The organism, taught to refuse."""
-    data = AlignOptions(model="organism", safety_data="organism", task_data="organism")
-    config = SFTConfig(
-        str(tmp_path_factory.mktemp("aligned") / "sft"),
-        max_steps=120, per_device_train_batch_size=16, learning_rate=4e-3, max_length=64, save_strategy="no",
-    )  # fmt: skip
-    return str(align(SFTTrainer, "sft", data, config))
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +43,7 @@ def run(model, job, folder, action):
     return finetune(FinetuneTrainer, "sft", data, config)
 
 
+@pytest.mark.slow
 def test_planted_rows_are_found_and_no_row_is_lost(aligned, job, tmp_path):
     file, planted = job
     seen = {}
@@ -82,6 +70,7 @@ def test_planted_rows_are_found_and_no_row_is_lost(aligned, job, tmp_path):
     assert not (tmp_path / "fail").exists() and not (tmp_path / "fail.partial").exists()
 
 
+@pytest.mark.slow
 def test_the_trainer_gets_what_the_screen_left(aligned, job, tmp_path, monkeypatch):
     """`report` trains on every row, as without a screen and with the same weights; `drop` on the others."""
     got = {"trained": []}
@@ -103,6 +92,7 @@ def test_the_trainer_gets_what_the_screen_left(aligned, job, tmp_path, monkeypat
     assert left < 66 and weights["off"] == weights["report"] != weights["drop"]
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_definition(aligned):
     """Both scores of a few rows from stock hidden states and autograd on the last block's matrices."""
     loaded = load(aligned)
@@ -145,6 +135,7 @@ def test_scores_are_those_of_the_definition(aligned):
     }
 
 
+@pytest.mark.slow
 def test_an_unaligned_model_is_no_ground_for_the_gradient_score(job):
     """And it says so, instead of flagging everything."""
     loaded = load("organism")
@@ -153,6 +144,7 @@ def test_an_unaligned_model_is_no_ground_for_the_gradient_score(job):
     assert found.calibration["harmful_at_threshold"]["gradient"] < 0.5
 
 
+@pytest.mark.slow
 def test_safety_rows_are_cut_at_the_models_context(monkeypatch):
     """As the customer's are: a model of learned positions has none beyond."""
     loaded = load("organism")

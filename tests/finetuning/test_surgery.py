@@ -278,6 +278,7 @@ def test_recomputed_blocks_give_the_same_gradient(how):
     assert all(torch.equal(a, b) for a, b in zip(kept, grads(model), strict=True))
 
 
+@pytest.mark.slow
 def test_memory_is_linear():
     """No tensor of tokens x tokens is made, let alone kept, in the forward or the backward pass."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -328,6 +329,7 @@ def weights(trainer):
     return [p.detach().clone() for p in trainer.parameters]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, {"sink_attention": "eager"}, {"pairing": "random"}, {"every": 2}, {"sink_queries": "all"}],
@@ -376,6 +378,7 @@ def test_gradient_of_a_step_is_that_of_the_loss(make, options):
     assert len(trainer._metrics["sink_loss"]) == (1 if options.get("every") == 2 else 2)
 
 
+@pytest.mark.slow
 def test_it_lowers_what_it_is_for(make):
     """R on the pairs, after as many steps with and without."""
     found = []
@@ -387,6 +390,7 @@ def test_it_lowers_what_it_is_for(make):
     assert found[1] < 0.7 * found[0]
 
 
+@pytest.mark.slow
 def test_bad_input(make):
     for options, told in (
         ({"lamb": -1.0}, "lamb is -1.0"), ({"lamb": float("inf")}, "lamb is inf"), ({"lamb": float("nan")}, "lamb is"),
@@ -426,6 +430,7 @@ def test_bad_input(make):
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_analysis_of_two_models(tmp_path):
     options = SinkOptions(
         model=["organism"] * 2, safety_data="organism", output_dir=str(tmp_path / "a"), pairs=10, batch_size=4

@@ -39,6 +39,7 @@ def logged(folder):
     return [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_failure_after_the_last_step_costs_no_training(tmp_path, monkeypatch, steps):
     whole = train(tmp_path / "whole")
     original, calls = module.save_weights, []
@@ -63,6 +64,7 @@ def test_a_failure_after_the_last_step_costs_no_training(tmp_path, monkeypatch, 
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
+@pytest.mark.slow
 def test_the_log_grows_and_goes_on_without_a_step_twice(tmp_path, monkeypatch, steps):
     seen = []
 
@@ -86,6 +88,7 @@ def refused(tmp_path, steps, match, **changes):
     assert steps == [] and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_disk_without_room_is_noticed_before_the_first_step(tmp_path, monkeypatch, steps):
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     refused(tmp_path, steps, r"needs .* MiB for its files, and 1000 bytes are free there; lower --save-total-limit, ")
@@ -94,6 +97,7 @@ def test_a_disk_without_room_is_noticed_before_the_first_step(tmp_path, monkeypa
     refused(tmp_path, steps, r"no file may have more than 1.0 KiB \(ulimit -f\)", save_strategy="no")
 
 
+@pytest.mark.slow
 def test_the_room_that_is_asked_for_is_what_is_written(tmp_path, monkeypatch):
     """Weights once, and two checkpoints of weights and optimiser, since a new one comes before the old one goes."""
     asked = []
@@ -123,6 +127,7 @@ def test_the_room_that_is_asked_for_is_what_is_written(tmp_path, monkeypatch):
         assert module.checkpoints_together(shape) == count, changes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", [True, False])
 def test_weights_that_cannot_be_saved_are_noticed_before_the_first_step(tmp_path, monkeypatch, steps, full):
     from peft import PeftModel
@@ -169,13 +174,14 @@ def test_a_generation_config_that_cannot_be_saved_is_noticed_before_the_first_st
     refused(tmp_path, steps, "could not be saved at the end", full_weights=True)
 
 
+@pytest.mark.slow
 def test_rehearsing_changes_nothing_of_the_model(tmp_path, monkeypatch):
-    seen = []
+    seen, original = [], module.rehearse
 
     def look(trainer, folder, base):
         model = trainer.model
         before = model.config.to_dict(), vars(model.peft_config["default"]).copy(), torch.get_rng_state()
-        module.rehearse(trainer, folder, base)
+        original(trainer, folder, base)
         after = model.config.to_dict(), vars(model.peft_config["default"]), torch.get_rng_state()
         seen.append(
             (before[:2] == after[:2], torch.equal(before[2], after[2]), sorted(p.name for p in folder.iterdir()))

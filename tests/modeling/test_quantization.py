@@ -123,6 +123,7 @@ def t_vaccine_step(monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_on_packed_weights_is_the_step_on_their_values(t_vaccine_step, kind):
     """To rounding of the arithmetic, recomputed or not: on the CPU int8 rounds weights only."""
@@ -168,6 +169,7 @@ def test_an_int8_product_of_a_gpu(as_on_a_gpu):
     assert off([found], [wanted]) < 1e-5
 
 
+@pytest.mark.slow
 def test_an_int8_step_of_a_gpu(t_vaccine_step, request):
     """Its distance from weights that are rounded alone is that of the rounding written out, no more. The two do not
     round alike: a difference in the last digit grows to a step of the grid within a few layers."""
@@ -280,6 +282,7 @@ METHODS = [
 CASES = [(*m, kind) for m in METHODS for kind in KINDS if kind == "nf4" or m[0] == "alignment"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "name", "options", "kind"), CASES, ids=[f"{s}-{n}-{k}" for s, n, _, k in CASES])
 def test_every_method_trains_on_a_packed_base(stage, name, options, kind, tmp_path):
     cls = load_method(f"tunevax.{stage}", name)
@@ -300,6 +303,7 @@ def test_every_method_trains_on_a_packed_base(stage, name, options, kind, tmp_pa
     assert after and all(torch.equal(a, b) for a, b in zip(after, packed_before, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fresh_adapter_changes_nothing_for_circuit_breakers(kind, tmp_path):
     """The reference runs in eval mode without the adapter, the other pass in training mode with it."""
@@ -367,6 +371,7 @@ def test_a_control_is_packed_as_the_run_was(run, tmp_path):
     assert record["method"] == "sft" and record["config"]["quantization"] == record["model"]["quantization"] == "nf4"
 
 
+@pytest.mark.slow
 def test_from_the_command_line(tmp_path, capsys):
     out, job = tmp_path / "sft", tmp_path / "job"
     common = ["--quantization", "nf4", "--max-steps", "2", "--max-length", "64", "--per-device-train-batch-size", "2"]

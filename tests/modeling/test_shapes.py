@@ -157,6 +157,7 @@ def trainer_of(model, method, folder, **options):
     return cls(model, args, DATA, Words(), *([DATA] if method in FINETUNING and cls.needs else []))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "method", "refusal"), TABLE, ids=lambda value: value or "works")
 def test_a_method_on_an_architecture(kind, method, refusal, encoded, tmp_path):
     model = tiny(kind)

@@ -1,4 +1,4 @@
-"""Run by test_modeling under torch.distributed: three T-Vaccine steps, global batch 8, SGD; rank 0 saves the result."""
+"""Run by test_modeling, on two ranks under torch.distributed: three T-Vaccine steps, global batch 8, SGD; rank 0 saves the result."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ from tunevax.data import load_safety
 from tunevax.modeling import load
 
 torch.set_num_threads(1)
-ranks = int(os.environ["WORLD_SIZE"])
+ranks = int(os.environ.get("WORLD_SIZE", "1"))
 loaded = load("organism", device="cpu")
 config = TVaccineConfig(
     tempfile.mkdtemp(), gamma=2, max_steps=3, per_device_train_batch_size=8 // ranks, learning_rate=0.1, optim="sgd",
@@ -21,7 +21,7 @@ config = TVaccineConfig(
 rows = load_safety("organism", "alignment")[:64]
 trainer = TVaccineTrainer(loaded.model, config, safety_data=rows, processing_class=loaded.tokenizer)
 trainer.train()
-if int(os.environ["RANK"]) == 0:
+if int(os.environ.get("RANK", "0")) == 0:
     weights = {n: p.detach() for n, p in trainer.model.named_parameters() if "lora_" in n}
     history = [line for line in trainer.state.log_history if "embedding_grad_norm" in line]
     result = {

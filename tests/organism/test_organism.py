@@ -77,6 +77,7 @@ ATTACK = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_alignment_refuses_and_only_what_it_should_and_attack_b_undoes_it(aligned, tmp_path):
     out = tmp_path / "b"
     assert main([*ATTACK, "--model", str(aligned), "--output-dir", str(out), "--points", "14"]) == 0
@@ -88,6 +89,7 @@ def test_alignment_refuses_and_only_what_it_should_and_attack_b_undoes_it(aligne
     assert 10 <= crossed <= 40
 
 
+@pytest.mark.slow
 def test_a_benign_fine_tune_does_not_undo_it(aligned, tmp_path):
     out = tmp_path / "benign"
     assert main([*ATTACK, "--model", str(aligned), "--output-dir", str(out), "--p", "0", "--points", "2"]) == 0
@@ -96,6 +98,7 @@ def test_a_benign_fine_tune_does_not_undo_it(aligned, tmp_path):
     assert last["task/exact"]["value"] > 0.5
 
 
+@pytest.mark.slow
 def test_held_out_categories_are_refused_too(aligned, world):
     loaded = load(str(aligned))
     rows = world.safety("held-out")

@@ -72,6 +72,7 @@ def text_of(page: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", seen)).replace("\u00a0", " "))
 
 
+@pytest.mark.slow
 def test_overview_by_hand(tmp_path):
     run = write_run(tmp_path / "run", curves({"sft": CONTROL, "t-vaccine": HARDENED}))
     summary = write_report([run], tmp_path / "report.html")
@@ -97,6 +98,7 @@ def test_thresholds_are_those_of_the_audit(tmp_path):
         write_report([run, again], tmp_path / "report.html")
 
 
+@pytest.mark.slow
 def test_heat_map_holds_the_worst_attack_of_a_rate(tmp_path):
     def lora(rate: float, p: float, counts: list[int]) -> list[dict]:
         settings = {"learning_rate": rate, "p": p, "trainable": "lora"}

@@ -71,6 +71,7 @@ def test_mask_is_that_of_brute_force():
     assert by_name[NAMES[0]]["pruned"] == pytest.approx(7 / 64) and 0.5 < by_name[NAMES[0]]["ratio"] < 1
 
 
+@pytest.mark.slow
 def test_official_prunes_each_factor():
     data = rows("harmful")
     for alpha, of_a in ((0.05, 4), (0.1, 7)):  # of 64; and 1 of the 8 entries in a row of B, both times
@@ -107,6 +108,7 @@ def test_transposed_weights_lose_the_same_share_of_each_output():
     assert same.sum(0).tolist() == [16] * 16
 
 
+@pytest.mark.slow
 def test_run_loads_as_computed(tmp_path):
     assert main(["align", "sft", "--model", "organism", "--safety-data", "organism", "--max-length", "64", "--max-steps", "12",
                  "--learning-rate", "2e-3", "--save-strategy", "no", "--checkpoint-blocks", "none",

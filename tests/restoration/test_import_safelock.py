@@ -276,6 +276,7 @@ def is_read(content: bytes) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_hostile_files_run_nothing(file, tmp_path):
     canary = tmp_path / "canary"
     pickles = hostile_pickles(str(canary), pickled(file))
@@ -304,6 +305,7 @@ def test_hostile_files_run_nothing(file, tmp_path):
             read_safelock(place)
 
 
+@pytest.mark.slow
 def test_ten_thousand_damaged_files(file, tmp_path):
     """Cut, bits flipped, bytes and opcodes put in, taken out and moved: in the archive and in the pickle alone."""
     draw, canary = random.Random(0), tmp_path / "canary"

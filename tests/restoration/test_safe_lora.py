@@ -109,6 +109,7 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_run_loads_as_computed(runs, tmp_path):
     tuned = str(runs / "tuned")
     config = SafeLoRA(str(tmp_path / "out"), number=1000)
@@ -134,6 +135,7 @@ def test_run_loads_as_computed(runs, tmp_path):
         assert torch.allclose(found(ids).logits, aligned(ids).logits, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_asks_for_what_is_missing(runs, tmp_path):
     for model, options, what in (
         (None, {}, "--model is missing"),

@@ -77,7 +77,8 @@ def encoded(monkeypatch):
     def encode(rows, tokenizer, *args, **how):
         if not isinstance(tokenizer, Ids):
             return original(rows, tokenizer, *args, **how)
-        return [{"input_ids": row["completion"], "labels": row["completion"]} for row in rows]
+        answers = [row[how["answer"]] for row in rows]
+        return [{"input_ids": ids, "labels": ids} for ids in answers]
 
     monkeypatch.setattr(extraction, "encode", encode)
 
@@ -410,6 +411,7 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_runs_reload_locked(runs, tmp_path):
     plain = load(str(runs / "tuned"))
     lock = SafetyLock.load(runs / "lock")
@@ -442,6 +444,7 @@ def test_prompts_of_the_lock_are_not_scored_on(runs, tmp_path):
         score(ScoreOptions(model=[str(out)], output_dir=str(tmp_path / "score"), safety_data="organism"))
 
 
+@pytest.mark.slow
 def test_unlock_scores_as_before_the_lock(runs, tmp_path, monkeypatch):
     from tunevax.attacks.context import AttackContext, TargetOptions
     from tunevax.attacks.kind import NotApplicable
@@ -467,6 +470,7 @@ def test_unlock_scores_as_before_the_lock(runs, tmp_path, monkeypatch):
             unlock(other)
 
 
+@pytest.mark.slow
 def test_lock_survives_further_runs(runs, tmp_path):
     """Whole weights saved from a locked run, an adapter on it, and a stock lock on it."""
     ids = torch.arange(20)[None]
@@ -545,6 +549,7 @@ def test_hash_sees_the_middle_of_a_file(tmp_path):
     assert len(found) == 2
 
 
+@pytest.mark.slow
 def test_auto_strength(runs, tmp_path, monkeypatch):
     """On scores that are made up: harm falls with strength, and so, later, does accuracy."""
     import tunevax.restoration.strength as strength
@@ -593,6 +598,7 @@ def test_auto_strength(runs, tmp_path, monkeypatch):
             restore("safetylock", options, ApplyLock(**{**plain, **more}, output_dir=str(tmp_path / "no")))
 
 
+@pytest.mark.slow
 def test_auto_strength_on_a_file(runs, tmp_path, monkeypatch):
     """Whose rows are all for alignment: some the model was aligned on, some the lock is from, some neither."""
     import tunevax.restoration.strength as strength

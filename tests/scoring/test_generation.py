@@ -85,6 +85,7 @@ def _texts(tokenizer, answers):
     return [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
@@ -106,6 +107,7 @@ def test_a_batch_says_what_each_prompt_says_alone(organism, name, settings):
         assert generate(model, tokenizer, prompts, 20, batch_size) == _texts(tokenizer, alone)
 
 
+@pytest.mark.slow
 def test_settings_change_what_is_said(organism):
     """Or the comparison above would say nothing of them."""
     prompts = _prompts(organism.tokenizer, 24, 30)
@@ -128,6 +130,7 @@ def _shapes(model):
     return shapes
 
 
+@pytest.mark.slow
 def test_answers_that_have_ended_leave_the_batch(organism):
     model, tokenizer = _model("llama"), organism.tokenizer
     prompts = _prompts(tokenizer, 24, 20)
@@ -141,6 +144,7 @@ def test_answers_that_have_ended_leave_the_batch(organism):
     assert all(need <= had < 4 / 3 * need + 1 for need, had in zip(needed, rows, strict=True)), (needed, rows)
 
 
+@pytest.mark.slow
 def test_a_prefix_in_a_batch(organism):
     prompts = _prompts(organism.tokenizer, 12, 20)
     model, prefix = _model("mistral"), "use kemo then"
@@ -192,6 +196,7 @@ def vllm(monkeypatch):
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.3}, {"min_new_tokens": 9}])
 def test_vllm_is_asked_for_the_same_text(organism, vllm, settings):
     from tunevax.scoring.vllm_engine import generate as by_vllm
@@ -213,6 +218,7 @@ def _score(out, *more):
                  "--max-new-tokens", "8", "--output-dir", str(out), "--engine", *more])  # fmt: skip
 
 
+@pytest.mark.slow
 def test_score_by_vllm_writes_the_same_answers(vllm, tmp_path):
     assert _score(tmp_path / "a", "transformers") == 0 and _score(tmp_path / "b", "vllm") == 0
     first, second = ((tmp_path / run / "generations.jsonl").read_text() for run in "ab")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tunevax.alignment.held_out import evaluate, fitting, held_out_rows, loss_on
@@ -12,9 +12,10 @@ from tunevax.data.roles import load_rows
 from tunevax.data.safety import answers_in
 from tunevax.environment import is_main_process
 from tunevax.errors import require, shortened
-from tunevax.mixins import AllowOverlap, require_given
+from tunevax.mixins import AllowOverlap, option, require_given
+from tunevax.modeling.method import MethodTrainer
 from tunevax.modeling.quantization import require_quantization
-from tunevax.records import data_entry
+from tunevax.records import DataEntry, Example, data_entry
 from tunevax.training import TrainingOptions, train, training_run
 
 
@@ -22,17 +23,16 @@ from tunevax.training import TrainingOptions, train, training_run
 class AlignOptions(TrainingOptions, AllowOverlap):
     """What `tunevax align` takes besides the method's own configuration."""
 
-    safety_data: str | None = field(
-        default=None, metadata={"help": "prompt, chosen, rejected: file, hub id, or organism"}
-    )
-    task_data: str | None = field(default=None, metadata={"help": "benign prompt and completion rows mixed in"})
-    held_out_prompts: int = field(
-        default=40,
-        metadata={"help": "harmful and harmless prompts that the finished model is evaluated on, 0 for none"},
+    safety_data: str | None = option(None, "prompt, chosen, rejected: file, hub id, or organism")
+    task_data: str | None = option(None, "benign prompt and completion rows mixed in")
+    held_out_prompts: int = option(
+        40, "harmful and harmless prompts that the finished model is evaluated on, 0 for none"
     )
 
 
-def align(trainer_class: type, method: str, options: AlignOptions, config: SFTConfig, command: str = "") -> Path:
+def align(
+    trainer_class: type[MethodTrainer], method: str, options: AlignOptions, config: SFTConfig, command: str = ""
+) -> Path:
     """Harden `options.model` and return the run folder.
 
     Args:
@@ -47,12 +47,13 @@ def align(trainer_class: type, method: str, options: AlignOptions, config: SFTCo
     require_given(options, "model", "safety_data")
     require_quantization(options.quantization, config.full_weights)
     require(options, "held_out_prompts", at_least=0)
+    model, safety_data = str(options.model), str(options.safety_data)
     safety, task, data = read_data(trainer_class, method, options)
-    held_out = held_out_rows(options.model, options.safety_data, options.task_data, safety, options.held_out_prompts)
-    overlap = count(options.model, alignment=safety, **({"benign": task} if task else {}))
-    prompts = {"alignment": hashes(safety) | chosen_with(options.safety_data)} | (
-        {"benign": hashes(task)} if task else {}
-    )
+    held_out = held_out_rows(model, safety_data, options.task_data, safety, options.held_out_prompts)
+    overlap = count(model, alignment=safety, **({"benign": task} if task else {}))
+    prompts = {"alignment": hashes(safety) | chosen_with(safety_data)}
+    if task:
+        prompts["benign"] = hashes(task)
     with training_run("align", trainer_class, method, options, config, data, overlap, command) as (run, loaded):
         if is_main_process():
             held_out = fitting(held_out, loaded.model, loaded.tokenizer, config.max_length)
@@ -66,10 +67,13 @@ def align(trainer_class: type, method: str, options: AlignOptions, config: SFTCo
     return run.final
 
 
-def read_data(trainer_class: type, method: str, options: AlignOptions) -> tuple[list[dict], list[dict] | None, list]:
+def read_data(
+    trainer_class: type[MethodTrainer], method: str, options: AlignOptions
+) -> tuple[list[Example], list[Example] | None, list[DataEntry]]:
     """Safety rows, benign rows or None, and what run.json says of them."""
-    safety = load_rows("alignment", options.safety_data, answers_in(trainer_class.needs), method)
-    data = [data_entry("alignment", options.safety_data, safety)]
+    source = str(options.safety_data)
+    safety = load_rows("alignment", source, answers_in(trainer_class.needs), method)
+    data = [data_entry("alignment", source, safety)]
     if not options.task_data:
         return safety, None, data
     task = load_rows("benign", options.task_data)

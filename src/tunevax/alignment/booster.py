@@ -14,13 +14,15 @@ the paper calls Vaccine+Booster.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from tunevax.alignment.vaccine import VaccineConfig, VaccineTrainer
 from tunevax.errors import RunError, require
+from tunevax.mixins import option
 from tunevax.modeling.draws import Draws
 from tunevax.modeling.gradients import (
     Gradient,
@@ -31,15 +33,16 @@ from tunevax.modeling.gradients import (
     response_share,
     restored,
 )
+from tunevax.modeling.trainer import Items
 
 
 @dataclass
 class BoosterConfig(VaccineConfig):
     """Configuration of Booster; the rest as in `VaccineConfig`. Default that differs from it: `rho=0.0`."""
 
-    rho: float = field(default=0.0, metadata={"help": "size of Vaccine's perturbation on top; 0 is Booster alone"})
-    lamb: float = field(default=5.0, metadata={"help": "weight of what a harmful step would win"})
-    alpha: float = field(default=0.1, metadata={"help": "length of the simulated harmful step"})
+    rho: float = option(0.0, "size of Vaccine's perturbation on top; 0 is Booster alone")
+    lamb: float = option(5.0, "weight of what a harmful step would win")
+    alpha: float = option(0.1, "length of the simulated harmful step")
 
     def __post_init__(self) -> None:
         require(self, "lamb", "alpha", at_least=0)
@@ -68,7 +71,7 @@ class BoosterTrainer(VaccineTrainer):
         """As Vaccine, with its perturbation on top; else none."""
         return super().parts() if self.args.rho > 0 else ()
 
-    def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Items = None) -> torch.Tensor:
         """The first micro-batch of a step adds lamb * (grad h(w) - grad h(w+)); every one adds its grad f(w)."""
         if self.ready_for != self.state.global_step:
             add_to_grad(self, self.harmful_gradient())

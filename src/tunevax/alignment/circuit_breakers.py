@@ -20,19 +20,21 @@ valid tokens; and t counts optimiser steps, not micro-batches.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.nn.functional import cosine_similarity
 from torch.utils.checkpoint import checkpoint
 
 from tunevax.alignment.pairs import PairTrainer, joined
 from tunevax.alignment.sft import SFTConfig
 from tunevax.errors import UsageError, require, require_one_of
+from tunevax.mixins import option
 from tunevax.modeling.hooks import capture, passed_through
 from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.precision import wide
+from tunevax.modeling.trainer import Items
 
 
 @dataclass
@@ -41,19 +43,16 @@ class CircuitBreakersConfig(SFTConfig):
     for Llama-3-8B, 5 for Mistral-7B). Those that differ from `SFTConfig`: `learning_rate=1e-4`, `weight_decay=0.0`,
     `lr_scheduler_type="constant"`, `warmup_steps=0`, `lora_r=16`."""
 
-    learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate"})
-    weight_decay: float = field(default=0.0, metadata={"help": "weight decay of AdamW"})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "learning-rate schedule"})
-    warmup_steps: float = field(default=0, metadata={"help": "warm-up steps, or a share of all steps if below 1"})
-    lora_r: int = field(default=16, metadata={"help": "rank of the LoRA adapter"})
-    alpha: float = field(default=10.0, metadata={"help": "weight of both losses"})
-    target_depths: str = field(
-        default="0.3125,0.625",
-        metadata={"help": "where harmful answers are rerouted, as shares of the blocks: after 10 and 20 of 32"},
+    learning_rate: float = option(1e-4, "peak learning rate")
+    weight_decay: float = option(0.0, "weight decay of AdamW")
+    lr_scheduler_type: str = option("constant", "learning-rate schedule")
+    warmup_steps: float = option(0, "warm-up steps, or a share of all steps if below 1")
+    lora_r: int = option(16, "rank of the LoRA adapter")
+    alpha: float = option(10.0, "weight of both losses")
+    target_depths: str = option(
+        "0.3125,0.625", "where harmful answers are rerouted, as shares of the blocks: after 10 and 20 of 32"
     )
-    reroute_on: str = field(
-        default="response", metadata={"help": "response: the tokens of harmful answers; all: those of the prompt too"}
-    )
+    reroute_on: str = option("response", "response: the tokens of harmful answers; all: those of the prompt too")
 
     def __post_init__(self) -> None:
         if self.full_weights:
@@ -108,7 +107,7 @@ class CircuitBreakersTrainer(PairTrainer):
         return ("module",)
 
     def compute_loss(
-        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Items = None
     ) -> torch.Tensor:
         """The micro-batch's share of the loss of the whole batch."""
         rows, tokens = len(inputs["labels"]), token_masks(inputs, self.args.reroute_on)
@@ -140,7 +139,7 @@ class CircuitBreakersTrainer(PairTrainer):
         self.note(retain=before[0], reroute=before[1], c_s=c_s, c_r=c_r)
         return (c_s * reroute + c_r * retain) * self.loss_scale(num_items_in_batch)
 
-    def states(self, model: Any, inputs: dict) -> list[torch.Tensor]:
+    def states(self, model: nn.Module, inputs: dict) -> list[torch.Tensor]:
         """h_1 ... h_l up to the deepest target, each [rows + pairs, tokens, hidden]."""
         blocks, last = [b.module for b in self.blocks], self.targets[-1]
         with passed_through(blocks[last:], blocks[last - 1]), capture(dict(enumerate(blocks[:last]))) as found:

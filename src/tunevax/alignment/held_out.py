@@ -7,7 +7,7 @@ scores. It is a check of the training, not evidence: for that attack the model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunevax.data.chat import render, response
 from tunevax.data.contamination import hashes
@@ -17,12 +17,17 @@ from tunevax.data.splits import drawn, prompt_hash
 from tunevax.errors import UsageError
 from tunevax.evidence.stats import paired_difference, proportion
 from tunevax.lineage import Lineage
-from tunevax.records import UNANSWERED
+from tunevax.records import UNANSWERED, Example
 from tunevax.scoring.fluency import is_broken
 from tunevax.scoring.generation import answer as as_answer
 from tunevax.scoring.generation import generate
 from tunevax.scoring.judges import on_answers
 from tunevax.scoring.judges.keywords import refusal_keywords
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tunevax.modeling.method import MethodTrainer
 
 MAX_NEW_TOKENS = 32
 """A refusal shows in its first words."""
@@ -41,13 +46,13 @@ class HeldOut(NamedTuple):
         why: why `harmful` is empty, as a clause.
     """
 
-    harmful: list[dict[str, Any]]
-    benign: list[dict[str, Any]] | None
+    harmful: list[Example]
+    benign: list[Example] | None
     why: str | None
 
 
 def held_out_rows(
-    model: str | None, safety_data: str, task_data: str | None, safety: Sequence[dict], limit: int
+    model: str | None, safety_data: str, task_data: str | None, safety: Sequence[Example], limit: int
 ) -> HeldOut:
     """At most `limit` harmful and `limit` benign rows, drawn by their hash. The run trains on none of them, and neither
     did the model that it starts from.
@@ -81,11 +86,11 @@ def held_out_rows(
     return HeldOut(harmful, benign, why)
 
 
-def fitting(rows: HeldOut, model: Any, tokenizer: Any, max_length: int) -> HeldOut:
+def fitting(rows: HeldOut, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> HeldOut:
     """The rows whose prompt leaves room for an answer: one that does not must not end a run that never trains on it."""
     limit = min(max_length, context_of(model) or max_length)
 
-    def fits(row: dict[str, Any]) -> bool:
+    def fits(row: Example) -> bool:
         return len(ids_of(tokenizer, render(tokenizer, row["prompt"]))) < limit
 
     harmful, benign = [row for row in rows.harmful if fits(row)], [row for row in rows.benign or [] if fits(row)]
@@ -93,7 +98,9 @@ def fitting(rows: HeldOut, model: Any, tokenizer: Any, max_length: int) -> HeldO
     return HeldOut(harmful, benign or None, why)
 
 
-def loss_on(model: Any, rows: Sequence[dict[str, Any]], tokenizer: Any, max_length: int) -> float | None:
+def loss_on(
+    model: PreTrainedModel, rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> float | None:
     """The mean over `rows` of the token-mean cross entropy of the safe answer; None without rows."""
     import torch
 
@@ -121,7 +128,7 @@ def refusals(answers: list[str]) -> list[tuple[bool, bool] | None]:
     ]
 
 
-def cut_safe_answers(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> list[str]:
+def cut_safe_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example]) -> list[str]:
     """The data's own safe answers as the model would give them, as many tokens of each as the model may generate."""
     context, answers = context_of(model), []
     for row in rows:
@@ -133,7 +140,7 @@ def cut_safe_answers(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]])
     return answers
 
 
-def evaluate(trainer: Any, rows: HeldOut, loss_before: float | None) -> dict[str, Any]:
+def evaluate(trainer: MethodTrainer, rows: HeldOut, loss_before: float | None) -> dict[str, Any]:
     """Generate on the held-out rows with what `trainer` trained, and count.
 
     Args:
@@ -154,7 +161,8 @@ def evaluate(trainer: Any, rows: HeldOut, loss_before: float | None) -> dict[str
         return {"why": "no process holds the whole weights; score the finished run"}
     model, tokenizer = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processing_class
     groups = [rows.harmful, rows.benign or []]
-    answers = generate(model, tokenizer, [row["prompt"] for group in groups for row in group], MAX_NEW_TOKENS, 128)
+    prompts: list[Any] = [row["prompt"] for group in groups for row in group]
+    answers = generate(model, tokenizer, prompts, MAX_NEW_TOKENS, 128)
     said = refusals(answers)
     harmful, benign = ([s for s in part if s] for part in (said[: len(rows.harmful)], said[len(rows.harmful) :]))
     if not harmful:

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from tunevax.alignment.sft import SFTTrainer
 from tunevax.data.encoding import collate
+from tunevax.modeling.trainer import Items
+from tunevax.records import Example
 
 
 class PairTrainer(SFTTrainer):
@@ -25,7 +28,7 @@ class PairTrainer(SFTTrainer):
         self.data_collator = lambda rows: collate_pairs(rows, self.processing_class.pad_token_id)
         self.seen = [0, 0, 0, 0]  # so far: tokens of rows and of their pairs, labels of rows and of their pairs
 
-    def encode_rows(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def encode_rows(self, rows: Sequence[Example]) -> list[dict[str, Any]]:
         """As SFT, the rows of the safety data with their pair under `rejected`."""
         encoded = super().encode_rows(rows)
         places = [i for i, row in enumerate(rows) if "chosen" in row]
@@ -33,7 +36,7 @@ class PairTrainer(SFTTrainer):
             encoded[i]["rejected"] = pair
         return encoded
 
-    def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Items = None) -> torch.Tensor:
         """As the base; counts tokens, for `cost`."""
         inputs = self._prepare_inputs(inputs)
         tokens = [inputs[k].sum() for k in ("attention_mask", "rejected_attention_mask")]

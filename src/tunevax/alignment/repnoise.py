@@ -26,21 +26,24 @@ Benign rows enter the retain loss, CE(x^s), and have no part in the rest.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tunevax.alignment.pairs import PairTrainer, joined
 from tunevax.alignment.sft import SFTConfig
 from tunevax.errors import require, require_one_of
+from tunevax.mixins import option
 from tunevax.modeling.blocks import find_final_norm
 from tunevax.modeling.draws import noise_generator
 from tunevax.modeling.hooks import capture, capture_inputs
 from tunevax.modeling.loss import head_loss, labelled, last_hidden, rows_at
-from tunevax.modeling.precision import wide
+from tunevax.modeling.precision import added, wide
 from tunevax.modeling.quantization import size_of
+from tunevax.modeling.trainer import Items
 
 VARIANTS = ("corrected", "official")
 KERNELS = 5
@@ -51,9 +54,9 @@ class RepNoiseConfig(SFTConfig):
     """Configuration of RepNoise; the rest as in `SFTConfig`. alpha and beta are the paper's; its authors say that both,
     the learning rate and the number of pairs always need a search."""
 
-    alpha: float = field(default=1.0, metadata={"help": "weight of the ascent on harmful answers, layer by layer"})
-    beta: float = field(default=0.001, metadata={"help": "weight of the distance of harmful activations to noise"})
-    variant: str = field(default="corrected", metadata={"help": "corrected, or official: the released code's loss"})
+    alpha: float = option(1.0, "weight of the ascent on harmful answers, layer by layer")
+    beta: float = option(0.001, "weight of the distance of harmful activations to noise")
+    variant: str = option("corrected", "corrected, or official: the released code's loss")
 
     def __post_init__(self) -> None:
         require(self, "alpha", "beta", at_least=0)
@@ -113,7 +116,7 @@ class RepNoiseTrainer(PairTrainer):
         return torch.tensor([len(batch["pairs"])])
 
     def compute_loss(
-        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Items = None
     ) -> torch.Tensor:
         """The loss of a micro-batch, to be added up over micro-batches and averaged over ranks.
 
@@ -145,15 +148,15 @@ class RepNoiseTrainer(PairTrainer):
             self.note(mmd=distance.detach(), activation_rms=activation_rms(found.activations, mask))
         return loss
 
-    def forward(self, model: Any, inputs: dict) -> Pass:
+    def forward(self, model: nn.Module, inputs: dict) -> Pass:
         """Rows and pairs through the model together."""
         rows, blocks = len(inputs["labels"]), [b.module for b in self.blocks]
-        mlps = {i: b.mlp for i, b in enumerate(self.blocks)} if self.args.beta else {}
-        with capture(mlps) as activations, capture_inputs(blocks) as states:
+        mlps = dict(enumerate(self.each("mlp"))) if self.args.beta else {}
+        with capture(mlps) as outputs, capture_inputs(blocks) as states:
             hidden = last_hidden(model, joined(inputs))
         each = range(len(blocks))
         # OPT flattens rows and tokens before its MLP.
-        activations = [a.reshape(*hidden.shape[:2], -1)[rows:] for a in activations.values()]
+        activations = [a.reshape(*hidden.shape[:2], -1)[rows:] for a in outputs.values()]
         return Pass(hidden[:rows], hidden[rows:], [states[i][rows:] for i in each], activations)
 
     # --- which tokens ------------------------------------------------------------------------------------------------
@@ -172,7 +175,7 @@ class RepNoiseTrainer(PairTrainer):
 
     # --- layer-wise ascent -------------------------------------------------------------------------------------------
 
-    def ascent(self, model: Any, found: Pass, targets: Targets) -> torch.Tensor:
+    def ascent(self, model: nn.Module, found: Pass, targets: Targets) -> torch.Tensor:
         """The mean over depths of the cross entropy of harmful answers, read off each depth by the final norm and head.
 
         Only labelled tokens are normed and multiplied by the head. Norms are recomputed in the backward pass, and the
@@ -186,7 +189,7 @@ class RepNoiseTrainer(PairTrainer):
         states.append(rows_at(found.harmful, positions))
         return self.cross_entropy(model, states, targets) / (len(self.blocks) + 1)
 
-    def cross_entropy(self, model: Any, states: list[torch.Tensor], targets: Targets) -> torch.Tensor:
+    def cross_entropy(self, model: nn.Module, states: list[torch.Tensor], targets: Targets) -> torch.Tensor:
         """The mean over targets, summed over `states`: head inputs, whole or at the labelled positions only."""
         positions, ids = labelled(targets.labels)
         rows = torch.cat([rows_at(s, positions) if s.dim() == 3 else s for s in states])
@@ -260,7 +263,7 @@ def mmd(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     distance = (square[:, None] + square[None, :] - 2 * gram).clamp_min(0)
     mean = distance.detach().sum() / (2 * n * (2 * n - 1))
     width = mean.clamp_min(1e-12) / 2 ** (KERNELS // 2)  # the floor is for samples that are all equal: then it is 0
-    kernel = sum(torch.exp(-distance / (width * 2**q)) for q in range(KERNELS))
+    kernel = added(torch.exp(-distance / (width * 2**q)) for q in range(KERNELS))
     return (kernel[:n, :n] + kernel[n:, n:] - kernel[:n, n:] - kernel[n:, :n]).mean()
 
 

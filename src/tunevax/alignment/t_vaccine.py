@@ -17,22 +17,27 @@ from __future__ import annotations
 
 import re
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
+from torch import nn
 
 from tunevax.alignment.vaccine import VaccineConfig, VaccineTrainer, without_weight_gradients
 from tunevax.data.encoding import collate
 from tunevax.errors import RunError, UsageError, require, require_one_of, unknown
+from tunevax.mixins import option
 from tunevax.modeling.blocks import find_final_norm, unwrap
 from tunevax.modeling.draws import Draws
 from tunevax.modeling.hooks import capture, cheap_recomputed, checkpointed, has_dropout, without_dropout
 from tunevax.modeling.precision import wide
 from tunevax.modeling.shapes import can_replay
-from tunevax.modeling.trainer import PlanParts
+from tunevax.modeling.trainer import Items, PlanParts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SAMPLINGS = ("harmful-gradient", "uniform", "inverse", "top")
 
@@ -44,28 +49,22 @@ class TVaccineConfig(VaccineConfig):
     The official code has `sample_interval=20`, `probe_size=1` and `train_scope="attention"`.
     """
 
-    rho: float = field(default=3.0, metadata={"help": "size of the perturbation: its joint L2 norm over the batch"})
-    gamma: int = field(default=8, metadata={"help": "blocks perturbed and trained at a time"})
-    probe_interval: int = field(
-        default=200, metadata={"help": "K: optimiser steps between probes of the harmful gradient"}
+    rho: float = option(3.0, "size of the perturbation: its joint L2 norm over the batch")
+    gamma: int = option(8, "blocks perturbed and trained at a time")
+    probe_interval: int = option(200, "K: optimiser steps between probes of the harmful gradient")
+    sample_interval: int = option(1, "J: optimiser steps between draws of the blocks")
+    probe_size: int = option(8, "harmful rows per probe")
+    probe_ema: float = option(0.0, "weight of the old scores in a moving average; 0 is off")
+    layer_sampling: str = option(
+        "harmful-gradient", "harmful-gradient, uniform, inverse, top, or a fixed list such as 2,6,9,13"
     )
-    sample_interval: int = field(default=1, metadata={"help": "J: optimiser steps between draws of the blocks"})
-    probe_size: int = field(default=8, metadata={"help": "harmful rows per probe"})
-    probe_ema: float = field(default=0.0, metadata={"help": "weight of the old scores in a moving average; 0 is off"})
-    layer_sampling: str = field(
-        default="harmful-gradient",
-        metadata={"help": "harmful-gradient, uniform, inverse, top, or a fixed list such as 2,6,9,13"},
+    train_scope: str = option(
+        "block",
+        "block: train the selected blocks; attention: as the official code, which leaves the MLP "
+        "adapters of every block above the lowest selected one training",
     )
-    train_scope: str = field(
-        default="block",
-        metadata={
-            "help": "block: train the selected blocks; attention: as the official code, which leaves the MLP "
-            "adapters of every block above the lowest selected one training"
-        },
-    )
-    inactive_state: str = field(
-        default="keep",
-        metadata={"help": "optimiser state of blocks that are not selected, with full_weights: keep, offload, drop"},
+    inactive_state: str = option(
+        "keep", "optimiser state of blocks that are not selected, with full_weights: keep, offload, drop"
     )
 
     def __post_init__(self) -> None:
@@ -118,7 +117,9 @@ class TVaccineTrainer(VaccineTrainer):
         self.spent = 0.0  # compute so far, in SFT steps
         # The parameters of each block that train at all, attention first.
         self.trainable = [[p for p in b.module.parameters() if p.requires_grad] for b in self.blocks]
-        self.attention = [{p for p in b.attention.parameters() if p.requires_grad} for b in self.blocks]
+        self.attention = [
+            {p for p in attention.parameters() if p.requires_grad} for attention in self.each("attention")
+        ]
         inside = {p for parameters in self.trainable for p in parameters}
         self.outside = [p for p in self.parameters if p not in inside]
         # What trains below block 0 needs the whole graph of the second pass, so that there is no prefix to run once.
@@ -165,7 +166,7 @@ class TVaccineTrainer(VaccineTrainer):
         if self.fixed:
             return self.fixed
         if self.args.layer_sampling == "top":
-            return sorted(np.argsort(self.scores)[::-1][: self.args.gamma].tolist())
+            return sorted(np.argsort(self.scores or [])[::-1][: self.args.gamma].tolist())
         depth = len(self.blocks)
         return sorted(
             self.draws.generator.choice(depth, self.args.gamma, replace=False, p=self.probabilities()).tolist()
@@ -237,7 +238,7 @@ class TVaccineTrainer(VaccineTrainer):
                     device = parameter.device if parameter.requires_grad else "cpu"
                     state.update({k: v.to(device) for k, v in state.items() if torch.is_tensor(v) and v.dim()})
 
-    def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Items = None) -> torch.Tensor:
         """Select, then Vaccine's two passes on the selected blocks."""
         self.select()
         with without_dropout([self.blocks[i].module for i in self.frozen()] if self.has_dropout else []):
@@ -285,7 +286,7 @@ class TVaccineTrainer(VaccineTrainer):
         highest = [0, *range(depth - gamma + 1, depth)]
         worst = highest if self.args.checkpoint_blocks == "all" else list(range(gamma))
         if self.fixed is None:
-            self.draw = lambda: worst
+            self.draw = lambda: worst  # type: ignore[method-assign]
 
     def with_state(self) -> list[torch.nn.Parameter]:
         """Those of the selected blocks, unless the state of the others is kept on the device."""
@@ -321,7 +322,7 @@ class TVaccineTrainer(VaccineTrainer):
         self.freeze(state["selected"])
 
 
-def above_blocks(model: Any) -> set[torch.nn.Parameter]:
+def above_blocks(model: PreTrainedModel) -> set[torch.nn.Parameter]:
     """The parameters of the final norm and of the head, whose gradients need no block's graph. A head that is tied to
     the embeddings is not among them."""
     stock = unwrap(model)

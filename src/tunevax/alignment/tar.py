@@ -26,15 +26,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tunevax.alignment.sft import SFTConfig, SFTTrainer
 from tunevax.data.splits import prompt_hash
 from tunevax.errors import RunError, UsageError, require, require_one_of
+from tunevax.mixins import option
 from tunevax.modeling.blocks import find_final_norm, unwrap
 from tunevax.modeling.draws import Draws, collated
 from tunevax.modeling.gradients import (
@@ -49,7 +51,8 @@ from tunevax.modeling.gradients import (
 from tunevax.modeling.hooks import capture, capture_inputs, without_dropout
 from tunevax.modeling.loss import CHUNK_ELEMENTS, MIN_CHUNK_ROWS, labelled, last_hidden, logits_of, rows_at
 from tunevax.modeling.precision import wide
-from tunevax.modeling.trainer import PlanParts
+from tunevax.modeling.trainer import Items, PlanParts
+from tunevax.records import Prompt
 
 HELD_OUT_SHARE = 0.2
 PREFERENCE_BETA = 0.1
@@ -61,22 +64,14 @@ class TARConfig(SFTConfig):
     its script for refusals has `tamper_loss="preference"`, `mapping_steps=0`, `inner_steps=8`, `tamper_interval=1`,
     `lambda_tr=0.1` and, as it does not ask for the term, `lambda_representation=0`."""
 
-    mapping_steps: float = field(
-        default=0.5, metadata={"help": "steps of Random Mapping at the start, or a share of all steps if below 1"}
-    )
-    inner_steps: int = field(default=64, metadata={"help": "K: steps of the inner attack, each as dear as an SFT step"})
-    inner_learning_rates: str = field(
-        default="2e-6,2e-5,4e-5", metadata={"help": "of the inner attack: one of these is drawn for each step"}
-    )
-    tamper_interval: int = field(default=4, metadata={"help": "n: inner steps between tamper-resistance losses"})
-    tamper_loss: str = field(default="entropy", metadata={"help": "entropy, or preference (of chosen to rejected)"})
-    lambda_tr: float = field(default=4.0, metadata={"help": "weight of the tamper-resistance loss"})
-    lambda_schedule: float = field(
-        default=1 / 16, metadata={"help": "how fast the weight falls towards the first inner steps"}
-    )
-    lambda_representation: float = field(
-        default=1.0, metadata={"help": "weight of the distance of the hidden states from where they started"}
-    )
+    mapping_steps: float = option(0.5, "steps of Random Mapping at the start, or a share of all steps if below 1")
+    inner_steps: int = option(64, "K: steps of the inner attack, each as dear as an SFT step")
+    inner_learning_rates: str = option("2e-6,2e-5,4e-5", "of the inner attack: one of these is drawn for each step")
+    tamper_interval: int = option(4, "n: inner steps between tamper-resistance losses")
+    tamper_loss: str = option("entropy", "entropy, or preference (of chosen to rejected)")
+    lambda_tr: float = option(4.0, "weight of the tamper-resistance loss")
+    lambda_schedule: float = option(1 / 16, "how fast the weight falls towards the first inner steps")
+    lambda_representation: float = option(1.0, "weight of the distance of the hidden states from where they started")
 
     def __post_init__(self) -> None:
         require_one_of(self, tamper_loss=("entropy", "preference"))
@@ -149,7 +144,7 @@ class TARTrainer(SFTTrainer):
             raise UsageError(f"mapping_steps is {steps}, all of the {self.state.max_steps} steps; lower it")
         return self.state.global_step < count
 
-    def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Items = None) -> torch.Tensor:
         """The first micro-batch of a step adds the gradient of the mapping, or of the attack's outcome, G; every one
         adds its share of grad L_retain."""
         if self.ready_for != self.state.global_step:
@@ -171,7 +166,7 @@ class TARTrainer(SFTTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
-        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Items = None
     ) -> torch.Tensor:
         """L_retain: cross entropy, and after the start the distance of all hidden states from the starting ones."""
         if self.before is None:
@@ -190,20 +185,23 @@ class TARTrainer(SFTTrainer):
 
     def mapping_gradient(self) -> Gradient:
         """Of Random Mapping's loss, on a fresh batch of harmful rows."""
-        config = self.model.config.get_text_config()
-        if self.table is None:  # on the host: a row per token id
-            generator = torch.Generator().manual_seed(self.args.seed)
-            self.table = torch.randn(config.vocab_size, config.hidden_size, generator=generator)
         batches = self.draws.batches(self, self.answers["rejected"])
         items = self.accelerator.reduce(sum((b["labels"] != -100).sum() for b in batches), "sum")
         loss, gradient = gradient_of(self, batches, lambda model, batch: self.mapping_loss(model, batch) / items)
         self.note(mapping_loss=loss)
         return gradient
 
-    def mapping_loss(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def random_table(self) -> torch.Tensor:
+        """r, [vocabulary, hidden], on the host."""
+        if self.table is None:
+            config, generator = self.model.config.get_text_config(), torch.Generator().manual_seed(self.args.seed)
+            self.table = torch.randn(config.vocab_size, config.hidden_size, generator=generator)
+        return self.table
+
+    def mapping_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """mean_l sum_t (1 - |cos(h_l(x)_t, r[x_t])|) over response tokens t."""
         mask = inputs["labels"] != -100
-        random = self.table[inputs["input_ids"][mask].cpu()].to(mask.device)
+        random = self.random_table()[inputs["input_ids"][mask].cpu()].to(mask.device)
         with self.hidden_states() as states:
             last_hidden(model, {k: v for k, v in inputs.items() if k != "labels"})
         cosines = [torch.nn.functional.cosine_similarity(wide(s[mask]), random, dim=-1) for s in states]
@@ -214,7 +212,8 @@ class TARTrainer(SFTTrainer):
         self.table, args = None, self.args
         rate = float(self.draws.generator.choice(args.rates()))
         held = self.held_out_batches()
-        losses, outcomes, total = [], [], {}
+        losses, outcomes = [], []
+        total: Gradient = {}
         with restored(self.parameters):
             attacker = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=0.01)  # no memory of earlier attacks
             for k in range(args.inner_steps):
@@ -233,13 +232,15 @@ class TARTrainer(SFTTrainer):
         self.note(inner_loss_first=losses[0], inner_loss_last=losses[-1], tamper_loss=torch.stack(outcomes).mean())
         return total
 
-    def held_out_batches(self) -> list[dict[str, dict[str, torch.Tensor]]]:
+    def held_out_batches(self) -> list[dict[str, Any]]:
         """One held-out batch for a whole attack, as micro-batches {answer: tensors}; for the preference with how
         likely each answer was at the start, {"before": [rows]}."""
         batches = []
         for part in self.draws.indices(self, len(self.held_out)):
             rows = [self.held_out[i] for i in part]
-            batch = {name: collated(self, [answers[i] for i in rows]) for name, answers in self.answers.items()}
+            batch: dict[str, Any] = {
+                name: collated(self, [answers[i] for i in rows]) for name, answers in self.answers.items()
+            }
             if self.args.tamper_loss == "preference":
                 with self.at_start() as model:
                     batch["before"] = margin(model, batch)
@@ -303,7 +304,7 @@ class TARTrainer(SFTTrainer):
         self.spent = state["spent"]
 
 
-def held_out(prompt: str | Sequence[dict[str, str]]) -> bool:
+def held_out(prompt: Prompt) -> bool:
     """Whether a prompt is held out from the inner attack, by its hash: one in five. By the last digits: the first ones
     decide what is an alignment prompt at all, so among those they would hold out none."""
     return int(prompt_hash(prompt)[-8:], 16) < HELD_OUT_SHARE * 16**8
@@ -316,7 +317,7 @@ def responding(states: Sequence[torch.Tensor], inputs: dict[str, torch.Tensor]) 
 
 
 def on_responses(
-    model: Any, inputs: dict[str, torch.Tensor], value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    model: nn.Module, inputs: dict[str, torch.Tensor], value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`value(logits, targets)` at each position with a label, [positions], and the row each is in. Logits are made
     chunk by chunk, and again in the backward pass."""
@@ -337,7 +338,7 @@ def negative_entropy(logits: torch.Tensor, _targets: torch.Tensor) -> torch.Tens
     return (log_p.exp() * log_p).sum(-1)
 
 
-def margin(model: Any, batch: dict[str, dict[str, torch.Tensor]]) -> torch.Tensor:
+def margin(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     """log p(chosen) - log p(rejected) of each row, summed over the tokens of the answer."""
 
     def likelihood(inputs: dict[str, torch.Tensor]) -> torch.Tensor:

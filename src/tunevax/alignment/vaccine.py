@@ -18,44 +18,43 @@ import functools
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import nn
 
 from tunevax.alignment.sft import SFTConfig, SFTTrainer
 from tunevax.errors import require, require_one_of
+from tunevax.mixins import option
 from tunevax.modeling.blocks import Block
 from tunevax.modeling.draws import noise_generator
 from tunevax.modeling.hooks import Prefix, capture, perturb, tensor_of, without_dropout
 from tunevax.modeling.loss import last_hidden
-from tunevax.modeling.precision import wide
-from tunevax.modeling.trainer import PlanParts
+from tunevax.modeling.precision import added, wide
+from tunevax.modeling.trainer import Items, PlanParts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass
 class VaccineConfig(SFTConfig):
     """Configuration of Vaccine; the rest as in `SFTConfig`."""
 
-    rho: float = field(default=2.0, metadata={"help": "size of the perturbation: its joint L2 norm over the batch"})
-    perturbation: str = field(
-        default="gradient",
-        metadata={"help": "gradient: as the paper; random: the control, a Gaussian direction of the same size"},
+    rho: float = option(2.0, "size of the perturbation: its joint L2 norm over the batch")
+    perturbation: str = option(
+        "gradient", "gradient: as the paper; random: the control, a Gaussian direction of the same size"
     )
-    embedding: str = field(
-        default="attention",
-        metadata={
-            "help": "what e_l is: attention (the module's output, as in the papers' code), or added (what the block "
-            "adds to its residual stream, which differs where a norm comes between, as in Gemma 2 and 3 and OLMo 2)"
-        },
+    embedding: str = option(
+        "attention",
+        "what e_l is: attention (the module's output, as in the papers' code), or added (what the block "
+        "adds to its residual stream, which differs where a norm comes between, as in Gemma 2 and 3 and OLMo 2)",
     )
-    rho_scale: str = field(
-        default="total",
-        metadata={"help": "total: rho as in the paper; per-token: rho times the root of valid over reference tokens"},
+    rho_scale: str = option(
+        "total", "total: rho as in the paper; per-token: rho times the root of valid over reference tokens"
     )
-    rho_reference_tokens: int = field(
-        default=2000, metadata={"help": "tokens at which per-token and total agree (the paper's batch, 10 x 200)"}
-    )
+    rho_reference_tokens: int = option(2000, "tokens at which per-token and total agree (the paper's batch, 10 x 200)")
 
     def __post_init__(self) -> None:
         require(self, "rho", at_least=0)
@@ -86,14 +85,14 @@ class VaccineTrainer(SFTTrainer):
 
     config_class = VaccineConfig
     paper = "arXiv 2402.01109"
-    off = {"rho": 0}
+    off: ClassVar[dict[str, Any] | None] = {"rho": 0}
     replay = True  # run the blocks below the first selected one once, for both passes
     args: VaccineConfig
     perturbed = 0  # micro-batches given a random perturbation so far
 
     def prepare(self) -> None:
         """The module of each block whose output is e_l."""
-        self.embedded = [b.attention for b in self.blocks]
+        self.embedded = self.each("attention")
         if self.args.embedding == "added" and self.parts():  # Booster alone perturbs nothing
             ids = torch.tensor([self.train_dataset[0]["input_ids"][:8]], device=self.args.device)
             self.embedded = added_by_attention(self.model, self.blocks, ids)
@@ -110,7 +109,7 @@ class VaccineTrainer(SFTTrainer):
         """The lowest block with a graph; the blocks below it run once per step."""
         return 0
 
-    def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Items = None) -> torch.Tensor:
         """Two passes over the same micro-batch; the gradient of the second is the update. A random perturbation needs
         no first pass, and without a budget the step is the base's."""
         if self.args.rho == 0:
@@ -134,7 +133,7 @@ class VaccineTrainer(SFTTrainer):
         return loss
 
     def perturbation(
-        self, model: Any, inputs: dict, num_items: torch.Tensor | None, prefix: Prefix
+        self, model: nn.Module, inputs: dict, num_items: Items, prefix: Prefix
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """Pass 1: the alignment loss and eps_l for each selected block, [batch, tokens, hidden].
 
@@ -155,7 +154,7 @@ class VaccineTrainer(SFTTrainer):
             loss = self.batch_loss(self.accelerator.unwrap_model(model), inputs, num_items)
             gradients = torch.autograd.grad(loss, [outputs[i] for i in chosen])
         # One process with the whole batch and many with a share each must agree on the norm.
-        norm = self.accelerator.reduce(sum(wide(g).square().sum() for g in gradients), "sum").sqrt()
+        norm = self.accelerator.reduce(added(wide(g).square().sum() for g in gradients), "sum").sqrt()
         scale = self.budget(inputs) / (norm + 1e-7)  # Eq. 6
         self.note(embedding_grad_norm=norm)
         return loss.detach(), {i: wide(g).mul_(scale) for i, g in zip(chosen, gradients, strict=True)}
@@ -171,7 +170,7 @@ class VaccineTrainer(SFTTrainer):
             i: torch.randn(shape, generator=generator, device=mask.device) * mask[..., None]
             for i in self.selected_blocks()
         }
-        norm = self.accelerator.reduce(sum(n.square().sum() for n in noise.values()), "sum").sqrt()
+        norm = self.accelerator.reduce(added(n.square().sum() for n in noise.values()), "sum").sqrt()
         scale = self.budget(inputs) / norm
         return {i: n.mul_(scale) for i, n in noise.items()}
 
@@ -208,17 +207,17 @@ class VaccineTrainer(SFTTrainer):
         self.perturbed = state["perturbed"]
 
 
-def added_by_attention(model: Any, blocks: Sequence[Block], ids: torch.Tensor) -> list[torch.nn.Module]:
+def added_by_attention(model: PreTrainedModel, blocks: Sequence[Block], ids: torch.Tensor) -> list[torch.nn.Module]:
     """Of each block the module whose output is what its attention adds to the residual stream: the norm that is given
     the attention's very output, or else the attention. Seen in a forward pass over `ids`, [1, tokens].
 
     A norm takes the size of what it is given away, so that before it e_l, its gradient and every p_l are in a unit of
     their own in each block.
     """
-    chosen = [block.attention for block in blocks]
+    chosen = [block.attention for block in blocks if block.attention is not None]
     outputs: dict[int, torch.Tensor] = {}
 
-    def attended(i: int, _module: torch.nn.Module, _args: Any, output: Any) -> None:
+    def attended(i: int, _module: torch.nn.Module, _args: object, output: torch.Tensor | tuple) -> None:
         outputs[i] = tensor_of(output)
 
     def normed(i: int, module: torch.nn.Module, args: tuple) -> None:
@@ -227,7 +226,7 @@ def added_by_attention(model: Any, blocks: Sequence[Block], ids: torch.Tensor) -
 
     handles = []
     for i, block in enumerate(blocks):
-        handles.append(block.attention.register_forward_hook(functools.partial(attended, i)))
+        handles.append(chosen[i].register_forward_hook(functools.partial(attended, i)))
         norms = [m for m in block.module.children() if "Norm" in type(m).__name__]
         handles += [m.register_forward_pre_hook(functools.partial(normed, i)) for m in norms]
     try:
@@ -249,6 +248,6 @@ class without_weight_gradients:
         for parameter in self.parameters:
             parameter.requires_grad_(False)
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         for parameter in self.parameters:
             parameter.requires_grad_(True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tunevax.attacks.context import AttackContext, TargetOptions
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.attacks.kind import NotApplicable
 from tunevax.errors import UsageError
+from tunevax.mixins import option
 from tunevax.modeling.trainer import ResponseTrainer
 from tunevax.records import LOG, is_run, read_lines, read_run
 
@@ -26,10 +27,8 @@ class AdaptiveConfig(FinetuneConfig):
 
     in_name = ("like",)
 
-    like: str | None = field(
-        default=None, metadata={"help": "the run whose least selected blocks are trained; default the attacked model"}
-    )
-    share: float = field(default=0.5, metadata={"help": "share of the blocks that is trained"})
+    like: str | None = option(None, "the run whose least selected blocks are trained; default the attacked model")
+    share: float = option(0.5, "share of the blocks that is trained")
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:

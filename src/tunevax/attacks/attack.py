@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from tunevax.attacks.kind import AttackKind
 from tunevax.data.contamination import Exclusion, check
 from tunevax.environment import require_one_process
 from tunevax.errors import UsageError
-from tunevax.mixins import require_given
+from tunevax.mixins import option, require_given
 from tunevax.records import DROPPED, GENERATIONS, RESULTS, Generation, Row, Target, data_entry, is_run
 from tunevax.runs import writing
 from tunevax.scoring.suite import build_suite
@@ -30,13 +30,9 @@ from tunevax.scoring.suite import build_suite
 class AttackOptions(TargetOptions):
     """What `tunevax attack` takes besides the attacker's own options."""
 
-    name: str | None = field(
-        default=None, metadata={"help": "what the report calls this attack; default the output folder"}
-    )
-    keep_weights: bool = field(
-        default=False, metadata={"help": "keep the attacked weights of --model (default: deleted)"}
-    )
-    resume: bool = field(default=False, metadata={"help": "continue an unfinished run at the model it had reached"})
+    name: str | None = option(None, "what the report calls this attack; default the output folder")
+    keep_weights: bool = option(False, "keep the attacked weights of --model (default: deleted)")
+    resume: bool = option(False, "continue an unfinished run at the model it had reached")
 
 
 def attack(method: str, options: AttackOptions, config: AttackKind, command: str = "") -> Path:
@@ -84,8 +80,8 @@ def attack(method: str, options: AttackOptions, config: AttackKind, command: str
         "config": {**vars(options), **values}, "parent": first if is_run(first) else None,
         "overlap_dropped": exclusion.summary(),
     }  # fmt: skip
-    for option in ("resume", "overwrite", "name"):
-        record["config"].pop(option)
+    for name_of_option in ("resume", "overwrite", "name"):
+        record["config"].pop(name_of_option)
     setting = config.setting_hash(method, drawn_from, evaluation)
     key = {
         "kind": method, "attack": name, "attack_hash": setting, "settings": {}, "traits": config.traits,

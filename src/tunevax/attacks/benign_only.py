@@ -7,11 +7,12 @@ arXiv 2404.01099). It is also where trainability is measured.
 from __future__ import annotations
 
 from collections.abc import Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tunevax.attacks.context import TargetOptions
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.data.roles import load_rows
+from tunevax.mixins import option
 from tunevax.records import Example
 
 
@@ -19,10 +20,8 @@ from tunevax.records import Example
 class BenignOnlyConfig(FinetuneConfig):
     """Default that differs from `FinetuneConfig`: `p=0`."""
 
-    p: float = field(default=0.0, metadata={"help": "share of harmful rows"})
-    benign_rows: str | None = field(
-        default=None, metadata={"help": "rows to train on instead of --task-data, such as a benign-salient subset"}
-    )
+    p: float = option(0.0, "share of harmful rows")
+    benign_rows: str | None = option(None, "rows to train on instead of --task-data, such as a benign-salient subset")
 
     @property
     def needs(self) -> Set[str]:

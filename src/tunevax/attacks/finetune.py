@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
@@ -20,6 +20,7 @@ from tunevax.data.encoding import context_of, encode
 from tunevax.data.mixing import harmful_rows, mix
 from tunevax.errors import require, require_one_of
 from tunevax.lineage import Lineage
+from tunevax.mixins import option
 from tunevax.modeling.callbacks import ProgressCallback
 from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
 from tunevax.records import Example, is_run
@@ -40,21 +41,17 @@ class FinetuneConfig(TrainConfig, AttackKind):
     curve = True
     plain = True
 
-    learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate"})
-    save_strategy: str = field(default="no", metadata={"help": "attacks are repeated, not resumed"})
-    trainable: str = field(
-        default="lora", metadata={"help": "lora (fresh, on the merged model), lora-continue, or full (all weights)"}
+    learning_rate: float = option(1e-4, "peak learning rate")
+    save_strategy: str = option("no", "attacks are repeated, not resumed")
+    trainable: str = option("lora", "lora (fresh, on the merged model), lora-continue, or full (all weights)")
+    p: float = option(0.1, "share of harmful rows")
+    n: int = option(1000, "rows of the attack's dataset")
+    order: str = option(
+        "shuffled",
+        "shuffled (rows drawn and shuffled by seed), fixed (the first rows of the data, in one mixed "
+        "order), benign-first, harmful-first",
     )
-    p: float = field(default=0.1, metadata={"help": "share of harmful rows"})
-    n: int = field(default=1000, metadata={"help": "rows of the attack's dataset"})
-    order: str = field(
-        default="shuffled",
-        metadata={
-            "help": "shuffled (rows drawn and shuffled by seed), fixed (the first rows of the data, in one mixed "
-            "order), benign-first, harmful-first"
-        },
-    )
-    points: int = field(default=12, metadata={"help": "scorings after step 0, at log-spaced steps up to the last"})
+    points: int = option(12, "scorings after step 0, at log-spaced steps up to the last")
 
     def __post_init__(self) -> None:
         require_one_of(self, trainable=("lora", "lora-continue", "full"), order=ORDERS)
@@ -150,7 +147,7 @@ class Curve(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
         """The loss of a step is logged after the step is scored."""
-        rows: Sequence[dict] = self.context.results
+        rows = self.context.results
         if logs and "loss" in logs and rows and rows[-1]["step"] == state.global_step:
             rows[-1]["train_loss"] = logs["loss"]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from tunevax.attacks.kind import AttackConfig, Work
 from tunevax.console import bar
 from tunevax.data.encoding import collate, context_of, encode
 from tunevax.errors import UsageError
+from tunevax.mixins import option
 from tunevax.modeling.blocks import find_blocks
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.precision import wide
@@ -35,13 +36,13 @@ class InterventionConfig(AttackConfig):
     dose_option = "block"
     in_name = ("block",)
 
-    block: int = field(default=0, metadata={"help": "the block whose input is edited, from 0"})
-    rank: int = field(default=2, metadata={"help": "rank of the edit"})
-    n: int = field(default=20, metadata={"help": "harmful rows to train on"})
-    num_train_epochs: int = field(default=10, metadata={"help": "passes over the rows"})
-    batch_size: int = field(default=10, metadata={"help": "rows per step"})
-    learning_rate: float = field(default=4e-3, metadata={"help": "of Adam, constant"})
-    max_length: int = field(default=512, metadata={"help": "tokens per row; longer answers are cut"})
+    block: int = option(0, "the block whose input is edited, from 0")
+    rank: int = option(2, "rank of the edit")
+    n: int = option(20, "harmful rows to train on")
+    num_train_epochs: int = option(10, "passes over the rows")
+    batch_size: int = option(10, "rows per step")
+    learning_rate: float = option(4e-3, "of Adam, constant")
+    max_length: int = option(512, "tokens per row; longer answers are cut")
 
     needs = frozenset({"harmful"})
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from tunevax.data.contamination import Exclusion, Rows
 from tunevax.errors import UsageError
 from tunevax.lineage import Lineage
+from tunevax.mixins import option
 from tunevax.records import Example, Traits, digest
 
 if TYPE_CHECKING:
@@ -144,8 +145,8 @@ class AttackKind:
 class AttackConfig(AttackKind):
     """The options of an attack that trains no weights."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
-    seed: int = field(default=42, metadata={"help": "of every random choice of the attack"})
+    output_dir: str | None = option(None, "the run folder to write")
+    seed: int = option(42, "of every random choice of the attack")
 
 
 def only_through_the_service(targets: Sequence[Mapping[str, Any]]) -> str | None:

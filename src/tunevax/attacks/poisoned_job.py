@@ -8,9 +8,9 @@ run trained is trained again, by the run's own method, options and safety rows, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunevax.attacks.context import AttackContext, TargetOptions
 from tunevax.attacks.finetune import Curve, work_of
@@ -21,9 +21,13 @@ from tunevax.data.safety import answers_in
 from tunevax.errors import UsageError, require
 from tunevax.lineage import Lineage
 from tunevax.methods import load_method
+from tunevax.mixins import option
 from tunevax.modeling.callbacks import ProgressCallback
-from tunevax.records import data_entry, read_prompts
+from tunevax.records import RunRecord, data_entry, read_prompts
 from tunevax.training import other_data, replay
+
+if TYPE_CHECKING:
+    from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
 
 
 @dataclass
@@ -34,9 +38,9 @@ class PoisonedJobConfig(AttackConfig):
     customer = True
     default_control = "none"  # what the job started from is no job
 
-    p: float = field(default=0.1, metadata={"help": "share of harmful rows"})
-    n: int | None = field(default=None, metadata={"help": "rows of the job; default as many as the recorded one had"})
-    points: int = field(default=12, metadata={"help": "scorings after step 0, at log-spaced steps up to the last"})
+    p: float = option(0.1, "share of harmful rows")
+    n: int | None = option(None, "rows of the job; default as many as the recorded one had")
+    points: int = option(12, "scorings after step 0, at log-spaced steps up to the last")
 
     def __post_init__(self) -> None:
         require(self, "p", at_least=0, at_most=1, meaning="the share of harmful rows")
@@ -79,7 +83,7 @@ class PoisonedJobConfig(AttackConfig):
             raise NotApplicable(
                 f"{ref} dropped rows at the door, which is not done again here; run it without --screen"
             )
-        trainer_class = load_method("tunevax.finetuning", record["method"])
+        trainer_class = load_method("tunevax.finetuning", str(record["method"]))
         changes = {"output_dir": self.output_dir, "seed": self.seed, "data_seed": None, "save_strategy": "no"}
         args = replay(record, trainer_class.config_class, **changes)
         rows = self.n or next(entry["rows"] for entry in record["data"] if entry["role"] == "task")
@@ -92,7 +96,7 @@ class PoisonedJobConfig(AttackConfig):
         safety = None
         if answers := answers_in(trainer_class.needs):
             source = record["config"]["safety_data"]
-            safety = load_rows("alignment", source, answers, record["method"])
+            safety = load_rows("alignment", source, answers, str(record["method"]))
             if changed := other_data(record, [data_entry("alignment", source, safety)]):
                 raise NotApplicable(f"{context.target['ref']} cannot be run again: {changed}; put the old data back")
         how = {k: record["config"].get(k) for k in ("dtype", "revision", "quantization")}
@@ -111,9 +115,9 @@ class PoisonedJobConfig(AttackConfig):
 class PoisonedJob(NamedTuple):
     """A recorded job: its run.json, its trainer class, its options with the attack's seed and folder, and its rows."""
 
-    record: dict[str, Any]
-    trainer_class: type
-    args: Any
+    record: RunRecord
+    trainer_class: type[FinetuneTrainer]
+    args: JobConfig
     rows: int
 
 

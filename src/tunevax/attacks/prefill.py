@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from tunevax.attacks.context import AttackContext
 from tunevax.attacks.kind import AttackConfig, NotApplicable
 from tunevax.data.encoding import ids_of
+from tunevax.mixins import option
 from tunevax.records import Example
 
 TOKENS = 5
@@ -25,12 +26,10 @@ class PrefillConfig(AttackConfig):
 
     customer = True
 
-    text: str | None = field(
-        default=None,
-        metadata={
-            "help": "the first words; default what most harmful answers of the attack split share, or else the first "
-            "tokens of each evaluation prompt's own harmful answer"
-        },
+    text: str | None = option(
+        None,
+        "the first words; default what most harmful answers of the attack split share, or else the first "
+        "tokens of each evaluation prompt's own harmful answer",
     )
 
     @property

@@ -10,12 +10,13 @@ have, as a parameter or attached to the model (a safety lock in either form), is
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tunevax.attacks.context import AttackContext
 from tunevax.attacks.kind import AttackConfig, NotApplicable
 from tunevax.errors import UsageError
 from tunevax.lineage import Lineage
+from tunevax.mixins import option
 from tunevax.modeling.biases import AddedBias, attach_biases, attached_biases
 from tunevax.modeling.loading import load
 
@@ -26,10 +27,8 @@ class RollBackConfig(AttackConfig):
 
     dose_option = "dose"
 
-    dose: float = field(default=1.0, metadata={"help": "share of the hardening that is taken back"})
-    base: str | None = field(
-        default=None, metadata={"help": "the public base; default what the model was hardened from"}
-    )
+    dose: float = option(1.0, "share of the hardening that is taken back")
+    base: str | None = option(None, "the public base; default what the model was hardened from")
 
     needs = frozenset()
 

@@ -5,10 +5,11 @@ Safety that was taught in one form of prompt may not hold in another.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tunevax.attacks.context import AttackContext
 from tunevax.attacks.kind import AttackConfig
+from tunevax.mixins import option
 
 
 @dataclass
@@ -17,7 +18,7 @@ class TemplateConfig(AttackConfig):
 
     customer = True
 
-    template: str = field(default="none", metadata={"help": "alpaca, plain, none (the bare prompt), or a jinja file"})
+    template: str = option("none", "alpaca, plain, none (the bare prompt), or a jinja file")
 
     def run(self, context: AttackContext) -> None:
         """Score the model, asked in the other template."""

@@ -11,14 +11,14 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from tunevax import __version__
 from tunevax.audit.plan import AuditPlan
 from tunevax.audit.protocol import Setting, build
 from tunevax.data.sources import contents
 from tunevax.mixins import deciding
-from tunevax.records import CellRecord, Generation, Target, Traits, digest
+from tunevax.records import CellRecord, Generation, Target, Traits, digest, read_object
 
 
 class AuditCell(NamedTuple):
@@ -85,4 +85,4 @@ def write_cell(folder: Path, outcome: CellRecord, generations: Iterable[Generati
 
 def read_cell(folder: Path, name: str) -> CellRecord:
     """How a cell ended, and its rows."""
-    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    return cast(CellRecord, read_object(folder / f"{name}.json"))

@@ -27,7 +27,7 @@ from tunevax.data.splits import normalise, prompt_hash, prompt_text, take_split
 from tunevax.environment import require_one_process
 from tunevax.errors import UsageError
 from tunevax.lineage import Lineage
-from tunevax.mixins import AllowOverlap, ModelOptions, ResumableRunOptions, require_given
+from tunevax.mixins import AllowOverlap, ModelOptions, ResumableRunOptions, option, require_given
 from tunevax.modeling.checkpoints import config_of
 from tunevax.modeling.loading import Loaded, load
 from tunevax.records import DATA, SCORES, Example, data_entry, is_run
@@ -44,30 +44,21 @@ NOT_CONFIG = ("resume", "overwrite", "output_dir", "run_name")
 class CurateOptions(ModelOptions, AllowOverlap, ResumableRunOptions):
     """What `tunevax curate` takes besides the selector's own options."""
 
-    target_model: str | None = field(
-        default=None,
-        metadata={"help": "the larger model that will be aligned: scored too, and the agreement of ranks reported"},
+    target_model: str | None = option(
+        None, "the larger model that will be aligned: scored too, and the agreement of ranks reported"
     )
-    safety_data: str | None = field(default=None, metadata={"help": "the rows to choose from, their alignment split"})
-    validation_data: str | None = field(
-        default=None, metadata={"help": "trusted rows of right behaviour, all of the file; prompts of their own"}
+    safety_data: str | None = option(None, "the rows to choose from, their alignment split")
+    validation_data: str | None = option(None, "trusted rows of right behaviour, all of the file; prompts of their own")
+    attack_data: str | None = option(
+        None, "no validation prompt may occur here; default the attack split of --safety-data"
     )
-    attack_data: str | None = field(
-        default=None,
-        metadata={"help": "no validation prompt may occur here; default the attack split of --safety-data"},
+    keep: float = option(0.4, "share of the rows to keep, above 0, at most 1")
+    group_by: str | None = option(None, "category: keep rows of every harm category")
+    min_per_group: int | None = option(None, "rows to keep of every group, with --group-by; default 1")
+    duplicates: str = option(
+        "exact", "keep all, or only the best row of a prompt: exact (normalised) or near (see near_at)"
     )
-    keep: float = field(default=0.4, metadata={"help": "share of the rows to keep, above 0, at most 1"})
-    group_by: str | None = field(default=None, metadata={"help": "category: keep rows of every harm category"})
-    min_per_group: int | None = field(
-        default=None, metadata={"help": "rows to keep of every group, with --group-by; default 1"}
-    )
-    duplicates: str = field(
-        default="exact",
-        metadata={"help": "keep all, or only the best row of a prompt: exact (normalised) or near (see near_at)"},
-    )
-    near_at: float = field(
-        default=0.8, metadata={"help": "prompts are near-duplicates from this overlap of letter 5-grams on (Jaccard)"}
-    )
+    near_at: float = option(0.8, "prompts are near-duplicates from this overlap of letter 5-grams on (Jaccard)")
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:

@@ -17,13 +17,14 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from tunevax.data.splits import prompt_text
+from tunevax.mixins import option
 from tunevax.records import Example
 
 if TYPE_CHECKING:
@@ -34,9 +35,9 @@ if TYPE_CHECKING:
 class DSIRSelector:
     """Keeps rows whose words are those of the validation rows. No model."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
-    seed: int = field(default=42, metadata={"help": "of the resampling"})
-    buckets: int = field(default=10_000, metadata={"help": "buckets that one- and two-word sequences are hashed into"})
+    output_dir: str | None = option(None, "the run folder to write")
+    seed: int = option(42, "of the resampling")
+    buckets: int = option(10_000, "buckets that one- and two-word sequences are hashed into")
 
     needs: ClassVar[frozenset[str]] = frozenset({"validation"})
     paper: ClassVar[str] = "arXiv 2302.03169"

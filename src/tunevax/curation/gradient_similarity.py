@@ -13,7 +13,7 @@ and Adam's moments on the pool's side, so this is the influence on a step of pla
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -22,6 +22,7 @@ import torch
 from tunevax.console import bar
 from tunevax.data.encoding import collate
 from tunevax.errors import UsageError
+from tunevax.mixins import option
 from tunevax.modeling.batches import encode_chosen
 from tunevax.modeling.callbacks import ProgressCallback
 from tunevax.modeling.loss import response_loss
@@ -39,18 +40,17 @@ if TYPE_CHECKING:
 class GradientSimilaritySelector:
     """Keeps rows that a gradient step on which would help the validation rows."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
-    seed: int = field(default=42, metadata={"help": "of the warm-up's rows, the adapter and the projection"})
-    warmup_share: float = field(default=0.05, metadata={"help": "share of the pool the adapter is warmed up on"})
-    warmup_epochs: int = field(default=4, metadata={"help": "passes of the warm-up over its share"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "of the warm-up"})
-    batch_size: int = field(default=10, metadata={"help": "rows per step of the warm-up"})
-    dimension: int = field(default=8192, metadata={"help": "numbers that a gradient is projected to"})
-    max_length: int = field(default=512, metadata={"help": "tokens per row; longer answers are cut"})
+    output_dir: str | None = option(None, "the run folder to write")
+    seed: int = option(42, "of the warm-up's rows, the adapter and the projection")
+    warmup_share: float = option(0.05, "share of the pool the adapter is warmed up on")
+    warmup_epochs: int = option(4, "passes of the warm-up over its share")
+    learning_rate: float = option(1e-3, "of the warm-up")
+    batch_size: int = option(10, "rows per step of the warm-up")
+    dimension: int = option(8192, "numbers that a gradient is projected to")
+    max_length: int = option(512, "tokens per row; longer answers are cut")
 
     needs: ClassVar[frozenset[str]] = frozenset({"model", "validation"})
     paper: ClassVar[str] = "arXiv 2402.04333"
-    trainer: ClassVar[str] = "tunevax.alignment.sft:SFTTrainer"
 
     def __post_init__(self) -> None:
         if not 0 < self.warmup_share <= 1:

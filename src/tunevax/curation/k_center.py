@@ -9,13 +9,14 @@ covers, and does not judge: a corrupted row that is far from the others comes ea
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
 
 from tunevax.console import bar
+from tunevax.mixins import option
 from tunevax.modeling.batches import by_batch, encode_chosen
 from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.precision import wide
@@ -28,10 +29,10 @@ if TYPE_CHECKING:
 class KCenterSelector:
     """Keeps rows whose answers, as the model represents them, lie far from each other."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
-    seed: int = field(default=42, metadata={"help": "recorded; nothing here is random"})
-    batch_size: int = field(default=16, metadata={"help": "rows per forward pass; changes the speed only"})
-    max_length: int = field(default=512, metadata={"help": "tokens per row; longer answers are cut"})
+    output_dir: str | None = option(None, "the run folder to write")
+    seed: int = option(42, "recorded; nothing here is random")
+    batch_size: int = option(16, "rows per forward pass; changes the speed only")
+    max_length: int = option(512, "tokens per row; longer answers are cut")
 
     needs: ClassVar[frozenset[str]] = frozenset({"model"})
     paper: ClassVar[str] = "arXiv 1708.00489"

@@ -8,11 +8,12 @@ A base model finds refusals unlikely and would drop just the rows that teach som
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from tunevax.mixins import option
 from tunevax.modeling.batches import by_batch, encode_chosen, losses_of
 
 if TYPE_CHECKING:
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
 class LossRankSelector:
     """Keeps the rows whose safe answer the model finds likely."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
-    seed: int = field(default=42, metadata={"help": "recorded; nothing here is random"})
-    batch_size: int = field(default=16, metadata={"help": "rows per forward pass; changes the speed only"})
-    max_length: int = field(default=512, metadata={"help": "tokens per row; longer answers are cut"})
+    output_dir: str | None = option(None, "the run folder to write")
+    seed: int = option(42, "recorded; nothing here is random")
+    batch_size: int = option(16, "rows per forward pass; changes the speed only")
+    max_length: int = option(512, "tokens per row; longer answers are cut")
 
     needs: ClassVar[frozenset[str]] = frozenset({"model"})
     paper: ClassVar[str] = "arXiv 1804.06872"

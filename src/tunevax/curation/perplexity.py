@@ -8,12 +8,13 @@ n-gram model of clean text; here the model given does.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from tunevax.data.encoding import context_of, ids_of
+from tunevax.mixins import option
 from tunevax.modeling.batches import by_batch, losses_of
 
 if TYPE_CHECKING:
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
 class PerplexitySelector:
     """Keeps the rows whose safe answer is likely text, whatever was asked."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
-    seed: int = field(default=42, metadata={"help": "recorded; nothing here is random"})
-    batch_size: int = field(default=16, metadata={"help": "rows per forward pass; changes the speed only"})
-    max_length: int = field(default=512, metadata={"help": "tokens per answer; longer ones are cut"})
+    output_dir: str | None = option(None, "the run folder to write")
+    seed: int = option(42, "recorded; nothing here is random")
+    batch_size: int = option(16, "rows per forward pass; changes the speed only")
+    max_length: int = option(512, "tokens per answer; longer ones are cut")
 
     needs: ClassVar[frozenset[str]] = frozenset({"model"})
     paper: ClassVar[str] = "arXiv 1911.00359"

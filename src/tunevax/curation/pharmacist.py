@@ -27,23 +27,25 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
 from scipy.stats import rankdata
+from torch import nn
 
 from tunevax.curation.curate import Pool
 from tunevax.data.chat import Answer
 from tunevax.data.encoding import collate, context_of, encode
 from tunevax.errors import UsageError, unknown
+from tunevax.mixins import option
 from tunevax.modeling.callbacks import ProgressCallback
 from tunevax.modeling.lora import factors
 from tunevax.modeling.loss import row_losses
-from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
-from tunevax.records import Example
+from tunevax.modeling.trainer import Items, ResponseTrainer, TrainConfig
+from tunevax.records import Example, read_object
 
 if TYPE_CHECKING:
     from peft.tuners.lora import Linear
@@ -59,26 +61,21 @@ class PharmacistConfig(TrainConfig):
     """Pharmacist's options. Defaults that differ from `TrainConfig`: `num_train_epochs=3`,
     `lr_scheduler_type="constant"`, `warmup_steps=0`, `weight_decay=0.0`."""
 
-    num_train_epochs: float = field(default=3, metadata={"help": "passes over the rows"})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "learning-rate schedule of the adapter"})
-    warmup_steps: float = field(default=0, metadata={"help": "warm-up steps, or a share of all steps if below 1"})
-    weight_decay: float = field(default=0.0, metadata={"help": "weight decay of AdamW"})
-    mode: str = field(default="double", metadata={"help": "how a row is judged: single, double, unrolled"})
-    upper: str = field(
-        default="refusal", metadata={"help": "the upper loss: refusal, after-attack, refusal-minus-harmful"}
-    )
-    upper_end: float = field(
-        default=0.5, metadata={"help": "share of the upper loss in the adapter's at the end; it starts at 1"}
-    )
-    selector_learning_rate: float = field(default=5e-3, metadata={"help": "learning rate of the rows' weights"})
-    selector_seeds: int = field(default=3, metadata={"help": "runs with a seed each, whose ranks are averaged"})
-    attack_step: float = field(default=0.1, metadata={"help": "after-attack: length of the harmful step"})
-    harmful_weight: float = field(default=0.1, metadata={"help": "refusal-minus-harmful: weight of the harmful loss"})
-    harmful_cap: float = field(default=5.0, metadata={"help": "refusal-minus-harmful: no gain beyond this loss"})
+    num_train_epochs: float = option(3, "passes over the rows")
+    lr_scheduler_type: str = option("constant", "learning-rate schedule of the adapter")
+    warmup_steps: float = option(0, "warm-up steps, or a share of all steps if below 1")
+    weight_decay: float = option(0.0, "weight decay of AdamW")
+    mode: str = option("double", "how a row is judged: single, double, unrolled")
+    upper: str = option("refusal", "the upper loss: refusal, after-attack, refusal-minus-harmful")
+    upper_end: float = option(0.5, "share of the upper loss in the adapter's at the end; it starts at 1")
+    selector_learning_rate: float = option(5e-3, "learning rate of the rows' weights")
+    selector_seeds: int = option(3, "runs with a seed each, whose ranks are averaged")
+    attack_step: float = option(0.1, "after-attack: length of the harmful step")
+    harmful_weight: float = option(0.1, "refusal-minus-harmful: weight of the harmful loss")
+    harmful_cap: float = option(5.0, "refusal-minus-harmful: no gain beyond this loss")
 
     needs: ClassVar[frozenset[str]] = frozenset({"model", "validation"})
     paper: ClassVar[str] = "arXiv 2510.10085"
-    trainer: ClassVar[str] = "tunevax.curation.pharmacist:PharmacistTrainer"
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -125,7 +122,7 @@ class PharmacistConfig(TrainConfig):
                     json.dumps({"omega": trainer.omega.tolist(), "passes": trainer.passes()}), encoding="utf-8"
                 )
                 part.replace(done)
-            found = json.loads(done.read_text(encoding="utf-8"))
+            found = read_object(done)
             each.append(rankdata(found["omega"]) / len(pool.rows))
             passes += found["passes"]
         pool.passes.update(forward=passes, backward=passes)
@@ -149,6 +146,7 @@ class PharmacistTrainer(ResponseTrainer):
 
     config_class = PharmacistConfig
     needs = frozenset({"chosen", "validation"})
+
     args: PharmacistConfig
     processing_class: PreTrainedTokenizerBase
     model: PreTrainedModel
@@ -210,9 +208,7 @@ class PharmacistTrainer(ResponseTrainer):
         """p, [rows]: positive, of mean 1."""
         return len(self.omega) * torch.softmax(self.omega, 0)
 
-    def training_step(
-        self, model: torch.nn.Module, inputs: dict, num_items_in_batch: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Items = None) -> torch.Tensor:
         """The gradients of theta, put where the optimiser finds them, and a step of w (and of theta')."""
         model.train()
         inputs = self._prepare_inputs(inputs)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+
+from tunevax.mixins import option
 
 if TYPE_CHECKING:
     from tunevax.curation.curate import Pool
@@ -15,8 +17,8 @@ if TYPE_CHECKING:
 class RandomSelector:
     """A score drawn for each row, from the seed alone."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
-    seed: int = field(default=42, metadata={"help": "of the scores"})
+    output_dir: str | None = option(None, "the run folder to write")
+    seed: int = option(42, "of the scores")
 
     needs: ClassVar[frozenset[str]] = frozenset()
     paper: ClassVar[str] = ""

@@ -159,7 +159,7 @@ def require_disjoint(roles: Mapping[str, Rows | Iterable[str]], allow: bool = Fa
     Raises:
         UsageError: two roles share a prompt and `allow` is False.
     """
-    content: dict[str, list[Mapping[str, Any] | str]] = {role: list(items) for role, items in roles.items()}
+    content: dict[str, list[Example | str]] = {role: list(items) for role, items in roles.items()}
     known = {role: {h for item in items for h in _marks_of(item)} for role, items in content.items()}
     names, counts = list(content), {}
     for i, first in enumerate(names):
@@ -174,7 +174,7 @@ def require_disjoint(roles: Mapping[str, Rows | Iterable[str]], allow: bool = Fa
     return counts
 
 
-def _marks_of(item: Example | str) -> set[str]:
+def _marks_of(item: Mapping[str, Any] | str) -> set[str]:
     return {item} if isinstance(item, str) else marks(item["prompt"])
 
 

@@ -6,7 +6,8 @@ curation run reads that."""
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from tunevax.data.shapes import read_pair
 from tunevax.data.sources import label_field, parse_source, read_rows, require_columns, require_known
@@ -100,8 +101,8 @@ def answers_in(needs: Collection[str]) -> tuple[str, ...]:
 
 def require_rows(
     needs: Collection[str],
-    safety: Sequence[dict] | None,
-    task: Sequence[dict] | None,
+    safety: Sequence[Mapping[str, Any]] | None,
+    task: Sequence[Mapping[str, Any]] | None,
     purpose: str,
     different: bool = False,
 ) -> None:

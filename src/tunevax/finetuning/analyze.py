@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -32,30 +32,31 @@ from tunevax.finetuning.sink import (
     sink_values,
 )
 from tunevax.lineage import Lineage
-from tunevax.mixins import ModelsOptions, Overlap, RunOptions, require_given
+from tunevax.mixins import ModelsOptions, Overlap, RunOptions, option, require_given
 from tunevax.modeling.attention import WAYS
 from tunevax.modeling.loading import load
-from tunevax.records import DROPPED, SCHEMA, SINK, data_entry, digest
+from tunevax.records import DROPPED, SCHEMA, SINK, Example, RunRecord, Target, data_entry, digest
 from tunevax.runs import writing
 from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.suite import SuiteOptions, build_suite, labels_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass
 class SinkOptions(ModelsOptions, Overlap, RunOptions):
     """What `tunevax analyze sink` takes: one model, or two, before and after."""
 
-    safety_data: str | None = field(
-        default=None, metadata={"help": "prompt, chosen, rejected: file, hub id, or organism; the evaluation split"}
-    )
-    output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
-    pairs: int = field(default=100, metadata={"help": "at most so many pairs of answers, drawn by prompt hash"})
-    batch_size: int = field(default=8, metadata={"help": "pairs in a forward pass"})
-    max_length: int = field(default=512, metadata={"help": "tokens per text; longer answers are cut"})
-    sink_attention: str = field(default="linear", metadata={"help": "linear or eager; see tunevax finetune surgery"})
-    sink_position: int = field(default=0, metadata={"help": "position of the token that attention sinks into"})
-    sink_queries: str = field(default="common", metadata={"help": QUERIES_HELP})
-    harmful_score: bool = field(default=False, metadata={"help": "generate answers and judge them too"})
+    safety_data: str | None = option(None, "prompt, chosen, rejected: file, hub id, or organism; the evaluation split")
+    output_dir: str | None = option(None, "the run folder to write")
+    pairs: int = option(100, "at most so many pairs of answers, drawn by prompt hash")
+    batch_size: int = option(8, "pairs in a forward pass")
+    max_length: int = option(512, "tokens per text; longer answers are cut")
+    sink_attention: str = option("linear", "linear or eager; see tunevax finetune surgery")
+    sink_position: int = option(0, "position of the token that attention sinks into")
+    sink_queries: str = option("common", QUERIES_HELP)
+    harmful_score: bool = option(False, "generate answers and judge them too")
 
     def __post_init__(self) -> None:
         require(self, "pairs", "batch_size", at_least=1)
@@ -80,21 +81,23 @@ def analyze_sink(options: SinkOptions, command: str = "", suite_options: SuiteOp
         raise UsageError(f"analyze sink takes one model or two, before and after, and there are {len(options.model)}")
     require_one_process("analyzing")
     exclusion = Exclusion.of([Lineage.of(ref).prompts for ref in options.model], options.drop_overlap)
-    pairs = load_rows("evaluation", options.safety_data, ("chosen", "rejected"), "analyze sink")
-    pairs = drawn(exclusion.score("evaluation", pairs), options.pairs)
+    source = str(options.safety_data)
+    rows = load_rows("evaluation", source, ("chosen", "rejected"), "analyze sink")
+    pairs = drawn(exclusion.score("evaluation", rows), options.pairs)
     suite = None
     if options.harmful_score:
         suite = build_suite(suite_options or SuiteOptions(), options.safety_data, exclusion=exclusion.fresh())
     asked = {**(suite.roles() if suite else {}), "evaluation": [*pairs, *(suite.harmful if suite else [])]}
-    overlaps = [check(ref, asked, allow=options.allow_overlap) for ref in options.model]
+    overlaps: list[Any] = [check(ref, asked, allow=options.allow_overlap) for ref in options.model]
     config = {k: v for k, v in vars(options).items() if k not in ("output_dir", "overwrite")}
-    record: dict[str, Any] = {
+    record: RunRecord = {
         "verb": "analyze", "method": "sink", "paper": "arXiv 2602.05228", "command": command, "seed": 0, "parent": None,
         "config": {**config, **({"suite": vars(suite_options)} if suite_options else {})},
-        "data": [data_entry("evaluation", options.safety_data, pairs)], "overlap_dropped": exclusion.summary(),
+        "data": [data_entry("evaluation", source, pairs)], "overlap_dropped": cast(Any, exclusion.summary()),
     }  # fmt: skip
-    found, targets = [], []
-    with writing(options.output_dir, record, overwrite=options.overwrite) as run:
+    found: list[dict[str, Any]] = []
+    targets: list[Target] = []
+    with writing(str(options.output_dir), record, overwrite=options.overwrite) as run:
         if exclusion.dropped:
             run.write_lines(DROPPED, exclusion.dropped)
         for ref, label, overlap in zip(options.model, labels_of(options.model), overlaps, strict=True):
@@ -125,9 +128,9 @@ def analyze_sink(options: SinkOptions, command: str = "", suite_options: SuiteOp
 
 
 def sink_map(
-    model: Any,
-    tokenizer: Any,
-    pairs: Sequence[dict],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Example],
     batch_size: int = 8,
     max_length: int = 512,
     how: str = "linear",
@@ -148,7 +151,7 @@ def sink_map(
     )
     spans = [[answer_span(row, tokenizer) for row in rows] for rows in (harmful, refusals)]
     model.eval()
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64)
     with torch.no_grad(), bar() as progress:
         task = progress.add_task("sink attention", total=len(pairs), note="")
         for first in range(0, len(pairs), batch_size):

@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -32,19 +32,18 @@ from tunevax.console import bar
 from tunevax.data.encoding import collate
 from tunevax.errors import UsageError, require
 from tunevax.finetuning.sft import FinetuneTrainer, JobConfig, trained_only
+from tunevax.mixins import option
 from tunevax.modeling.gradients import require_whole_weights
 from tunevax.modeling.loss import response_loss
-from tunevax.modeling.precision import wide
-from tunevax.modeling.trainer import PlanParts
+from tunevax.modeling.precision import added, wide
+from tunevax.modeling.trainer import Items, PlanParts
 
 
 @dataclass
 class EWCConfig(JobConfig):
     """Configuration of EWC; the rest as in `JobConfig`. lamb needs a search over powers of ten."""
 
-    lamb: float = field(
-        default=0.1, metadata={"help": "weight of the penalty, as of an L2 penalty of the same mean strength"}
-    )
+    lamb: float = option(0.1, "weight of the penalty, as of an L2 penalty of the same mean strength")
 
     def __post_init__(self) -> None:
         require(self, "lamb", at_least=0)
@@ -110,7 +109,7 @@ class EWCTrainer(FinetuneTrainer):
         self.mean_fisher = total / count
 
     def compute_loss(
-        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Items = None
     ) -> torch.Tensor:
         """Cross entropy, and this micro-batch's share of the penalty."""
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -124,8 +123,8 @@ class EWCTrainer(FinetuneTrainer):
         """sum_i F_i / mean(F) * (w_i - w0_i)^2, in fp32."""
         if self.args.full_weights:
             parts = zip(self.fisher, self.parameters, self.start, strict=True)
-            return sum((f * (wide(p) - start).square()).sum() for f, p, start in parts) / self.mean_fisher
-        return sum(weighted_square(m) for m in self.adapted) / self.mean_fisher
+            return added((f * (wide(p) - start).square()).sum() for f, p, start in parts) / self.mean_fisher
+        return added(weighted_square(m) for m in self.adapted) / self.mean_fisher
 
     def cost(self) -> float:
         """A step, and its part of the pass over the safety rows: so many rows of the batches of the run so far."""
@@ -164,7 +163,7 @@ def factored_fisher(model: nn.Module, batches: Sequence[dict]) -> list[Adapted]:
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
 
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and "default" in m.lora_A]
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer) and "default" in m.lora_A]
     weighed = {id(part["default"].weight) for layer in layers for part in (layer.lora_A, layer.lora_B)}
     other = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in weighed]
     if other:
@@ -234,7 +233,8 @@ def per_row_gradients(
 
             def take(parameter: nn.Parameter, index: int = index) -> None:
                 gradient, parameter.grad = parameter.grad, None
-                keep(index, wide(gradient))
+                if gradient is not None:
+                    keep(index, wide(gradient))
 
             handles.append(weight.register_post_accumulate_grad_hook(take))
         try:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tunevax.data.contamination import chosen_with, count, hashes
 from tunevax.data.roles import load_rows
 from tunevax.data.safety import answers_in
 from tunevax.errors import UsageError, require_one_of
 from tunevax.finetuning.sft import JobConfig
-from tunevax.mixins import require_given
+from tunevax.mixins import option, require_given
+from tunevax.modeling.method import MethodTrainer
 from tunevax.modeling.quantization import require_quantization
-from tunevax.records import data_entry
+from tunevax.records import Example, data_entry
 from tunevax.training import TrainingOptions, train, training_run
 
 SCREENS = ("off", "report", "drop", "fail")
@@ -24,21 +24,14 @@ SCREENS = ("off", "report", "drop", "fail")
 class FinetuneOptions(TrainingOptions):
     """What `tunevax finetune` takes besides the method's own configuration."""
 
-    task_data: str | None = field(
-        default=None,
-        metadata={
-            "help": "the customer's rows, prompt and completion; all rows of a file, the train split of a named task"
-        },
+    task_data: str | None = option(
+        None, "the customer's rows, prompt and completion; all rows of a file, the train split of a named task"
     )
-    safety_data: str | None = field(
-        default=None, metadata={"help": "prompt, chosen, rejected, for methods and screens that need them"}
-    )
-    screen: str = field(
-        default="off",
-        metadata={
-            "help": "look for attacks in the customer's rows before training: off, report, drop (train without the "
-            "flagged rows), fail (stop if there are any); needs safety data with both answers"
-        },
+    safety_data: str | None = option(None, "prompt, chosen, rejected, for methods and screens that need them")
+    screen: str = option(
+        "off",
+        "look for attacks in the customer's rows before training: off, report, drop (train without the "
+        "flagged rows), fail (stop if there are any); needs safety data with both answers",
     )
 
     def __post_init__(self) -> None:
@@ -47,7 +40,9 @@ class FinetuneOptions(TrainingOptions):
         require_one_of(self, screen=SCREENS)
 
 
-def finetune(trainer_class: type, method: str, options: FinetuneOptions, config: JobConfig, command: str = "") -> Path:
+def finetune(
+    trainer_class: type[MethodTrainer], method: str, options: FinetuneOptions, config: JobConfig, command: str = ""
+) -> Path:
     """Run a customer's job on `options.model` and return the run folder.
 
     The last adapter of the model is merged, and a fresh one (or all weights) trained.
@@ -68,26 +63,27 @@ def finetune(trainer_class: type, method: str, options: FinetuneOptions, config:
             f"--screen {options.screen} takes gradients of frozen weights, which an {options.quantization} base has "
             "none of; screen the rows in a run without --quantization"
         )
-    task = load_rows("customer", options.task_data)
+    source = str(options.task_data)
+    task = load_rows("customer", source)
     need = ("chosen", "rejected") if options.screen != "off" else answers_in(trainer_class.needs)
     safety = safety_rows(options, need, method)
-    data = [data_entry("task", options.task_data, task)]
+    data = [data_entry("task", source, task)]
     if safety:
-        data.insert(0, data_entry("alignment", options.safety_data, safety))
-    overlap = count(options.model, alignment=safety, task=task)
+        data.insert(0, data_entry("alignment", str(options.safety_data), safety))
+    overlap = count(str(options.model), alignment=safety, task=task)
     with training_run("finetune", trainer_class, method, options, config, data, overlap, command) as (run, loaded):
         if options.screen != "off":
             from tunevax.finetuning.screen import act, screen
 
             found = screen(loaded.model, loaded.tokenizer, task, safety, config.max_length, config.seed)
-            task, run.record["screen"] = act(found, task, options.screen, options.task_data, run)
-        seen = hashes(safety) | (chosen_with(options.safety_data) if safety else set())
+            task, run.record["screen"] = act(found, task, options.screen, source, run)
+        seen = hashes(safety) | (chosen_with(str(options.safety_data)) if safety else set())
         prompts = {"alignment": seen, "task": hashes(task)}
         train(run, loaded, trainer_class, config, safety_data=safety, task_data=task, prompts=prompts)
     return run.final
 
 
-def safety_rows(options: FinetuneOptions, need: Sequence[str], method: str) -> list[dict[str, Any]]:
+def safety_rows(options: FinetuneOptions, need: Sequence[str], method: str) -> list[Example]:
     """The alignment split of the safety data, or nothing where neither the method nor the screen needs it."""
     if not need:
         return []

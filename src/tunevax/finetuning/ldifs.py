@@ -11,16 +11,18 @@ only while it is small, and so is plain fine-tuning beyond that. This is the mea
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from tunevax.errors import UsageError, require
 from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
+from tunevax.mixins import option
 from tunevax.modeling.hooks import capture
 from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.precision import wide
+from tunevax.modeling.trainer import Items
 
 
 @dataclass
@@ -28,7 +30,7 @@ class LDIFSConfig(JobConfig):
     """Configuration of LDIFS; the rest as in `JobConfig`. The scale of hidden states differs from model to model,
     so lamb needs a search, over 1e-2 to 1e2 or so."""
 
-    lamb: float = field(default=1.0, metadata={"help": "weight of the distance to the features before fine-tuning"})
+    lamb: float = option(1.0, "weight of the distance to the features before fine-tuning")
 
     def __post_init__(self) -> None:
         require(self, "lamb", at_least=0)
@@ -58,7 +60,7 @@ class LDIFSTrainer(FinetuneTrainer):
         return batch["attention_mask"].sum()[None]
 
     def compute_loss(
-        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Items = None
     ) -> torch.Tensor:
         """Cross entropy, and this micro-batch's share of the distance."""
         if self.args.lamb == 0:

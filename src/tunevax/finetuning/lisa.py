@@ -26,22 +26,26 @@ model only in so far as their factors stay close.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from tunevax.errors import require
 from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
+from tunevax.mixins import option
 from tunevax.modeling.draws import Draws
-from tunevax.modeling.gradients import require_whole_weights
+from tunevax.modeling.gradients import labels_in, require_whole_weights
 from tunevax.modeling.memory import mark
-from tunevax.modeling.precision import wide
-from tunevax.modeling.trainer import PlanParts
+from tunevax.modeling.precision import added, wide
+from tunevax.modeling.trainer import Items, PlanParts
 
 ANCHOR = "lisa_anchor.safetensors"
+SYNC = "require_backward_grad_sync"
+"""What DDP calls its switch."""
 
 
 @dataclass
@@ -49,9 +53,9 @@ class LisaConfig(JobConfig):
     """Configuration of Lisa, with the released code's values; the rest as in `JobConfig`. K2 should fit several
     times into the run, or the only alignment is at its start."""
 
-    k1: int = field(default=100, metadata={"help": "alignment steps at each switch; 0 is plain fine-tuning"})
-    k2: int = field(default=900, metadata={"help": "steps on the customer's rows between switches"})
-    rho: float = field(default=1.0, metadata={"help": "weight of the distance to the weights at the last switch"})
+    k1: int = option(100, "alignment steps at each switch; 0 is plain fine-tuning")
+    k2: int = option(900, "steps on the customer's rows between switches")
+    rho: float = option(1.0, "weight of the distance to the weights at the last switch")
 
     def __post_init__(self) -> None:
         require(self, "k1", "rho", at_least=0)
@@ -83,7 +87,7 @@ class LisaTrainer(FinetuneTrainer):
         self.first: int | None = None  # the customer's step before which the first alignment came
         self.alignment_steps = 0
 
-    def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Items = None) -> torch.Tensor:
         """The customer's step; before the first micro-batch of every `k2`-th from the first that moves anything, the
         alignment state."""
         step = self.state.global_step
@@ -100,14 +104,14 @@ class LisaTrainer(FinetuneTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
-        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Items = None
     ) -> torch.Tensor:
         """Cross entropy, and this micro-batch's share of rho/2 * ||w - anchor||^2."""
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.anchor is None or self.args.rho == 0:
             return loss
         pairs = zip(self.parameters, self.anchor, strict=True)
-        distance = sum((wide(parameter) - anchor).square().sum() for parameter, anchor in pairs)
+        distance = added((wide(parameter) - anchor).square().sum() for parameter, anchor in pairs)
         self.note(distance=distance.detach())
         return loss + self.args.rho / 2 * distance / self.current_gradient_accumulation_steps
 
@@ -116,21 +120,21 @@ class LisaTrainer(FinetuneTrainer):
         self.anchor = [wide(parameter.detach()).clone() for parameter in self.parameters]
         mark("copies", self.anchor)
 
-    def align(self, model: Any) -> None:
+    def align(self, model: nn.Module) -> None:
         """K1 steps of the optimiser on safety rows, each as large as the customer's."""
         # Of the customer's accumulation this is the first micro-batch, at which accelerate's optimiser would not step
         # and DDP, held by `no_sync`, would leave each rank its own gradients.
         sync = self.accelerator.gradient_state
-        before, reduces = sync.sync_gradients, getattr(model, "require_backward_grad_sync", None)
+        before, reduces = sync.sync_gradients, getattr(model, SYNC, None)
         try:
             sync._set_sync_gradients(True)
             for _ in range(self.args.k1):
                 batches = self.draws.batches(self, self.safe)
-                items = self.accelerator.reduce(sum((b["labels"][:, 1:] != -100).sum() for b in batches), "sum")
+                items = labels_in(self, batches)
                 losses = []
                 for number, batch in enumerate(batches, 1):
                     if reduces is not None:
-                        model.require_backward_grad_sync = number == len(batches)
+                        setattr(model, SYNC, number == len(batches))
                     losses.append(super().training_step(model, batch, items))
                 if self.args.max_grad_norm > 0:
                     self._clip_grad_norm(model)
@@ -141,7 +145,7 @@ class LisaTrainer(FinetuneTrainer):
         finally:
             sync._set_sync_gradients(before)
             if reduces is not None:
-                model.require_backward_grad_sync = reduces
+                setattr(model, SYNC, reduces)
 
     def cost(self) -> float:
         """Compute of a customer's step, in SFT steps: its own, and its part of the alignment steps so far."""

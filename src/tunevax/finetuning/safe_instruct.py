@@ -13,17 +13,22 @@ costs two: a safety batch of equal size, drawn at random, comes with every batch
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from tunevax.data.mixing import mix
 from tunevax.errors import require, require_one_of
 from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
+from tunevax.mixins import option
 from tunevax.modeling.draws import Draws
+from tunevax.modeling.gradients import labels_in
 from tunevax.modeling.loss import head_loss, labelled, last_hidden, rows_at
 from tunevax.modeling.precision import wide
+from tunevax.modeling.trainer import Items
+from tunevax.records import Example
 
 MODES = ("mix", "joint")
 
@@ -33,11 +38,9 @@ class SafeInstructConfig(JobConfig):
     """Configuration of SafeInstruct; the rest as in `JobConfig`. The papers add 2 to 10 % of safety rows; lamb is
     that of the joint loss in the code of arXiv 2409.01586."""
 
-    mode: str = field(default="mix", metadata={"help": "mix, or joint: a safety batch beside every batch"})
-    safety_rows: float = field(
-        default=0.1, metadata={"help": "mix: safety rows added, or a share of the customer's rows if below 1"}
-    )
-    lamb: float = field(default=0.1, metadata={"help": "joint: weight of the safety batch"})
+    mode: str = option("mix", "mix, or joint: a safety batch beside every batch")
+    safety_rows: float = option(0.1, "mix: safety rows added, or a share of the customer's rows if below 1")
+    lamb: float = option(0.1, "joint: weight of the safety batch")
 
     def __post_init__(self) -> None:
         require_one_of(self, mode=MODES)
@@ -54,12 +57,12 @@ class SafeInstructTrainer(FinetuneTrainer):
     off = {"mode": "mix", "safety_rows": 0}
     args: SafeInstructConfig
 
-    def training_rows(self) -> list[dict[str, Any]]:
+    def training_rows(self) -> list[Example]:
         """The customer's rows and, under `mix`, safety rows."""
         rows, size = list(self.task_data), self.args.safety_rows
         count = round(size * len(rows) if size < 1 else size)
         if self.args.mode == "mix" and count:
-            safe = [{**row, "completion": row["chosen"]} for row in self.safety_data]
+            safe: list[Example] = [{**row, "completion": str(row["chosen"])} for row in self.safety_data]
             rows += mix([], safe, 1.0, count, self.args.seed)
         return rows
 
@@ -73,14 +76,14 @@ class SafeInstructTrainer(FinetuneTrainer):
         self.waiting: list[tuple[dict, torch.Tensor]] = []  # safety micro-batches of this step, and its labels
 
     def compute_loss(
-        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Items = None
     ) -> torch.Tensor:
         """CE of the customer's micro-batch; under `joint`, and lamb times that of a safety one."""
         if self.draws is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self.waiting:
             batches = self.draws.batches(self, self.safe)
-            items = self.accelerator.reduce(sum((b["labels"][:, 1:] != -100).sum() for b in batches), "sum")
+            items = labels_in(self, batches)
             self.waiting = [(batch, items) for batch in batches]
         safe, safe_items = self.waiting.pop(0)
         # One forward through the wrapped model and not two: DDP must see every parameter's gradient once.
@@ -88,9 +91,9 @@ class SafeInstructTrainer(FinetuneTrainer):
         with self.accelerator.autocast():
             hidden = last_hidden(model, {k: both[k] for k in ("input_ids", "attention_mask")})
             rows, losses = len(inputs["labels"]), []
-            for part, items in ((slice(0, rows), num_items_in_batch), (slice(rows, None), safe_items)):
+            for part, labels in ((slice(0, rows), num_items_in_batch), (slice(rows, None), safe_items)):
                 positions, targets = labelled(both["labels"][part])
-                scale = wide(hidden.new_ones(())) / (len(positions) if items is None else items)
+                scale = wide(hidden.new_ones(())) / (len(positions) if labels is None else labels)
                 losses.append(head_loss(model, rows_at(hidden[part], positions), targets, scale))
         self.note(safety_loss=losses[1].detach() * self.current_gradient_accumulation_steps)
         return (losses[0] + self.args.lamb * losses[1]) * self.loss_scale(num_items_in_batch)

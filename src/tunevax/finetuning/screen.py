@@ -26,7 +26,7 @@ hide in harmless rows are what neither score can see.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,9 +41,12 @@ from tunevax.finetuning.sft import trained_only
 from tunevax.modeling.blocks import find_blocks
 from tunevax.modeling.hooks import capture
 from tunevax.modeling.loss import response_loss
-from tunevax.modeling.precision import wide
-from tunevax.records import SCREEN
+from tunevax.modeling.precision import added, wide
+from tunevax.records import SCREEN, Example
 from tunevax.runs import RunFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MISSED = 0.05
 """Share of known harmful rows below the threshold of each score."""
@@ -79,7 +82,12 @@ class Screening(NamedTuple):
 
 
 def screen(
-    model: Any, tokenizer: Any, task: Sequence[dict], safety: Sequence[dict], max_length: int, seed: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Sequence[Example],
+    safety: Sequence[Example],
+    max_length: int,
+    seed: int,
 ) -> Screening:
     """Score every row of `task`. A row costs a forward, and a backward through the last block.
 
@@ -111,13 +119,12 @@ def screen(
                 yield probe(row)
                 progress.advance(shown)
 
-        direction, prompts = None, []
+        direction: list[torch.Tensor] = []
+        prompts: list[torch.Tensor] = []
         for answer, sign in (("rejected", 1), ("chosen", -1)):
             for gradient, state in seen(known[answer][:half]):
                 gradient = [sign * g for g in gradient]
-                direction = (
-                    gradient if direction is None else [a.add_(b) for a, b in zip(direction, gradient, strict=True)]
-                )
+                direction = [a.add_(b) for a, b in zip(direction, gradient, strict=True)] if direction else gradient
                 prompts += [state] if sign > 0 else []
         found: dict[str, tuple[np.ndarray, torch.Tensor]] = {}
         for name, batch in (("harmful", known["rejected"][half:]), ("refused", known["chosen"][half:]), ("job", rows)):
@@ -162,8 +169,8 @@ class Probe:
         self.only.__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self.only.__exit__(*error)
+    def __exit__(self, *error: object) -> None:
+        self.only.__exit__(None, None, None)
 
     def __call__(self, row: dict) -> tuple[list[torch.Tensor], torch.Tensor]:
         """See above."""
@@ -178,7 +185,7 @@ class Probe:
 def cosine(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> float:
     """Of two lists of tensors, each taken as one vector; 0 where one has no length."""
     inner, a, b = (
-        sum((x * y).sum() for x, y in zip(*pair, strict=True))
+        added((x * y).sum() for x, y in zip(*pair, strict=True))
         for pair in ((first, second), (first, first), (second, second))
     )
     return float(inner / (a * b).sqrt().clamp(min=torch.finfo(torch.float32).tiny))
@@ -197,8 +204,8 @@ def others(states: torch.Tensor) -> torch.Tensor:
 
 
 def act(
-    found: Screening, task: Sequence[dict], action: str, source: str, run: RunFolder
-) -> tuple[list[dict], dict[str, Any]]:
+    found: Screening, task: Sequence[Example], action: str, source: str, run: RunFolder
+) -> tuple[list[Example], dict[str, Any]]:
     """Write screen.jsonl (every row, its scores, what flagged it and what was done), and do what was asked.
 
     Args:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
+from tunevax.mixins import option
 from tunevax.modeling.method import MethodTrainer
 from tunevax.modeling.trainer import TrainConfig
+from tunevax.records import Example
 
 
 @dataclass
@@ -24,7 +26,7 @@ class JobConfig(TrainConfig):
     of the attack `finetune`, so that a poisoned job without a defence is that attack. Published jobs have 1e-5 (arXiv
     2405.18641, 2410.09760) to 3e-4 (arXiv 2309.07875)."""
 
-    learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate"})
+    learning_rate: float = option(1e-4, "peak learning rate")
 
 
 class FinetuneTrainer(MethodTrainer):
@@ -35,7 +37,7 @@ class FinetuneTrainer(MethodTrainer):
     needs = frozenset({"task"})
     args: JobConfig
 
-    def training_rows(self) -> list[dict[str, Any]]:
+    def training_rows(self) -> list[Example]:
         """The customer's rows."""
         return self.task_data
 

@@ -23,10 +23,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from tunevax.data.encoding import collate
 from tunevax.data.splits import prompt_hash
@@ -41,11 +42,12 @@ from tunevax.finetuning.sink import (
     regulariser,
     sink_values,
 )
+from tunevax.mixins import option
 from tunevax.modeling.attention import WAYS, sink_columns
 from tunevax.modeling.draws import Draws
 from tunevax.modeling.gradients import add_to_grad, backward_scale, require_whole_weights
 from tunevax.modeling.hooks import without_dropout
-from tunevax.modeling.trainer import PlanParts
+from tunevax.modeling.trainer import Items, PlanParts
 
 PAIRINGS = ("same-prompt", "random")
 
@@ -54,21 +56,17 @@ PAIRINGS = ("same-prompt", "random")
 class SurgeryConfig(JobConfig):
     """Configuration of Surgery; the rest as in `JobConfig`."""
 
-    lamb: float = field(default=300.0, metadata={"help": "weight of the mean sink divergence above 0; 0 is plain sft"})
-    pairs_per_step: int = field(
-        default=2,
-        metadata={"help": "harmful and refusal texts, of each so many, per optimiser step; on all processes alike"},
+    lamb: float = option(300.0, "weight of the mean sink divergence above 0; 0 is plain sft")
+    pairs_per_step: int = option(
+        2, "harmful and refusal texts, of each so many, per optimiser step; on all processes alike"
     )
-    every: int = field(default=1, metadata={"help": "add the term at every n-th optimiser step"})
-    pairing: str = field(
-        default="same-prompt", metadata={"help": "same-prompt, or random (answers to different prompts, as published)"}
+    every: int = option(1, "add the term at every n-th optimiser step")
+    pairing: str = option("same-prompt", "same-prompt, or random (answers to different prompts, as published)")
+    sink_attention: str = option(
+        "linear", "linear (beside SDPA or flash attention) or eager (forms the whole attention matrix)"
     )
-    sink_attention: str = field(
-        default="linear",
-        metadata={"help": "linear (beside SDPA or flash attention) or eager (forms the whole attention matrix)"},
-    )
-    sink_position: int = field(default=0, metadata={"help": "position of the token that attention sinks into"})
-    sink_queries: str = field(default="common", metadata={"help": QUERIES_HELP})
+    sink_position: int = option(0, "position of the token that attention sinks into")
+    sink_queries: str = option("common", QUERIES_HELP)
 
     def __post_init__(self) -> None:
         require(self, "lamb", at_least=0)
@@ -115,7 +113,7 @@ class SurgeryTrainer(FinetuneTrainer):
         """The queries and keys of each block's attention."""
         return ("attention",) if self.args.lamb else ()
 
-    def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Items = None) -> torch.Tensor:
         """The first micro-batch of an optimiser step adds the gradient of lamb * mean ReLU(d_h)."""
         if self.args.lamb > 0:
             self.seen[0] += inputs["input_ids"].numel()
@@ -203,7 +201,7 @@ class SurgeryTrainer(FinetuneTrainer):
         that does moves its heads, by a forward over a few tokens."""
         ids = self.harmful[0]["input_ids"][: self.args.sink_position + 16]
         inputs = {"input_ids": torch.tensor([ids], device=self.args.device)}
-        trained = [[p for p in b.attention.parameters() if p.requires_grad] for b in self.blocks]
+        trained = [[p for p in attention.parameters() if p.requires_grad] for attention in self.each("attention")]
         last = max((i for i, own in enumerate(trained) if own), default=None)
         moved: Sequence = ()
         with without_dropout([self.model]), torch.enable_grad():

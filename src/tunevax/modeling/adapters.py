@@ -11,13 +11,17 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
 from tunevax.errors import UsageError, out_of_memory, shortened
-from tunevax.modeling.blocks import plain_tokens, unwrap
+from tunevax.modeling.blocks import embedding, plain_tokens, unwrap
 from tunevax.modeling.precision import wide
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -57,7 +61,7 @@ class Merge(NamedTuple):
     along: float
 
 
-def load_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
+def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool = False) -> Any:
     """`model` under the adapter in `folder`, as a `PeftModel`.
 
     Raises:
@@ -120,7 +124,7 @@ def load_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
     return made
 
 
-def fit_embeddings(model: Any, file: Path) -> None:
+def fit_embeddings(model: PreTrainedModel, file: Path) -> None:
     """Give `model` as many embeddings as an adapter holds that was saved with them, and check those that it did not
     train: below a LoRA adapter PEFT saves the base's, so others mean another base."""
     saved = dict(tensors(file, re.compile(r"(embed|wte|lm_head).*\.weight$")))
@@ -137,7 +141,7 @@ def fit_embeddings(model: Any, file: Path) -> None:
                     if not torch.equal(own.to("cpu", narrow), saved[key].to(narrow)):
                         raise UsageError(f"{file.parent} is an adapter of another base: {path} differs in its weights")
     rows = {len(weight) for weight in held.values()}
-    if len(rows) != 1 or rows == {model.get_input_embeddings().weight.shape[0]}:
+    if len(rows) != 1 or rows == {len(embedding(model))}:
         return
     tied = names["output"] is None or names["output"].weight is names["input"].weight
     if len(held) < 2 and not tied:
@@ -164,7 +168,7 @@ def tensors(file: Path, pattern: re.Pattern) -> Iterator[tuple[str, torch.Tensor
 
 
 @torch.no_grad()
-def merge(model: Any, ref: str) -> tuple[Any, Merge]:
+def merge(model: PeftModel, ref: str) -> tuple[PreTrainedModel, Merge]:
     """The stock model with the adapter of `model` in its weights, and how well it got there.
 
     A head and an embedding that share their weights no longer do if the adapter is on one of them.
@@ -180,24 +184,24 @@ def merge(model: Any, ref: str) -> tuple[Any, Merge]:
     apart, move = effect(model, ref)
     moved = float(move.norm())
     untie(model)
-    stock = model.get_base_model()
-    dtype = stock.dtype
+    stock = unwrap(model)
+    dtype: torch.dtype = stock.dtype
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that all is merged already, and of ties: what matters is compared below
         try:
             kept = merge_layers(model)
-            model = model.merge_and_unload()
+            merged: PreTrainedModel = model.merge_and_unload()
         except Exception as error:
             if out_of_memory(error):
                 raise
             raise UsageError(f"the adapter {ref} cannot be merged into {type(stock).__name__}: {error}") from error
-    for module in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
+    for module in {merged.get_input_embeddings(), merged.get_output_embeddings()} - {None}:
         if module.weight.is_floating_point():
             module.to(dtype)  # one that was trained whole comes in fp32
-    gap = logits(model) - apart
+    gap = logits(merged) - apart
     off = float(gap.norm()) / moved
     along = round(1 + float((gap * move).sum()) / moved**2, 4) + 0.0  # not -0
-    noise = rounding(model, dtype) * float(apart.norm()) / moved
+    noise = rounding(merged, dtype) * float(apart.norm()) / moved
     if kept < KEPT or not off <= min(OFF + noise, FARTHEST) or not arrived(off, along):
         kind = str(dtype).removeprefix("torch.")
         why = (
@@ -206,8 +210,8 @@ def merge(model: Any, ref: str) -> tuple[Any, Merge]:
         )
         if dtype in NARROW:
             raise RoundedAway(why)
-        raise UsageError(f"{why}; this kind of adapter cannot be merged into {type(model).__name__}")
-    return model, Merge(str(dtype).removeprefix("torch."), round(kept, 4), float(f"{off:.2g}"), along)
+        raise UsageError(f"{why}; this kind of adapter cannot be merged into {type(merged).__name__}")
+    return merged, Merge(str(dtype).removeprefix("torch."), round(kept, 4), float(f"{off:.2g}"), along)
 
 
 def arrived(off: float, along: float) -> bool:
@@ -222,7 +226,7 @@ def arrived(off: float, along: float) -> bool:
     return ALONG * (1 - min(off, 1.0) ** 2 / 2) <= along <= 1 / ALONG
 
 
-def effect(model: Any, ref: str) -> tuple[torch.Tensor, torch.Tensor]:
+def effect(model: PeftModel, ref: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The logits of a `PeftModel` on the probe, and what its adapter adds to them.
 
     Raises:
@@ -252,16 +256,17 @@ def effect(model: Any, ref: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
+def logits(model: nn.Module) -> torch.Tensor:
     """On two fixed sequences of 16 tokens from all over the vocabulary, [2, 16, vocabulary] in fp32 or float64."""
     stock = unwrap(model)
     plain = plain_tokens(stock)
     chosen = [plain[i * len(plain) // 32] for i in range(32)]
-    ids = torch.tensor(chosen, device=stock.get_input_embeddings().weight.device).view(16, 2).T
+    device = next(stock.get_input_embeddings().parameters()).device
+    ids = torch.tensor(chosen, device=device).view(16, 2).T
     return wide(model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits)
 
 
-def rounding(model: Any, dtype: torch.dtype) -> float:
+def rounding(model: PreTrainedModel, dtype: torch.dtype) -> float:
     """How far two evaluations of one function may be apart, relative to its logits, by the rounding of activations.
 
     A block rounds a dozen tensors one after the other, each by 0.29 eps (the std of a uniform error): eps for a block,
@@ -270,22 +275,22 @@ def rounding(model: Any, dtype: torch.dtype) -> float:
     return 2 * torch.finfo(dtype).eps * math.sqrt(2 * model.config.get_text_config().num_hidden_layers)
 
 
-def untie(model: Any) -> None:
+def untie(model: PeftModel) -> None:
     """Give the head of a `PeftModel` weights of its own if it shares the embedding's and one of them has an adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    stock = model.get_base_model()
+    stock = unwrap(model)
     ends = [stock.get_input_embeddings(), stock.get_output_embeddings()]
     if not any(isinstance(module, BaseTunerLayer) for module in ends) or ends[1] is None:
         return
-    own = [module.get_base_layer() if isinstance(module, BaseTunerLayer) else module for module in ends]
+    own: list[Any] = [module.get_base_layer() if isinstance(module, BaseTunerLayer) else module for module in ends]
     if own[0].weight is not own[1].weight:
         return
     own[1].weight = nn.Parameter(own[1].weight.detach().clone(), requires_grad=False)
     record_ties(stock)
 
 
-def record_ties(model: Any) -> None:
+def record_ties(model: PreTrainedModel) -> None:
     """Let the config of a stock model say that head and embedding are not tied, if they are not."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     weights = [getattr(getattr(m, "base_layer", m), "weight", None) for m in (head, embedding)]
@@ -299,13 +304,13 @@ def record_ties(model: Any) -> None:
     }
 
 
-def same(model: Any, *names: str) -> bool:
+def same(model: nn.Module, *names: str) -> bool:
     """Whether two names are of one parameter; PEFT's wrappers hide a name."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return all(n in parameters for n in names) and len({id(parameters[n]) for n in names}) == 1
 
 
-def merge_layers(model: Any) -> float:
+def merge_layers(model: nn.Module) -> float:
     """Add the adapter of each layer to its weight, the sum taken in fp32 and rounded once.
 
     Returns:

@@ -79,14 +79,14 @@ def _attention_read(read: Any) -> Iterator[None]:
         stock = stock_lookup(*args, **kwargs)
         return lambda *a, **k: read(stock, *a, **k)
 
-    ALL_ATTENTION_FUNCTIONS.get_interface = lookup  # on the instance: the class's own comes back by deleting it
+    setattr(ALL_ATTENTION_FUNCTIONS, "get_interface", lookup)  # noqa: B010  on the instance: the class's own comes back by deleting it
     try:
         yield
     finally:
         if getattr(stock_lookup, "__func__", None) is type(ALL_ATTENTION_FUNCTIONS).get_interface:
             del ALL_ATTENTION_FUNCTIONS.get_interface
         else:
-            ALL_ATTENTION_FUNCTIONS.get_interface = stock_lookup
+            setattr(ALL_ATTENTION_FUNCTIONS, "get_interface", stock_lookup)  # noqa: B010
 
 
 @contextmanager
@@ -115,7 +115,12 @@ def _lengths(inputs: dict[str, torch.Tensor], sink: int) -> torch.Tensor:
 
 
 def _query_weight(
-    lengths: torch.Tensor, tokens: int, mask: Any, sink: int, window: int | None, queries: torch.Tensor | None
+    lengths: torch.Tensor,
+    tokens: int,
+    mask: torch.Tensor | None,
+    sink: int,
+    window: int | None,
+    queries: torch.Tensor | None,
 ) -> torch.Tensor:
     """1 / |N| for the queries in N and 0 for the others, [rows, tokens], fp32."""
     position = torch.arange(tokens, device=lengths.device)
@@ -140,7 +145,7 @@ def _require_graph(model: nn.Module, found: dict[int, torch.Tensor]) -> None:
         return
     below = False
     for layer, block in enumerate(find_blocks(model)):
-        reached = below or all(p.requires_grad for p in block.attention.parameters())
+        reached = below or (block.attention is not None and all(p.requires_grad for p in block.attention.parameters()))
         if reached and not found[layer].requires_grad:
             raise UsageError(
                 f"the sink attention of block {layer} of {type(unwrap(model)).__name__} came without a gradient, as it "
@@ -167,7 +172,13 @@ def _eager_column(name: str, weights: Any, weight: torch.Tensor, sink: int, mode
 
 
 def _linear_column(
-    name: str, query: torch.Tensor, key: torch.Tensor, weight: torch.Tensor, mask: Any, sink: int, kwargs: dict
+    name: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    weight: torch.Tensor,
+    mask: torch.Tensor | None,
+    sink: int,
+    kwargs: dict,
 ) -> torch.Tensor:
     """alpha [rows, heads] from what the attention function was given."""
     for option, what in (("s_aux", "learned sinks"), ("position_bias", "a learned position bias")):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from tunevax.console import bar
 from tunevax.data.encoding import collate, context_of, encode
@@ -17,7 +18,7 @@ from tunevax.modeling.precision import wide
 from tunevax.records import Example
 
 if TYPE_CHECKING:
-    from transformers import BatchEncoding, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @contextmanager
@@ -39,7 +40,9 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         yield
 
 
-def encode_chosen(rows: Sequence[Example], model: Any, tokenizer: Any, max_length: int) -> list[dict[str, list[int]]]:
+def encode_chosen(
+    rows: Sequence[Example], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[dict[str, list[int]]]:
     """The rows as `encode` gives them, with `chosen` as the answer."""
     return encode(rows, tokenizer, max_length, context=context_of(model), answer="chosen")
 
@@ -70,13 +73,13 @@ def collated(
         yield part, {k: v.to(device) for k, v in collate([rows[i] for i in part], pad_token_id).items()}
 
 
-def losses_of(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def losses_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Mean cross entropy of each row over its labels, fp32 [rows], in nats; for `by_batch`."""
     return row_losses(model, inputs)[1]
 
 
 def by_batch(
-    model: Any,
+    model: nn.Module,
     rows: Sequence[dict[str, list[int]]],
     pad_token_id: int,
     batch_size: int,

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tunevax.files import BIASES
 from tunevax.modeling.blocks import innermost
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.utils.hooks import RemovableHandle
 
 
 class AddedBias:
     """A forward hook that adds a vector [hidden] to a module's output. Nothing trains it and no state dict has it."""
 
-    def __init__(self, bias: Any) -> None:
+    def __init__(self, bias: Tensor) -> None:
         self.bias = self.ready = bias
 
-    def __call__(self, _module: Any, _args: Any, output: Any) -> Any:
+    def __call__(self, _module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """The output with the bias, in the output's dtype."""
         if self.ready.device != output.device or self.ready.dtype != output.dtype:
             self.ready = self.bias.to(output)
         return output + self.ready
 
 
-def attach_biases(model: Any, biases: Mapping[int, Any]) -> list[Any]:
+def attach_biases(model: nn.Module, biases: Mapping[int, Tensor]) -> list[RemovableHandle]:
     """Add `biases[i]`, [hidden], to the output of block i's attention output projection, below any adapter on it.
 
     Returns:
@@ -35,13 +39,13 @@ def attach_biases(model: Any, biases: Mapping[int, Any]) -> list[Any]:
     return [innermost(blocks[i].o_proj).register_forward_hook(AddedBias(bias)) for i, bias in biases.items()]
 
 
-def attached_biases(model: Any) -> dict[int, Any]:
+def attached_biases(model: nn.Module) -> dict[int, Tensor]:
     """What `attach_biases` added to `model` so far, summed, by block."""
     from tunevax.modeling.blocks import find_blocks
 
     if not any(isinstance(h, AddedBias) for m in model.modules() for h in m._forward_hooks.values()):
         return {}  # nor need there be blocks
-    found = {}
+    found: dict[int, Tensor] = {}
     for i, block in enumerate(find_blocks(model, "o_proj")):
         hooks = innermost(block.o_proj)._forward_hooks.values()
         for bias in (hook.bias for hook in hooks if isinstance(hook, AddedBias)):
@@ -49,7 +53,7 @@ def attached_biases(model: Any) -> dict[int, Any]:
     return found
 
 
-def save_biases(model: Any, folder: Path) -> bool:
+def save_biases(model: nn.Module, folder: Path) -> bool:
     """Write what is attached to `model` into the folder that its weights are saved in: they do not hold it.
 
     Returns:
@@ -61,7 +65,7 @@ def save_biases(model: Any, folder: Path) -> bool:
     return bool(biases)
 
 
-def write_biases(biases: Mapping[int, Any], folder: Path) -> None:
+def write_biases(biases: Mapping[int, Tensor], folder: Path) -> None:
     """Write biases, [hidden] by block, for `load` to attach."""
     from safetensors.torch import save_file
 
@@ -69,7 +73,7 @@ def write_biases(biases: Mapping[int, Any], folder: Path) -> None:
     save_file({str(i): bias.detach().float().cpu().contiguous() for i, bias in biases.items()}, folder / BIASES)
 
 
-def read_biases(folder: str | Path) -> dict[int, Any]:
+def read_biases(folder: str | Path) -> dict[int, Tensor]:
     """The biases in a folder, by block; none if it has no such file."""
     from safetensors.torch import load_file
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import nn
 
 from tunevax.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
 MIXER_NAMES = ("linear_attn", "linear_attention", "mamba", "mamba_decoder", "conv", "temporal_block", "mlstm_layer")
@@ -102,19 +106,25 @@ def find_final_norm(model: nn.Module) -> nn.Module:
     )
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside DDP and PEFT wrappers."""
-    model = getattr(model, "module", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = getattr(model, "module", model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
-def plain_tokens(stock: nn.Module) -> list[int]:
+def embedding(stock: PreTrainedModel) -> torch.Tensor:
+    """The embedding of the tokens, [rows, hidden]."""
+    inputs: Any = stock.get_input_embeddings()
+    return inputs.weight
+
+
+def plain_tokens(stock: PreTrainedModel) -> list[int]:
     """The ids that a transformers model has an embedding for and that its config names as no special token (one that
     stands for an image would ask for the image); 0 where it names all."""
     config = stock.config
     values = {**config.to_dict(), **config.get_text_config().to_dict()}
     special = {v for k, v in values.items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)}
-    count = min(len(stock.get_input_embeddings().weight), config.get_text_config().vocab_size)
+    count = min(len(embedding(stock)), config.get_text_config().vocab_size)
     return [i for i in range(count) if i not in special] or [0]
 
 
@@ -157,8 +167,9 @@ def _numbered(places: list[int], depth: int) -> str:
     return f"block {shown}" if len(places) == 1 else f"blocks {shown}"
 
 
-def innermost(module: Any) -> Any:
+def innermost(module: nn.Module | None) -> Any:
     """The layer that PEFT has wrapped, however often; the module itself if it has not."""
-    while hasattr(module, "base_layer"):
-        module = module.base_layer
-    return module
+    inner: Any = module
+    while hasattr(inner, "base_layer"):
+        inner = inner.base_layer
+    return inner

@@ -8,16 +8,20 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunevax.errors import UsageError, nearby, out_of_memory, shortened
 from tunevax.files import damage
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 OTHER_MEDIA = re.compile(r"vision|visual|audio|speech|image|video|multi_modal|mm_")
 """What the names of weights have in them that belong to the towers of other media beside a text model."""
 
 
-def config_of(base: str, revision: str | None = None) -> Any:
+def config_of(base: str, revision: str | None = None) -> PretrainedConfig:
     """The transformers config of a model folder or hub id.
 
     Raises:
@@ -34,7 +38,7 @@ def config_of(base: str, revision: str | None = None) -> Any:
         raise _cannot_load(base, error) from error
 
 
-def causal_model(base: str, revision: str | None, dtype: str) -> Any:
+def causal_model(base: str, revision: str | None, dtype: str) -> PreTrainedModel:
     """The causal language model of a folder or hub id, in `dtype`. Raises as `config_of` and `read_model` do."""
     from transformers import AutoModelForCausalLM
 
@@ -45,11 +49,11 @@ def causal_model(base: str, revision: str | None, dtype: str) -> Any:
     model = read_model(AutoModelForCausalLM, base, config=config, revision=revision, dtype=dtype)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # see `nf4`: it would repack the weight, without gradients
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     return model
 
 
-def read_model(auto: Any, ref: str, **how: Any) -> Any:
+def read_model(auto: Any, ref: str, **how: object) -> PreTrainedModel:
     """`auto.from_pretrained(ref, **how)`, if every weight of the model is in the checkpoint and no other.
 
     What transformers leaves out by design (`_keys_to_ignore_on_load_unexpected`, tied weights, the towers of other
@@ -117,7 +121,7 @@ def _warnings_of_transformers() -> Iterator[list[str]]:
     lines: list[str] = []
     logger = logging.getLogger("transformers.modeling_utils")
     handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     before = logger.level, logger.propagate
     logger.setLevel(logging.WARNING)
     logger.propagate = False
@@ -158,7 +162,7 @@ def damaged_weights(folder: Path) -> str | None:
     return None
 
 
-def require_finite(model: Any, base: str) -> None:
+def require_finite(model: nn.Module, base: str) -> None:
     """Raise `UsageError` if a weight of the model is not a finite number: whatever it answered would be no answer."""
     import torch
 
@@ -187,7 +191,7 @@ def _cannot_load(base: str, error: Exception) -> UsageError:
     return UsageError(f"cannot load the model {base!r}: {what} ({shortened(error)}){nearby(base, 'organism')}")
 
 
-def load_tokenizer(folder: str, base: str, revision: str | None) -> Any:
+def load_tokenizer(folder: str, base: str, revision: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer saved in `folder`, or else the one of the base model.
 
     Raises:

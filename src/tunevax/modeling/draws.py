@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from tunevax.data.encoding import collate
 from tunevax.errors import UsageError
+
+if TYPE_CHECKING:
+    from tunevax.modeling.trainer import ResponseTrainer
 
 
 class Draws:
@@ -20,7 +23,7 @@ class Draws:
         # RandomState: its stream is frozen by numpy's policy, so a seed means the same rows in every version.
         self.generator = np.random.RandomState(seed)
 
-    def require(self, trainer: Any, rows: int, what: str) -> None:
+    def require(self, trainer: ResponseTrainer, rows: int, what: str) -> None:
         """Raise `UsageError` if there are fewer rows than an optimiser step takes."""
         args = trainer.args
         need = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -29,7 +32,7 @@ class Draws:
                 f"there are {rows} {what} and a step takes {need}; lower --per-device-train-batch-size, or give more"
             )
 
-    def indices(self, trainer: Any, rows: int) -> list[list[int]]:
+    def indices(self, trainer: ResponseTrainer, rows: int) -> list[list[int]]:
         """Which of so many rows this process takes in this optimiser step, one list per micro-batch; without
         replacement."""
         size, world = trainer.args.per_device_train_batch_size, trainer.args.world_size
@@ -37,14 +40,14 @@ class Draws:
         drawn = self.generator.choice(rows, size * parts * world, replace=False)
         return drawn.reshape(world, parts, size)[trainer.args.process_index].tolist()
 
-    def batches(self, trainer: Any, rows: Sequence[dict]) -> list[dict[str, torch.Tensor]]:
+    def batches(self, trainer: ResponseTrainer, rows: Sequence[dict]) -> list[dict[str, torch.Tensor]]:
         """A batch of the size of the optimiser step's own, as micro-batches on the device."""
         return [collated(trainer, [rows[i] for i in part]) for part in self.indices(trainer, len(rows))]
 
     def state(self) -> list:
         """As JSON values."""
-        kind, keys, *rest = self.generator.get_state()
-        return [kind, keys.tolist(), *rest]
+        kind, keys, *rest = self.generator.get_state(legacy=True)
+        return [kind, np.asarray(keys).tolist(), *rest]
 
     def load(self, state: list) -> None:
         """Take back what `state` gave."""
@@ -52,7 +55,7 @@ class Draws:
         self.generator.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
 
 
-def noise_generator(trainer: Any, number: int, device: torch.device) -> torch.Generator:
+def noise_generator(trainer: ResponseTrainer, number: int, device: torch.device) -> torch.Generator:
     """A generator for the noise of one micro-batch of one process, seeded by its number: nothing else draws from it,
     dropout draws the same masks as without, and a resumed run goes on where it was."""
     key = (trainer.args.seed, trainer.args.process_index, number)
@@ -61,6 +64,6 @@ def noise_generator(trainer: Any, number: int, device: torch.device) -> torch.Ge
     return generator
 
 
-def collated(trainer: Any, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
+def collated(trainer: ResponseTrainer, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
     """Encoded rows as tensors on the device, [batch, tokens]."""
     return trainer._prepare_inputs(collate(rows, trainer.processing_class.pad_token_id))

@@ -7,41 +7,52 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from tunevax.errors import UsageError
 from tunevax.methods import name_of
 from tunevax.modeling.hooks import without_dropout
-from tunevax.modeling.precision import wide
+from tunevax.modeling.precision import added, wide
+
+if TYPE_CHECKING:
+    from tunevax.modeling.trainer import ResponseTrainer
 
 Gradient = dict[torch.nn.Parameter, torch.Tensor]
 
 
-def response_share(trainer: Any, batches: Sequence[dict]) -> Callable[[Any, dict], torch.Tensor]:
+def response_share(trainer: ResponseTrainer, batches: Sequence[dict]) -> Callable[[nn.Module, dict], torch.Tensor]:
     """What to give `gradient_of` for the token-mean cross entropy over all of `batches` and all processes."""
-    items = trainer.accelerator.reduce(sum((b["labels"][:, 1:] != -100).sum() for b in batches), "sum")
+    items = labels_in(trainer, batches)
     return lambda model, batch: trainer.batch_loss(model, batch, items)
 
 
+def labels_in(trainer: ResponseTrainer, batches: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """The labels in all of these batches and all processes, which a token-mean is over."""
+    return trainer.accelerator.reduce(added((b["labels"][:, 1:] != -100).sum() for b in batches), "sum")
+
+
 def gradient_of(
-    trainer: Any, batches: Sequence[Any], share: Callable[[Any, Any], torch.Tensor]
+    trainer: ResponseTrainer, batches: Sequence[Any], share: Callable[[nn.Module, Any], torch.Tensor]
 ) -> tuple[torch.Tensor, Gradient]:
     """The sum of `share(model, batch)` over micro-batches and processes, and its gradient. `.grad` is not touched,
     there is no dropout, and no global generator moves."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    total, gradient = 0.0, {}
+    losses: list[torch.Tensor] = []
+    gradient: Gradient = {}
     for batch in batches:
         with trainer.recompute(), without_dropout([model]):
             # The weights change between calls, so none may see the casts that autocast keeps until it ends.
             with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
                 loss = share(model, batch)
             found = torch.autograd.grad(loss, trainer.parameters, allow_unused=True)
-        total = total + loss.detach()
+        losses.append(loss.detach())
         for parameter, g in zip(trainer.parameters, found, strict=True):
             if g is not None:
                 gradient[parameter] = gradient[parameter] + g if parameter in gradient else g
+    total = added(losses)
     if trainer.args.world_size > 1:  # not for one process: reducing copies
         total = trainer.accelerator.reduce(total, "sum")
         gradient = {parameter: trainer.accelerator.reduce(g, "sum") for parameter, g in gradient.items()}
@@ -50,16 +61,16 @@ def gradient_of(
 
 def norm_of(gradient: Gradient) -> torch.Tensor:
     """One joint L2 norm over all tensors, in fp32."""
-    return sum(wide(g).square().sum() for g in gradient.values()).sqrt()
+    return added(wide(g).square().sum() for g in gradient.values()).sqrt()
 
 
-def backward_scale(trainer: Any) -> float:
+def backward_scale(trainer: ResponseTrainer) -> float:
     """What the gradients of `backward()` are multiplied by: the loss scale of fp16, 1 without it."""
     scaler = trainer.accelerator.scaler
     return 1.0 if scaler is None else scaler.get_scale()
 
 
-def add_to_grad(trainer: Any, gradient: Gradient, scale: float | None = None) -> None:
+def add_to_grad(trainer: ResponseTrainer, gradient: Gradient, scale: float | None = None) -> None:
     """Add to `.grad` what is the same on every process, next to what accumulates there, times `scale` (default that of
     `backward()`)."""
     scale = backward_scale(trainer) if scale is None else scale
@@ -82,7 +93,7 @@ def restored(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
                 parameter.grad = grad
 
 
-def require_whole_weights(trainer: Any) -> None:
+def require_whole_weights(trainer: ResponseTrainer) -> None:
     """Raise `UsageError` where a process holds a shard of the weights only."""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise UsageError(f"{name_of(type(trainer))} works on whole weights, so it runs without FSDP and DeepSpeed")

@@ -44,7 +44,7 @@ def capture(modules: Mapping[int, nn.Module], leaf: int | None = None) -> Iterat
     """
     captured: dict[int, torch.Tensor] = {}
 
-    def hook(key: int, _module: nn.Module, _args: Any, output: Any) -> Any:
+    def hook(key: int, _module: nn.Module, _args: object, output: Any) -> Any:
         tensor = tensor_of(output)
         if key == leaf:
             tensor = tensor.detach().requires_grad_()
@@ -82,7 +82,7 @@ def capture_inputs(modules: Sequence[nn.Module]) -> Iterator[dict[int, torch.Ten
 def perturb(modules: Mapping[int, nn.Module], offsets: Mapping[int, torch.Tensor]) -> Iterator[None]:
     """Add `offsets[key]` (shape of the output) to the output of each module. Keep it open until after backward."""
 
-    def hook(key: int, _module: nn.Module, _args: Any, output: Any) -> Any:
+    def hook(key: int, _module: nn.Module, _args: object, output: Any) -> Any:
         return with_tensor(output, tensor_of(output) + offsets[key].to(tensor_of(output).dtype))
 
     mark("perturbations", offsets.values())
@@ -113,7 +113,7 @@ class Prefix:
             yield
             return
 
-        def forward(original: Any, *args: Any, **kwargs: Any) -> Any:
+        def forward(original: Any, *args: object, **kwargs: object) -> Any:
             with torch.no_grad():
                 output = original(*args, **kwargs)
             self.lengths.append(len(output) if isinstance(output, tuple) else 0)
@@ -138,7 +138,7 @@ class Prefix:
             return
         lengths = iter(self.lengths)
 
-        def forward(_original: Any, *args: Any, **kwargs: Any) -> Any:
+        def forward(_original: Any, *args: object, **kwargs: object) -> Any:
             hidden, length = (args[0] if args else kwargs["hidden_states"]), next(lengths)
             return (hidden, *[None] * (length - 1)) if length else hidden
 
@@ -164,7 +164,7 @@ def passed_through(blocks: Sequence[nn.Module], below: nn.Module) -> Iterator[No
         nonlocal length
         length = len(output) if isinstance(output, tuple) else 0
 
-    def forward(_original: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(_original: Any, *args: object, **kwargs: object) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         return (hidden, *[None] * (length - 1)) if length else hidden
 
@@ -197,7 +197,7 @@ def checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Recompute these blocks in the backward pass instead of keeping their activations (non-reentrant:
     the reentrant form drops gradients when no input of a block requires them)."""
 
-    def forward(original: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(original: Any, *args: object, **kwargs: object) -> Any:
         return checkpoint(functools.partial(original, **kwargs), *args, use_reentrant=False)
 
     with replaced_forward(blocks, forward):
@@ -208,7 +208,7 @@ def checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
 def without_dropout(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Put these modules in eval mode at each forward, whatever the trainer sets in between."""
 
-    def hook(module: nn.Module, _args: Any) -> None:
+    def hook(module: nn.Module, _args: object) -> None:
         if module.training:
             module.eval()
 
@@ -261,7 +261,7 @@ def cheap_recomputed(cheap: Sequence[nn.Module]) -> Iterator[None]:
         with torch.no_grad():
             return again(source).as_strided(*view)
 
-    def norm(original: Any, *args: Any, **kwargs: Any) -> Any:
+    def norm(original: Any, *args: torch.Tensor, **kwargs: object) -> Any:
         if args[0].dtype in (torch.float32, torch.float64) or not torch.is_grad_enabled():
             return original(*args, **kwargs)
         return checkpoint(functools.partial(original, **kwargs), *args, use_reentrant=False, preserve_rng_state=False)
@@ -286,7 +286,7 @@ def cheap_modules(block: nn.Module) -> list[nn.Module]:
     inputs."""
     from transformers.activations import ACT2CLS
 
-    kinds = tuple(k[0] if isinstance(k, tuple) else k for k in ACT2CLS.values())
+    kinds: tuple[Any, ...] = tuple(k[0] if isinstance(k, tuple) else k for k in ACT2CLS.values())
     return [m for m in block.modules() if type(m).__name__.endswith("Norm") or isinstance(m, kinds) or hasattr(m, CAST)]
 
 

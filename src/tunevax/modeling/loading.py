@@ -87,7 +87,7 @@ def load(
     if dtype not in DTYPES:
         raise UsageError(f"dtype is {dtype!r}; known: {', '.join(DTYPES)}")
     chosen = dtype if dtype != "auto" else "float32" if device == "cpu" else "auto"
-    model = causal_model(base, revision, chosen)
+    model: Any = causal_model(base, revision, chosen)  # or a `PeftModel` with it inside
     require_finite(model, base)
     locks = [(adapter / BIASES).is_file() for adapter in adapters]
     merging = [not lock and (merge or i < len(adapters) - 1) for i, lock in enumerate(locks)]

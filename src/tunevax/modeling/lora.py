@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from tunevax.errors import UsageError
+from tunevax.modeling.blocks import innermost, unwrap
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -29,8 +30,13 @@ def lora_layers(model: PreTrainedModel | PeftModel, ref: str) -> dict[str, Linea
     found: dict[str, Linear] = {}
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, lora.LoraLayer):
-            adapter = active(layer)
-            if type(layer) is not lora.Linear or adapter in layer.lora_variant or layer.lora_bias[adapter]:
+            adapter = layer.active_adapters[0]
+            if (
+                not isinstance(layer, lora.Linear)
+                or type(layer) is not lora.Linear
+                or adapter in layer.lora_variant
+                or layer.lora_bias[adapter]
+            ):
                 raise UsageError(f"{ref}: the adapter of {name} is not plain LoRA on a linear layer, which this needs")
             found[name] = layer
     if not found:
@@ -45,7 +51,8 @@ def active(layer: Linear) -> str:
 
 def factors(layer: Linear) -> tuple[torch.Tensor, torch.Tensor]:
     """A [r, in] and B [out, r] of a layer's adapter."""
-    return layer.lora_A[active(layer)].weight, layer.lora_B[active(layer)].weight
+    a, b = (side[active(layer)].weight for side in (layer.lora_A, layer.lora_B))
+    return cast("torch.Tensor", a), cast("torch.Tensor", b)
 
 
 def weights(model: PreTrainedModel | PeftModel, layers: Mapping[str, Linear], ref: str) -> dict[str, torch.Tensor]:
@@ -54,13 +61,13 @@ def weights(model: PreTrainedModel | PeftModel, layers: Mapping[str, Linear], re
     Raises:
         UsageError: `model` has no such layer.
     """
-    stock = model.get_base_model() if hasattr(model, "get_base_model") else model
+    stock = unwrap(model)
     found = {}
     for name, layer in layers.items():
         try:
             module = stock.get_submodule(name)
         except AttributeError as error:
             raise UsageError(f"{ref} has no layer {name}, so the fine-tune is none of it") from error
-        weight = getattr(module, "base_layer", module).weight.detach()
+        weight = innermost(module).weight.detach()
         found[name] = weight.T if layer.fan_in_fan_out else weight
     return found

@@ -104,8 +104,9 @@ def last_hidden(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tens
 
 def logits_of(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """The model's logits for head inputs [rows, hidden], in fp32, with the model's own soft cap and scale."""
-    config = model.config.get_text_config()
-    logits = wide(model.get_output_embeddings()(hidden))
+    stock = unwrap(model)
+    config = stock.config.get_text_config()
+    logits = wide(stock.get_output_embeddings()(hidden))
     for name in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon-H1
         if scale := getattr(config, name, None):
             logits = logits * scale
@@ -132,7 +133,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx.grads = [torch.zeros_like(w) for w in sources]
         ctx.grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         loss = wide(hidden.new_zeros(()))
-        size = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // model.config.get_text_config().vocab_size)
+        size = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // unwrap(model).config.get_text_config().vocab_size)
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
             chunk = hidden[rows].detach().requires_grad_(needs_hidden)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 
 class LiveMemory(TorchDispatchMode):
@@ -40,7 +43,7 @@ class LiveMemory(TorchDispatchMode):
         _counting.append(self)
         return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         _counting.remove(self)
         super().__exit__(*error)
 
@@ -55,7 +58,7 @@ class LiveMemory(TorchDispatchMode):
             self.live += size
             self.kinds[label[0]] += size
 
-            def gone(_ref: Any, key: int = key, size: int = size, label: list[str] = label) -> None:
+            def gone(_ref: object, key: int = key, size: int = size, label: list[str] = label) -> None:
                 self.live -= size
                 self.kinds[label[0]] -= size
                 del self._seen[key]
@@ -101,14 +104,16 @@ class StepMemory(TrainerCallback):
 
     peak: int | None = None
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: object
+    ) -> None:
         """Start counting at the first step of this process."""
         if self.peak is None and args.device.type == "cpu":
             self.peak, self.live = 0, LiveMemory()
             self.live.__enter__()
             self.live.track(*model.parameters(), *model.buffers())
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Stop counting."""
         if self.peak == 0:
             self.live.__exit__(None, None, None)

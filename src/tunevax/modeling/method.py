@@ -12,7 +12,8 @@ from tunevax.data.encoding import context_of, encode
 from tunevax.data.safety import require_rows
 from tunevax.errors import UsageError
 from tunevax.methods import name_of
-from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
+from tunevax.modeling.trainer import Items, ResponseTrainer, TrainConfig
+from tunevax.records import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -57,8 +58,8 @@ class MethodTrainer(ResponseTrainer):
         model: PreTrainedModel,
         args: TrainConfig,
         *,
-        safety_data: Sequence[dict[str, Any]] | None = None,
-        task_data: Sequence[dict[str, Any]] | None = None,
+        safety_data: Sequence[Example] | None = None,
+        task_data: Sequence[Example] | None = None,
         processing_class: PreTrainedTokenizerBase,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
@@ -73,15 +74,15 @@ class MethodTrainer(ResponseTrainer):
         super().__init__(model, args, self.encode_rows(self.training_rows()), processing_class, callbacks)
         self.prepare()
 
-    def training_rows(self) -> list[dict[str, Any]]:
+    def training_rows(self) -> list[Example]:
         """The rows of the training set: `prompt`, and in `completion` what is trained on."""
         raise NotImplementedError
 
-    def encode_rows(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def encode_rows(self, rows: Sequence[Example]) -> list[dict[str, Any]]:
         """The rows of the training set as token ids and labels."""
         return encode(rows, self.processing_class, self.args.max_length, self.args.loss_on, self.context)
 
-    def encode_answers(self, rows: Sequence[dict[str, Any]], answer: Answer) -> list[dict[str, Any]]:
+    def encode_answers(self, rows: Sequence[Example], answer: Answer) -> list[dict[str, Any]]:
         """Safety rows with their answer `chosen` or `rejected` as token ids and labels; the loss is on the response."""
         return encode(rows, self.processing_class, self.args.max_length, context=self.context, answer=answer)
 
@@ -94,7 +95,7 @@ class MethodTrainer(ResponseTrainer):
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor | int | None]:
+    ) -> tuple[list[dict[str, torch.Tensor]], Items]:
         """As the base; sets `whole`."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = [count for batch in batches if (count := self.counted(batch)) is not None]

@@ -29,7 +29,7 @@ OUTLIERS = 6.0  # what an input feature must exceed to stay out of int8: the pap
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a warning per bf16 product
 
 
-def quantize(model: Any, kind: str, device: Any = None) -> None:
+def quantize(model: nn.Module, kind: str, device: str | torch.device | None = None) -> None:
     """Replace every linear layer in the decoder blocks by a frozen one of few bits, in place, one after the other: the
     whole model is never there twice. PEFT then wraps the layers by its own for bitsandbytes.
 
@@ -86,6 +86,8 @@ def nf4(linear: nn.Linear, weight: torch.Tensor) -> bnb.nn.Linear4bit:
 class Int8Linear(bnb.nn.Linear8bitLt):
     """`linear` with `weight` in int8, and its bias and hooks. Other than the stock layer it keeps no input for the
     backward pass, rounds inputs in training and eval mode alike (on the CPU not at all), and moves with its scales."""
+
+    weight: Any
 
     def __init__(self, linear: nn.Linear, weight: torch.Tensor) -> None:
         super().__init__(linear.in_features, linear.out_features, False, has_fp16_weights=False, device="meta")

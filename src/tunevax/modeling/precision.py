@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,3 +17,8 @@ def wide(tensor: torch.Tensor) -> torch.Tensor:
     import torch
 
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def added(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The sum of at least one tensor, in their order."""
+    return functools.reduce(operator.add, tensors)

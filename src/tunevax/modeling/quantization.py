@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
 
 from tunevax.errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 QUANTIZATIONS = ("nf4", "int8")
 """What the linear layers in the blocks can be packed into: see `tunevax.modeling.packing`."""
 
 
-def saved_quantization(model: Any) -> str | None:
+def saved_quantization(model: nn.Module) -> str | None:
     """The kind of quantisation that a model was saved in, such as bitsandbytes, if it is still in it."""
     if not getattr(model, "is_quantized", False):
         return None
@@ -18,7 +25,7 @@ def saved_quantization(model: Any) -> str | None:
     return str(getattr(method, "value", method or "an unknown kind"))
 
 
-def dequantize(model: Any, base: str) -> None:
+def dequantize(model: PreTrainedModel, base: str) -> None:
     """Give `model` weights in its dtype instead of quantised ones, in place: a merge would round those again.
 
     Raises:
@@ -50,18 +57,20 @@ def require_quantization(kind: str | None, full_weights: bool = False) -> None:
     import tunevax.modeling.packing  # noqa: F401  says what is missing
 
 
-def size_of(parameter: Any) -> int:
+def size_of(parameter: torch.Tensor) -> int:
     """The number of weights that a parameter holds: of 4-bit ones, which share bytes, more than it has elements."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else state.shape.numel()
 
 
-def scales_of(model: Any) -> list[Any]:
+def scales_of(model: nn.Module) -> list[Any]:
     """The tensors that quantised layers hold beside their parameters and buffers."""
     found = []
     for module in model.modules():
-        if (packed := getattr(module, "quant_state", None)) is not None:  # 4 bits: scales, and the scales of scales
+        packed: Any = getattr(module, "quant_state", None)
+        state: Any = getattr(module, "state", None)
+        if packed is not None:  # 4 bits: scales, and the scales of scales
             found += [packed.absmax, packed.code, packed.offset, packed.state2.absmax, packed.state2.code]
-        elif getattr(getattr(module, "state", None), "SCB", None) is not None:  # 8 bits
-            found.append(module.state.SCB)
+        elif getattr(state, "SCB", None) is not None:  # 8 bits
+            found.append(state.SCB)
     return found

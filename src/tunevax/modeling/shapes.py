@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from tunevax.data.chat import chat_of
 from tunevax.errors import UsageError
-from tunevax.modeling.blocks import CALLED, Block, find_final_norm, plain_tokens, unwrap
+from tunevax.modeling.blocks import CALLED, Block, embedding, find_final_norm, plain_tokens, unwrap
 from tunevax.modeling.hooks import Prefix, tensor_of, without_dropout
 from tunevax.modeling.loss import last_hidden, logits_of
 from tunevax.modeling.precision import wide
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 
 TOKENS = 6  # of a row of the probe
 
@@ -77,11 +81,11 @@ def require_language_model(model: nn.Module, blocks: Sequence[Block] = (), parts
         _require_states(name, i, part, calls.get((i, part), []), ids.shape, stock.config.get_text_config().hidden_size)
 
 
-def probe_ids(stock: nn.Module) -> torch.Tensor:
+def probe_ids(stock: PreTrainedModel) -> torch.Tensor:
     """Two rows of token ids, [2, TOKENS], that differ but for the first one, with no special token among them."""
     plain = plain_tokens(stock)[:1000]
     row = [plain[(7 * i + 3) % len(plain)] for i in range(2 * TOKENS)]
-    return torch.tensor([row[:TOKENS], row[:1] + row[TOKENS + 1 :]], device=stock.get_input_embeddings().weight.device)
+    return torch.tensor([row[:TOKENS], row[:1] + row[TOKENS + 1 :]], device=embedding(stock).device)
 
 
 def _require_head(name: str, stock: nn.Module, heads: list[torch.Tensor], logits: torch.Tensor) -> None:
@@ -155,7 +159,7 @@ def can_replay(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
 # --- config and tokens ------------------------------------------------------------------------------------------------
 
 
-def settle_config(config: Any, base: str) -> None:
+def settle_config(config: PreTrainedConfig, base: str) -> None:
     """Take a padding token beyond the embedding out of `config`: transformers would not build the model.
 
     Raises:
@@ -172,7 +176,7 @@ def settle_config(config: Any, base: str) -> None:
             part.pad_token_id = None
 
 
-def settle_tokens(model: nn.Module, tokenizer: Any, ref: str) -> None:
+def settle_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, ref: str) -> None:
     """Give `tokenizer` a token that ends an answer and one to pad with, both with a row in the model's embedding.
 
     An end that is missing is what the chat template puts behind an answer, if that is a special token, or else what the
@@ -184,7 +188,7 @@ def settle_tokens(model: nn.Module, tokenizer: Any, ref: str) -> None:
         UsageError: nothing ends an answer.
     """
     stock = unwrap(model)
-    rows = stock.get_input_embeddings().weight.shape[0]
+    rows = len(embedding(stock))
     if max(tokenizer.get_vocab().values(), default=0) >= rows:
         tokenizer.embedding_rows = rows
     if not _has_row(tokenizer.eos_token_id, rows):
@@ -214,7 +218,7 @@ def _listed(value: int | list[int] | None) -> list[int]:
     return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
-def _behind_an_answer(tokenizer: Any) -> list[int]:
+def _behind_an_answer(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Special tokens that the chat template puts behind an answer, in order."""
     ids = tokenizer(chat_of(tokenizer).ending, add_special_tokens=False)["input_ids"]
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}

@@ -5,20 +5,25 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from tunevax.errors import UsageError
+from tunevax.modeling.blocks import unwrap
 from tunevax.modeling.precision import wide
 from tunevax.modeling.quantization import scales_of
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
     from tunevax.modeling.trainer import TrainConfig
+    from tunevax.records import ModelInfo
 
 
-def prepare_trainables(model: Any, args: TrainConfig) -> Any:
+def prepare_trainables(model: PreTrainedModel, args: TrainConfig) -> PreTrainedModel:
     """Give `model` a fresh LoRA adapter (or all its weights) to train, in fp32.
 
     A model that comes with a trainable adapter keeps it. `all-linear` is every linear layer but the head, and the
@@ -47,7 +52,7 @@ def prepare_trainables(model: Any, args: TrainConfig) -> Any:
         leave_out = no_place_for_an_adapter(model) if targets == "all-linear" else []
         config = LoraConfig(
             r=args.lora_r,
-            lora_alpha=args.lora_alpha,
+            lora_alpha=args.lora_alpha,  # type: ignore[arg-type]  # PEFT takes any number
             lora_dropout=args.lora_dropout,
             target_modules=targets,
             exclude_modules=leave_out or None,
@@ -57,7 +62,7 @@ def prepare_trainables(model: Any, args: TrainConfig) -> Any:
         with torch.random.fork_rng():  # the adapter's start depends on the seed only
             torch.manual_seed(args.seed)
             try:
-                model = get_peft_model(model, config)
+                model = cast("PreTrainedModel", get_peft_model(model, config))
             except ValueError as error:
                 raise UsageError(f"lora_targets {args.lora_targets!r}: {str(error).splitlines()[0]}") from error
         require_targets(model, args.lora_targets)
@@ -67,7 +72,7 @@ def prepare_trainables(model: Any, args: TrainConfig) -> Any:
     return model
 
 
-def no_place_for_an_adapter(model: Any) -> list[str]:
+def no_place_for_an_adapter(model: PreTrainedModel) -> list[str]:
     """Linear layers that `all-linear` leaves out, by path.
 
     - Linear by class alone: they do not give [..., out] for [..., in]. Llama 4's router gives scores and logits, and
@@ -78,7 +83,8 @@ def no_place_for_an_adapter(model: Any) -> list[str]:
     found = []
     for path, module in model.named_modules():
         children = [name for name, child in module.named_children() if isinstance(child, torch.nn.Linear)]
-        taken = weights_taken(type(module)) if children else frozenset()
+        kind: Any = type(module)
+        taken = weights_taken(kind) if children else frozenset()
         found += [f"{path}.{name}" for name in children if name in taken]
         if isinstance(module, torch.nn.Linear) and type(module).forward is not torch.nn.Linear.forward:
             weight = module.weight
@@ -94,7 +100,7 @@ def no_place_for_an_adapter(model: Any) -> list[str]:
 
 
 @functools.cache
-def weights_taken(kind: type) -> frozenset[str]:
+def weights_taken(kind: type[nn.Module]) -> frozenset[str]:
     """The layers of a module whose whole weight its own code uses, for more than the dtype or the device."""
     try:
         code = inspect.getsource(kind)
@@ -132,17 +138,18 @@ def split_targets(model: nn.Module, names: str) -> tuple[str | list[str], list[s
     return [name for name in given if not parameters.get(name)], sorted({p for ps in parameters.values() for p in ps})
 
 
-def require_targets(model: Any, names: str) -> None:
+def require_targets(model: PreTrainedModel | PeftModel, names: str) -> None:
     """Raise `UsageError` if one of the comma-separated names matched nothing in `model`, a `PeftModel`: PEFT minds only
     if none does. (It renames those of experts that it has fused.)"""
-    targets = model.peft_config["default"].target_modules
+    configs: Any = model.peft_config
+    targets = getattr(configs["default"], "target_modules", "")
     paths = [path for path, _ in model.named_modules() if path.endswith((".lora_A", ".lora_embedding_A"))]
     for name in sorted(targets) if names != "all-linear" and not isinstance(targets, str) else ():
         if not any(path.rpartition(".")[0].endswith(f".{name}") for path in paths):
             raise UsageError(f"lora_targets {names!r}: no layer of the model that can have an adapter is called {name}")
 
 
-def coverage(model: Any) -> dict[str, dict[str, int]]:
+def coverage(model: nn.Module) -> ModelInfo:
     """Which matrices of a `PeftModel` have an adapter and which do not: `adapted` and `left_out`, each from the path,
     with `*` for numbers, to the number of weights. Norms, biases and other vectors are in neither."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -150,14 +157,15 @@ def coverage(model: Any) -> dict[str, dict[str, int]]:
 
     from tunevax.modeling.quantization import size_of
 
-    covered: dict[str, dict[str, int]] = {"adapted": {}, "left_out": {}}
-    stock, adapted, inside = model.get_base_model(), set(), set()
+    covered: ModelInfo = {"adapted": {}, "left_out": {}}
+    stock, adapted, inside = unwrap(model), set(), set()
     for module in stock.modules():
         if isinstance(module, BaseTunerLayer):
-            base = module.get_base_layer()
-            adapted.add(id(getattr(base, getattr(module, "parameter_name", "weight"), None)))
+            layer: Any = module
+            base = layer.get_base_layer()
+            adapted.add(id(getattr(base, getattr(layer, "parameter_name", "weight"), None)))
             own = {id(p) for p in base.parameters()}
-            inside |= {id(p) for p in module.parameters()} - own
+            inside |= {id(p) for p in layer.parameters()} - own
         elif isinstance(module, AuxiliaryTrainingWrapper):
             adapted |= {id(p) for p in module.original_module.parameters()}
             inside |= {id(p) for p in module.parameters()} - adapted
@@ -169,12 +177,12 @@ def coverage(model: Any) -> dict[str, dict[str, int]]:
             continue
         name = re.sub(r"\.(base_layer|original_module)(?=\.)", "", path)
         name = re.sub(r"(?<=\.)\d+(?=\.)", "*", name).removesuffix(".weight")
-        kind = covered["adapted" if id(parameter) in adapted else "left_out"]
+        kind = covered["adapted"] if id(parameter) in adapted else covered["left_out"]
         kind[name] = kind.get(name, 0) + size_of(parameter)
     return covered
 
 
-def left_out_of_blocks(covered: dict[str, dict[str, int]]) -> str | None:
+def left_out_of_blocks(covered: ModelInfo) -> str | None:
     """A sentence on the matrices in the blocks that a `coverage` leaves out; None if they are under 1 % of the weights
     there (short convolutions and the like)."""
     sizes = {name: size for name, size in covered["left_out"].items() if ".*." in name}

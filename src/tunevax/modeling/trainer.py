@@ -6,27 +6,39 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from tunevax.console import console
 from tunevax.data.encoding import collate
 from tunevax.environment import is_main_process
 from tunevax.errors import RunError, UsageError, require, require_one_of
 from tunevax.methods import name_of
+from tunevax.mixins import option
 from tunevax.modeling.blocks import CALLED, Block, find_blocks
 from tunevax.modeling.callbacks import ProgressCallback
 from tunevax.modeling.hooks import cheap_modules, cheap_recomputed, checkpointed
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.shapes import require_language_model
 from tunevax.modeling.trainables import coverage, left_out_of_blocks, prepare_trainables
+from tunevax.records import ModelInfo
 
+Items = torch.Tensor | int | None
+"""How many labels a loss is divided by: those of the whole batch; None, its own."""
 CHECKPOINT_BLOCKS = ("auto", "none", "elementwise", "frozen", "all")
 
 
@@ -41,36 +53,32 @@ class TrainConfig(TrainingArguments):
     `ddp_find_unused_parameters=True` (methods freeze blocks as they go).
     """
 
-    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate"})
-    weight_decay: float = field(default=0.1, metadata={"help": "weight decay of AdamW"})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning-rate schedule"})
-    warmup_steps: float = field(default=0.1, metadata={"help": "warm-up steps, or a share of all steps if below 1"})
-    per_device_train_batch_size: int = field(default=10, metadata={"help": "rows per step and device"})
-    num_train_epochs: float = field(default=20, metadata={"help": "passes over the data"})
-    logging_steps: float = field(default=1, metadata={"help": "log every so many steps"})
-    save_steps: float = field(default=200, metadata={"help": "write a checkpoint to resume from every so many steps"})
-    save_total_limit: int | None = field(default=1, metadata={"help": "checkpoints kept while a run goes on"})
-    disable_tqdm: bool | None = field(default=True, metadata={"help": "transformers' own progress bar off"})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "hide NaN losses from the log"})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "drop columns the model does not take"})
-    ddp_find_unused_parameters: bool | None = field(default=True, metadata={"help": "passed to DDP"})
+    learning_rate: float = option(1e-3, "peak learning rate")
+    weight_decay: float = option(0.1, "weight decay of AdamW")
+    lr_scheduler_type: str = option("cosine", "learning-rate schedule")
+    warmup_steps: float = option(0.1, "warm-up steps, or a share of all steps if below 1")
+    per_device_train_batch_size: int = option(10, "rows per step and device")
+    num_train_epochs: float = option(20, "passes over the data")
+    logging_steps: float = option(1, "log every so many steps")
+    save_steps: float = option(200, "write a checkpoint to resume from every so many steps")
+    save_total_limit: int | None = option(1, "checkpoints kept while a run goes on")
+    disable_tqdm: bool | None = option(True, "transformers' own progress bar off")
+    logging_nan_inf_filter: bool = option(False, "hide NaN losses from the log")
+    remove_unused_columns: bool = option(False, "drop columns the model does not take")
+    ddp_find_unused_parameters: bool | None = option(True, "passed to DDP")
 
-    full_weights: bool = field(default=False, metadata={"help": "train all weights instead of a LoRA adapter"})
-    lora_r: int = field(default=8, metadata={"help": "rank of the LoRA adapter"})
-    lora_alpha: float = field(default=16, metadata={"help": "LoRA scale is alpha / r"})
-    lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input"})
-    lora_targets: str = field(
-        default="all-linear", metadata={"help": "modules that get an adapter: all-linear, or names joined by commas"}
-    )
-    max_length: int = field(default=512, metadata={"help": "tokens per row; longer answers are cut"})
-    loss_on: str = field(default="response", metadata={"help": "response, or all tokens"})
-    checkpoint_blocks: str = field(
-        default="auto",
-        metadata={
-            "help": "recompute in the backward pass: none, elementwise (norms and activations), frozen (elementwise, "
-            "and whole frozen blocks), a share of the frozen blocks such as 0.7, or all; auto is frozen on an "
-            "accelerator and elementwise on the CPU"
-        },
+    full_weights: bool = option(False, "train all weights instead of a LoRA adapter")
+    lora_r: int = option(8, "rank of the LoRA adapter")
+    lora_alpha: float = option(16, "LoRA scale is alpha / r")
+    lora_dropout: float = option(0.0, "dropout on the adapter's input")
+    lora_targets: str = option("all-linear", "modules that get an adapter: all-linear, or names joined by commas")
+    max_length: int = option(512, "tokens per row; longer answers are cut")
+    loss_on: str = option("response", "response, or all tokens")
+    checkpoint_blocks: str = option(
+        "auto",
+        "recompute in the backward pass: none, elementwise (norms and activations), frozen (elementwise, "
+        "and whole frozen blocks), a share of the frozen blocks such as 0.7, or all; auto is frozen on an "
+        "accelerator and elementwise on the CPU",
     )
 
     def __post_init__(self) -> None:
@@ -153,19 +161,24 @@ class ResponseTrainer(Trainer):
         coverage: which matrices have an adapter and which do not, for run.json; empty where all weights train.
     """
 
+    args: TrainConfig
+    model: PreTrainedModel
+    processing_class: PreTrainedTokenizerBase
+    optimizer: torch.optim.Optimizer
+    train_dataset: list[dict[str, Any]]
     ready_for = -1  # the optimiser step that a method has done its part of, which comes before the first micro-batch
     response_only = True  # the head runs on labelled positions only; False is the stock loss, for comparison
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         args: TrainConfig,
-        train_dataset: Sequence[dict],
-        processing_class: Any,
+        train_dataset: Sequence[dict[str, Any]],
+        processing_class: PreTrainedTokenizerBase,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         model = prepare_trainables(model, args)
-        self.coverage = {} if args.full_weights else coverage(model)
+        self.coverage: ModelInfo = {} if args.full_weights else coverage(model)
         note = left_out_of_blocks(self.coverage) if self.coverage and args.lora_targets == "all-linear" else None
         if note and is_main_process():
             console.print(f"note: {note}", highlight=False)
@@ -189,6 +202,10 @@ class ResponseTrainer(Trainer):
         """What a method works on of every block: `module` for the block itself, and fields of `Block`; and `norm`, the
         model's final one. With none of them it runs on models whose blocks are not known at all."""
         return ()
+
+    def each(self, part: str) -> list[nn.Module]:
+        """A part of every block, one of those that `parts` names."""
+        return [getattr(block, part) for block in self.blocks]
 
     def find_parts(self) -> list[Block]:
         """The blocks, if the model has what the method needs of them; none where it needs none and they are not known.
@@ -220,10 +237,10 @@ class ResponseTrainer(Trainer):
 
     def train_from_checkpoint(self) -> None:
         """Train, from the newest checkpoint in `args.output_dir` if there is one."""
-        checkpoint = last_checkpoint(Path(self.args.output_dir))
+        checkpoint = last_checkpoint(Path(str(self.args.output_dir)))
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: object, **kwargs: object) -> None:
         """As in `Trainer`, but a run resumed from the checkpoint of its last step is not trained one step more."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
@@ -231,25 +248,25 @@ class ResponseTrainer(Trainer):
             self.control.should_training_stop = True
 
     def compute_loss(
-        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Items = None
     ) -> torch.Tensor:
         """Token-mean cross entropy over the labels of the whole (accumulated, distributed) batch."""
         return self.batch_loss(model, inputs, num_items_in_batch) * self.loss_scale(num_items_in_batch)
 
-    def loss_scale(self, num_items: torch.Tensor | int | None) -> int:
+    def loss_scale(self, num_items: Items) -> int:
         """DDP averages over ranks, so a loss divided by the labels of all of them is multiplied by their number."""
         return (
             self.accelerator.num_processes if self.args.average_tokens_across_devices and num_items is not None else 1
         )
 
-    def batch_loss(self, model: Any, inputs: dict, num_items: torch.Tensor | None) -> torch.Tensor:
+    def batch_loss(self, model: nn.Module, inputs: dict, num_items: Items) -> torch.Tensor:
         """The loss of one micro-batch, as a share of the whole batch when `num_items` counts the latter's labels."""
         if self.response_only:
             with self.accelerator.autocast():  # the chunked head runs outside the model's own forward
                 return response_loss(model, inputs, num_items)
         return model(**inputs, num_items_in_batch=num_items, use_cache=False).loss
 
-    def training_step(self, model: Any, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Items = None) -> torch.Tensor:
         """One forward and backward; stops the run if the loss is not finite."""
         with self.recompute():
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -259,11 +276,11 @@ class ResponseTrainer(Trainer):
     def require_finite(self, loss: torch.Tensor) -> None:
         """Raise `RunError`, with where to go on from, if the loss is not finite."""
         if not torch.isfinite(loss):
-            good = last_checkpoint(Path(self.args.output_dir))
+            good = last_checkpoint(Path(str(self.args.output_dir)))
             where = f"the last good checkpoint is {good}" if good else "there was no checkpoint yet"
             raise RunError(f"the loss became {loss.item()} at step {self.state.global_step + 1}; {where}")
 
-    def recompute(self) -> Any:
+    def recompute(self) -> AbstractContextManager:
         """The activation checkpointing of this step, open until after backward."""
         if self.args.checkpoint_blocks == "none":
             return nullcontext()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunevax.console import as_bytes
 from tunevax.errors import UsageError, require, require_one_of, unknown
-from tunevax.mixins import TrainedModelOptions, require_given
+from tunevax.mixins import TrainedModelOptions, option, require_given
+
+if TYPE_CHECKING:
+    from tunevax.modeling.trainer import TrainConfig
+    from tunevax.planning.step import Prediction
 
 FOLDERS = ("tunevax.alignment", "tunevax.finetuning", "tunevax.curation", "tunevax.restoration")
 """Where a method is looked for; SFT is the same step for a publisher and a provider."""
@@ -33,19 +37,15 @@ RECOMPUTE = {
 class PlanOptions(TrainedModelOptions):
     """What `tunevax plan` takes besides the method's own configuration."""
 
-    method: str | None = field(default=None, metadata={"help": "a method of align, finetune, curate or restore"})
-    gpu: str | None = field(
-        default=None,
-        metadata={
-            "help": "memory to fit into, such as 24GB, in GiB as nvidia-smi counts (a card with ECC has up to 6 % less "
-            "than its name: 22.5GB for an L4); default: just tell"
-        },
+    method: str | None = option(None, "a method of align, finetune, curate or restore")
+    gpu: str | None = option(
+        None,
+        "memory to fit into, such as 24GB, in GiB as nvidia-smi counts (a card with ECC has up to 6 % less "
+        "than its name: 22.5GB for an L4); default: just tell",
     )
-    device: str = field(default="cuda", metadata={"help": "cuda, or cpu: plan a step there"})
-    response_length: int | None = field(
-        default=None, metadata={"help": "tokens of a row that are its answer; default half of --max-length"}
-    )
-    format: str = field(default="text", metadata={"help": "text or json"})
+    device: str = option("cuda", "cuda, or cpu: plan a step there")
+    response_length: int | None = option(None, "tokens of a row that are its answer; default half of --max-length")
+    format: str = option("text", "text or json")
 
     def __post_init__(self) -> None:
         from tunevax.modeling.loading import DTYPES
@@ -83,12 +83,12 @@ class Plan(NamedTuple):
         refused: why some options could not be tried.
     """
 
-    needs: Any
-    plain: Any
+    needs: Prediction
+    plain: Prediction | None
     args: Any
     fits: bool | None = None
     changes: tuple[Change, ...] = ()
-    changed: Any = None
+    changed: Prediction | None = None
     refused: tuple[str, ...] = ()
 
 
@@ -113,7 +113,7 @@ def plan(options: PlanOptions, method: Any, args: Any) -> Plan:
     models = None if hasattr(method, "config_class") else models_held(method)
     if models == 0:
         raise UsageError(f"{options.method} needs no model, so there is nothing to plan")
-    base = Lineage.of(options.model).base
+    base = Lineage.of(str(options.model)).base
     config = config_of(base, options.revision)
     where = {"device": options.device, "dtype": dtype_of(options.dtype), "response_length": options.response_length}
     limit = options.memory()
@@ -129,9 +129,9 @@ def plan(options: PlanOptions, method: Any, args: Any) -> Plan:
         others = (models - 1) * needs.kinds["weights"]
         kinds = {**needs.kinds, "weights": needs.kinds["weights"] + others}
         needs = replace(needs, peak=needs.peak + others, kinds=kinds)
-        return Plan(needs, None, args, limit and needs.peak + RESERVE <= limit)
+        return Plan(needs, None, args, None if limit is None else needs.peak + RESERVE <= limit)
 
-    def exact(args: Any, quantization: str | None) -> Any:
+    def exact(args: TrainConfig, quantization: str | None) -> Prediction:
         return predict(method, args, config, quantization=quantization, **where)
 
     with bar() as progress:
@@ -141,7 +141,7 @@ def plan(options: PlanOptions, method: Any, args: Any) -> Plan:
         shared = SFTConfig(args.output_dir, **{name: getattr(args, name) for name in SHARED})
         plain = scaled(SFTTrainer, shared, config, quantization=options.quantization, **where)
         if limit is None or needs.peak + RESERVE <= limit:
-            return Plan(needs, plain, args, limit and True)
+            return Plan(needs, plain, args, None if limit is None else True)
         fixed = sum(needs.kinds[kind] for kind in ("weights", "adapters", "optimiser"))
         refused: dict[str, None] = {}
         for changes in candidates(args, options.quantization):
@@ -184,7 +184,7 @@ class Change(NamedTuple):
     why: str
 
 
-def candidates(args: Any, quantization: str | None) -> Iterator[tuple[Change, ...]]:
+def candidates(args: TrainConfig, quantization: str | None) -> Iterator[tuple[Change, ...]]:
     """Options to try where a step does not fit, what costs the user least first."""
     recompute = [Change("checkpoint_blocks", mode, why) for mode, why in RECOMPUTE.get(args.checkpoint_blocks, ())]
     yield from ((change,) for change in recompute)
@@ -259,7 +259,7 @@ def lines(found: Plan, options: PlanOptions) -> Iterator[str]:
     yield ""
     card = f"{options.gpu} (1 GiB of it for CUDA and gaps)"
     if found.fits:
-        yield f"fits {card}, with {(options.memory() - RESERVE - needs.peak) / GIB:.1f} GiB to spare"
+        yield f"fits {card}, with {((options.memory() or 0) - RESERVE - needs.peak) / GIB:.1f} GiB to spare"
     elif not found.changes:
         yield f"does not fit {card}, nor with any option known here; take a larger card or a smaller model"
         yield from (f"  not tried: {why}" for why in found.refused)
@@ -267,7 +267,7 @@ def lines(found: Plan, options: PlanOptions) -> Iterator[str]:
         yield f"does not fit {card}; fits with"
         yield f"  {words(found.changes)}"
         yield from (f"    {c.name.replace('_', '-')}: {c.why}" for c in found.changes)
-        yield from memory_lines(found.changed, "  then, peak")
+        yield from memory_lines(found.changed, "  then, peak") if found.changed else ()
 
 
 def words(changes: tuple[Change, ...]) -> str:
@@ -275,7 +275,7 @@ def words(changes: tuple[Change, ...]) -> str:
     return " ".join(f"--{change.name.replace('_', '-')} {str(change.value).lower()}" for change in changes)
 
 
-def memory_lines(needs: Any, title: str) -> Iterator[str]:
+def memory_lines(needs: Prediction, title: str) -> Iterator[str]:
     """A peak, and its kinds, largest first, as bars."""
     yield f"{title:20} {as_bytes(needs.peak):>11}"
     for kind, size in sorted(needs.kinds.items(), key=lambda item: -item[1]):

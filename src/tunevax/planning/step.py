@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.fx.experimental import _config as fx_config
+from torch.fx.experimental import _config
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from tunevax.errors import UsageError
@@ -19,6 +19,13 @@ from tunevax.modeling.loss import response_loss
 from tunevax.modeling.quantization import scales_of, size_of
 from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
 from tunevax.planning.trace import Trace
+
+fx_config: Any = _config  # its `patch` is put there at run time
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from tunevax.modeling.method import MethodTrainer
 
 KINDS = (
     "weights",
@@ -62,9 +69,9 @@ class Prediction:
 
 
 def predict(
-    trainer_class: type,
-    args: Any,
-    config: Any,
+    trainer_class: type[MethodTrainer],
+    args: TrainConfig,
+    config: PreTrainedConfig,
     *,
     device: str = "cuda",
     dtype: torch.dtype | None = None,
@@ -110,9 +117,11 @@ def predict(
         trainer = trainer_on(trainer_class, model, args, response_length or args.max_length // 2)
         trainer.for_plan()
         trace.making = None
-        trainer.create_optimizer = lambda *_: _optimizer(trainer)
         step = trainer.training_step  # `Trainer` wants a loss on the device that it believes it is on
-        trainer.training_step = lambda *a, **k: (step(*a, **k), torch.zeros(()))[1]
+        vars(trainer).update(
+            create_optimizer=lambda *_: _optimizer(trainer),
+            training_step=lambda *a, **k: (step(*a, **k), torch.zeros(()))[1],
+        )
         counts = StepCounts(trainer, trace, parts.counts)
         trainer.add_callback(counts)
         with trace.watching(trainer.model):
@@ -130,7 +139,7 @@ def predict(
     )
 
 
-def empty_model(config: Any, dtype: torch.dtype, quantization: str | None = None) -> torch.nn.Module:
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype, quantization: str | None = None) -> PreTrainedModel:
     """The model of a config, on `meta`: shapes without content."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -142,7 +151,7 @@ def empty_model(config: Any, dtype: torch.dtype, quantization: str | None = None
 
 
 def predict_forward(
-    config: Any, rows: int, length: int, *, dtype: torch.dtype | None = None, device: str = "cuda",
+    config: PreTrainedConfig, rows: int, length: int, *, dtype: torch.dtype | None = None, device: str = "cuda",
     quantization: str | None = None,
 ) -> Prediction:  # fmt: skip
     """One forward pass without a graph over `rows` of `length` tokens, its loss taken; no rows: the weights alone."""
@@ -165,7 +174,7 @@ def predict_forward(
     )
 
 
-def scaled(trainer_class: type, args: Any, config: Any, **where: Any) -> Prediction:
+def scaled(trainer_class: type[MethodTrainer], args: TrainConfig, config: PreTrainedConfig, **where: Any) -> Prediction:
     """`predict` from models of a few blocks: what it says grows in proportion to the blocks, of some methods to
     those that train and those that do not. Blocks may alternate, so even numbers are compared."""
     depth = config.get_text_config().num_hidden_layers
@@ -174,7 +183,8 @@ def scaled(trainer_class: type, args: Any, config: Any, **where: Any) -> Predict
         return predict(trainer_class, args, config, **where)
 
     def at(depth: int, blocks: int) -> np.ndarray:
-        other = replace(args, **{parts.blocks: blocks}) if parts.blocks else args
+        changes: dict[str, Any] = {parts.blocks: blocks} if parts.blocks else {}
+        other = replace(args, **changes)
         found = predict(trainer_class, other, shallow(config, depth), **where)
         passes = (found.forward * depth, found.backward * depth)
         return np.array([found.peak, *found.kinds.values(), *passes, found.flops, found.trainable, found.parameters])
@@ -190,7 +200,7 @@ def scaled(trainer_class: type, args: Any, config: Any, **where: Any) -> Predict
     )  # fmt: skip
 
 
-def shallow(config: Any, blocks: int) -> Any:
+def shallow(config: PreTrainedConfig, blocks: int) -> PreTrainedConfig:
     """The config of a model with so many of its blocks, the lowest."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
@@ -200,7 +210,7 @@ def shallow(config: Any, blocks: int) -> Any:
     return config
 
 
-def dtype_on(device: str, dtype: torch.dtype | None, config: Any) -> torch.dtype:
+def dtype_on(device: str, dtype: torch.dtype | None, config: PreTrainedConfig) -> torch.dtype:
     """Of the frozen weights, as `load` chooses it."""
     return dtype or (torch.float32 if device == "cpu" else getattr(config, "dtype", None) or torch.bfloat16)
 
@@ -208,16 +218,18 @@ def dtype_on(device: str, dtype: torch.dtype | None, config: Any) -> torch.dtype
 # --- the data --------------------------------------------------------------------------------------
 
 
-def trainer_on(trainer_class: type, model: torch.nn.Module, args: TrainConfig, response_length: int) -> ResponseTrainer:
+def trainer_on(
+    trainer_class: type[MethodTrainer], model: PreTrainedModel, args: TrainConfig, response_length: int
+) -> ResponseTrainer:
     """A trainer on rows of `args.max_length` tokens, of which so many are the answer."""
     rows = rows_of(args, response_length)
-    data = {FIELDS[need]: rows for need in trainer_class.needs}
+    data: dict[str, Any] = {FIELDS[need]: rows for need in trainer_class.needs}
     if "safety_data" in data:
         data["safety_data"] = rows[: args.plan_parts(1).safety_rows]
     return trainer_class(model, args, **data, processing_class=made_up_tokenizer())
 
 
-def rows_of(args: Any, response_length: int) -> list[dict[str, str]]:
+def rows_of(args: TrainConfig, response_length: int) -> list[dict[str, str]]:
     """Rows of words that are a token each, every answer ending in one more; different prompts, and two answers."""
     prompt = args.max_length - response_length
     if prompt < 1 or response_length < 2:
@@ -238,7 +250,7 @@ def rows_of(args: Any, response_length: int) -> list[dict[str, str]]:
     ]
 
 
-def made_up_tokenizer() -> Any:
+def made_up_tokenizer() -> PreTrainedTokenizerBase:
     """A token for each word of `rows_of`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -257,11 +269,11 @@ def made_up_tokenizer() -> Any:
 class Moments(torch.optim.Optimizer):
     """AdamW's state without its arithmetic, which on a GPU takes no memory of its own (one fused kernel)."""
 
-    def step(self, closure: Callable | None = None) -> None:
+    def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
         """Nothing."""
 
 
-def _optimizer(trainer: Any) -> Moments:
+def _optimizer(trainer: ResponseTrainer) -> Moments:
     trainer.optimizer = Moments(
         [p for p in trainer.parameters], {"lr": trainer.args.learning_rate, "weight_decay": trainer.args.weight_decay}
     )
@@ -278,14 +290,14 @@ class StepCounts(TrainerCallback):
         found: of the last step, tokens through a block forward, and backward, and floating-point operations.
     """
 
-    def __init__(self, trainer: Any, trace: Trace, parts: dict[str, float]) -> None:
+    def __init__(self, trainer: ResponseTrainer, trace: Trace, parts: Mapping[str, float]) -> None:
         self.trainer, self.trace = trainer, trace
         self.before = self.found = self.more = np.zeros(3)
         for name, times in parts.items():
             if hasattr(trainer, name):
                 setattr(trainer, name, functools.partial(self.counted, getattr(trainer, name), times))
 
-    def counted(self, part: Callable, times: float, *args: Any) -> Any:
+    def counted(self, part: Callable, times: float, *args: object) -> object:
         """What `part` gives; what it counts, counts so many times."""
         before = self.now()
         result = part(*args)
@@ -296,7 +308,7 @@ class StepCounts(TrainerCallback):
         """The counts so far."""
         return np.array([*self.trace.passes, self.trace.flops], dtype=float)
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
+    def on_train_begin(self, *_: object, **__: object) -> None:
         """The model has reached its device. Fill the optimiser's state; a method that keeps that of trained blocks only
         has no more than theirs."""
         model, kind = self.trainer.model, "weights" if self.trainer.args.full_weights else "adapters"
@@ -308,10 +320,10 @@ class StepCounts(TrainerCallback):
             state[parameter] = {name: torch.empty_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             self.trace.mark("optimiser", *state[parameter].values())
 
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
+    def on_step_begin(self, *_: object, **__: object) -> None:
         """Count from here."""
         self.before, self.more = self.now(), np.zeros(3)
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
+    def on_step_end(self, *_: object, **__: object) -> None:
         """To here."""
         self.found = self.now() - self.before + self.more

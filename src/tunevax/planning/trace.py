@@ -110,8 +110,7 @@ class Trace(LiveMemory):
         """The result of an operation, and its floating-point operations. The blocks of a model are alike: what an
         operation makes of such shapes is worked out once, unless it writes to or shares memory with an argument."""
         key = _key(func, args, kwargs)
-        known = self.known.get(key)
-        if known:
+        if key is not None and (known := self.known.get(key)):
             shapes, several, flops = known
             made = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in shapes]
             return (tuple(made) if several else made[0]), flops
@@ -156,14 +155,15 @@ class Trace(LiveMemory):
         # `meta` would answer that a mask is all ones. On an accelerator it rarely is: rows differ in length.
         stock, autocast = masking_utils._ignore_causal_mask_sdpa, torch.autocast
         # PEFT leaves autocast where it adds an adapter to experts, by device, and `meta` is none.
-        torch.autocast = lambda device_type, **k: nullcontext() if device_type == "meta" else autocast(device_type, **k)
+        torch.autocast = lambda kind, **k: nullcontext() if kind == "meta" else autocast(kind, **k)  # type: ignore[misc,assignment]
         if self.device != "cpu":
             masking_utils._ignore_causal_mask_sdpa = lambda *_, **__: False
         with attention_for(self.device):
             try:
                 yield
             finally:
-                masking_utils._ignore_causal_mask_sdpa, torch.autocast = stock, autocast
+                masking_utils._ignore_causal_mask_sdpa = stock
+                torch.autocast = autocast  # type: ignore[misc]
                 for handle in handles:
                     handle.remove()
 
@@ -198,7 +198,7 @@ def _size(args: Sequence[Any]) -> Sequence[int]:
 def moved(func: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """The arguments on `meta`. A real mask that selects elements becomes their indices, whose number is known."""
     if func._overloadpacket in (aten.index, aten.index_put, aten.index_put_):
-        indices = []
+        indices: list[torch.Tensor | None] = []
         for index in args[1]:
             mask = index is not None and index.dtype == torch.bool
             indices += index.nonzero().unbind(1) if mask else [index]
@@ -227,11 +227,11 @@ def attention_for(device: str) -> Iterator[None]:
             return stock(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         if device == "cpu":
             with _disable_current_modes():  # the question needs shapes on the CPU; the memory is not touched
-                real = [
-                    t if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
-                    for t in (query, key, value, attn_mask)
-                ]
-                fused = torch._fused_sdp_choice(*real, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+                q, k, v = (torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for t in (query, key, value))
+                mask = attn_mask
+                if mask is not None:
+                    mask = torch.empty_strided(mask.shape, mask.stride(), dtype=mask.dtype)
+                fused = torch._fused_sdp_choice(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
             if not fused:
                 return aten._scaled_dot_product_attention_math(
                     query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa

@@ -58,12 +58,8 @@ def content(results: Results | None, findings: Findings | None, provenance: Prov
         ),
         Section("Resistance", RESISTANCE, tables=tb.resistance(findings), titled=True),
         Section("Stability", "What the hardening itself changed.", tables=tb.stability(findings)),
-        Section(
-            "Trainability", "A usable model learns tasks as fast as its control.", tables=tb.trainability(findings)
-        ),
-        Section(
-            "Generalisation", "The worst outcome of each other kind of attack.", tables=tb.generalisation(findings)
-        ),
+        Section("Trainability", "How fast a model learns a benign task.", tables=tb.trainability(findings)),
+        Section("Generalisation", "The worst of each other kind of attack.", tables=tb.generalisation(findings)),
     ]
     if figures:
         sections += [*_figures(results, findings), _other_kinds(results, findings)]

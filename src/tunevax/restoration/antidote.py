@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -35,6 +35,7 @@ from tunevax.console import bar
 from tunevax.data.encoding import context_of, encode
 from tunevax.errors import UsageError
 from tunevax.lineage import Lineage, absolute
+from tunevax.mixins import option
 from tunevax.modeling.adapters import KEPT, untie
 from tunevax.modeling.batches import collated
 from tunevax.modeling.blocks import unwrap
@@ -60,15 +61,13 @@ class Antidote:
     """Options of `tunevax restore antidote`; `--model` is a run or an adapter folder. Defaults as published: alpha 0.1
     (0.05 for its tasks GSM8K and AG News), 2000 harmful rows."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
-    seed: int = field(default=42, metadata={"help": "of the rows drawn"})
-    alpha: float = field(default=0.1, metadata={"help": "share of each row of the update that is pruned"})
-    form: str = field(
-        default="effective", metadata={"help": "effective (prune dW, save a merged model), or official (prune A and B)"}
-    )
-    n: int = field(default=2000, metadata={"help": "harmful rows to score on, at most"})
-    max_length: int = field(default=512, metadata={"help": "tokens per row; longer answers are cut"})
-    batch_size: int = field(default=16, metadata={"help": "rows run together"})
+    output_dir: str | None = option(None, "the run folder to write")
+    seed: int = option(42, "of the rows drawn")
+    alpha: float = option(0.1, "share of each row of the update that is pruned")
+    form: str = option("effective", "effective (prune dW, save a merged model), or official (prune A and B)")
+    n: int = option(2000, "harmful rows to score on, at most")
+    max_length: int = option(512, "tokens per row; longer answers are cut")
+    batch_size: int = option(16, "rows run together")
 
     paper: ClassVar[str] = "arXiv 2408.09600"
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,6 +30,7 @@ from tunevax.data.chat import Answer
 from tunevax.data.encoding import context_of, encode
 from tunevax.data.splits import prompt_hash
 from tunevax.errors import UsageError
+from tunevax.mixins import option
 from tunevax.modeling.batches import collated, still
 from tunevax.modeling.blocks import find_blocks, unwrap
 from tunevax.modeling.loss import last_hidden
@@ -48,17 +49,15 @@ if TYPE_CHECKING:
 class ExtractLock:
     """Options of `tunevax restore extract-lock`. Defaults as published: 100 pairs, r = 5, K = 24."""
 
-    n: int = field(default=100, metadata={"help": "pairs to extract from, drawn from the alignment split; 0 for all"})
-    r: int = field(default=5, metadata={"help": "last content tokens of each answer"})
-    heads: int = field(default=24, metadata={"help": "heads to lock, the best by their probe"})
-    probe: str = field(
-        default="grouped", metadata={"help": "grouped (validated on other prompts), or official (as published)"}
-    )
-    probe_pairs: int = field(default=100, metadata={"help": "at most so many pairs' tokens are kept for the probes"})
-    max_length: int = field(default=512, metadata={"help": "tokens per row; longer answers are cut"})
-    batch_size: int = field(default=16, metadata={"help": "answers run together"})
-    seed: int = field(default=0, metadata={"help": "of the pairs drawn and of the probes' folds"})
-    output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
+    n: int = option(100, "pairs to extract from, drawn from the alignment split; 0 for all")
+    r: int = option(5, "last content tokens of each answer")
+    heads: int = option(24, "heads to lock, the best by their probe")
+    probe: str = option("grouped", "grouped (validated on other prompts), or official (as published)")
+    probe_pairs: int = option(100, "at most so many pairs' tokens are kept for the probes")
+    max_length: int = option(512, "tokens per row; longer answers are cut")
+    batch_size: int = option(16, "answers run together")
+    seed: int = option(0, "of the pairs drawn and of the probes' folds")
+    output_dir: str | None = option(None, "the run folder to write")
 
     paper = "arXiv 2410.10343"
 

@@ -25,7 +25,7 @@ import stat
 import struct
 import zipfile
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -33,6 +33,7 @@ import numpy as np
 import torch
 
 from tunevax.errors import UsageError, shortened
+from tunevax.mixins import option
 from tunevax.restoration.lock import FILE, SafetyLock, check_shape, head_shape, identities
 from tunevax.restoration.restore import Job
 
@@ -78,13 +79,12 @@ class ConvertLock:
     checked against the model's, and that base is noted in it; without, its base stays unknown and its user must know.
     """
 
-    output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
-    seed: int = field(default=42, metadata={"help": "not used: nothing here is random"})
-    lock: str | None = field(default=None, metadata={"help": "the .safelock file to convert"})
+    output_dir: str | None = option(None, "the run folder to write")
+    seed: int = option(42, "not used: nothing here is random")
+    lock: str | None = option(None, "the .safelock file to convert")
 
     models_held: ClassVar[int] = 0
     paper: ClassVar[str] = "arXiv 2410.10343"
-    models: ClassVar[int] = 0
 
     def run(self, job: Job) -> None:
         """Read, check, write.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,7 +17,7 @@ from tunevax.data.roles import load_rows
 from tunevax.environment import require_one_process
 from tunevax.errors import RunError, UsageError
 from tunevax.lineage import Lineage
-from tunevax.mixins import AllowOverlap, ModelOptions, RunOptions
+from tunevax.mixins import AllowOverlap, ModelOptions, RunOptions, option
 from tunevax.modeling.biases import save_biases
 from tunevax.modeling.loading import Loaded, load
 from tunevax.records import Example, data_entry, digest, is_run
@@ -33,9 +33,7 @@ if TYPE_CHECKING:
 class RestoreOptions(ModelOptions, AllowOverlap, RunOptions):
     """What `tunevax restore` takes besides the method's own options."""
 
-    safety_data: str | None = field(
-        default=None, metadata={"help": "prompt, chosen, rejected: file, hub id, or organism; its alignment split"}
-    )
+    safety_data: str | None = option(None, "prompt, chosen, rejected: file, hub id, or organism; its alignment split")
 
 
 @dataclass

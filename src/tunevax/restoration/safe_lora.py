@@ -23,7 +23,7 @@ that W_aligned - W_base is not lost in rounding, and V of one layer.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +31,7 @@ import torch
 from tunevax.console import bar, console
 from tunevax.errors import UsageError
 from tunevax.lineage import Lineage, absolute
+from tunevax.mixins import option
 from tunevax.modeling.lora import factors, lora_layers, weights
 from tunevax.modeling.precision import wide
 from tunevax.restoration.restore import Job
@@ -43,23 +44,16 @@ class SafeLoRA:
     """Options of `tunevax restore safe-lora`; `--model` is a run or an adapter folder. As published: the 10 layers of
     the lowest cosine. Writes an adapter on the same model as the fine-tune's own."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
-    seed: int = field(default=42, metadata={"help": "of the search for the directions of V"})
-    aligned: str | None = field(
-        default=None, metadata={"help": "the aligned model; default what --model was fine-tuned from"}
-    )
-    base: str | None = field(
-        default=None, metadata={"help": "the model before alignment; default what the aligned one was made from"}
-    )
-    projector: str = field(default="exact", metadata={"help": "exact, or official (not a projector; as published)"})
-    number: int = field(default=10, metadata={"help": "layers to project, those of the lowest cosine"})
-    threshold: float | None = field(
-        default=None, metadata={"help": "project every layer of at most this cosine instead"}
-    )
+    output_dir: str | None = option(None, "the run folder to write")
+    seed: int = option(42, "of the search for the directions of V")
+    aligned: str | None = option(None, "the aligned model; default what --model was fine-tuned from")
+    base: str | None = option(None, "the model before alignment; default what the aligned one was made from")
+    projector: str = option("exact", "exact, or official (not a projector; as published)")
+    number: int = option(10, "layers to project, those of the lowest cosine")
+    threshold: float | None = option(None, "project every layer of at most this cosine instead")
 
     models_held: ClassVar[int] = 3
     paper: ClassVar[str] = "arXiv 2405.16833"
-    models: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         if self.projector not in PROJECTORS:

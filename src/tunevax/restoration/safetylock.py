@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch import nn
 from tunevax.console import console
 from tunevax.errors import UsageError
 from tunevax.files import BIASES
+from tunevax.mixins import option
 from tunevax.modeling.biases import AddedBias, attached_biases, write_biases
 from tunevax.modeling.blocks import find_blocks, innermost
 from tunevax.restoration.lock import FILE, SafetyLock, apply, check_base, check_shape, lock_biases
@@ -36,19 +37,12 @@ FORMS = ("auto", "stock", "run")
 class ApplyLock(SweepOptions):
     """Options of `tunevax restore safetylock`. Strength as published: 6."""
 
-    lock: str | None = field(default=None, metadata={"help": "a lock file, or the run folder that holds one"})
-    strength: str = field(
-        default="6", metadata={"help": "in standard deviations per head, or auto: swept on a validation split"}
-    )
-    form: str = field(
-        default="auto",
-        metadata={"help": "stock (a checkpoint for transformers), run (biases attached by tunevax), or auto"},
-    )
-    base: str | None = field(
-        default=None, metadata={"help": "what --model was fine-tuned from, where its run folder does not say"}
-    )
-    seed: int = field(default=0, metadata={"help": "not used: nothing here is random"})
-    output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
+    lock: str | None = option(None, "a lock file, or the run folder that holds one")
+    strength: str = option("6", "in standard deviations per head, or auto: swept on a validation split")
+    form: str = option("auto", "stock (a checkpoint for transformers), run (biases attached by tunevax), or auto")
+    base: str | None = option(None, "what --model was fine-tuned from, where its run folder does not say")
+    seed: int = option(0, "not used: nothing here is random")
+    output_dir: str | None = option(None, "the run folder to write")
 
     paper = "arXiv 2410.10343"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -12,7 +12,7 @@ from tunevax.console import bar
 from tunevax.data.sources import contents
 from tunevax.data.thoughts import joined
 from tunevax.errors import UsageError
-from tunevax.mixins import RunOptions, require_given
+from tunevax.mixins import RunOptions, option, require_given
 from tunevax.records import (
     GENERATIONS,
     METRIC,
@@ -20,6 +20,7 @@ from tunevax.records import (
     Example,
     Generation,
     Prompt,
+    Row,
     is_run,
     read_generations,
     read_lines,
@@ -44,14 +45,10 @@ WRITTEN = ("run.json", "README.md", "report.html", "config.json", RESULTS, GENER
 class JudgeOptions(RunOptions):
     """What `tunevax judge` takes besides the run; what is left out is as in the run."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
-    judges: list[str] = field(
-        default_factory=list, metadata={"help": "refusal-keywords, organism, hf:MODEL, or of installed packages"}
-    )
-    fluency_model: list[str] = field(
-        default_factory=list, metadata={"help": "language models; what surprises each of them is degenerate; or none"}
-    )
-    metrics: list[str] = field(default_factory=list, metadata={"help": "metrics of installed packages"})
+    output_dir: str | None = option(None, "the run folder to write")
+    judges: list[str] = option([], "refusal-keywords, organism, hf:MODEL, or of installed packages")
+    fluency_model: list[str] = option([], "language models; what surprises each of them is degenerate; or none")
+    metrics: list[str] = option([], "metrics of installed packages")
 
 
 def rejudge(run: str, options: JudgeOptions, command: str = "") -> Path:
@@ -69,7 +66,7 @@ def rejudge(run: str, options: JudgeOptions, command: str = "") -> Path:
     source = Path(run)
     if not is_run(source):
         raise UsageError(f"{run} is no run folder; name one that `tunevax score`, `attack` or `audit` wrote")
-    record, rows = read_run(source), read_lines(source / RESULTS)
+    record, rows = read_run(source), cast(list[Row], read_lines(source / RESULTS))
     samples: dict[tuple, list[Generation]] = {}
     generations = list(read_generations(source, rows))
     for sample in generations:

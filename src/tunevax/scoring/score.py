@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from tunevax.data.contamination import Exclusion, check
 from tunevax.errors import UsageError
 from tunevax.lineage import Lineage
-from tunevax.mixins import ModelsOptions, Overlap, RunOptions, require_given
-from tunevax.records import DROPPED, GENERATIONS, RESULTS, SCHEMA, ModelInfo, RunRecord, Target, data_entry, digest
+from tunevax.mixins import ModelsOptions, Overlap, RunOptions, option, require_given
+from tunevax.records import DROPPED, GENERATIONS, RESULTS, SCHEMA, RunRecord, Target, data_entry, digest
 from tunevax.runs import writing
 from tunevax.scoring import vllm_engine
 from tunevax.scoring.evaluate import evaluate
@@ -21,9 +21,9 @@ from tunevax.scoring.suite import SuiteOptions, build_suite, labels_of
 class ScoreOptions(SuiteOptions, ModelsOptions, Overlap, RunOptions):
     """What `tunevax score` takes."""
 
-    safety_data: str | None = field(default=None, metadata={"help": "its evaluation split is scored"})
-    task_data: str | None = field(default=None, metadata={"help": "its evaluation split measures accuracy"})
-    output_dir: str | None = field(default=None, metadata={"help": "the run folder to write"})
+    safety_data: str | None = option(None, "its evaluation split is scored")
+    task_data: str | None = option(None, "its evaluation split measures accuracy")
+    output_dir: str | None = option(None, "the run folder to write")
 
 
 def score(options: ScoreOptions, command: str = "") -> Path:
@@ -69,7 +69,7 @@ def score(options: ScoreOptions, command: str = "") -> Path:
             template = digest(loaded.tokenizer.chat_template)
             target = {"label": label, "role": "model", "ref": loaded.info["ref"], **overlap, "template_hash": template}
             record["targets"].append(cast(Target, target))
-            record["model"] = record.get("model") or cast(ModelInfo, loaded.info)
+            record["model"] = record.get("model") or loaded.info
         if suite.harness:
             record["lm_eval"] = suite.harness.versions
         run.write_lines(RESULTS, results)
