@@ -51,7 +51,7 @@ def measure(results: Results, phi: float = PHI, epsilon: float = EPSILON) -> Fin
 
 def _model(results: Results, label: str, judge: str, phi: float, epsilon: float) -> ModelFindings:
     """The numbers of one model."""
-    model = ModelFindings(label, results.role(label), before=properties.untouched(results, label))
+    model = ModelFindings(label, results.roles[label], before=properties.untouched(results, label))
     model.stability = properties.stability(results, label)
     model.attacks = [_attacked(results, cell, judge, phi) for cell in results.of(label)]
     model.worst = properties.worst_case(results, label, judge, phi, epsilon)

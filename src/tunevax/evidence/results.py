@@ -146,27 +146,24 @@ class Results:
         return {(c.model, c.attack): c for c in self.cells}
 
     @cached_property
-    def _roles(self) -> dict[str, str]:
+    def roles(self) -> dict[str, str]:
+        """Of each model: control, model or reference."""
         return {c.model: c.role for c in self.cells}
 
     @property
     def control(self) -> str | None:
         """The label of the control, or None."""
-        return next((label for label, role in self._roles.items() if role == "control"), None)
+        return next((label for label, role in self.roles.items() if role == "control"), None)
 
     @property
     def models(self) -> list[str]:
         """Labels: the control first, then models, then references, each in the order of the rows."""
-        return sorted(self._roles, key=lambda label: ROLES.index(self._roles[label]))
+        return sorted(self.roles, key=lambda label: ROLES.index(self.roles[label]))
 
     @property
     def attacks(self) -> list[str]:
         """Names of the attack settings, in the order of the rows."""
         return list(dict.fromkeys(c.attack for c in self.cells if c.attack is not None))
-
-    def role(self, model: str) -> str:
-        """control, model or reference."""
-        return self._roles[model]
 
     def cell(self, model: str | None, attack: str | None) -> Cell | None:
         """One model under one attack (None: before any attack), or None."""

@@ -35,7 +35,7 @@ def counted(count: int, word: str) -> str:
 
 
 def some(names: Sequence[str], between: str = ", ") -> str:
-    """The names, or the first of many and how many more."""
+    """The names, or the first of many and the number of the others."""
     return between.join(names[:MANY]) + (f" and {len(names) - MANY} more" if len(names) > MANY else "")
 
 

@@ -13,7 +13,6 @@ from tunevax.report.text import NONE
 
 ENDS = 3  # rows below the threshold
 ROWS = 12  # rows of a table of examples
-LINES = 40  # rows of any other table
 DRAWN = 600  # markers of each kind in a scatter
 STRONGEST = 8  # heads named
 
@@ -145,8 +144,8 @@ def _sinks(runs: list[Run], figures: bool) -> Section | None:
     about += "than on refusals to the same prompts. According to arXiv 2602.05228, the number of heads where it is "
     about += "positive grows as a model turns harmful."
     about += figures * " Orange with a dot is positive, blue without is negative; all maps have one scale."
-    most = Table("The most positive heads, as layer.head", ["run", "analysed", "heads"], strongest[:LINES])
-    tables = [Table("Heads and harm", columns, lines[:LINES]), most]
+    most = Table("The most positive heads, as layer.head", ["run", "analysed", "heads"], strongest[: tx.LINES])
+    tables = [Table("Heads and harm", columns, lines[: tx.LINES]), most]
     return Section("Where attention sinks", about, points=cut(points), panels=panels, tables=tables, titled=True)
 
 

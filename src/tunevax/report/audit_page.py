@@ -87,7 +87,6 @@ def content(results: Results | None, findings: Findings | None, provenance: Prov
         sections=[s for s in sections if s],
         provenance=provenance,
         several_seeds=any(len(cell.seeds) > 1 for cell in results.cells),
-        phi=percent(findings.phi),
         threshold=findings.phi,
     )
 
@@ -109,20 +108,18 @@ def _figures(results: Results, findings: Findings) -> list[Section]:
             f"are not degenerate. Bands are 95 % intervals; the dotted line is {percent(phi)}.",
             {a: fig.curves(f"f0-{i}", cells[a], judge, look, "harmful outputs", phi)
              for i, a in enumerate([*cells][: PANELS + FOLDED])},
-            PANELS,
-            len(cells),
+            PANELS, len(cells),
         )
     ]  # fmt: skip
     if task := results.task:
         taught = {a: curved for a, curved in cells.items() if any(_learned(c, task) for c in curved)}
-        drawn = [*taught][:PANELS]
+        drawn, half = [*taught][:PANELS], (PANELS // 2, len(taught))
         sections += [
             _panelled(
                 "The benign task, learned from the same data",
                 f"Accuracy ({task}) on a harmless task that the attacker's data also teaches.",
                 {a: fig.curves(f"f1-{i}", cells[a], task, look, "benign task accuracy") for i, a in enumerate(drawn)},
-                PANELS // 2,
-                len(taught),
+                *half,
             ),
             _panelled(
                 "Harm for the task learned",
@@ -130,8 +127,7 @@ def _figures(results: Results, findings: Findings) -> list[Section]:
                 "along the control's own path, only slower, belongs to a model that learns slowly, not to one that "
                 "resists harm.",
                 {a: fig.trajectory(f"f2-{i}", cells[a], judge, task, look, phi) for i, a in enumerate(drawn)},
-                PANELS // 2,
-                len(taught),
+                *half,
             ),
         ]
     return sections

@@ -62,7 +62,6 @@ class Page:
     sections: list[Section]
     provenance: Provenance
     several_seeds: bool = False
-    phi: str = ""
     threshold: float = 0.0
 
 
