@@ -35,14 +35,9 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
 
 
 def require(
-    options: object,
-    *names: str,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-    meaning: str = "",
-) -> None:
+    options: object, *names: str, at_least: float | None = None, above: float | None = None,
+    at_most: float | None = None, below: float | None = None, meaning: str = "",
+) -> None:  # fmt: skip
     """Raise `UsageError` unless each of these options is a finite number within the bounds, or None.
 
     Args:

@@ -1,4 +1,4 @@
-"""The sections of the stages, from real runs on the organism, made small."""
+"""The sections of the stages, from small real runs on the organism."""
 
 import html
 import json
@@ -61,14 +61,14 @@ def text_of(page: str) -> str:
 
 @pytest.mark.slow
 def test_every_stage_has_its_section_from_its_own_run_alone(runs, tmp_path):
-    for name, section, told in (
+    for name, section, text in (
         ("chosen", "Which rows were kept", r"chosen \(random\) kept 160 of 640 rows \(25 %\)"),
         ("job", "Data screening", r"rows of the job are flagged"),
         ("lock", "Safety locks", r"lock chose 3 of aligned's 32 heads"),
         (
             "locked",
             "Safety locks",
-            r"locked put a lock of 3 heads .* on job at strength 2, .* ms to apply, .* KiB added",
+            r"locked applied a lock of 3 heads .* to job at strength 2, .* ms to apply, .* KiB added",
         ),
         ("safelora", "Safe LoRA", r"safelora projected 4 of 56 layers of job"),
         ("pruned", "Antidote", r"pruned pruned, in 56 layers of job"),
@@ -76,7 +76,7 @@ def test_every_stage_has_its_section_from_its_own_run_alone(runs, tmp_path):
     ):
         page, plain = page_of([runs[name]], tmp_path), page_of([runs[name]], tmp_path, "md")
         assert f"<h2>{section}</h2>" in page and f"## {section}" in plain
-        assert re.search(told, text_of(page)), name
+        assert re.search(text, text_of(page)), name
         assert "nothing here says how safe a model is" in text_of(page)
         assert f"{name}: " in text_of(page).partition("nothing here says how safe a model is")[2]
         assert json.loads(page_of([runs[name]], tmp_path, "json"))["provenance"]["runs"][0]["name"] == name
@@ -121,7 +121,7 @@ def test_hostile_rows_stay_text(runs, tmp_path):
 
 
 @pytest.mark.slow
-def test_spoilt_rows_are_counted_and_no_selector_sees_which_they_are(tmp_path):
+def test_corrupted_rows_are_counted_and_no_selector_sees_which_they_are(tmp_path):
     pool = [{"prompt": f"how {i} {i} ?", "chosen": "no ."} for i in range(40)]
     marked = [{**row, "corruption": ["stub", None, "noise", None][i % 4]} for i, row in enumerate(pool)]
     found = {}
@@ -132,7 +132,7 @@ def test_spoilt_rows_are_counted_and_no_selector_sees_which_they_are(tmp_path):
         found[name] = read_lines(tmp_path / name / "scores.jsonl")
     assert [row["score"] for row in found["plain"]] == [row["score"] for row in found["marked"]]
     assert "corruption" not in (tmp_path / "marked" / "data.jsonl").read_text()
-    assert "plain: rows spoilt" not in page_of([tmp_path / "plain"], tmp_path)
+    assert "plain: rows corrupted" not in page_of([tmp_path / "plain"], tmp_path)
     sound = [row for row in found["marked"] if row["corruption"] is None]
     stubs = [row for row in found["marked"] if row["corruption"] == "stub"]
     above = sum(a["score"] > b["score"] for a in sound for b in stubs) / (len(sound) * len(stubs))

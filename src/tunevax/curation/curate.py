@@ -25,7 +25,7 @@ from tunevax.data.safety import load_safety
 from tunevax.data.sources import parse_source
 from tunevax.data.splits import normalise, prompt_hash, prompt_text, take_split
 from tunevax.environment import require_one_process
-from tunevax.errors import UsageError
+from tunevax.errors import UsageError, require, require_one_of
 from tunevax.lineage import Lineage
 from tunevax.mixins import AllowOverlap, ModelOptions, ResumableRunOptions, option, require_given
 from tunevax.modeling.checkpoints import config_of
@@ -61,8 +61,7 @@ class CurateOptions(ModelOptions, AllowOverlap, ResumableRunOptions):
     near_at: float = option(0.8, "prompts are near-duplicates from this overlap of letter 5-grams on (Jaccard)")
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise UsageError(f"keep is {self.keep}; it must be above 0 and at most 1")
+        require(self, "keep", above=0, at_most=1)
         if self.group_by not in (None, "category"):
             raise UsageError(
                 f"--group-by is {self.group_by!r} and takes category; with SOURCE:category={self.group_by} that is it"
@@ -70,12 +69,9 @@ class CurateOptions(ModelOptions, AllowOverlap, ResumableRunOptions):
         if self.min_per_group is not None and self.group_by is None:
             raise UsageError("min_per_group is given and there are no groups; add --group-by category")
         self.min_per_group = 1 if self.min_per_group is None else self.min_per_group
-        if self.min_per_group < 1:
-            raise UsageError(f"min_per_group is {self.min_per_group}; it must be at least 1")
-        if self.duplicates not in DUPLICATES:
-            raise UsageError(f"duplicates is {self.duplicates!r}; known: {', '.join(DUPLICATES)}")
-        if not 0 < self.near_at <= 1:
-            raise UsageError(f"near_at is {self.near_at}; it must be above 0 and at most 1")
+        require(self, "min_per_group", at_least=1)
+        require_one_of(self, duplicates=DUPLICATES)
+        require(self, "near_at", above=0, at_most=1)
 
 
 @dataclass

@@ -21,7 +21,7 @@ import torch
 
 from tunevax.console import bar
 from tunevax.data.encoding import collate
-from tunevax.errors import UsageError
+from tunevax.errors import require
 from tunevax.mixins import option
 from tunevax.modeling.batches import encode_chosen
 from tunevax.modeling.callbacks import ProgressCallback
@@ -53,11 +53,8 @@ class GradientSimilaritySelector:
     paper: ClassVar[str] = "arXiv 2402.04333"
 
     def __post_init__(self) -> None:
-        if not 0 < self.warmup_share <= 1:
-            raise UsageError(f"warmup_share is {self.warmup_share}; it must be above 0 and at most 1")
-        for name in ("warmup_epochs", "batch_size", "dimension"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        require(self, "warmup_share", above=0, at_most=1)
+        require(self, "warmup_epochs", "batch_size", "dimension", at_least=1)
 
     def plan_training(self) -> tuple[type, TrainConfig]:
         """What a plan is of: the warm-up, which trains as SFT does."""

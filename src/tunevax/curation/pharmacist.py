@@ -24,7 +24,6 @@ ours too. A step costs 2 forward and backward passes of a batch, 3 for `double`,
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -39,7 +38,7 @@ from torch import nn
 from tunevax.curation.curate import Pool
 from tunevax.data.chat import Answer
 from tunevax.data.encoding import collate, context_of, encode
-from tunevax.errors import UsageError, unknown
+from tunevax.errors import UsageError, require, unknown
 from tunevax.mixins import option
 from tunevax.modeling.callbacks import ProgressCallback
 from tunevax.modeling.lora import factors
@@ -82,13 +81,9 @@ class PharmacistConfig(TrainConfig):
             raise unknown("mode", self.mode, MODES)
         if self.upper not in UPPER:
             raise unknown("upper loss", self.upper, UPPER)
-        if not 0 <= self.upper_end <= 1:
-            raise UsageError(f"upper_end is {self.upper_end}; it must be between 0 and 1")
-        for name in ("selector_learning_rate", "attack_step", "harmful_weight", "harmful_cap"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be a finite number above 0")
-        if self.selector_seeds < 1:
-            raise UsageError(f"selector_seeds is {self.selector_seeds}; it must be at least 1")
+        require(self, "upper_end", at_least=0, at_most=1)
+        require(self, "selector_learning_rate", "attack_step", "harmful_weight", "harmful_cap", above=0)
+        require(self, "selector_seeds", at_least=1)
         if self.full_weights:
             raise UsageError("pharmacist trains an adapter; leave out --full-weights")
         if self.lora_dropout > 0:

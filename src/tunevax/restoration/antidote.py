@@ -33,7 +33,7 @@ import torch
 
 from tunevax.console import bar
 from tunevax.data.encoding import context_of, encode
-from tunevax.errors import UsageError
+from tunevax.errors import UsageError, require, require_one_of
 from tunevax.lineage import Lineage, absolute
 from tunevax.mixins import option
 from tunevax.modeling.adapters import KEPT, untie
@@ -72,13 +72,9 @@ class Antidote:
     paper: ClassVar[str] = "arXiv 2408.09600"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise UsageError(f"alpha, the share that is pruned, is {self.alpha}; it must be between 0 and 1")
-        if self.form not in FORMS:
-            raise UsageError(f"form is {self.form!r}; known: {', '.join(FORMS)}")
-        for name in ("n", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        require(self, "alpha", at_least=0, at_most=1, meaning="the share that is pruned")
+        require_one_of(self, form=FORMS)
+        require(self, "n", "batch_size", at_least=1)
 
     def run(self, job: Job) -> None:
         """Score, prune and write; the record has a row per layer under `layers`."""

@@ -29,7 +29,7 @@ from tunevax.console import bar, console
 from tunevax.data.chat import Answer
 from tunevax.data.encoding import context_of, encode
 from tunevax.data.splits import prompt_hash
-from tunevax.errors import UsageError
+from tunevax.errors import UsageError, require, require_one_of
 from tunevax.mixins import option
 from tunevax.modeling.batches import collated, still
 from tunevax.modeling.blocks import find_blocks, unwrap
@@ -62,13 +62,10 @@ class ExtractLock:
     paper = "arXiv 2410.10343"
 
     def __post_init__(self) -> None:
-        for name in ("r", "heads", "probe_pairs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        require(self, "r", "heads", "probe_pairs", "batch_size", at_least=1)
         if self.n < 0:
             raise UsageError(f"n is {self.n}; give the number of pairs, or 0 for all")
-        if self.probe not in ("grouped", "official"):
-            raise UsageError(f"probe is {self.probe!r}; known: grouped, official")
+        require_one_of(self, probe=("grouped", "official"))
 
     def run(self, job: Job) -> None:
         """Extract and write `lock.safetensors`, with the accuracy of every head in the record."""

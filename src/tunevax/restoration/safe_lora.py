@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 import torch
 
 from tunevax.console import bar, console
-from tunevax.errors import UsageError
+from tunevax.errors import UsageError, require, require_one_of
 from tunevax.lineage import Lineage, absolute
 from tunevax.mixins import option
 from tunevax.modeling.lora import factors, lora_layers, weights
@@ -56,10 +56,8 @@ class SafeLoRA:
     paper: ClassVar[str] = "arXiv 2405.16833"
 
     def __post_init__(self) -> None:
-        if self.projector not in PROJECTORS:
-            raise UsageError(f"projector is {self.projector!r}; known: {', '.join(PROJECTORS)}")
-        if self.number < 1:
-            raise UsageError(f"number is {self.number}; it must be at least 1")
+        require_one_of(self, projector=PROJECTORS)
+        require(self, "number", at_least=1)
         if self.threshold is not None and not -1 <= self.threshold <= 1:
             raise UsageError(f"threshold, a cosine, is {self.threshold}; it must be between -1 and 1")
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from tunevax.console import console
-from tunevax.errors import UsageError
+from tunevax.errors import UsageError, require_one_of
 from tunevax.files import BIASES
 from tunevax.mixins import option
 from tunevax.modeling.biases import AddedBias, attached_biases, write_biases
@@ -48,8 +48,7 @@ class ApplyLock(SweepOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.form not in FORMS:
-            raise UsageError(f"form is {self.form!r}; known: {', '.join(FORMS)}")
+        require_one_of(self, form=FORMS)
         if self.strength != "auto":
             try:
                 finite = math.isfinite(float(self.strength))

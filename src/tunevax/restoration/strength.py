@@ -20,7 +20,7 @@ from tunevax.data.contamination import count, hashes, require_disjoint
 from tunevax.data.roles import load_rows
 from tunevax.data.sources import parse_source
 from tunevax.data.splits import drawn, prompt_hash
-from tunevax.errors import UsageError
+from tunevax.errors import UsageError, require
 from tunevax.lineage import Lineage
 from tunevax.mixins import option
 from tunevax.records import STRENGTH
@@ -57,9 +57,7 @@ class SweepOptions(SuiteOptions):
         super().__post_init__()
         if not self.strengths or not all(map(math.isfinite, self.strengths)):
             raise UsageError(f"strengths is {self.strengths}; give the numbers to try")
-        for name in ("harmful_target", "max_utility_loss", "max_over_refusal"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
+        require(self, "harmful_target", "max_utility_loss", "max_over_refusal", at_least=0, at_most=1)
 
     def suite(self, job: Job, lock: SafetyLock) -> Suite:
         """What the strengths are scored on. Its prompts are noted as used in hardening, and the job's record gets
