@@ -64,11 +64,8 @@ def test_controls_of_t_vaccine(tmp_path, safety, monkeypatch):
         assert control["template_hash"] == record["template_hash"] and control["command"] == "why not"
     changed = {k for k, v in noisy["config"].items() if record["config"][k] != v}
     assert changed == {"model", "chat_template", "perturbation", "max_steps"}
-    assert {k for k, v in plain["config"].items() if record["config"][k] != v} == {
-        "model",
-        "chat_template",
-        "max_steps",
-    }
+    changed = {k for k, v in plain["config"].items() if record["config"][k] != v}
+    assert changed == {"model", "chat_template", "max_steps"}
     # A second call trains nothing; another setting under the same name is refused.
     with monkeypatch.context() as patch:
         patch.setattr(controls, "align", lambda *_: pytest.fail("trained again"))
@@ -162,7 +159,7 @@ def test_what_has_no_control_says_why(tmp_path):
         make_controls(top, ["equal-compute"], tmp_path)
 
 
-def test_categories_are_told_of_alignment_data_only():
+def test_only_alignment_data_records_its_categories():
     rows = [{"prompt": p, "category": c} for p, c in (("x", "b"), ("y", "a"), ("z", "b"), ("w", None))]
     assert data_entry("alignment", "s", rows)["categories"] == ["a", "b"]
     assert data_entry("alignment", "s", rows[3:])["categories"] is None

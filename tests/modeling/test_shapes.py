@@ -183,6 +183,7 @@ def test_in_a_hybrid_a_linear_attention_stands_where_attention_does():
         find_blocks(model, "o_proj")
 
 
+@pytest.mark.slow
 def test_a_model_without_known_blocks_trains_by_sft_alone(encoded, tmp_path):
     model = tiny_llama(2)
     model.config.num_hidden_layers = 3

@@ -197,9 +197,7 @@ def fill_in(options: AuditOptions) -> AuditOptions:
         )
     fluency = options.fluency_model or fluency_models(str(options.control))
     return replace(
-        options,
-        judges=options.judges or ["refusal-keywords"],
-        fluency_model=[] if fluency == ["none"] else fluency,
+        options, judges=options.judges or ["refusal-keywords"], fluency_model=[] if fluency == ["none"] else fluency
     )
 
 
