@@ -102,6 +102,6 @@ def attack(method: str, options: AttackOptions, config: AttackKind, command: str
         run.write_lines(GENERATIONS, generations)
         for done in run.path.glob("*.done.json"):
             done.unlink()
-        if options.keep_weights:
-            record["adapter"] = "model" if getattr(config, "trainable", None) == "full" else "adapter"
+        weights = "model" if getattr(config, "trainable", None) == "full" else "adapter"
+        record["adapter"] = weights if options.keep_weights else None
     return run.final
