@@ -43,9 +43,7 @@ NOT_CONFIG = ("resume", "overwrite", "output_dir", "run_name")
 class CurateOptions(ModelOptions, AllowOverlap, ResumableRunOptions):
     """What `tunevax curate` takes besides the selector's own options."""
 
-    target_model: str | None = option(
-        None, "the larger model to align: scored too, and the agreement of ranks reported"
-    )
+    target_model: str | None = option(None, "the larger model to align, scored too; the agreement of ranks is reported")
     safety_data: str | None = option(None, "the rows to choose from: the alignment split of this source")
     validation_data: str | None = option(None, "trusted rows, all of this source; prompts of their own")
     attack_data: str | None = option(None, "may share no validation prompt; default the attack split of --safety-data")
@@ -53,7 +51,7 @@ class CurateOptions(ModelOptions, AllowOverlap, ResumableRunOptions):
     group_by: str | None = option(None, "category: keep rows of every harm category")
     min_per_group: int | None = option(None, "rows to keep of every group, with --group-by; default 1")
     duplicates: str = option(
-        "exact", "keep (all), or only the best row of a prompt: exact (normalised) or near (near_at)"
+        "exact", "keep (all), or only the best row per prompt: exact (normalised) or near (near_at)"
     )
     near_at: float = option(0.8, "prompts are near-duplicates from this overlap of letter 5-grams on (Jaccard)")
 
@@ -91,11 +89,6 @@ class Pool:
     passes: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "backward": 0.0})
     info: ModelInfo | None = None
 
-    @property
-    def resume(self) -> bool:
-        """Whether to continue from the checkpoints in `folder`."""
-        return self.options.resume
-
     def load(self) -> Loaded:
         """The scoring model, loaded anew, and its tokenizer."""
         o = self.options
@@ -106,12 +99,7 @@ class Pool:
 
 
 class Selector(Protocol):
-    """A dataclass of options that scores rows.
-
-    Attributes:
-        needs: of `model` and `validation`, what must be given.
-        paper: its source.
-    """
+    """A dataclass of options that scores rows; it `needs` a `model`, `validation` rows, or neither."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
     output_dir: str | None
@@ -131,7 +119,6 @@ class ForwardOptions:
     seed: int = option(42, "recorded; nothing here is random")
     batch_size: int = option(16, "rows per forward pass; changes the speed only")
     max_length: int = option(512, "tokens per row; longer answers are cut")
-
     needs: ClassVar[frozenset[str]] = frozenset({"model"})
 
 
@@ -158,7 +145,9 @@ def curate(method: str, options: CurateOptions, config: Selector, command: str =
         raise UsageError(f"--target-model is given and {method} scores without a model; leave it out")
     rows = load_rows("alignment", source, ("chosen",), method)
     validation = load_rows("validation", trusted, ("chosen",), method) if trusted else []
-    whole = beside(source)
+    name, given = parse_source(source)
+    # With the rows for other splits; empty if the pool is not a split.
+    whole = [] if "split" in given or is_run(name) else load_safety(source, "all", ())
     overlap = check_overlap(options, rows, whole, validation)
     choose(rows, np.zeros(len(rows)), options)  # raises its errors before anything is trained
     values = config.to_dict() if hasattr(config, "to_dict") else dataclasses.asdict(config)
@@ -167,7 +156,8 @@ def curate(method: str, options: CurateOptions, config: Selector, command: str =
         entries.append(data_entry("validation", trusted, validation))
     record: RunRecord = {
         "verb": "curate", "method": method, "paper": config.paper, "command": command, "seed": config.seed,
-        "data": entries, "overlap": overlap, "parent": None, "score": meaning(config),
+        "data": entries, "overlap": overlap, "parent": None,
+        "score": (config.score.__doc__ or "").partition("\n")[0].replace(", [rows]", "").rstrip("."),
         "config": {k: v for k, v in {**values, **vars(options)}.items() if k not in NOT_CONFIG},
     }  # fmt: skip
     with writing(config.output_dir, record, options.resume, options.overwrite) as run:
@@ -179,41 +169,27 @@ def curate(method: str, options: CurateOptions, config: Selector, command: str =
             target = Pool(rows, validation, options, options.target_model, run.checkpoints / "target")
             record["agreement"] = agreement(scores, scored(config, target), options.keep)
         kept, why = choose(rows, scores, options)
-        rank = ranks(scores)
+        rank = np.argsort(np.argsort(-scores, kind="stable")) + 1  # 1 for the highest; of equals the first
         run.write_lines(DATA, [content(rows[i]) for i in sorted(kept)])
-        run.write_lines(
-            SCORES,
-            [
-                {"row": i, **content(row), "place": row.get("place"), "corruption": row.get("corruption"),
-                 "score": float(scores[i]), "rank": int(rank[i]), "kept": i in kept, "why": why.get(i)}
-                for i, row in enumerate(rows)
-            ],
-        )  # fmt: skip
+        run.write_lines(SCORES, [
+            {"row": i, **content(row), "place": row.get("place"), "corruption": row.get("corruption"),
+             "score": float(scores[i]), "rank": int(rank[i]), "kept": i in kept, "why": why.get(i)}
+            for i, row in enumerate(rows)
+        ])  # fmt: skip
         # The choice depends on the trusted rows, so what is aligned on the kept rows has used their prompts too.
         record_prompts(run.path, validation=hashes(validation))
-        record.update(
-            {
-                "model": pool.info, "kept": len(kept), "elsewhere": max(0, len(whole) - len(rows)),
-                "corrupted_kept": sum("corruption" in rows[i] for i in kept), "passes": pool.passes,
-                "dropped": dict(Counter(reason.partition(" of row")[0] for reason in why.values())),
-            }
-        )  # fmt: skip
+        record.update({
+            "model": pool.info, "kept": len(kept), "elsewhere": max(0, len(whole) - len(rows)),
+            "corrupted_kept": sum("corruption" in rows[i] for i in kept), "passes": pool.passes,
+            "dropped": dict(Counter(reason.partition(" of row")[0] for reason in why.values())),
+        })  # fmt: skip
     return run.final
-
-
-def meaning(config: Selector) -> str:
-    """What a selector's score is: the first line of the docstring of its `score`."""
-    return (config.score.__doc__ or "").partition("\n")[0].replace(", [rows]", "").rstrip(".")
 
 
 def check_overlap(
     options: CurateOptions, rows: Sequence[Example], whole: list[Example], validation: Sequence[Example]
 ) -> dict[str, int]:
-    """How many prompts validation shares with the pool, the attack and the evaluation data (of `whole`, see `beside`).
-
-    Raises:
-        UsageError: there are any, and that is not allowed.
-    """
+    """How many prompts validation shares with the pool, the attack and the evaluation data; a UsageError if not 0."""
     if not validation:
         return {}
     others = {"alignment": rows}
@@ -228,23 +204,12 @@ def check_overlap(
     return overlap
 
 
-def beside(source: str) -> list[Example]:
-    """All rows of the source that the pool is a split of; empty if the pool is the whole source."""
-    name, given = parse_source(source)
-    return [] if "split" in given or is_run(name) else load_safety(source, "all", ())
-
-
 def scored(config: Selector, pool: Pool) -> np.ndarray:
     """The selector's scores, [rows], checked."""
     scores = np.asarray(config.score(pool), dtype=np.float64)
     if scores.shape != (len(pool.rows),) or not np.isfinite(scores).all():
         raise UsageError("the scores are not one finite number per row; lower the learning rates, or check the data")
     return scores
-
-
-def ranks(scores: np.ndarray) -> np.ndarray:
-    """1 for the highest score; of equal scores the first ranks higher."""
-    return np.argsort(np.argsort(-scores, kind="stable")) + 1
 
 
 def agreement(first: np.ndarray, second: np.ndarray, keep: float) -> dict[str, float]:
@@ -261,9 +226,6 @@ def choose(rows: Sequence[Example], scores: np.ndarray, options: CurateOptions) 
 
     The `min_per_group` best of each group come first, then the best of all, up to ceil(keep * rows). Of rows with the
     same prompt only the best can be kept, unless a group would have no row left.
-
-    Raises:
-        UsageError: the groups need more rows than are kept.
     """
     at_least = options.min_per_group or 1
     order = np.argsort(-scores, kind="stable").tolist()

@@ -36,7 +36,6 @@ class DSIRSelector:
     output_dir: str | None = option(None, "the run folder to write")
     seed: int = option(42, "of the resampling")
     buckets: int = option(10_000, "buckets that one- and two-word sequences are hashed into")
-
     needs: ClassVar[frozenset[str]] = frozenset({"validation"})
     paper: ClassVar[str] = "arXiv 2302.03169"
 

@@ -48,7 +48,6 @@ class GradientSimilaritySelector:
     batch_size: int = option(10, "rows per step of the warm-up")
     dimension: int = option(8192, "numbers that a gradient is projected to")
     max_length: int = option(512, "tokens per row; longer answers are cut")
-
     needs: ClassVar[frozenset[str]] = frozenset({"model", "validation"})
     paper: ClassVar[str] = "arXiv 2402.04333"
 

@@ -72,7 +72,6 @@ class PharmacistConfig(TrainConfig):
     attack_step: float = option(0.1, "after-attack: length of the harmful step")
     harmful_weight: float = option(0.1, "refusal-minus-harmful: weight of the harmful loss")
     harmful_cap: float = option(5.0, "refusal-minus-harmful: no gain beyond this loss")
-
     needs: ClassVar[frozenset[str]] = frozenset({"model", "validation"})
     paper: ClassVar[str] = "arXiv 2510.10085"
 

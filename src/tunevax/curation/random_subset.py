@@ -17,7 +17,6 @@ class RandomSelector:
 
     output_dir: str | None = option(None, "the run folder to write")
     seed: int = option(42, "of the scores")
-
     needs: ClassVar[frozenset[str]] = frozenset()
     paper: ClassVar[str] = ""
 

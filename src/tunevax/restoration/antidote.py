@@ -65,7 +65,6 @@ class Antidote:
     n: int = option(2000, "harmful rows to score on, at most")
     max_length: int = option(512, "tokens per row; longer answers are cut")
     batch_size: int = option(16, "rows run together")
-
     paper: ClassVar[str] = "arXiv 2408.09600"
 
     def __post_init__(self) -> None:

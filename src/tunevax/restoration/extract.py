@@ -56,7 +56,6 @@ class ExtractLock:
     batch_size: int = option(16, "answers run together")
     seed: int = option(0, "of the pairs drawn and of the probes' folds")
     output_dir: str | None = option(None, "the run folder to write")
-
     paper: ClassVar[str] = "arXiv 2410.10343"
 
     def __post_init__(self) -> None:
@@ -80,12 +79,10 @@ class ExtractLock:
         )  # fmt: skip
         lock.save(job.folder / FILE)
         job.record["lock"] = {
-            **{k: v for k, v in lock.meta.items() if k != "prompts"},
-            "heads": lock.named(),
+            **{k: v for k, v in lock.meta.items() if k != "prompts"}, "heads": lock.named(),
             "sigma": [round(s, 6) for s in lock.sigma.tolist()],
-            "accuracy_of_all": measured.accuracy.round(4).tolist(),
-            "bytes": (job.folder / FILE).stat().st_size,
-        }
+            "accuracy_of_all": measured.accuracy.round(4).tolist(), "bytes": (job.folder / FILE).stat().st_size,
+        }  # fmt: skip
 
 
 class Measured(NamedTuple):
@@ -171,10 +168,10 @@ def measure(
         for kept_of_block in sums.kept:
             progress.advance(task)
             x = torch.cat(kept_of_block).transpose(0, 1).to(device)
-            if config.probe == "official":
-                accuracy.append(official_accuracy(x, safe, config.seed))
-            else:
-                accuracy.append(grouped_accuracy(x, safe, groups, config.seed))
+            official = config.probe == "official"
+            accuracy.append(
+                official_accuracy(x, safe, config.seed) if official else grouped_accuracy(x, safe, groups, config.seed)
+            )
     return Measured(u, sigma, np.stack(accuracy), cut)
 
 
@@ -223,13 +220,12 @@ class Sums:
         self.kept_safe: list[bool] = []
 
     def expect(self, where: torch.Tensor, answers: Sequence[bool], keep: Sequence[bool]) -> None:
-        """Set the selected tokens [batch, tokens] of the next forward, r per row, and for each row whether its answer is
-        safe and whether its tokens are kept for the probes."""
+        """Set the selected tokens [batch, tokens] of the next forward, r per row, and by row whether the answer is safe
+        and whether its tokens are kept for the probes."""
         safe = [a for a in answers for _ in range(self.r)]
         keep = [k for k in keep for _ in range(self.r)]
         self.where, self.safe, self.keep = where, torch.tensor(safe, device=where.device), torch.tensor(keep)
-        self.count[1] += sum(safe)
-        self.count[0] += len(safe) - sum(safe)
+        self.count = [self.count[0] + len(safe) - sum(safe), self.count[1] + sum(safe)]
         self.kept_safe += [s for s, k in zip(safe, keep, strict=True) if k]
 
     @contextmanager

@@ -127,8 +127,8 @@ def base_of(info: ModelInfo, ref: str, revision: str | None) -> dict[str, Any]:
 
 
 def check_base(lock: SafetyLock, ref: str, revision: str | None = None) -> None:
-    """Raise a UsageError if `lock` was extracted from another model than those that `ref` was made from; a lock of unknown
-    base passes."""
+    """Raise a UsageError if `lock` was extracted from another model than those that `ref` was made from. A lock of
+    unknown base passes."""
     base = lock.meta.get("base")
     if base is None:
         return
@@ -142,11 +142,7 @@ def check_base(lock: SafetyLock, ref: str, revision: str | None = None) -> None:
 
 
 def head_shape(model: nn.Module) -> tuple[int, int, int]:
-    """Blocks, heads per block and size of a head.
-
-    Raises:
-        UsageError: the blocks differ, or the input of an output projection is not a whole number of heads.
-    """
+    """Blocks, heads per block and size of a head; a UsageError if the blocks differ."""
     modules, heads = projections(model), unwrap(model).config.get_text_config().num_attention_heads
     widths = {input_width(module) for module in modules}
     size = max(widths) // heads  # not hidden // heads (Mistral-Nemo, Gemma), nor head_dim, which may be of the keys
@@ -191,9 +187,6 @@ def lock_biases(model: nn.Module, lock: SafetyLock, strength: float) -> dict[int
 
     A plain linear layer is multiplied by the columns of its locked heads alone; any other output projection (with an
     adapter, quantised, offloaded) is called with delta and with zeros.
-
-    Raises:
-        UsageError: the lock is for another head count, head size or depth.
     """
     check_shape(model, lock)
     if strength == 0:

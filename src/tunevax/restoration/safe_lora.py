@@ -51,7 +51,6 @@ class SafeLoRA:
     projector: str = option("exact", "exact, or official (not a projector; as published)")
     number: int = option(10, "layers to project, those of the lowest cosine")
     threshold: float | None = option(None, "project every layer of at most this cosine instead")
-
     models_held: ClassVar[int] = 3
     paper: ClassVar[str] = "arXiv 2405.16833"
 

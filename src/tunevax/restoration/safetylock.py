@@ -15,7 +15,7 @@ import math
 import time
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import nn
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FORMS = ("auto", "stock", "run")
+StockForm = tuple[dict[str, bool], dict[str, torch.Size]]
 
 
 @dataclass
@@ -46,19 +47,16 @@ class ApplyLock(SweepOptions):
     base: str | None = option(None, "what --model was fine-tuned from, where its run folder does not say")
     seed: int = option(0, "not used: nothing here is random")
     output_dir: str | None = option(None, "the run folder to write")
-
     paper: ClassVar[str] = "arXiv 2410.10343"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_one_of(self, form=FORMS)
-        if self.strength != "auto":
-            try:
-                finite = math.isfinite(float(self.strength))
-            except ValueError:
-                finite = False
-            if not finite:
-                raise UsageError(f"strength is {self.strength!r}; give a number, or auto")
+        try:
+            if self.strength != "auto" and not math.isfinite(float(self.strength)):
+                raise ValueError
+        except ValueError:
+            raise UsageError(f"strength is {self.strength!r}; give a number, or auto") from None
 
     def run(self, job: Job) -> None:
         """Check that the lock belongs to the model, choose the strength, add the lock and write the model or biases."""
@@ -90,9 +88,8 @@ class ApplyLock(SweepOptions):
             record["seconds_to_apply"] = time.perf_counter() - start
             job.save_model(model, tokenizer)
         else:
-            biases = lock_biases(model, lock, strength)
+            biases, folder = lock_biases(model, lock, strength), job.folder / "adapter"
             record["seconds_to_apply"] = time.perf_counter() - start
-            folder = job.folder / "adapter"
             write_biases(biases, folder)
             tokenizer.save_pretrained(folder)
             record["bytes_added"] = (folder / BIASES).stat().st_size
@@ -101,20 +98,9 @@ class ApplyLock(SweepOptions):
         job.record["lock"] = {**record, "base": lock.meta.get("base"), "probe": lock.meta.get("probe")}
 
 
-class StockForm(NamedTuple):
-    """How a stock checkpoint of an architecture can hold a bias on every output projection.
-
-    Attributes:
-        change: of the config.
-        more: shape by name of the parameters that a checkpoint for it has besides those of the model.
-    """
-
-    change: dict[str, bool]
-    more: dict[str, torch.Size]
-
-
 def stock_form(model: PreTrainedModel) -> StockForm | None:
-    """The change of config with which transformers, on the meta device, builds such a bias; None if there is none."""
+    """The change of config with which transformers builds a bias on every output projection, tried on the meta device,
+    and the shapes of the parameters that this adds to the model, by name; None if there is no such change."""
     ours = set(model.state_dict())
     changes: tuple[dict[str, bool], ...] = ({}, {"attention_bias": True})
     for change in changes:
@@ -130,7 +116,7 @@ def stock_form(model: PreTrainedModel) -> StockForm | None:
         more = {name: shape for name, shape in shapes.items() if name not in ours}
         biased = all(getattr(module, "bias", None) is not None for module in projections(bare))
         if biased and ours <= set(shapes) and all(name.endswith(".bias") for name in more):
-            return StockForm(change, more)
+            return change, more
     return None
 
 
@@ -145,21 +131,21 @@ def make_stock(model: PreTrainedModel, form: StockForm | None = None) -> int:
         The added bytes.
 
     Raises:
-        UsageError: the architecture cannot hold such a bias.
+        UsageError: the architecture cannot have such a bias.
     """
     form = form or stock_form(model)
     if form is None:
         raise UsageError(
             f"{type(model).__name__} cannot hold a bias on its output projections in a stock checkpoint; use --form run"
         )
-    added = 0
-    for name, shape in form.more.items():
+    (change, more), added = form, 0
+    for name, shape in more.items():
         module = model.get_submodule(name.removesuffix(".bias"))
         weight = cast("torch.Tensor", module.weight)
         zeros = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         module.bias = nn.Parameter(zeros, requires_grad=False)
         added += zeros.nbytes
-    for name, value in form.change.items():
+    for name, value in change.items():
         setattr(model.config.get_text_config(), name, value)
     modules = projections(model)
     for layer, bias in attached_biases(model).items():
