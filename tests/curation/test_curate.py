@@ -135,7 +135,7 @@ def write(path, rows):
         (["--per-device-train-batch-size", "641"], "there are 640 rows and a batch takes 641"),
         (["--mode", "treble"], "unknown mode 'treble'"),
         (["--upper", "refusals"], "did you mean 'refusal'"),
-        (["--group-by", "topic"], "takes category; with SOURCE:category="),
+        (["--group-by", "topic"], "takes category; name the column with SOURCE:category="),
         (["--group-by", "category", "--min-per-group", "100"], "10 groups of at least 100 rows"),
     ],
 )
