@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from transformers import TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 from tunevax.cli import main
@@ -222,7 +222,9 @@ def _check_resumed(whole: Path, command: Sequence[str]) -> None:
     """A run that is killed and resumed ends in the same weights and the same log, bit for bit."""
     what, cut, begin = " ".join(command[:2]), whole.with_name(f"{whole.name}-killed"), CallbackHandler.on_step_begin
 
-    def killed(handler: CallbackHandler, args: Any, state: Any, control: Any) -> Any:
+    def killed(
+        handler: CallbackHandler, args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> TrainerControl:
         if state.global_step == KILLED:
             raise KeyboardInterrupt
         return begin(handler, args, state, control)
