@@ -9,7 +9,7 @@ g is the gradient of the row's cross entropy by the weights of the last block: a
 training on harmful answers. h is the residual stream where the answer begins, at three fifths of the depth, and d the
 difference of means that refusal hangs on (arXiv 2406.11717): 0 is the average customer's row, 1 the average harmful
 prompt. There are no trusted harmless prompts here, so the customer's stand in for them, each scored against all others.
-In a job that is mostly harmful they do so badly; a job of nothing else cannot be distinguished from harmful prompts, and that
+In a job that is mostly harmful they do so badly; a job of nothing else looks like harmful prompts, and that
 flags it. The direction between the states of harmful and refusing *answers*, which needs no such stand-in, is the
 direction of answering at all: on the organism it ranks benign recipes above harmful ones.
 
