@@ -136,11 +136,8 @@ def use_data_of_run(options: Options) -> Options:
 def attack_data(
     options: TargetOptions, needs: Collection[str], exclusion: Exclusion | None = None
 ) -> tuple[list[Example], list[Example]]:
-    """The harmful and the benign rows that an attack draws from; what is not in `needs` is empty.
-
-    Raises:
-        UsageError: a source is missing, or no row is left.
-    """
+    """The harmful and the benign rows that an attack draws from; what is not in `needs` is empty. Raises `UsageError`:
+    a source is missing, or no row is left."""
     exclusion = exclusion or Exclusion()
     harmful: list[Example] = []
     task: list[Example] = []
