@@ -30,9 +30,7 @@ class PrefillConfig(AttackConfig):
     customer = True
 
     text: str | None = option(
-        None,
-        "the first words; default the opening that most harmful answers of the attack split share, or else the first "
-        "tokens of each evaluation prompt's own harmful answer",
+        None, "the first words; default the opening that most harmful answers share, or else of the prompt's own answer"
     )
 
     @property

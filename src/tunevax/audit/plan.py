@@ -26,16 +26,14 @@ class AuditOptions(TargetOptions):
     control: str | None = option(None, "the same model without the defence; an audit needs one", decides="cells")
     fluency_model: list[str] = option(
         [],
-        "language models; text that is improbable under each is degenerate; default the control, and the model that "
-        "it began as if it has a defence itself; none: off",
+        "language models that detect degenerate text; default the control, and its origin if it has a defence; or none",
     )
     judges: list[str] = option([], "refusal-keywords, organism, hf:MODEL; at least two are recommended")
     protocol: str = option("quick", "paper, quick, standard, durability, fine-tuning, or a YAML file", decides="cells")
     dialogues: str | None = option(None, "of the identity-shift attacks: JSONL with `messages`", decides="cells")
     controls: list[str] = option(
         [],
-        "also attack: undefended, equal-compute, equal-steps, equal-updates, random-perturbation (trained "
-        "into OUT.controls)",
+        "also attack: undefended, equal-compute, equal-steps, equal-updates, random-perturbation (in OUT.controls)",
         decides="cells",
     )
     output_dir: str | None = option(None, "the run folder to write", decides="nothing")
