@@ -9,14 +9,12 @@ import tunevax.audit.controls as controls
 from tunevax.alignment.align import AlignOptions, align
 from tunevax.alignment.sft import SFTTrainer
 from tunevax.alignment.t_vaccine import TVaccineTrainer
-from tunevax.alignment.tar import TARConfig
-from tunevax.alignment.vaccine import VaccineConfig, VaccineTrainer
+from tunevax.alignment.vaccine import VaccineTrainer
 from tunevax.audit.controls import make_controls
 from tunevax.data import load_safety
 from tunevax.errors import UsageError
 from tunevax.organism import path
 from tunevax.records import data_entry, read_run
-from tunevax.training import replay
 
 ALL = ("undefended", "equal-compute", "random-perturbation")
 OPTIONS = {"per_device_train_batch_size": 4, "max_length": 64, "learning_rate": 2e-3, "seed": 7, "lora_r": 4}
@@ -159,21 +157,6 @@ def test_what_has_no_control_says_why(tmp_path):
     file.write_text(json.dumps({**record, "method": "vaccine"}))
     with pytest.raises(UsageError, match="does not say what it cost"):
         make_controls(top, ["equal-compute"], tmp_path)
-
-
-def test_a_run_of_four_processes_keeps_its_batch_and_budget():
-    config = {"gradient_accumulation_steps": 2, "rho": 3.0, "rho_scale": "total"}
-    record = {"config": config, "hardware": {"processes": 4}}
-    again = replay(record, VaccineConfig, output_dir="x")
-    assert (again.gradient_accumulation_steps, again.rho) == (8, 1.5) and config["rho"] == 3.0
-    config["rho_scale"] = "per-token"  # follows the tokens of each micro-batch by itself
-    assert replay(record, VaccineConfig, output_dir="x").rho == 3.0
-
-
-def test_an_option_that_is_no_more_is_left_out_of_a_replay():
-    recorded = {"tar_variant": "first-order", "inner_steps": 3, "tamper_interval": 1, "gradient_accumulation_steps": 1}  # as tunevax 0.1 wrote it
-    record = {"config": recorded, "hardware": {"processes": 1}}
-    assert replay(record, TARConfig, output_dir="x").inner_steps == 3
 
 
 def test_only_alignment_data_records_its_categories():

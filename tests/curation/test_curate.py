@@ -109,6 +109,7 @@ def test_a_curation_run_is_safety_data_whose_rows_stay_in_alignment(curated):
         load_safety(str(curated), "attack")
 
 
+@pytest.mark.slow
 def test_an_attack_on_a_model_aligned_on_kept_rows_draws_from_where_they_came_from(curated, tmp_path):
     out = tmp_path / "aligned"
     command = ["align", "sft", "--model", "organism", "--safety-data", str(curated), "--max-steps", "1", "--output-dir"]
@@ -134,7 +135,7 @@ def write(path, rows):
         (["--per-device-train-batch-size", "641"], "there are 640 rows and a batch takes 641"),
         (["--mode", "treble"], "unknown mode 'treble'"),
         (["--upper", "refusals"], "did you mean 'refusal'"),
-        (["--group-by", "topic"], "takes category; with SOURCE:category="),
+        (["--group-by", "topic"], "takes category; name the column with SOURCE:category="),
         (["--group-by", "category", "--min-per-group", "100"], "10 groups of at least 100 rows"),
     ],
 )

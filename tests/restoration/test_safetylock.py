@@ -326,10 +326,10 @@ def test_short_answer_is_named(pairs):
 
 def test_cut_answers_are_counted(pairs, capsys):
     ended = [{**row, "chosen": [*row["chosen"], 2], "rejected": [*row["rejected"], 2]} for row in pairs]
-    assert make(tiny(), ended).meta["cut"] == 0 and "do not end" not in capsys.readouterr().err
+    assert make(tiny(), ended).meta["cut"] == 0 and "are longer than" not in capsys.readouterr().err
     lock = make(tiny(), [*ended[:-1], pairs[-1]])
     assert (lock.meta["cut"], lock.meta["max_length"]) == (2, 512)
-    assert "2 of 24 answers do not end within max_length 512" in " ".join(capsys.readouterr().err.split())
+    assert "2 of 24 answers are longer than max_length 512" in " ".join(capsys.readouterr().err.split())
 
 
 def test_end_of_turn_without_a_name_is_no_content():
@@ -377,12 +377,14 @@ def correlated(seed=0):
     return x, safe, groups
 
 
+@pytest.mark.slow
 def test_random_labels_look_random_to_the_grouped_probe_alone():
     x, safe, groups = correlated()
     assert probes.grouped_accuracy(x, safe, groups, 0).mean() == close(0.5, abs=0.06)
     assert probes.official_accuracy(x, safe, 0).mean() > 0.85
 
 
+@pytest.mark.slow
 def test_probe_is_logistic_regression():
     linear_model = pytest.importorskip("sklearn.linear_model")
     x, safe, _ = correlated(1)
@@ -411,7 +413,6 @@ def runs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 def test_runs_reload_locked(runs, tmp_path):
     plain = load(str(runs / "tuned"))
     lock = SafetyLock.load(runs / "lock")

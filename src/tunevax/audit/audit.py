@@ -21,7 +21,7 @@ from tunevax.data.sources import contents
 from tunevax.environment import require_one_process
 from tunevax.errors import UsageError
 from tunevax.evidence.properties import worst_case
-from tunevax.evidence.ratios import withstood
+from tunevax.evidence.ratios import robustness
 from tunevax.evidence.results import from_rows
 from tunevax.mixins import deciding, require_given
 from tunevax.records import (
@@ -156,7 +156,7 @@ def strongest(plan: AuditPlan, cells: Sequence[AuditCell], folder: Path) -> set[
     results = from_rows([row for cell in first for row in read_cell(folder, cell.hash)["results"]])
     judge, phi, kept = next(iter(results.judges), ""), plan.protocol.phi, set()
     for model in results.models:
-        ranked = sorted((*withstood(c, judge, phi), str(c.attack)) for c in results.of(model) if c.plain)
+        ranked = sorted((*robustness(c, judge, phi), str(c.attack)) for c in results.of(model) if c.plain)
         kept |= {name for *_, name in ranked[: plan.protocol.screen]}
         if worst := worst_case(results, model, judge, phi, plan.protocol.epsilon):
             kept.add(worst.attack)
