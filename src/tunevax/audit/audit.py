@@ -38,9 +38,6 @@ from tunevax.records import (
 )
 from tunevax.runs import RunFolder, writing
 
-DESCRIBED = ("template_hash", "parameters", "class", "base")
-"""Keys of a cell's `record` that run.json has of a target."""
-
 
 def run(options: AuditOptions, command: str = "") -> Path | None:
     """Check everything, train the requested controls, run the audit and return its folder; with `dry_run` print the
@@ -51,8 +48,8 @@ def run(options: AuditOptions, command: str = "") -> Path | None:
     folder = f"{options.output_dir}.controls"
 
     def controls(dry_run: bool) -> list[tuple[str, str | None, str]]:
-        kinds = options.controls
-        return [c for ref in options.model if kinds for c in make_controls(ref, kinds, folder, command, dry_run)]
+        models = options.model if options.controls else []
+        return [c for ref in models for c in make_controls(ref, options.controls, folder, command, dry_run)]
 
     require_given(options, "model")
     if not options.dry_run:
@@ -175,7 +172,8 @@ def assemble(run: RunFolder, cells: Sequence[AuditCell], folder: Path) -> None:
 
     def described(target: Target) -> Target:
         own = next((o["record"] for o in ran if o["model"] == target["label"]), ModelInfo())
-        return cast(Target, target | {k: v for k, v in own.items() if k in DESCRIBED})
+        known = ("template_hash", "parameters", "class", "base")
+        return cast(Target, target | {k: v for k, v in own.items() if k in known})
 
     record = run.record
     record["failed"], record["stopped"] = ended("failed", "error"), ended("stopped", "error")
