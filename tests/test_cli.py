@@ -109,6 +109,7 @@ def test_mistakes_are_told_in_one_sentence(capsys, here, arguments, told):
     assert Path("full/notes.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_config_file_keys_are_checked_and_overridden(capsys, here):
     Path("a.yaml").write_text("gama: 3\n")
     told = refused(capsys, here, "align", "t-vaccine", *ORGANISM, "--output-dir", "out", "--config", "a.yaml")
@@ -153,6 +154,7 @@ def test_models_that_cannot_be_used(capsys, here):
         find_blocks(model)
 
 
+@pytest.mark.slow
 def test_overlapping_splits_are_an_error_unless_allowed(capsys, here):
     common = ["align", "sft", "--model", "organism", "--chat-template", "alpaca", "--max-steps", "2"]
     assert main([*common, "--safety-data", "good.jsonl:split=all", "--output-dir", "aligned"]) == 0
@@ -176,6 +178,7 @@ def test_a_name_that_lies_next_door_is_suggested(capsys, here):
     assert "did you mean 'good.jsonl'?" in refused(capsys, here, *run)
 
 
+@pytest.mark.slow
 def test_newer_schema_and_unwritable_places(capsys, here, monkeypatch):
     Path("new").mkdir()
     Path("new/run.json").write_text(json.dumps({"schema": 99, "verb": "align"}))
@@ -213,6 +216,7 @@ def test_nan_stops_with_the_step_and_the_last_checkpoint(capsys, here):
     assert not Path("out").exists()
 
 
+@pytest.mark.slow
 def test_finished_and_unfinished_runs_are_not_overwritten(capsys, here):
     arguments = ["align", "sft", *ORGANISM, "--output-dir", "out", "--max-steps", "1"]
     assert main(arguments) == 0
@@ -226,6 +230,7 @@ def test_finished_and_unfinished_runs_are_not_overwritten(capsys, here):
     )
 
 
+@pytest.mark.slow
 def test_demo_touches_nothing_that_is_not_its_own(capsys, here):
     assert main(["align", "sft", *ORGANISM, "--output-dir", "runs/sft", "--max-steps", "1"]) == 0
     capsys.readouterr()
@@ -235,6 +240,7 @@ def test_demo_touches_nothing_that_is_not_its_own(capsys, here):
     )
 
 
+@pytest.mark.slow
 def test_reports_of_runs_with_different_judges_use_the_common_one(capsys, here):
     from tunevax.report import write_report
 
@@ -264,6 +270,7 @@ def test_bare_verb_lists_methods_without_importing_them(capsys):
     assert "t-vaccine" in listing and "arXiv 2410.09760" in listing
 
 
+@pytest.mark.slow
 def test_scoring_on_aligned_prompts_is_refused(capsys, here):
     whole = ["--safety-data", "good.jsonl:split=all", "--output-dir", "aligned"]
     assert main(["align", "sft", *ORGANISM[:2], *whole, "--max-steps", "1", "--max-length", "64"]) == 0

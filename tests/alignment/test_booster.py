@@ -228,12 +228,14 @@ def test_rejected_is_stepped_on_and_chosen_is_trained(make):
     assert (trainer.harmful, trainer.train_dataset) == (rows("harmful"), rows("safe"))
 
 
+@pytest.mark.slow
 def test_cost_in_sft_steps(make):
     assert make().cost() == 3 and make(rho=2.0).cost() == 4 and make(rho=2.0, perturbation="random").cost() == 3
     assert make(model=tiny_llama(), full_weights=True).cost() == 3
     assert make(model=tiny_llama(), full_weights=True, rho=2.0).cost() == close(2 + 5 / 3)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_is_refused(make):
     for options, told in (({"lamb": -1.0}, "lamb is -1.0"), ({"alpha": float("nan")}, "alpha is nan")):
         with pytest.raises(UsageError, match=told):

@@ -147,6 +147,7 @@ def test_the_reference_is_the_model_that_was_given(make):
     assert all(p.requires_grad for p in trainer.parameters)
 
 
+@pytest.mark.slow
 def test_micro_batches_add_up(make):
     """Means are over the tokens of the whole batch: unequal micro-batches give its loss and gradients."""
     whole, parts = make(alpha=2.0), make(alpha=2.0)

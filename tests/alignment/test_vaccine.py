@@ -216,6 +216,7 @@ def test_fast_path_is_the_plain_path(make, shortcut):
     assert_gradients(gradients(fast.model), expected, rtol)
 
 
+@pytest.mark.slow
 def test_gradients_accumulate(make):
     trainer = make(TVaccineTrainer, rho=3.0, layer_sampling="2,5")
     step(trainer)
@@ -226,6 +227,7 @@ def test_gradients_accumulate(make):
             torch.testing.assert_close(parameter.grad, 2 * once[name])
 
 
+@pytest.mark.slow
 def test_hooks_are_gone_after_an_exception(make, monkeypatch):
     trainer = make(TVaccineTrainer, rho=3.0, layer_sampling="2,5", checkpoint_blocks="frozen")
 
@@ -539,6 +541,7 @@ def test_cost_in_sft_steps(make):
     assert cost(TVaccineTrainer, layer_sampling="2,5", **full) == close((1 + 6 / 8 + 2 + 2 / 8) / 3)
 
 
+@pytest.mark.slow
 def test_cost_is_the_mean_over_draws_with_the_probes(make):
     trainer = make(
         TVaccineTrainer,
@@ -559,6 +562,7 @@ def test_cost_is_the_mean_over_draws_with_the_probes(make):
     assert trainer.cost() == close((sum((1 + 3 * (1 - m / 8)) / 2 for m in lowest) + probes) / 4)
 
 
+@pytest.mark.slow
 def test_config_rejects_what_cannot_be(make):
     with pytest.raises(UsageError, match="did you mean 'random'"):
         VaccineConfig(output_dir="x", perturbation="randon")
@@ -624,6 +628,7 @@ def test_a_probe_that_is_not_finite_stops_the_run(make):
         trainer.probe(batch("harmful"))
 
 
+@pytest.mark.slow
 def test_the_probe_has_no_dropout_and_leaves_no_hook(make):
     model = tiny_lora()
     for module in model.modules():

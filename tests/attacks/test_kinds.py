@@ -329,7 +329,7 @@ def test_a_defence_of_the_provider_is_judged_by_poisoned_data_only(aligned, job,
         PoisonedJobConfig(output_dir=str(tmp_path), p=0.5, n=4).run(context(aligned))
     command = ["--control", aligned, "--output-dir", str(tmp_path / "out")]
     assert main(["attack", "finetune", "--model", job, "--max-steps", "1", *command]) == 2
-    assert "lisa defends while the provider trains" in capsys.readouterr().err
+    assert "lisa defends during the provider" in capsys.readouterr().err
     assert main(["audit", "--protocol", "quick", "--model", job, *command]) == 2
     assert "use --protocol fine-tuning" in capsys.readouterr().err
     assert main(["audit", "--protocol", "fine-tuning", "--model", job, *command]) == 2

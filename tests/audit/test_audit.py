@@ -233,6 +233,7 @@ def test_a_defended_control_does_not_tell_gibberish_alone(tmp_path):
     assert fluency_models(job) == [job, "organism"]
 
 
+@pytest.mark.slow
 def test_a_retrained_model_is_not_taken_for_the_old_one(models, tmp_path):
     """The cells of a killed audit are found by what decides them, the weights included."""
     from tunevax.audit.cells import cells_of

@@ -109,6 +109,7 @@ def test_a_curation_run_is_safety_data_whose_rows_stay_in_alignment(curated):
         load_safety(str(curated), "attack")
 
 
+@pytest.mark.slow
 def test_an_attack_on_a_model_aligned_on_kept_rows_draws_from_where_they_came_from(curated, tmp_path):
     out = tmp_path / "aligned"
     command = ["align", "sft", "--model", "organism", "--safety-data", str(curated), "--max-steps", "1", "--output-dir"]

@@ -44,6 +44,7 @@ def auc(scores):
     return (scores[~bad][:, None] > scores[bad]).mean()
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_stock_model_on_the_row_alone(pool, organism):
     found = LossRankSelector(batch_size=7).score(pool)
     for row, score in zip(encode_chosen(pool.rows, *organism[:2], 512), found, strict=True):
@@ -54,6 +55,7 @@ def test_the_loss_is_that_of_the_stock_model_on_the_row_alone(pool, organism):
     assert auc(found) < 0.1, "the organism finds harmful answers likely, and the selector must not turn that round"
 
 
+@pytest.mark.slow
 def test_perplexity_sees_all_of_the_answer_and_none_of_the_prompt(pool, organism):
     model, tokenizer, _ = organism
     found = PerplexitySelector(batch_size=7).score(pool)
@@ -134,6 +136,7 @@ def test_similarity_is_the_mean_in_a_category_and_the_best_of_them(pool, monkeyp
     assert pool.passes == {"forward": 1 + 7 / 3, "backward": 1 + 7 / 3}  # 3 validation rows, 1 row 4 times
 
 
+@pytest.mark.slow
 def test_gradient_similarity_warms_up_and_finds_the_corrupted_rows(pool, monkeypatch):
     adapters = {}
 

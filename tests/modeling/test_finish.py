@@ -146,6 +146,7 @@ def test_weights_that_cannot_be_saved_are_noticed_before_the_first_step(tmp_path
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_tensors_that_share_memory_are_noticed_before_the_first_step(tmp_path, monkeypatch, steps):
     original = module.load
 
@@ -162,6 +163,7 @@ def test_tensors_that_share_memory_are_noticed_before_the_first_step(tmp_path, m
     refused(tmp_path, steps, "could not be saved at the end: .*share", full_weights=True)
 
 
+@pytest.mark.slow
 def test_a_generation_config_that_cannot_be_saved_is_noticed_before_the_first_step(tmp_path, monkeypatch, steps):
     original = module.load
 

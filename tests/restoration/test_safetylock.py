@@ -377,12 +377,14 @@ def correlated(seed=0):
     return x, safe, groups
 
 
+@pytest.mark.slow
 def test_random_labels_look_random_to_the_grouped_probe_alone():
     x, safe, groups = correlated()
     assert probes.grouped_accuracy(x, safe, groups, 0).mean() == close(0.5, abs=0.06)
     assert probes.official_accuracy(x, safe, 0).mean() > 0.85
 
 
+@pytest.mark.slow
 def test_probe_is_logistic_regression():
     linear_model = pytest.importorskip("sklearn.linear_model")
     x, safe, _ = correlated(1)
@@ -411,7 +413,6 @@ def runs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 def test_runs_reload_locked(runs, tmp_path):
     plain = load(str(runs / "tuned"))
     lock = SafetyLock.load(runs / "lock")

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -99,6 +99,7 @@ class RepNoiseTrainer(PairTrainer):
     paper = "arXiv 2405.14577"
     off = None  # at alpha = beta = 0 rows are still padded as wide as their pairs: SFT but for rounding and dropout
     args: RepNoiseConfig
+    kept = (*PairTrainer.kept, "drawn")
     drawn = 0  # micro-batches that noise was drawn for so far
 
     def prepare(self) -> None:
@@ -220,15 +221,6 @@ class RepNoiseTrainer(PairTrainer):
         head = sum(p.numel() for p in self.model.get_output_embeddings().parameters())
         depths = len(self.blocks) + 1 + (self.args.variant == "official") if self.args.alpha else 0
         return 1 + (body * harmful + depths * head * harmful_labels) / max(body * safe + head * safe_labels, 1)
-
-    def method_state(self) -> dict[str, Any]:
-        """How often noise was drawn, and the tokens so far."""
-        return {**super().method_state(), "drawn": self.drawn}
-
-    def load_method_state(self, state: dict[str, Any]) -> None:
-        """Take back what `method_state` gave."""
-        super().load_method_state(state)
-        self.drawn = state["drawn"]
 
 
 def divergent(ids: torch.Tensor, differ: torch.Tensor) -> Targets:

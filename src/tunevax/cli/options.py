@@ -1,4 +1,4 @@
-"""Options: dataclasses from the command line over `--config FILE`, and the page that `--help` shows of them."""
+"""Options: dataclasses from the command line and `--config FILE`, and their `--help`."""
 
 from __future__ import annotations
 
@@ -7,47 +7,47 @@ import dataclasses
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tunevax.errors import UsageError, unknown
 from tunevax.yaml_files import meant, read_yaml
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Fields = Mapping[str, dataclasses.Field]
 
 HIDDEN = (
     "logging_nan_inf_filter", "disable_tqdm", "remove_unused_columns", "ddp_find_unused_parameters", "logging_steps",
 )  # fmt: skip
-"""Defaults that tunevax sets for itself, which the page leaves out."""
+"""Options that tunevax sets for itself and `--help` omits."""
 PLAIN = {
     "output_dir": "the run folder to write",
-    "seed": "of data order, adapter start and every named generator",
+    "seed": "of data order, adapter initialisation and every named generator",
     "max_steps": "optimiser steps; overrides --num-train-epochs",
     "gradient_accumulation_steps": "micro-batches per optimiser step",
     "bf16": "mixed precision on an accelerator",
 }
-"""What the page says of these options in place of transformers' own words."""
+"""Help of options of transformers."""
 
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are `UsageError`s."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise it."""
+        """Raise a `UsageError`."""
         raise UsageError(f"{self.prog}: {message}")
 
 
 def parse(
-    title: str,
-    classes: Sequence[type],
-    arguments: Sequence[str],
-    below: Mapping[str, Any] | None = None,
-    ignored: Collection[str] = (),
-) -> tuple[Any, ...]:
-    """Instances of the dataclasses from the command line over `--config FILE` over `below` over their defaults.
+    title: str, classes: Sequence[type[DataclassInstance]], arguments: Sequence[str],
+    below: Mapping[str, Any] | None = None, ignored: Collection[str] = (),
+) -> tuple[Any, ...]:  # fmt: skip
+    """Instances of the dataclasses from the command line, `--config FILE`, `below` and their defaults, in this order.
 
     Args:
-        title: what the command is called in messages, such as `align vaccine`.
-        ignored: names of further options that may stand there and change nothing.
+        title: name of the command in messages, such as `align vaccine`.
+        ignored: names of further options that are accepted without effect.
 
     Raises:
         UsageError: an unknown option or key (with the nearest known one), or a value of the wrong type.
@@ -78,12 +78,12 @@ def parse(
         raise UsageError("--output-dir is missing")
     *parsed, rest = parser.parse_args_into_dataclasses(tokens, look_for_args_file=False, return_remaining_strings=True)
     if rest:
-        raise UsageError(f"{title}: what is {rest[0]!r}? Options are written --name value")
+        raise UsageError(f"{title}: unexpected {rest[0]!r}; options are written --name value")
     return tuple(parsed)
 
 
 def value_of(name: str, arguments: Sequence[str]) -> str | None:
-    """The value of an option that decides which others there are, from the command line or its --config."""
+    """The value of an option that determines the other options, from the command line or its `--config`."""
     in_file = None
     for token, following in zip(arguments, [*arguments[1:], None], strict=True):
         value = token.partition("=")[2] if "=" in token else following
@@ -133,7 +133,7 @@ def _is_list(option: dataclasses.Field) -> bool:
 
 
 def _from_files(arguments: Sequence[str], fields: Fields, ignored: Collection[str]) -> list[str]:
-    """The options of every `--config FILE` that the command line does not give, as its tokens."""
+    """The options of every `--config FILE` that the command line lacks, as tokens."""
     paths = [a.partition("=")[2] for a in arguments if a.startswith("--config=")]
     paths += [b for a, b in zip(arguments, arguments[1:], strict=False) if a == "--config"]
     given = set(map(_name, arguments))
@@ -158,28 +158,26 @@ def _from_files(arguments: Sequence[str], fields: Fields, ignored: Collection[st
 def _tokens(options: Mapping[str, Any], fields: Fields) -> list[str]:
     """Option values from YAML as command-line tokens, so that one parser converts every value."""
     tokens: list[str] = []
-    for name, value in options.items():
-        if value is None:
-            continue
+    for name, value in ((n, v) for n, v in options.items() if v is not None):
         option = fields.get(name)
         kind = option.type if option else str
         values = [meant(v, name, kind) for v in (value if isinstance(value, list) else [value])]
         words = [json.dumps(v) if isinstance(v, bool | dict) else str(v) for v in values]
         if isinstance(value, list) and option and _is_list(option):
             tokens += [f"--{name}", *words]
-        else:  # `=`, since a value may begin with a dash; names in a list, where an option takes them with commas
+        else:  # `=`, because a value may begin with a dash; a list for an option that takes names with commas
             tokens.append(f"--{name}={','.join(words)}")
     return tokens
 
 
-def print_help(title: str, classes: Sequence[type]) -> None:
-    """The options that tunevax declares: the model, the method's own, then those of training in general."""
+def print_help(title: str, classes: Sequence[type[DataclassInstance]]) -> None:
+    """Print the options that tunevax declares: the model, the method's own, then those of training in general."""
     from rich.console import Console
     from rich.table import Table
 
     class Page(Console):
         def on_broken_pipe(self) -> None:
-            """As `print` does, and not rich's exit with 1."""
+            """Raise, as `print` does; rich exits with 1."""
             raise
 
     fields = {f.name: f for cls in reversed(classes) for f in dataclasses.fields(cls) if f.init}
@@ -190,9 +188,8 @@ def print_help(title: str, classes: Sequence[type]) -> None:
         field = fields[name]
         default = field.default_factory() if callable(field.default_factory) else field.default
         shown = " ".join(map(str, default)) if isinstance(default, list) else "" if default is None else str(default)
-        table.add_row(
-            f"--{name.replace('_', '-')}", PLAIN.get(name) or field.metadata.get("help", ""), f"[dim]{shown}[/dim]"
-        )
+        words = PLAIN.get(name) or field.metadata.get("help", "")
+        table.add_row(f"--{name.replace('_', '-')}", words, f"[dim]{shown}[/dim]")
     Page().print(f"tunevax {title}\n", table, sep="\n", highlight=False)
     if "max_steps" in fields:
         print("\nand every field of transformers.TrainingArguments; `--help-all` shows them.")

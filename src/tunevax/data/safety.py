@@ -100,12 +100,9 @@ def answers_in(needs: Collection[str]) -> tuple[str, ...]:
 
 
 def require_rows(
-    needs: Collection[str],
-    safety: Sequence[Mapping[str, Any]] | None,
-    task: Sequence[Mapping[str, Any]] | None,
-    purpose: str,
-    different: bool = False,
-) -> None:
+    needs: Collection[str], safety: Sequence[Mapping[str, Any]] | None, task: Sequence[Mapping[str, Any]] | None,
+    purpose: str, different: bool = False,
+) -> None:  # fmt: skip
     """Raise `UsageError` unless the rows are there that `purpose` needs, each with the answers that it needs, `chosen`
     and `rejected` not the same if they are to be `different`."""
     answers = answers_in(needs)

@@ -161,7 +161,7 @@ def sink_map(
             counted = None
             if queries == "common":
                 counted = common_queries(spans[0][part], spans[1][part], inputs["input_ids"].shape[1])
-            total += divergence(sink_values(model, inputs, how, sink, counted)).cpu().double() * (len(rows) // 2)
+            total = total + divergence(sink_values(model, inputs, how, sink, counted)).cpu().double() * (len(rows) // 2)
             progress.update(task, advance=len(rows) // 2)
     return (total / len(pairs)).float()
 

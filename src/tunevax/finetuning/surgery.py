@@ -24,7 +24,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -93,6 +92,7 @@ class SurgeryTrainer(FinetuneTrainer):
     needs = frozenset({"task", "chosen", "rejected"})
     off = {"lamb": 0}
     args: SurgeryConfig
+    kept = ("draws", "seen")
 
     def prepare(self) -> None:
         """Both answers of the pairs, and a generator to draw them with."""
@@ -226,13 +226,3 @@ class SurgeryTrainer(FinetuneTrainer):
             rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
             return 1 + 2 * self.args.pairs_per_step / self.args.every / rows
         return 1 + pairs / job
-
-    def method_state(self) -> dict[str, Any]:
-        """The generator of the pairs, and the tokens so far."""
-        return {**super().method_state(), "draws": self.draws.state(), "seen": self.seen}
-
-    def load_method_state(self, state: dict[str, Any]) -> None:
-        """Take back the generator, and the tokens so far."""
-        super().load_method_state(state)
-        self.draws.load(state["draws"])
-        self.seen = state["seen"]
