@@ -363,6 +363,7 @@ class RunRecord(TypedDict, total=False):
     kept: int
     elsewhere: int
     corrupted_kept: int
+    spoilt_kept: int  # its name in older runs
     passes: dict[str, float]
     dropped: dict[str, int]
     seconds_scoring: float
