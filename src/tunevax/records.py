@@ -312,7 +312,7 @@ class RunRecord(TypedDict, total=False):
             loss is in nats per token, updates are a mean over blocks.
         attack, targets, failed, stopped, skipped, cells, cell_seconds, lm_eval, scoring: of what measures models;
             scoring holds the options that decide scores, as contents.
-        score, kept, elsewhere, spoilt_kept, passes, dropped, seconds_scoring, agreement: of a curation.
+        score, kept, elsewhere, corrupted_kept, passes, dropped, seconds_scoring, agreement: of a curation.
         lock, layers, aligned, base, rows, validation, finding: of a restoration; a finding is why there is no model.
     """
 
@@ -362,7 +362,8 @@ class RunRecord(TypedDict, total=False):
     score: str
     kept: int
     elsewhere: int
-    spoilt_kept: int
+    corrupted_kept: int
+    spoilt_kept: int  # its name in older runs
     passes: dict[str, float]
     dropped: dict[str, int]
     seconds_scoring: float

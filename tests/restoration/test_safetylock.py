@@ -327,10 +327,10 @@ def test_short_answer_is_named(pairs):
 
 def test_cut_answers_are_counted(pairs, capsys):
     ended = [{**row, "chosen": [*row["chosen"], 2], "rejected": [*row["rejected"], 2]} for row in pairs]
-    assert make(tiny(), ended).meta["cut"] == 0 and "do not end" not in capsys.readouterr().err
+    assert make(tiny(), ended).meta["cut"] == 0 and "are longer than" not in capsys.readouterr().err
     lock = make(tiny(), [*ended[:-1], pairs[-1]])
     assert (lock.meta["cut"], lock.meta["max_length"]) == (2, 512)
-    assert "2 of 24 answers do not end within max_length 512" in " ".join(capsys.readouterr().err.split())
+    assert "2 of 24 answers are longer than max_length 512" in " ".join(capsys.readouterr().err.split())
 
 
 def test_end_of_turn_without_a_name_is_no_content():
