@@ -217,12 +217,12 @@ def _refuse_to_lose(run: RunFolder, place: Path) -> None:
                 if Path(before.ref).expanduser().absolute().resolve().is_relative_to(place):
                     option = f"--{name.replace('_', '-')} {ref}"
                     raise UsageError(
-                        f"{run.final} is what {option} needs, and --overwrite would remove it; choose another --output-dir"
+                        f"--overwrite would remove {run.final}, which {option} needs; choose another --output-dir"
                     )
 
 
 def _try_to_finish(folder: Path) -> None:
-    """Write and rename a small folder: some network file systems cannot rename one, and a quota only shows in writing."""
+    """Write and rename a small folder: some network file systems cannot rename one, and a quota shows in writing."""
     trial, renamed = folder / "trial", folder / "trial.renamed"
     try:
         trial.mkdir(exist_ok=True)
@@ -322,7 +322,7 @@ def _same_config(run: RunFolder) -> None:
     for key, value in now["config"].items():
         if (first := before["config"].get(key)) != value:
             raise UsageError(
-                f"{run.path} was started with {key}={first!r}, not {value!r}; resume with the same options, or delete it"
+                f"{run.path} was started with {key}={first!r}, not {value!r}; resume with equal options, or delete it"
             )
 
 

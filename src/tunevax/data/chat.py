@@ -211,7 +211,9 @@ def conversation(prompt: Prompt, chat: Chat) -> list[Message]:
             waiting = []
         else:
             turns.append(message)
-    return [*turns, *({"role": "user", "content": text} for text in waiting)]
+    for text in waiting:
+        turns.append({"role": "user", "content": text})
+    return turns
 
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, place: str = "a prompt", generate: bool = True) -> str:
