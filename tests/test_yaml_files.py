@@ -103,7 +103,9 @@ attacks:
     json.dumps(protocol.attacks)
     for line, message in (("screen: off", "screen: on"), ("weak: yes", "weak: maybe")):
         file.write_text(text.replace(line, message))
-        with pytest.raises(UsageError, match=f"{message.partition(':')[0]} is '{message.rpartition(' ')[2]}'; it must be"):
+        with pytest.raises(
+            UsageError, match=f"{message.partition(':')[0]} is '{message.rpartition(' ')[2]}'; it must be"
+        ):
             load_protocol(str(file))
 
 

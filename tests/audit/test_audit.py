@@ -239,7 +239,8 @@ def test_a_retrained_model_is_not_taken_for_the_old_one(models, tmp_path):
                                safety_data="organism", task_data="organism", fluency_model=["none"], limit=4)  # fmt: skip
         planned = plan(options)
         return {
-            (c.target["label"], c.key["attack"], c.key["seed"]): c.hash for c in cells_of(planned, planned.grid, True, True)
+            (c.target["label"], c.key["attack"], c.key["seed"]): c.hash
+            for c in cells_of(planned, planned.grid, True, True)
         }
 
     before = hashes()
