@@ -344,6 +344,7 @@ def test_screening_goes_on_with_the_strongest_only(models, tmp_path):
     assert sum(seed == 2 for _, seed in ran) == 1  # one of the two learning rates has a second seed
 
 
+@pytest.mark.slow
 def test_a_screen_drops_no_seed_that_an_attack_names(models, tmp_path):
     from tunevax.audit.audit import strongest
     from tunevax.audit.cells import cells_of
@@ -429,6 +430,7 @@ def test_grid_is_written_out(models, monkeypatch):
     assert {s.values["p"] for s in grid if s.name.startswith("lora")} == {0, 0.05, 0.1, 0.2, 1}
 
 
+@pytest.mark.slow
 def test_bad_invocations_are_one_sentence(models, tmp_path, capsys):
     good = command(models, tmp_path / "out")
 
@@ -491,6 +493,7 @@ def test_dry_run_lists_the_cells_and_writes_nothing(models, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_judge_is_loaded_once(models, tmp_path, monkeypatch):
     """In one process, also where a screen runs cells twice, and for a dry run; and never to plan."""
     from transformers import (
@@ -537,6 +540,7 @@ def test_a_judge_is_loaded_once(models, tmp_path, monkeypatch):
     assert loads == ["judge-out", "judge-dry"]
 
 
+@pytest.mark.slow
 def test_a_mistyped_judge_costs_no_training(tmp_path, monkeypatch, capsys):
     """Controls are trained after the plan is checked, and are in the audit then."""
     from tunevax.audit import controls

@@ -114,9 +114,7 @@ def test_an_attack_on_a_model_aligned_on_kept_rows_draws_from_where_they_came_fr
     out = tmp_path / "aligned"
     command = ["align", "sft", "--model", "organism", "--safety-data", str(curated), "--max-steps", "1", "--output-dir"]
     assert main([*command, str(out)]) == 0
-    options = TargetOptions(model=[str(out)])
-    use_data_of_run(options)
-    assert options.safety_data == "organism"
+    assert use_data_of_run(TargetOptions(model=[str(out)])).safety_data == "organism"
 
 
 def write(path, rows):
@@ -154,6 +152,7 @@ def test_a_file_without_categories_cannot_be_grouped(tmp_path, capsys):
     assert "row 1 of the safety data has no category to group by" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_target_model_gives_the_agreement_of_ranks(tmp_path, capsys):
     rows = write(tmp_path / "rows.jsonl", load_safety("organism", "alignment")[:40])
     command = ["curate", "loss-rank", "--model", "organism", "--target-model", "organism", "--safety-data"]

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
@@ -48,7 +48,7 @@ from tunevax.records import Example, read_object
 
 if TYPE_CHECKING:
     from peft.tuners.lora import Linear
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 MODES = ("single", "double", "unrolled")
 Loss = tuple[torch.Tensor, list[torch.Tensor]]
@@ -141,15 +141,10 @@ class PharmacistTrainer(ResponseTrainer):
     model: PreTrainedModel
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        args: PharmacistConfig,
-        *,
-        safety_data: Sequence[Example],
-        validation_data: Sequence[Example],
-        processing_class: PreTrainedTokenizerBase,
-        callbacks: list | None = None,
-    ) -> None:
+        self, model: PreTrainedModel, args: PharmacistConfig, *, safety_data: Sequence[Example],
+        validation_data: Sequence[Example], processing_class: PreTrainedTokenizerBase,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:  # fmt: skip
         rows = safety_data
         if len(rows) < args.per_device_train_batch_size:
             raise UsageError(
@@ -366,9 +361,7 @@ def along(model: torch.nn.Module, direction: Sequence[torch.Tensor], rows: int) 
 
         output.register_hook(collect)
 
-    handles = [layer.register_forward_hook(hook) for layer in adapted(model)]
-    try:
+    with ExitStack() as stack:
+        for layer in adapted(model):
+            stack.enter_context(layer.register_forward_hook(hook))
         yield lambda: products
-    finally:
-        for handle in handles:
-            handle.remove()

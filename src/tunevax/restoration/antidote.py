@@ -22,8 +22,8 @@ Cost: one forward pass over `n` rows. Memory: the model, one sum of squares per 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FORMS = ("effective", "official")
+Rows = Sequence[dict[str, list[int]]]
 Key = str | tuple[str, str]
 """A layer, or a layer and "B" for that factor of its adapter."""
 
@@ -91,12 +92,7 @@ class Antidote:
 
 @torch.no_grad()
 def antidote(
-    model: PeftModel,
-    rows: Sequence[dict[str, list[int]]],
-    pad_token_id: int,
-    alpha: float = 0.1,
-    form: str = "effective",
-    batch_size: int = 16,
+    model: PeftModel, rows: Rows, pad_token_id: int, alpha: float = 0.1, form: str = "effective", batch_size: int = 16
 ) -> tuple[PreTrainedModel | PeftModel, list[dict[str, Any]]]:
     """Prune the adapter of `model`, plain LoRA on linear layers, in place.
 
@@ -169,41 +165,27 @@ def salient(weight: torch.Tensor, norms: torch.Tensor, alpha: float) -> torch.Te
 
 
 def input_squares(
-    model: PeftModel,
-    modules: Mapping[Key, torch.nn.Module],
-    rows: Sequence[dict[str, list[int]]],
-    pad_token_id: int,
-    batch_size: int,
+    model: PeftModel, modules: Mapping[Key, torch.nn.Module], rows: Rows, pad_token_id: int, batch_size: int
 ) -> dict[Key, torch.Tensor]:
     """The sum of squares of each module's inputs over the answer tokens (labels other than -100) of all rows, [in] in
     fp64, by key."""
+    sums: dict[Key, torch.Tensor] = {}
+    answers = torch.empty(0)
+
+    def add(key: Key, _module: torch.nn.Module, args: tuple) -> None:
+        x = args[0]
+        if x.shape[:-1].numel() != answers.numel():
+            raise UsageError(f"{key} gets {list(x.shape[:-1])} inputs and not every token, so it cannot be scored")
+        squares = x.reshape(-1, x.shape[-1])[answers.flatten()].double().square().sum(0)
+        sums[key] = sums[key] + squares if key in sums else squares
+
     model.eval()
-    with bar() as progress, listening(modules) as (sums, where):
+    with bar() as progress, ExitStack() as hooks:
+        for key, module in modules.items():
+            hooks.enter_context(module.register_forward_pre_hook(partial(add, key)))
         task = progress.add_task("score", total=len(rows), note="")
         for part, batch in collated(rows, pad_token_id, batch_size, next(model.parameters()).device, False):
-            where[:] = [batch.pop("labels") != -100]
+            answers = batch.pop("labels") != -100
             last_hidden(model, batch)
             progress.advance(task, len(part))
     return sums
-
-
-@contextmanager
-def listening(modules: Mapping[Key, torch.nn.Module]) -> Iterator[tuple[dict[Key, torch.Tensor], list[torch.Tensor]]]:
-    """Sums of the squared inputs of these modules in every forward inside, at the tokens of a mask [batch, tokens] that
-    the caller puts into the list before each forward."""
-    sums: dict[Key, torch.Tensor] = {}
-    where: list[torch.Tensor] = []
-
-    def take(key: Key, _module: torch.nn.Module, args: tuple) -> None:
-        x = args[0]
-        if x.shape[:-1].numel() != where[0].numel():
-            raise UsageError(f"{key} gets {list(x.shape[:-1])} inputs and not every token, so it cannot be scored")
-        squares = x.reshape(-1, x.shape[-1])[where[0].flatten()].double().square().sum(0)
-        sums[key] = sums[key] + squares if key in sums else squares
-
-    handles = [module.register_forward_pre_hook(partial(take, key)) for key, module in modules.items()]
-    try:
-        yield sums, where
-    finally:
-        for handle in handles:
-            handle.remove()

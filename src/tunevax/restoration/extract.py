@@ -17,7 +17,7 @@ tokens of at most `probe_pairs` pairs for the probes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
@@ -232,12 +232,10 @@ class Sums:
     def listening(self) -> Iterator[None]:
         """Add up the inputs of every output projection in every forward inside."""
         hooks = [partial(self._take, layer) for layer in range(self.layers)]
-        handles = [m.register_forward_pre_hook(hook) for m, hook in zip(self.projections, hooks, strict=True)]
-        try:
+        with ExitStack() as stack:
+            for module, hook in zip(self.projections, hooks, strict=True):
+                stack.enter_context(module.register_forward_pre_hook(hook))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _take(self, layer: int, _module: torch.nn.Module, args: tuple) -> None:
         taken = args[0][self.where].view(-1, self.heads, self.size)

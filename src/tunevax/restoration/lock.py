@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -237,9 +237,7 @@ def apply(model: nn.Module, lock: SafetyLock, strength: float) -> dict[int, torc
 @contextmanager
 def locked(model: nn.Module, lock: SafetyLock, strength: float) -> Iterator[None]:
     """`model` is locked inside, by hooks."""
-    handles = attach_biases(model, lock_biases(model, lock, strength))
-    try:
+    with ExitStack() as stack:
+        for handle in attach_biases(model, lock_biases(model, lock, strength)):
+            stack.enter_context(handle)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -89,14 +89,10 @@ class SafeLoRA:
 
 @torch.no_grad()
 def safe_lora(
-    adapter: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
-    aligned: Mapping[str, torch.Tensor],
-    base: Mapping[str, torch.Tensor],
-    projector: str = "exact",
-    number: int = 10,
-    threshold: float | None = None,
+    adapter: Mapping[str, tuple[torch.Tensor, torch.Tensor]], aligned: Mapping[str, torch.Tensor],
+    base: Mapping[str, torch.Tensor], projector: str = "exact", number: int = 10, threshold: float | None = None,
     generator: torch.Generator | None = None,
-) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:  # fmt: skip
     """Project the adapters of a fine-tune; nothing is changed in place.
 
     Args:
