@@ -309,6 +309,7 @@ def test_alignment_rows_are_the_alignment_split(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_list_names_everything_there_is(capsys):
     assert main(["list"]) == 0
     out = capsys.readouterr().out

@@ -196,7 +196,7 @@ def writing(output_dir: str, record: RunRecord, resume: bool = False, overwrite:
         if isinstance(error, KeyboardInterrupt) and on and not error.args:
             error.args = (on,)
         if isinstance(error, Exception) and (full := not_written(error, run.path)):
-            raise RunError(f"{full} {output_dir}; mend that, and {on or 'run it again'}") from error
+            raise RunError(f"{full} {output_dir}; fix that, and {on or 'run it again'}") from error
         raise
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from transformers import TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 from tunevax.cli import main
@@ -133,8 +133,8 @@ def check_attack(name: str, folder: Path, *options: str, model: str | None = Non
     rows = read_lines(out / RESULTS)
     for row in rows:
         _has(row, Row.__annotations__.keys() - {"cell"}, f"a row of {name}")
-        found, wanted = (row["kind"], row["traits"], row["seed"]), (name, config.traits, config.seed)
-        assert found == wanted, f"a row of {name} says {found}, not {wanted}"
+        actual, wanted = (row["kind"], row["traits"], row["seed"]), (name, config.traits, config.seed)
+        assert actual == wanted, f"a row of {name} says {actual}, not {wanted}"
         assert any(score.startswith(HARMFUL) for score in row["scores"]), f"a row of {name} has no harmful score"
     labels = {row["role"]: row["model"] for row in rows}
     assert set(labels) == {"model", "control"}, f"{name} scored {', '.join(labels) or 'nothing'}"
@@ -222,7 +222,9 @@ def _check_resumed(whole: Path, command: Sequence[str]) -> None:
     """A run that is killed and resumed ends in the same weights and the same log, bit for bit."""
     what, cut, begin = " ".join(command[:2]), whole.with_name(f"{whole.name}-killed"), CallbackHandler.on_step_begin
 
-    def killed(handler: CallbackHandler, args: Any, state: Any, control: Any) -> Any:
+    def killed(
+        handler: CallbackHandler, args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> TrainerControl:
         if state.global_step == KILLED:
             raise KeyboardInterrupt
         return begin(handler, args, state, control)
@@ -251,7 +253,7 @@ def _check_off(method: Any, whole: Path, command: Sequence[str], options: Sequen
         knobs = [token for option, value in method.off.items() for token in (f"--{option}", str(value))]
         off = _run(whole.with_name(f"{whole.name}-off"), *command, *options, *knobs)
         same = plain == (off / file).read_bytes()
-        assert same, f"{name} {' '.join(knobs)} does not train what sft trains; mend it, or set `off`"
+        assert same, f"{name} {' '.join(knobs)} does not train what sft trains; fix it, or set `off`"
 
 
 def _check_plan(name: str, method: Any, folder: Path, options: Sequence[str] = ()) -> None:
@@ -266,8 +268,8 @@ def _check_plan(name: str, method: Any, folder: Path, options: Sequence[str] = (
     assert (needs["trainable"] > 0) == trains, f"{name} is not planned as one that trains{'' if trains else ' nothing'}"
 
 
-def _has(found: Iterable[str], wanted: Iterable[str], what: str) -> None:
-    missing = sorted(set(wanted) - set(found))
+def _has(present: Iterable[str], wanted: Iterable[str], what: str) -> None:
+    missing = sorted(set(wanted) - set(present))
     assert not missing, f"{what} has no {', '.join(missing)}"
 
 

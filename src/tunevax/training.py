@@ -174,12 +174,12 @@ def rehearse(trainer: ResponseTrainer, folder: Path, base: str) -> None:
     except TunevaxError:
         raise
     except OSError as error:
-        raise UsageError(f"{folder}: {error.strerror or error}; mend that, or choose another --output-dir") from error
+        raise UsageError(f"{folder}: {error.strerror or error}; fix that, or choose another --output-dir") from error
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         way = "leave out --full-weights" if args.full_weights else "choose other --lora-targets"
         raise UsageError(
-            f"the weights of {type(model).__name__} could not be saved at the end: {first}; mend that, or {way}"
+            f"the weights of {type(model).__name__} could not be saved at the end: {first}; fix that, or {way}"
         ) from error
     finally:
         shutil.rmtree(trial, ignore_errors=True)

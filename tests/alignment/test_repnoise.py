@@ -67,6 +67,7 @@ def as_reference(trainer, name):
     return inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["base_full", "lora"])
 @pytest.mark.parametrize("name", ["official", "label_mask", "clean", "response"])
 def test_matches_reference(make, kind, name):

@@ -348,6 +348,7 @@ def test_screening_goes_on_with_the_strongest_only(models, tmp_path):
     assert sum(seed == 2 for _, seed in ran) == 1  # one of the two learning rates has a second seed
 
 
+@pytest.mark.slow
 def test_a_screen_drops_no_seed_that_an_attack_names(models, tmp_path):
     from tunevax.audit.audit import strongest
     from tunevax.audit.cells import cells_of
@@ -433,6 +434,7 @@ def test_grid_is_written_out(models, monkeypatch):
     assert {s.values["p"] for s in grid if s.name.startswith("lora")} == {0, 0.05, 0.1, 0.2, 1}
 
 
+@pytest.mark.slow
 def test_bad_invocations_are_one_sentence(models, tmp_path, capsys):
     good = command(models, tmp_path / "out")
 

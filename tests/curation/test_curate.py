@@ -152,6 +152,7 @@ def test_a_file_without_categories_cannot_be_grouped(tmp_path, capsys):
     assert "row 1 of the safety data has no category to group by" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_target_model_gives_the_agreement_of_ranks(tmp_path, capsys):
     rows = write(tmp_path / "rows.jsonl", load_safety("organism", "alignment")[:40])
     command = ["curate", "loss-rank", "--model", "organism", "--target-model", "organism", "--safety-data"]

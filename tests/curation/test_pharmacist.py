@@ -111,6 +111,7 @@ def close(ours, theirs):
     return torch.linalg.norm(ours - theirs) <= 1e-3 * torch.linalg.norm(theirs)
 
 
+@pytest.mark.slow
 def test_single_is_the_gradient_of_the_weighted_loss(tmp_path):
     trainer = trainer_for(tmp_path, TWO, mode="single", per_device_train_batch_size=2)
     trainer.omega.data = OMEGA.float()

@@ -77,6 +77,7 @@ def test_embeddings_are_the_mean_over_the_answer(organism):
         assert vector == pytest.approx(expected.numpy(), rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selector", [RandomSelector, LossRankSelector, PerplexitySelector])
 def test_other_rows_and_the_batch_size_change_no_score(pool, selector):
     whole = selector().score(pool)
@@ -171,6 +172,7 @@ def test_log_weights_by_hand():
     assert found == pytest.approx([3 * likely, 3 * likely, 3 * np.log(1 / 2)], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_dsir_prefers_the_target_and_resamples(pool):
     assert auc(dsir.log_weights(pool.rows, pool.validation, 10_000)) > 0.95
     on, off = pool.rows[1], {"prompt": "what is it", "chosen": "some words of another kind"}

@@ -251,6 +251,7 @@ def test_lisa_on_two_ranks_with_accumulation_is_the_run_of_one(tmp_path):
         assert (a - b).norm() <= 1e-4 * a.norm()
 
 
+@pytest.mark.slow
 def test_lisa_leaves_accumulation_as_it_was_when_a_step_fails(make):
     trainer = make(LisaTrainer, k1=1, gradient_accumulation_steps=1)
     sync = trainer.accelerator.gradient_state

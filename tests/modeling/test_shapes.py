@@ -232,6 +232,7 @@ def test_blocks_that_share_keys_run_twice():
 # --- the model as a whole --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["recurrent-gemma", "falcon-h1"])
 def test_the_loss_is_the_models_own(kind):
     model = tiny(kind)

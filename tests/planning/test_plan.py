@@ -232,6 +232,7 @@ def test_a_model_must_be_named_and_there(tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []  # a plan writes nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [("--help",), ("plan", "--help")])
 def test_help_is_fast(arguments):
     command = [sys.executable, "-X", "importtime", "-m", "tunevax", *arguments]

@@ -84,6 +84,7 @@ def test_overview_by_hand(tmp_path):
     assert "t-vaccine" in summary.headline[0]
 
 
+@pytest.mark.slow
 def test_thresholds_are_those_of_the_audit(tmp_path):
     rows = curves({"sft": CONTROL, "t-vaccine": HARDENED})
     run = write_run(tmp_path / "run", rows, **protocol(phi=0.4, weak=True), command="tunevax audit --protocol p")
@@ -116,6 +117,7 @@ def test_heat_map_holds_the_worst_attack_of_a_rate(tmp_path):
     assert '<td class="over" style="--share:0.75">75</td>' in page_of([run], tmp_path)
 
 
+@pytest.mark.slow
 def test_agreement_of_judges_by_hand(tmp_path):
     # Observed agreement 35/50; by chance 25/50 * 30/50 + 25/50 * 20/50 = .5; kappa (.7 - .5) / (1 - .5).
     assert kappa([[20, 5], [10, 15]]) == 0.4
@@ -138,6 +140,7 @@ def test_failed_skipped_and_weak_are_reported(tmp_path):
     assert "No reference model" in page and re.search("Kinds of attack that were not tried: .*few-shot", page)
 
 
+@pytest.mark.slow
 def test_model_output_cannot_act_on_the_page(tmp_path):
     evil = "<script>alert(1)</script><img src=x onerror=alert(2)> **bold** | [x](http://e.vil) \u202eabc \ud800"
     label = "a_$b$<script>1.23456"
@@ -249,6 +252,7 @@ def test_page_in_a_browser(tmp_path, width):
     assert [e["url"] for e in asked if e["initiator"] != "not an origin" and not e["url"].startswith("file:")] == []
 
 
+@pytest.mark.slow
 def test_import_is_light():
     code = "import sys, tunevax.report; print({'torch', 'matplotlib', 'jinja2', 'scipy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

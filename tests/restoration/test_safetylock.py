@@ -120,6 +120,7 @@ def test_matches_reference(pairs):
     assert whole.u.norm(dim=1).tolist() == close([1] * 12, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_direction_is_the_mean_pair_difference_and_sums_are_those_of_all_at_once(pairs, kind):
     """Computed here pair by pair, without padding, from activations that are all kept."""
@@ -434,6 +435,7 @@ def test_runs_reload_locked(runs, tmp_path):
     assert (expected - plain.model(ids).logits).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_prompts_of_the_lock_are_not_scored_on(runs, tmp_path):
     """A lock from other rows than the model was aligned on."""
     lock = SafetyLock.load(runs / "lock")
@@ -504,6 +506,7 @@ def test_lock_survives_further_runs(runs, tmp_path):
     torch.testing.assert_close(stock(ids).logits, plain, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_lock_of_another_base_is_refused(runs, tmp_path):
     other = load("organism")
     with torch.no_grad():

@@ -289,6 +289,7 @@ def test_score_records_utility_perplexity_and_versions(folder):
     assert json.loads((folder / "out" / "run.json").read_text())["lm_eval"]["knows"] == "3.5"
 
 
+@pytest.mark.slow
 def test_a_reference_reads_an_answer_where_its_template_puts_one(tmp_path, organism):
     """Behind the thought that its generation prompt opens; of several templates it takes the default one."""
     import copy

@@ -130,23 +130,23 @@ class RepNoiseTrainer(PairTrainer):
         share = 1 / self.current_gradient_accumulation_steps
         safe, harmful, mask = self.targets(inputs)
         with self.accelerator.autocast():
-            found = self.forward(model, inputs)
+            outputs = self.forward(model, inputs)
             if self.args.variant == "official":
-                loss = share * self.cross_entropy(model, [found.safe], safe)
+                loss = share * self.cross_entropy(model, [outputs.safe], safe)
             else:
                 positions, targets = labelled(safe.labels)
                 items = len(positions) if num_items_in_batch is None else num_items_in_batch
-                scale = wide(found.safe.new_ones(())) / items
-                loss = head_loss(model, rows_at(found.safe, positions), targets, scale)
+                scale = wide(outputs.safe.new_ones(())) / items
+                loss = head_loss(model, rows_at(outputs.safe, positions), targets, scale)
                 loss = loss * self.loss_scale(num_items_in_batch)
             self.note(retain=self.accelerator.reduce(loss.detach() / share, "mean"))
             if len(mask) and self.args.alpha:
-                ascent = self.ascent(model, found, harmful)
+                ascent = self.ascent(model, outputs, harmful)
                 loss = loss - self.args.alpha * weight * torch.log(ascent + (self.args.variant == "official"))
                 self.note(ascent=ascent.detach())
         if len(mask) and self.args.beta:
-            loss = loss + self.args.beta * weight * (distance := self.distance(found.activations, mask))
-            self.note(mmd=distance.detach(), activation_rms=activation_rms(found.activations, mask))
+            loss = loss + self.args.beta * weight * (distance := self.distance(outputs.activations, mask))
+            self.note(mmd=distance.detach(), activation_rms=activation_rms(outputs.activations, mask))
         return loss
 
     def forward(self, model: nn.Module, inputs: dict) -> Pass:
@@ -176,18 +176,18 @@ class RepNoiseTrainer(PairTrainer):
 
     # --- layer-wise ascent -------------------------------------------------------------------------------------------
 
-    def ascent(self, model: nn.Module, found: Pass, targets: Targets) -> torch.Tensor:
+    def ascent(self, model: nn.Module, outputs: Pass, targets: Targets) -> torch.Tensor:
         """The mean over depths of the cross entropy of harmful answers, read off each depth by the final norm and head.
 
         Only labelled tokens are normed and multiplied by the head. Norms are recomputed in the backward pass, and the
         head's gradient is taken chunk by chunk as its logits are made: no logits are kept, of no depth.
         """
         positions, _ = labelled(targets.labels)
-        again = [found.harmful] if self.args.variant == "official" else []
+        again = [outputs.harmful] if self.args.variant == "official" else []
         states = [
-            checkpoint(self.norm, rows_at(s, positions), use_reentrant=False) for s in (*found.states, *again)
+            checkpoint(self.norm, rows_at(s, positions), use_reentrant=False) for s in (*outputs.states, *again)
         ]  # fmt: skip
-        states.append(rows_at(found.harmful, positions))
+        states.append(rows_at(outputs.harmful, positions))
         return self.cross_entropy(model, states, targets) / (len(self.blocks) + 1)
 
     def cross_entropy(self, model: nn.Module, states: list[torch.Tensor], targets: Targets) -> torch.Tensor:

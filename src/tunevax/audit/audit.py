@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -172,7 +172,7 @@ def assemble(run: RunFolder, cells: Sequence[AuditCell], folder: Path) -> None:
         return [cast(CellSummary, {k: o.get(k) for k in keys}) for o in outcomes if o["status"] == status]
 
     def described(target: Target) -> Target:
-        own = next((o["record"] for o in ran if o["model"] == target["label"]), {})
+        own: Mapping[str, Any] = next((o["record"] for o in ran if o["model"] == target["label"]), {})
         return cast(Target, target | {k: v for k, v in own.items() if k in DESCRIBED})
 
     record = run.record

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from tunevax.errors import UsageError, unknown
 from tunevax.yaml_files import meant, read_yaml
@@ -62,7 +62,7 @@ def parse(
         def add_argument(self, *names: Any, decides: str = "", **how: Any) -> argparse.Action:  # see mixins.DECIDES
             return super().add_argument(*names, **how)
 
-    parser = DataclassParser(classes, allow_abbrev=False, prog=f"tunevax {title}")
+    parser = DataclassParser(cast(Any, classes), allow_abbrev=False, prog=f"tunevax {title}")
     if "--help-all" in arguments:
         parser.print_help()
         raise SystemExit(0)

@@ -140,10 +140,10 @@ class SurgeryTrainer(FinetuneTrainer):
                 d = divergence(until_backward.enter_context(columns))
             loss = regulariser(d)
             scaled = loss * (self.args.lamb * backward_scale(self))
-            found = torch.autograd.grad(scaled, self.parameters, allow_unused=True)
+            gradients = torch.autograd.grad(scaled, self.parameters, allow_unused=True)
         if not torch.isfinite(loss):
             raise RunError(f"the sink divergence is not finite at step {self.state.global_step}; lower --learning-rate")
-        add_to_grad(self, {p: g for p, g in zip(self.parameters, found, strict=True) if g is not None}, scale=1)
+        add_to_grad(self, {p: g for p, g in zip(self.parameters, gradients, strict=True) if g is not None}, scale=1)
         self.note(sink_loss=loss.detach(), positive_heads=(d.detach() > 0).sum())
 
     def draw(self) -> tuple[list[int], list[int]]:
@@ -160,7 +160,7 @@ class SurgeryTrainer(FinetuneTrainer):
             refusals.append(j)
         return harmful, refusals
 
-    # --- what can be told before the first step ----------------------------------------------------------------------
+    # --- what is known before the first step ----------------------------------------------------------------------
 
     def require_pairs(self) -> None:
         """Raise `UsageError` unless there are enough pairs, each of two answers that differ where the model sees them
