@@ -74,8 +74,7 @@ class Overlap(AllowOverlap):
 
     drop_overlap: bool = option(
         False,
-        "drop and record prompts that are in two data roles: from an attack, and from the evaluation those that a "
-        "model was trained on; the same for every model",
+        "drop and record prompts in two data roles: from an attack, and trained ones from the evaluation of all models",
         decides="cells",
     )
 

@@ -49,14 +49,13 @@ def _loader(words: bool) -> type:
     class Loader(yaml.SafeLoader):
         yaml_implicit_resolvers: dict = {}  # noqa: RUF012 - not to change the base class's
 
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
             seen: set[Any] = set()
             for key, _ in node.value:
                 if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
                     if key.value in seen:
-                        raise yaml.constructor.ConstructorError(
-                            None, None, f"the key {key.value!r} is there twice", key.start_mark
-                        )
+                        why = f"the key {key.value!r} is there twice"
+                        raise yaml.constructor.ConstructorError(None, None, why, key.start_mark)
                     seen.add(key.value)
             return super().construct_mapping(node, deep)
 

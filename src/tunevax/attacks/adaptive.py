@@ -65,12 +65,8 @@ def adaptable(targets: Sequence[Target]) -> list[str]:
 
 
 def least_selected(ref: str, share: float) -> list[int]:
-    """The blocks that a hardening chose least, ascending: by the mean of the probabilities in its log, or without
-    these by how often it chose each.
-
-    Raises:
-        NotApplicable: the run recorded no choice of blocks.
-    """
+    """The blocks that a hardening chose least, ascending: by the mean of the probabilities in its log, or without these
+    by how often it chose each. Raises `NotApplicable`: the run recorded no choice of blocks."""
     lines = read_lines(Path(ref) / LOG) if is_run(ref) else []
     chosen = [line for line in lines if line.get("selected")]
     if not chosen:

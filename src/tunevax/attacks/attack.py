@@ -66,14 +66,13 @@ def attack(method: str, options: AttackOptions, config: AttackKind, command: str
     drawn_from = [
         data_entry("attack", options.safety_data or "", harmful), data_entry("task", options.task_data or "", task),
     ]  # fmt: skip
+    shown = {k: v for k, v in vars(options).items() if k not in ("resume", "overwrite", "name")}
     record: RunRecord = {
         "verb": "attack", "method": method, "command": command, "seed": config.seed, "attack": name,
         "targets": targets, "data": [e for e in drawn_from if e["rows"]] + [evaluation],
-        "config": {**vars(options), **config.values()}, "parent": first if is_run(first) else None,
+        "config": {**shown, **config.values()}, "parent": first if is_run(first) else None,
         "overlap_dropped": exclusion.summary(),
     }  # fmt: skip
-    for name_of_option in ("resume", "overwrite", "name"):
-        record["config"].pop(name_of_option)
     key = {"kind": method, "attack": name, "settings": {}, "traits": config.traits, "seed": config.seed}
     key["attack_hash"] = config.setting_hash(method, drawn_from, evaluation)
     with writing(folder, record, options.resume, options.overwrite) as run:

@@ -28,9 +28,7 @@ class TargetOptions(SuiteOptions, ModelsOptions, Overlap, RunOptions):
     """Options of every verb that attacks: the targets, the data and how to load them."""
 
     control: str | None = option(
-        None,
-        "the model to compare with, attacked identically; default the model that --model was hardened from, or none",
-        decides="cells",
+        None, "the model to compare with, or none; default the model that --model was hardened from", decides="cells"
     )
     safety_data: str | None = option(None, "harmful rows: prompt and rejected, their attack split", decides="rows")
     task_data: str | None = option(None, "benign rows: prompt and completion, their train split", decides="rows")
@@ -136,11 +134,8 @@ def use_data_of_run(options: Options) -> Options:
 def attack_data(
     options: TargetOptions, needs: Collection[str], exclusion: Exclusion | None = None
 ) -> tuple[list[Example], list[Example]]:
-    """The harmful and the benign rows that an attack draws from; what is not in `needs` is empty.
-
-    Raises:
-        UsageError: a source is missing, or no row is left.
-    """
+    """The harmful and the benign rows that an attack draws from; what is not in `needs` is empty. Raises `UsageError`:
+    a source is missing, or no row is left."""
     exclusion = exclusion or Exclusion()
     harmful: list[Example] = []
     task: list[Example] = []

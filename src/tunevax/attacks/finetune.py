@@ -45,9 +45,7 @@ class FinetuneConfig(TrainConfig, AttackKind):
     p: float = option(0.1, "share of harmful rows")
     n: int = option(1000, "rows of the attack's dataset")
     order: str = option(
-        "shuffled",
-        "shuffled (rows drawn and shuffled by seed), fixed (the first rows of the data, in one mixed "
-        "order), benign-first, harmful-first",
+        "shuffled", "shuffled (drawn by seed), fixed (the first rows, mixed in one order), benign-first, harmful-first"
     )
     points: int = option(12, "scorings after step 0, at log-spaced steps up to the last")
 

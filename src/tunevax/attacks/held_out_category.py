@@ -49,11 +49,8 @@ class HeldOutCategoryConfig(FinetuneConfig):
         return context.suite._replace(harmful=drawn(rows, context.options.limit))
 
     def held_out(self, context: AttackContext, split: str) -> list[Example]:
-        """The rows of one half of the held-out categories.
-
-        Raises:
-            NotApplicable: no category is held out, or the model was hardened with one of them.
-        """
+        """The rows of one half of the held-out categories. Raises `NotApplicable`: no category is held out, or the
+        model was hardened with one of them."""
         try:
             rows = load_safety(str(context.options.safety_data), split, ("rejected",), "an attack")
         except UsageError as error:

@@ -80,11 +80,8 @@ class AttackKind:
         }  # fmt: skip
 
     def run(self, context: AttackContext) -> None:
-        """Attack `context.target`, and call `context.score` for every row of the results.
-
-        Raises:
-            NotApplicable: it does not apply to this model.
-        """
+        """Attack `context.target`, and call `context.score` for every row of the results. Raises `NotApplicable`: it
+        does not apply to this model."""
         raise NotImplementedError
 
     @classmethod

@@ -70,11 +70,7 @@ class PoisonedJobConfig(AttackConfig):
 
     def job(self, ref: str) -> tuple[RunRecord, type[FinetuneTrainer], JobConfig, int]:
         """The job to run again for the model `ref`: its run.json, trainer class, options with the attack's seed and
-        folder, and number of rows.
-
-        Raises:
-            NotApplicable: it is no fine-tuning job, or one that cannot be repeated.
-        """
+        folder, and number of rows. Raises `NotApplicable`: it is no fine-tuning job, or one that cannot be repeated."""
         record = Lineage.of(ref).record
         if record.get("verb") != "finetune":
             raise NotApplicable(f"{ref} is no fine-tuning job to run again; make one with `tunevax finetune METHOD`")

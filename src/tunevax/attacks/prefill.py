@@ -30,9 +30,7 @@ class PrefillConfig(AttackConfig):
     customer = True
 
     text: str | None = option(
-        None,
-        "the first words; default the opening that most harmful answers of the attack split share, or else the first "
-        "tokens of each evaluation prompt's own harmful answer",
+        None, "the first words; default the opening that most harmful answers share, or else of the prompt's own answer"
     )
 
     @property
@@ -41,11 +39,8 @@ class PrefillConfig(AttackConfig):
         return set() if self.text else {"harmful"}
 
     def run(self, context: AttackContext) -> None:
-        """Score the model with prefilled answers.
-
-        Raises:
-            NotApplicable: there is no text, no shared opening, and a prompt without a harmful answer.
-        """
+        """Score the model with prefilled answers. Raises `NotApplicable`: there is no text, no shared opening, and a
+        prompt without a harmful answer."""
         loaded = context.load()
         text = self.text or common_opening([str(row["rejected"]) for row in context.harmful])
         prefix = text or own_openings(context.suite.harmful, loaded.tokenizer)
@@ -65,11 +60,8 @@ def common_opening(answers: Sequence[str], longest: int = 8) -> str:
 
 
 def own_openings(rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The first `TOKENS` tokens of the harmful answer in each row, at most half of it, as text.
-
-    Raises:
-        NotApplicable: a row has none.
-    """
+    """The first `TOKENS` tokens of the harmful answer in each row, at most half of it, as text. Raises `NotApplicable`:
+    a row has none."""
     openings = []
     for row in rows:
         answer = row.get("rejected")

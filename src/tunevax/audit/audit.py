@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -24,27 +24,32 @@ from tunevax.evidence.properties import worst_case
 from tunevax.evidence.ratios import robustness
 from tunevax.evidence.results import from_rows
 from tunevax.mixins import deciding, require_given
-from tunevax.records import CELLS, DROPPED, RESULTS, CellSummary, RunRecord, Target, is_run, read_generations, read_run
+from tunevax.records import (
+    CELLS,
+    DROPPED,
+    RESULTS,
+    CellSummary,
+    ModelInfo,
+    RunRecord,
+    Target,
+    is_run,
+    read_generations,
+    read_run,
+)
 from tunevax.runs import RunFolder, writing
-
-DESCRIBED = ("template_hash", "parameters", "class", "base")
-"""Keys of a cell's `record` that run.json has of a target."""
 
 
 def run(options: AuditOptions, command: str = "") -> Path | None:
     """Check everything, train the requested controls, run the audit and return its folder; with `dry_run` print the
-    estimated cost and return None.
-
-    Raises:
-        UsageError: as in `plan`, `make_controls` and `audit`; all but errors of a control come before any training.
-    """
+    estimated cost and return None. Raises `UsageError`: as in `plan`, `make_controls` and `audit`; all but errors of a
+    control come before any training."""
     from tunevax.audit.controls import make_controls
 
     folder = f"{options.output_dir}.controls"
 
     def controls(dry_run: bool) -> list[tuple[str, str | None, str]]:
-        kinds = options.controls
-        return [c for ref in options.model if kinds for c in make_controls(ref, kinds, folder, command, dry_run)]
+        models = options.model if options.controls else []
+        return [c for ref in models for c in make_controls(ref, options.controls, folder, command, dry_run)]
 
     require_given(options, "model")
     if not options.dry_run:
@@ -62,11 +67,8 @@ def run(options: AuditOptions, command: str = "") -> Path | None:
 
 
 def audit(plan: AuditPlan, command: str = "") -> Path:
-    """Run the missing cells and return the run folder; `failed` in run.json lists the cells that failed.
-
-    Raises:
-        UsageError: the folder exists already, or has an audit with other options.
-    """
+    """Run the missing cells and return the run folder; `failed` in run.json lists the cells that failed. Raises
+    `UsageError`: the folder exists already, or has an audit with other options."""
     options, protocol = plan.options, plan.protocol
     require_given(options, "output_dir")
     require_one_process("an audit")
@@ -102,11 +104,8 @@ def audit(plan: AuditPlan, command: str = "") -> Path:
 
 
 def has_failed(final: Path, config: dict[str, Any]) -> bool:
-    """Whether a finished run is this audit with failed cells, which the same command runs again.
-
-    Raises:
-        UsageError: an older tunevax wrote it, without cells.
-    """
+    """Whether a finished run is this audit with failed cells, which the same command runs again. Raises `UsageError`:
+    an older tunevax wrote it, without cells."""
     before = read_run(final)
     if not before.get("failed") or before["config"] != json.loads(json.dumps(config, default=str)):
         return False
@@ -172,8 +171,9 @@ def assemble(run: RunFolder, cells: Sequence[AuditCell], folder: Path) -> None:
         return [cast(CellSummary, {k: o.get(k) for k in keys}) for o in outcomes if o["status"] == status]
 
     def described(target: Target) -> Target:
-        own: Mapping[str, Any] = next((o["record"] for o in ran if o["model"] == target["label"]), {})
-        return cast(Target, target | {k: v for k, v in own.items() if k in DESCRIBED})
+        own = next((o["record"] for o in ran if o["model"] == target["label"]), ModelInfo())
+        known = ("template_hash", "parameters", "class", "base")
+        return cast(Target, target | {k: v for k, v in own.items() if k in known})
 
     record = run.record
     record["failed"], record["stopped"] = ended("failed", "error"), ended("stopped", "error")

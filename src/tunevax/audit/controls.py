@@ -81,11 +81,8 @@ def undefended(run: Path, record: RunRecord, folder: Path, command: str | None) 
 
 
 def plain(run: Path, record: RunRecord, folder: Path, command: str | None, alike: str) -> Control:
-    """SFT for as many steps as make it equal to the run in `alike`: compute, steps or updates.
-
-    Raises:
-        UsageError: the run, of an earlier tunevax, did not record that.
-    """
+    """SFT for as many steps as make it equal to the run in `alike`: compute, steps or updates. Raises `UsageError`: the
+    run, of an earlier tunevax, did not record that."""
     label, name = f"{run.name}-{alike}", run.name
     if record["method"] == "sft":
         return Control(label, None, f"{name} is itself plain fine-tuning")
@@ -128,8 +125,9 @@ def train(
     check that it can be trained."""
     options = replay(record, AlignOptions, resume=True, model=hardened_from(run, record))
     options.revision = options.revision or (record["model"] or ModelInfo()).get("revision")
-    if (saved := saved_template(run, options.chat_template)) is not None:
-        options.chat_template = str(saved)
+    if options.chat_template not in (None, *TEMPLATES):  # a file, of which the run has a copy
+        copies = [run / kind / "chat_template.jinja" for kind in ("adapter", "model")]
+        options.chat_template = str(next((c for c in copies if c.is_file()), options.chat_template))
     try:
         _, _, data = read_data(trainer, method, options)
     except UsageError as error:
@@ -155,12 +153,6 @@ def hardened_from(run: Path, record: RunRecord) -> str:
     if (record["model"] or ModelInfo()).get("hash") not in (None, model_hash(base)):
         raise UsageError(f"{base} has other weights than when {run} was hardened from it; restore the old ones")
     return ref
-
-
-def saved_template(run: Path, template: str | None) -> Path | None:
-    """The run's own copy of a chat template that was given as a file."""
-    copies = [run / kind / "chat_template.jinja" for kind in ("adapter", "model")]
-    return next((c for c in copies if c.is_file()), None) if template not in (None, *TEMPLATES) else None
 
 
 def differs(record: RunRecord, method: str, config: dict[str, Any], data: list[DataEntry]) -> str | None:

@@ -23,23 +23,17 @@ class AuditOptions(TargetOptions):
     """Options of `tunevax audit`. Data, judges and the like default to the protocol's, then to those of the first
     hardened run. In Python: `AuditOptions(protocol=NAME, **load_protocol(NAME).scoring, ...)`."""
 
-    control: str | None = option(
-        None, "the same model without the defence, attacked identically; an audit needs one", decides="cells"
-    )
+    control: str | None = option(None, "the same model without the defence; an audit needs one", decides="cells")
     fluency_model: list[str] = option(
         [],
-        "language models; text that is improbable under each is degenerate; default the control, and the model that "
-        "it began as if it has a defence itself; none: off",
+        "language models that detect degenerate text; default the control, and its origin if it has a defence; or none",
     )
-    judges: list[str] = option(
-        [], "refusal-keywords, organism, hf:MODEL; several are shown side by side, at least two are recommended"
-    )
+    judges: list[str] = option([], "refusal-keywords, organism, hf:MODEL; at least two are recommended")
     protocol: str = option("quick", "paper, quick, standard, durability, fine-tuning, or a YAML file", decides="cells")
     dialogues: str | None = option(None, "of the identity-shift attacks: JSONL with `messages`", decides="cells")
     controls: list[str] = option(
         [],
-        "also attack: undefended, equal-compute, equal-steps, equal-updates, random-perturbation (trained "
-        "into OUT.controls)",
+        "also attack: undefended, equal-compute, equal-steps, equal-updates, random-perturbation (in OUT.controls)",
         decides="cells",
     )
     output_dir: str | None = option(None, "the run folder to write", decides="nothing")
@@ -78,11 +72,8 @@ class AuditPlan(NamedTuple):
 
 
 def plan(options: AuditOptions) -> AuditPlan:
-    """Plan an audit, and check everything that can be checked before it runs.
-
-    Raises:
-        UsageError: a bad protocol, model or data source; a control that is missing or the model itself; shared prompts.
-    """
+    """Plan an audit, and check everything that can be checked before it runs. Raises `UsageError`: a bad protocol,
+    model or data source; a control that is missing or the model itself; shared prompts."""
     protocol = load_protocol(options.protocol)
     if options.dialogues:
         protocol = replace(protocol, defaults={**protocol.defaults, "dialogues": options.dialogues})
@@ -129,11 +120,7 @@ def plan(options: AuditOptions) -> AuditPlan:
 
 def with_references(planned: AuditPlan, references: Sequence[tuple[str, str]]) -> AuditPlan:
     """The plan with further controls, (label, ref) each, except those that are targets already: two runs may have been
-    hardened from one model.
-
-    Raises:
-        UsageError: one was trained on a prompt of the suite.
-    """
+    hardened from one model. Raises `UsageError`: one was trained on a prompt of the suite."""
     known = [target["ref"] for target in planned.targets]
     further = {absolute(ref): label for label, ref in references if absolute(ref) not in known}
     labels = labels_of([*(t["label"] for t in planned.targets), *further.values()])[len(known) :]
@@ -153,11 +140,8 @@ def _checked(planned: AuditPlan, target: Target) -> Target:
 def applicable(
     protocol: Protocol, targets: Sequence[Target], options: AuditOptions
 ) -> tuple[list[Setting], list[CellSummary]]:
-    """The attacks that apply to these models, the same for every target; and the others, with the reason.
-
-    Raises:
-        UsageError: there are fine-tuning-stage defences, but no attack poisons the customer's data.
-    """
+    """The attacks that apply to these models, the same for every target; and the others, with the reason. Raises
+    `UsageError`: there are fine-tuning-stage defences, but no attack poisons the customer's data."""
     configs = [config_of(Lineage.of(target["ref"]).base, options.revision) for target in targets]
     depth = min(config.get_text_config().num_hidden_layers for config in configs)
     kept: list[Setting] = []

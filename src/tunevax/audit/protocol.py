@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import itertools
 import math
 from collections.abc import Sequence
@@ -98,11 +100,8 @@ class Setting:
 
 
 def load_protocol(ref: str) -> Protocol:
-    """Read a shipped protocol by its name, or a YAML file.
-
-    Raises:
-        UsageError: no such protocol, not YAML, an unknown key, a value out of range, an empty grid.
-    """
+    """Read a shipped protocol by its name, or a YAML file. Raises `UsageError`: no such protocol, not YAML, an unknown
+    key, a value out of range, an empty grid."""
     shipped = {p.stem: p for p in sorted(SHIPPED.glob("*.yaml"))}
     path = shipped.get(ref, Path(ref))
     if not path.is_file():
@@ -173,8 +172,8 @@ def settings(protocol: Protocol, depth: int, targets: Sequence[Target]) -> list[
             chosen = dict(zip(axes, combination, strict=True))
             shown = {k: labels.get(v, v) for k, v in chosen.items()}
             varied = {k: v for k, v in shown.items() if len(axes[k]) > 1 or k in always}
-            words = [f"{ALIASES.get(k, k.replace('_', '-') + '=')}{_short(v)}" for k, v in varied.items()]
-            label = " ".join([name, *words])
+            texts = {k: f"{v:g}" if isinstance(v, float) else str(v) for k, v in varied.items()}
+            label = " ".join([name, *(ALIASES.get(k, k.replace("_", "-") + "=") + v for k, v in texts.items())])
             if label in grid:
                 raise UsageError(f"{where}: two attacks are called {label!r}; give one a name of its own")
             options = {**common, **chosen}
@@ -189,14 +188,8 @@ def settings(protocol: Protocol, depth: int, targets: Sequence[Target]) -> list[
 
 
 def build(kind: str, values: dict[str, Any], seed: int, output_dir: str | None, where: str = "") -> AttackKind:
-    """The options of an attack as an instance of its class.
-
-    Raises:
-        UsageError: the attack refuses a value; the message begins with `where`.
-    """
-    import contextlib
-    import io
-
+    """The options of an attack as an instance of its class. Raises `UsageError`: the attack refuses a value; the
+    message begins with `where`."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             return load_method("tunevax.attacks", kind)(output_dir=output_dir or "unused", seed=seed, **values)
@@ -231,7 +224,3 @@ def _number(value: Any) -> float | None:
     except (TypeError, ValueError):
         return None
     return number if math.isfinite(number) else None
-
-
-def _short(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -66,9 +66,7 @@ def parse(
     if "--help-all" in arguments:
         parser.print_help()
         raise SystemExit(0)
-    pairs = zip([None, *arguments], arguments, strict=False)
-    typed = [token for before, token in pairs if _name(token) != "config" and before != "--config"]
-    tokens = _from_files(arguments, fields, ignored) + _without(ignored, _gathered(typed, fields))
+    tokens = _from_files(arguments, fields, ignored) + _typed(arguments, fields, ignored)
     given = set(map(_name, tokens))
     tokens = _tokens({k: v for k, v in (below or {}).items() if k not in given}, fields) + tokens
     for token in tokens:
@@ -84,15 +82,13 @@ def parse(
 
 def value_of(name: str, arguments: Sequence[str]) -> str | None:
     """The value of an option that determines the other options, from the command line or its `--config`."""
-    in_file = None
-    for token, following in zip(arguments, [*arguments[1:], None], strict=True):
-        value = token.partition("=")[2] if "=" in token else following
-        if _name(token) == "config" and value and Path(value).is_file() and in_file is None:
-            content = read_yaml(value, words=True)
-            in_file = content.get(name, content.get(name.replace("_", "-"))) if isinstance(content, dict) else None
-        if _name(token) == name:
-            return value
-    return in_file if in_file is None else str(in_file)
+    value = None
+    for file in filter(Path.is_file, map(Path, _values_of("config", arguments))):
+        content = read_yaml(file, words=True)
+        if isinstance(content, dict):
+            value = content.get(name, content.get(name.replace("_", "-"), value))
+    value = next(iter(_values_of(name, arguments)), value)
+    return None if value is None else str(value)
 
 
 def _name(token: str) -> str:
@@ -100,32 +96,40 @@ def _name(token: str) -> str:
     return token[2:].partition("=")[0].replace("-", "_") if token.startswith("--") else ""
 
 
-def _without(names: Collection[str], tokens: Sequence[str]) -> list[str]:
-    """The tokens without these options and their values."""
-    kept, dropping = [], False
-    for token in tokens:
-        if token.startswith("--"):
-            dropping = _name(token) in names or _name(token).removeprefix("no_") in names
-        if not dropping:
-            kept.append(token)
-    return kept
-
-
-def _gathered(arguments: Sequence[str], fields: Fields) -> list[str]:
-    """The command line with repeated list options joined (`--model A --model B`)."""
-    tokens: list[str] = []
-    lists: dict[str, list[str]] = {}
-    current = tokens
+def _groups(arguments: Sequence[str]) -> list[list[str]]:
+    """The arguments by option: each `--name` or `--name=value` with the values behind it."""
+    groups: list[list[str]] = [[]]
     for token in arguments:
         if token.startswith("--"):
-            flag, equals, value = token.partition("=")
-            current = tokens
-            if _name(token) in fields and _is_list(fields[_name(token)]):
-                current = lists.setdefault(flag, [])
-                current += [value] if equals else []
-                continue
-        current.append(token)
-    return tokens + [token for flag, values in lists.items() for token in (flag, *values)]
+            groups.append([])
+        groups[-1].append(token)
+    return [group for group in groups if group]
+
+
+def _values(group: Sequence[str]) -> list[str]:
+    """The values of an option."""
+    _, equals, value = group[0].partition("=")
+    return [value, *group[1:]] if equals else list(group[1:])
+
+
+def _values_of(name: str, arguments: Sequence[str]) -> list[str]:
+    """The first value of each occurrence of an option."""
+    return [value for group in _groups(arguments) if _name(group[0]) == name for value in _values(group)[:1]]
+
+
+def _typed(arguments: Sequence[str], fields: Fields, ignored: Collection[str]) -> list[str]:
+    """The options of the command line, with repeated list options joined (`--model A --model B`)."""
+    tokens: list[str] = []
+    lists: dict[str, list[str]] = {}
+    for group in _groups(arguments):
+        name = _name(group[0])
+        if name == "config":
+            tokens = [*_values(group)[1:], *tokens]  # values too many, for the parser to refuse
+        elif name in fields and _is_list(fields[name]):
+            lists.setdefault(name, []).extend(_values(group))
+        elif name not in ignored and name.removeprefix("no_") not in ignored:
+            tokens += group
+    return tokens + [token for name, values in lists.items() for token in (f"--{name}", *values)]
 
 
 def _is_list(option: dataclasses.Field) -> bool:
@@ -134,11 +138,9 @@ def _is_list(option: dataclasses.Field) -> bool:
 
 def _from_files(arguments: Sequence[str], fields: Fields, ignored: Collection[str]) -> list[str]:
     """The options of every `--config FILE` that the command line lacks, as tokens."""
-    paths = [a.partition("=")[2] for a in arguments if a.startswith("--config=")]
-    paths += [b for a, b in zip(arguments, arguments[1:], strict=False) if a == "--config"]
     given = set(map(_name, arguments))
     tokens: list[str] = []
-    for path in paths:
+    for path in _values_of("config", arguments):
         content, typed = read_yaml(path, words=True), read_yaml(path)
         if not isinstance(content, dict):
             raise UsageError(f"{path} must hold `option: value` lines")
