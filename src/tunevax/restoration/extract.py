@@ -104,11 +104,8 @@ class Measured(NamedTuple):
 def extract(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Example], **options: int | str
 ) -> SafetyLock:
-    """A lock from `pairs`, rows with `prompt`, `chosen` (safe) and `rejected` (unsafe).
-
-    Args:
-        model: the aligned base, plain or with adapters.
-        options: fields of `ExtractLock`; every pair is used, whatever `n` is.
+    """A lock of the aligned base `model` by all `pairs`, rows with `prompt`, `chosen` (safe) and `rejected` (unsafe).
+    `options` are fields of `ExtractLock`.
 
     Raises:
         UsageError: an answer has fewer than r content tokens (the message names the row); more heads than the model

@@ -215,10 +215,7 @@ def apply(model: nn.Module, lock: SafetyLock, strength: float) -> dict[int, torc
     """Lock `model` in place: b_l is added to the bias of each locked output projection, which gets one if it has none.
 
     Strength 0 does nothing; a negative one unlocks. `save_pretrained` saves such a bias, but only architectures with a
-    bias there read it again: see `safetylock.make_stock`.
-
-    Returns:
-        The added bias by block, [hidden].
+    bias there read it again: see `safetylock.make_stock`. Returns the added bias by block, [hidden].
 
     Raises:
         UsageError: the lock is for another head count, head size or depth.

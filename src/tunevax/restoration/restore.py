@@ -119,11 +119,7 @@ class Method(Protocol):
 
 
 def restore(method: str, options: RestoreOptions, config: Method, command: str = "") -> Path:
-    """Run one method of restoration and return the run folder.
-
-    Args:
-        method: its name, for the record.
-        config: the method's options, an instance of the class in `METHODS`.
+    """Run one method of restoration, `config`, under its name `method` and return the run folder.
 
     Raises:
         UsageError: bad data, model or options; nothing is left behind.

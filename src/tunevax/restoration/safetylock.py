@@ -124,11 +124,7 @@ def make_stock(model: PreTrainedModel, form: StockForm | None = None) -> int:
     """Give `model` the config and zero biases with which stock transformers reads a bias on its output projections,
     and move attached biases (`AddedBias`) into them. Adapters must be merged. The logits do not change.
 
-    Args:
-        form: the result of `stock_form`, if known.
-
-    Returns:
-        The added bytes.
+    `form` is the result of `stock_form`, if known. Returns the added bytes.
 
     Raises:
         UsageError: the architecture cannot have such a bias.

@@ -100,11 +100,8 @@ def sweep(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lock: SafetyLock, suite: Suite, options: SweepOptions,
     job: Job,
 ) -> float | None:  # fmt: skip
-    """Score every strength and write the curve to `strength.json`.
-
-    Returns:
-        The smallest strength within every limit; None if there is none, with a finding in the job's record.
-    """
+    """Score every strength, write the curve to `strength.json`, and return the smallest strength within every limit;
+    None if there is none, with a finding in the job's record."""
     curve: list[dict[str, Any]] = []
     with bar() as progress:
         task = progress.add_task("strength", total=len(options.strengths) + 1, note="")
