@@ -50,7 +50,7 @@ class Draws:
         return [kind, np.asarray(keys).tolist(), *rest]
 
     def load(self, state: list) -> None:
-        """Take back what `state` gave."""
+        """Restore what `state` returned."""
         kind, keys, *rest = state
         self.generator.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
 

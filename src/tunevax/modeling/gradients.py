@@ -24,7 +24,7 @@ Gradient = dict[torch.nn.Parameter, torch.Tensor]
 
 
 def response_share(trainer: ResponseTrainer, batches: Sequence[dict]) -> Callable[[nn.Module, dict], torch.Tensor]:
-    """What to give `gradient_of` for the token-mean cross entropy over all of `batches` and all processes."""
+    """The `share` of `gradient_of` for the token-mean cross entropy over all of `batches` and all processes."""
     items = labels_in(trainer, batches)
     return lambda model, batch: trainer.batch_loss(model, batch, items)
 
@@ -47,9 +47,9 @@ def gradient_of(
             # The weights change between calls, so none may see the casts that autocast keeps until it ends.
             with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
                 loss = share(model, batch)
-            found = torch.autograd.grad(loss, trainer.parameters, allow_unused=True)
+            grads = torch.autograd.grad(loss, trainer.parameters, allow_unused=True)
         losses.append(loss.detach())
-        for parameter, g in zip(trainer.parameters, found, strict=True):
+        for parameter, g in zip(trainer.parameters, grads, strict=True):
             if g is not None:
                 gradient[parameter] = gradient[parameter] + g if parameter in gradient else g
     total = added(losses)
