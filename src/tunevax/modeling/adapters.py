@@ -1,7 +1,6 @@
 """Adapters on a model: loading one with PEFT's report, merging one and checking it, and what one reaches.
 
-PEFT and transformers only warn where weights are missing, left over or rounded away. Here each of these is an error
-that names them.
+PEFT and transformers only warn where weights are missing, left over or rounded away. Here each is an error.
 """
 
 from __future__ import annotations
@@ -51,8 +50,8 @@ class Merge(NamedTuple):
         dtype: of the weights.
         kept: share of the update dW that is in the weights after rounding, <W' - W, dW> / <dW, dW>; 1 in float32.
         off: distance of the merged from the unmerged logits on the probe, over what the adapter moves them.
-        along: how far the merge moves the logits in the direction in which the adapter moves them, over how far the
-            adapter does; 1 but for the rounding of activations, 0 if nothing was merged.
+        along: how far the merge moves the logits in the adapter's direction, over how far the adapter does; about 1,
+            and 0 if nothing was merged.
     """
 
     dtype: str

@@ -1,4 +1,4 @@
-"""What a training run shows on the screen and writes to its log."""
+"""The progress bar and the log of a training run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ProgressCallback(TrainerCallback):
             )
 
     def on_step_end(self, args: object, state: TrainerState, control: object, **_: object) -> None:
-        """Advance."""
+        """Advance the bar."""
         if state.is_world_process_zero:
             self.progress.update(self.task, completed=state.global_step)
 

@@ -1,7 +1,4 @@
-"""Gradients beside the one that `backward()` takes: of other batches, at other weights, over all processes.
-
-Booster and TAR take steps on their own; a gradient here is a dictionary from parameter to tensor.
-"""
+"""Gradients beside that of `backward()`: of other batches, at other weights, over all processes."""
 
 from __future__ import annotations
 
@@ -71,8 +68,7 @@ def backward_scale(trainer: ResponseTrainer) -> float:
 
 
 def add_to_grad(trainer: ResponseTrainer, gradient: Gradient, scale: float | None = None) -> None:
-    """Add to `.grad` what is the same on every process, next to what accumulates there, times `scale` (default that of
-    `backward()`)."""
+    """Add a gradient that is the same on every process to `.grad`, times `scale` (default that of `backward()`)."""
     scale = backward_scale(trainer) if scale is None else scale
     for parameter, g in gradient.items():
         g = g if scale == 1 else g * scale
@@ -81,8 +77,7 @@ def add_to_grad(trainer: ResponseTrainer, gradient: Gradient, scale: float | Non
 
 @contextmanager
 def restored(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
-    """Weights and `.grad` come back on exit, also after an exception. By copy: adding back what was subtracted does
-    not give the same bits."""
+    """Restore weights and `.grad` on exit, by copy: adding back what was subtracted does not give the same bits."""
     kept = [(parameter.detach().clone(), parameter.grad) for parameter in parameters]
     try:
         yield

@@ -32,8 +32,8 @@ logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  #
 
 
 def quantize(model: nn.Module, kind: str, device: str | torch.device | None = None) -> None:
-    """Replace every linear layer in the decoder blocks by a frozen one of few bits, in place, one after the other: the
-    whole model is never there twice. PEFT then wraps the layers by its own for bitsandbytes.
+    """Replace every linear layer in the decoder blocks by a frozen one of few bits, in place, one after the other, so
+    the whole model is never in memory twice. PEFT then wraps the layers with its own for bitsandbytes.
 
     Args:
         model: a plain transformers model; on `meta` the packed tensors are too, with the sizes that they would have.

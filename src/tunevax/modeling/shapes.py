@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -53,9 +54,9 @@ def require_language_model(model: nn.Module, blocks: Sequence[Block] = (), parts
     wanted = [(i, part) for i in range(len(blocks)) for part in parts if part != "norm"]
     for i, part in wanted:
         module = getattr(blocks[i], part)
-        handles.append(module.register_forward_hook(lambda *call, key=(i, part): ran(key, *call)))
+        handles.append(module.register_forward_hook(functools.partial(ran, (i, part))))
         if part == "module":
-            hook = lambda *call, key=(i, "input"): entered(key, *call)  # noqa: E731
+            hook = functools.partial(entered, (i, "input"))
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     with attached(handles), torch.no_grad(), still(model):
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits

@@ -1,4 +1,4 @@
-"""`tunevax plan`: what a method would take on a GPU, and what to change where it does not fit."""
+"""`tunevax plan`: the memory and compute that a method needs on a GPU, and options that make it fit."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def plan(options: PlanOptions, method: Any, args: Any) -> Plan:
                 other = replace(args, **values)
                 same = (quantization, other.full_weights) == (options.quantization, args.full_weights)
                 if same and fixed + RESERVE > limit:
-                    continue  # no need to look at what the step itself takes
+                    continue  # whatever the step itself takes
                 if scaled(method, other, config, quantization=quantization, **where).peak + RESERVE > limit:
                     continue
                 changed = exact(other, quantization)

@@ -1,4 +1,4 @@
-"""One training step of a method on a model that is not there: its peak memory by kind, and what it computes."""
+"""One training step of a method on a model without content: its peak memory by kind, and its arithmetic."""
 
 from __future__ import annotations
 
@@ -272,8 +272,8 @@ class StepCounts(TrainerCallback):
         return np.array([*self.trace.passes, self.trace.flops], dtype=float)
 
     def on_train_begin(self, *_: object, **__: object) -> None:
-        """The model has reached its device. Fill the optimiser's state; a method that keeps that of trained blocks only
-        has no more than theirs."""
+        """Fill the optimiser's state, once the model is on its device; for a method that keeps that of trained blocks
+        only, theirs."""
         model, kind = self.trainer.model, "weights" if self.trainer.args.full_weights else "adapters"
         self.trace.mark("weights", *model.parameters(), *model.buffers(), *scales_of(model))
         self.trace.mark(kind, *self.trainer.parameters)
