@@ -123,7 +123,7 @@ def test_a_disk_that_fills_up_ends_in_one_sentence_and_keeps_the_checkpoints(vol
     for name, fill in ways.items():
         with (
             pytest.raises(
-                RunError, match=f"^no space left to write {out}; mend that, and the same command with --resume"
+                RunError, match=f"^no space left to write {out}; fix that, and the same command with --resume"
             ),
             writing(str(out), dict(RECORD), resume=True) as run,
         ):

@@ -1,14 +1,24 @@
-"""Where a run runs: the processes, the versions of libraries and the machine."""
+"""The processes of a run, the versions of libraries and the machine."""
 
 from __future__ import annotations
 
 import os
 import platform
 import sys
+from typing import TypedDict
 
 from tunevax import __version__
 from tunevax.errors import UsageError
-from tunevax.records import HardwareRecord
+
+
+class HardwareRecord(TypedDict):
+    """The machine, and the number of processes of the run."""
+
+    cpu: str
+    cores: int | None
+    memory_gib: float
+    gpu: str | None
+    processes: int
 
 
 def is_main_process() -> bool:
@@ -23,7 +33,7 @@ def require_one_process(what: str) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of tunevax, Python and the libraries that decide numbers."""
+    """Versions of tunevax, Python and the libraries that numbers depend on."""
     from importlib.metadata import version
 
     libraries = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "numpy")
@@ -37,12 +47,9 @@ def hardware() -> HardwareRecord:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "cpu": platform.machine(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(memory / 2**30, 1),
-        "gpu": gpu,
+        "cpu": platform.machine(), "cores": os.cpu_count(), "memory_gib": round(memory / 2**30, 1), "gpu": gpu,
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
-    }
+    }  # fmt: skip
 
 
 def peak_memory() -> int:

@@ -1,8 +1,8 @@
-"""What a model was made from.
+"""The history of a model.
 
-A run names what it started from (`parent`, or the model it loaded), which is its history. The weights may sit on
-another model (`adapter_on`): an adapter that was worked out anew belongs on what its first version was trained on. An
-adapter folder that is no run has the base that it names below it.
+A run names the model that it started from (`parent`, or the model it loaded). Its weights may belong on another model
+(`adapter_on`): a recomputed adapter belongs on the model that its first version was trained on. An adapter folder that
+is not a run belongs on the base that it names.
 """
 
 from __future__ import annotations
@@ -20,30 +20,20 @@ from tunevax.records import PROMPTS, RunRecord, digest, is_run, read_prompts, re
 
 ORGANISM = "organism"
 """The name of the model that comes with tunevax."""
-
 PARTS = ("adapter", "model")
 """Where a run keeps its weights."""
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """A model and what it was made from.
+    """A model with its history."""
 
-    Attributes:
-        ref: a hub id, a folder with a model, a folder with an adapter, a run folder, or `organism`.
-        path: `ref` as a path; of `RUN/adapter` and `RUN/model`, the run.
-        folder: where its records are, `path` or the folder around it; None if it is no folder here.
-        record: run.json, empty if it is no run.
-        parent: what it was made from, or None.
-        adapter_on: what its adapter sits on, mostly the parent, or None.
-    """
-
-    ref: str
-    path: Path
-    folder: Path | None
-    record: RunRecord
-    parent: str | None
-    adapter_on: str | None
+    ref: str  # a hub id, a folder with a model, a folder with an adapter, a run folder, or `organism`
+    path: Path  # `ref` as a path; of `RUN/adapter` and `RUN/model`, the run
+    folder: Path | None  # of its records, `path` or the folder around it; None if it is no folder here
+    record: RunRecord  # run.json, empty if it is no run
+    parent: str | None  # the model that it was made from
+    adapter_on: str | None  # the model below its adapter, mostly the parent
 
     @classmethod
     def of(cls, ref: str | Path, start: Path | None = None) -> Lineage:
@@ -66,12 +56,12 @@ class Lineage:
 
     @cached_property
     def history(self) -> list[Lineage]:
-        """The model, what it was made from, and so on, youngest first."""
+        """The model, the one that it was made from, and so on, youngest first."""
         return list(self._walk(lambda link: [link.parent]))
 
     @property
     def origin(self) -> str:
-        """The model at the start of its history, for example the public base; the model itself if it has none."""
+        """The model at the start of its history, for example the public base."""
         return self.history[-1].ref
 
     @property
@@ -82,12 +72,12 @@ class Lineage:
 
     @cached_property
     def ancestors(self) -> list[Lineage]:
-        """The model and all that went into it, by history or by weights, the model first."""
+        """The model and all models in its history or below its weights, the model first."""
         return list(self._walk(lambda link: [link.adapter_on, link.parent]))
 
     @property
     def gone(self) -> list[str]:
-        """The folders among its ancestors that are not there any more."""
+        """The folders among its ancestors that no longer exist."""
         missing = (link.ref for link in self.ancestors if link.folder is None and Path(link.ref).is_absolute())
         return list(dict.fromkeys(missing))
 
@@ -113,36 +103,29 @@ class Lineage:
 
     @property
     def adapters(self) -> list[Path]:
-        """The folders of the adapters on the base, lowest first.
-
-        Raises:
-            UsageError: there are no weights, or they sit on one another.
-        """
+        """The folders of the adapters on the base, lowest first; a `UsageError` if there are no weights, or in a
+        circle."""
         return self._weights[1]
 
     @property
     def identity(self) -> str:
-        """16 hexadecimal digits that tell it from a model that was trained anew into the same folder."""
+        """16 hexadecimal digits, others for a model that was trained anew into the same folder."""
         return digest(_hashes(self.base, self.adapters, None))
 
     def identities(
         self, revision: str | None = None, commit_of: Callable[[str, str | None], str | None] | None = None
     ) -> dict[str, str]:
-        """Identity to name of the model and of every model below its weights, itself first.
-
-        Args:
-            revision: of the base, if that is a hub id and no run pinned it.
-            commit_of: the commit of a hub id at a revision.
-        """
+        """Identity to name of the model and of every model below its weights, itself first. `revision` is that of a hub
+        base that no run pinned, `commit_of` the commit of a hub id at a revision."""
         named: dict[str, str] = {}
-        for model in self._walk(lambda link: [Lineage.of(link.base).parent]):  # whole weights were made from something
+        for model in self._walk(lambda link: [Lineage.of(link.base).parent]):  # merged weights have a history, too
             try:
                 base, adapters = model.base, model.adapters
             except UsageError:
                 if model is self:
                     raise
-                break  # gone by now: what is below it is unknown
-            if adapters:  # what its base was pinned to, whatever is pinned now
+                break  # it no longer exists: the models below it are unknown
+            if adapters:  # the revision that its base was pinned to
                 revision = _revision(Lineage.of(adapters[0])) or revision
             commit = commit_of(base, revision) if commit_of and not Path(base).is_dir() else None
             hashes = _hashes(base, adapters, commit)
@@ -152,7 +135,7 @@ class Lineage:
         return named
 
     def _walk(self, edges: Callable[[Lineage], list[str | None]]) -> Iterator[Lineage]:
-        """The model and what `edges` lead to, the nearest first, each folder once."""
+        """The model and all that `edges` lead to, the nearest first, each folder once."""
         todo, seen = [self], set[Path | str]()
         while todo:
             link = todo.pop(0)
@@ -175,9 +158,10 @@ class Lineage:
                 if (path / "model" / "config.json").is_file():
                     return str(path / "model"), adapters
                 if not any((path / "adapter" / name).is_file() for name in (ADAPTER, BIASES)):
-                    deleted = link.record.get("verb") == "attack"
-                    why = "its attacked weights were deleted; attack again with --keep-weights" if deleted else None
-                    raise UsageError(f"{link.ref} cannot be loaded as a model: {why or 'it holds no weights'}")
+                    why = "it has no weights"
+                    if link.record.get("verb") == "attack":
+                        why = "its attacked weights were deleted; attack again with --keep-weights"
+                    raise UsageError(f"{link.ref} cannot be loaded as a model: {why}")
                 adapters.insert(0, path / "adapter")
             elif (path / ADAPTER).is_file():
                 adapters.insert(0, path)
@@ -193,7 +177,7 @@ class Lineage:
 
 
 def absolute(ref: str) -> str:
-    """`ref` as it stays true in another working directory: an absolute path, a hub id, or `organism`."""
+    """`ref` independent of the working directory: an absolute path, a hub id, or `organism`."""
     return str(Path(ref).absolute()) if ref != ORGANISM and Path(ref).exists() else ref
 
 
@@ -211,7 +195,7 @@ def find_run(ref: str, start: Path | None = None) -> Path | None:
 
 
 def _named(ref: str, start: Path | None) -> str:
-    """`ref`, or where the run is that it names from `start`."""
+    """`ref`, or the path of the run that it names from `start`."""
     run = None if Path(ref).exists() else find_run(ref, start)
     return str(run) if run else ref
 
@@ -231,5 +215,5 @@ def _base_of(config: Path) -> str | None:
 
 
 def _hashes(base: str, adapters: list[Path], commit: str | None) -> list[Any]:
-    """What identifies the base and each adapter: the content, of a hub id name and commit."""
+    """The identity of the base and of each adapter: a hash of the content; of a hub id, name and commit."""
     return [model_hash(base) or [base, commit], *(model_hash(str(adapter)) for adapter in adapters)]

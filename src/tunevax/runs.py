@@ -1,9 +1,9 @@
-"""The run folder: what every verb writes, and what any verb's `--model` accepts.
+"""The run folder, which every verb writes and `--model` accepts.
 
-A run is written to `OUT.partial` and renamed to `OUT` when it is complete, so a folder called `OUT` with a run.json is
-whole. A run that was killed leaves `OUT.partial` with its checkpoints, and the same command with `--resume` continues
-it. Where `OUT` is there already and no run, or cannot be renamed (a mount point), `OUT/.partial` takes the place of
-`OUT.partial`, and what it holds moves up at the end, run.json last.
+A run is written to `OUT.partial` and renamed to `OUT` when it is complete, so a folder `OUT` with a run.json is whole.
+A run that was killed leaves `OUT.partial` with its checkpoints, and the same command with `--resume` continues it. If
+`OUT` exists and is not a run, or cannot be renamed (a mount point), the run is written to `OUT/.partial` instead, whose
+content moves up at the end, run.json last.
 """
 
 from __future__ import annotations
@@ -23,39 +23,19 @@ from typing import Any, cast
 from tunevax.environment import hardware, is_main_process, peak_memory, versions
 from tunevax.errors import DENIED, RunError, UsageError, not_written
 from tunevax.lineage import Lineage
-from tunevax.records import (
-    LOG,
-    PROMPTS,
-    RUN,
-    SCHEMA,
-    RunRecord,
-    is_run,
-    read_prompts,
-)
+from tunevax.records import LOG, PROMPTS, RUN, SCHEMA, RunRecord, is_run, read_prompts
 from tunevax.run_lock import RunLock, refuse_if_held
 
-FINISHED = (
-    "checkpoints/checkpoint-*",
-    "checkpoints/*/checkpoint-*",
-    "checkpoints/**/done.json",
-    "*.done.json",
-    "cells/*.json",
-)
-"""What an unfinished run can go on from: checkpoints (of each seed of a curation, in folders of their own), finished
-targets of an attack, finished cells of an audit."""
-
-
-CHECKPOINTS = FINISHED[:2]
-"""Of these, what training left."""
-
+CHECKPOINTS = ("checkpoints/checkpoint-*", "checkpoints/*/checkpoint-*")
+"""Checkpoints of training; those of each seed of a curation have a folder of their own."""
+FINISHED = (*CHECKPOINTS, "checkpoints/**/done.json", "*.done.json", "cells/*.json")
+"""The files from which an unfinished run can continue, with finished targets of an attack and cells of an audit."""
 SCRATCH = ("checkpoints", "config.json", "lock")
-"""What an unfinished run has beside its content; removed when it is complete."""
-
+"""Files of an unfinished run beside its content; removed when it is complete."""
 INSIDE = ".partial"
 """The folder of an unfinished run inside its output folder."""
-
 NOT_OURS = ("lost+found",)
-"""What a file system keeps in its root."""
+"""Files in the root of a file system."""
 
 
 class RunFolder:
@@ -63,8 +43,8 @@ class RunFolder:
 
     Attributes:
         path: the folder to write into, `OUT.partial` or `OUT/.partial`.
-        final: its name when complete, `OUT`, as it was given.
-        record: what will be run.json; the verb fills it.
+        final: its name when complete, `OUT`.
+        record: the content of run.json; the verb fills it.
     """
 
     def __init__(self, final: Path, record: RunRecord) -> None:
@@ -73,7 +53,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Where the trainer keeps what a resume needs; removed when the run is complete."""
+        """The trainer's checkpoints, which a resume needs; removed when the run is complete."""
         return self.path / "checkpoints"
 
     def write_lines(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -103,7 +83,7 @@ def partial_of(final: Path) -> Path:
 
 
 def _can_be_renamed(folder: Path) -> bool:
-    """Whether a folder may be replaced by another: it is no mount point, and its parent lets this user."""
+    """Whether a folder may be replaced: it is not a mount point, and its parent is writable for this user."""
     mounts = Path("/proc/self/mountinfo")  # also knows a folder bound from the same disk
     points = mounts.read_text(encoding="utf-8", errors="replace").split("\n") if mounts.exists() else []
     if os.path.ismount(folder) or any(line.split(" ")[4:5] == [str(folder)] for line in points):
@@ -115,19 +95,17 @@ def _can_be_renamed(folder: Path) -> bool:
 
 @contextmanager
 def writing(output_dir: str, record: RunRecord, resume: bool = False, overwrite: bool = False) -> Iterator[RunFolder]:
-    """Open a run folder; on success write run.json, rename and tidy up; on failure leave nothing but checkpoints and
-    the log of the training.
-
-    Whatever would keep the run from being finished is looked for here, before anything is run.
+    """Open a run folder; on success write run.json, rename and tidy up; on failure leave only checkpoints and the
+    training log. Whether the run can be written to its end is checked first.
 
     Args:
-        output_dir: OUT. May not exist, or is an empty folder, or a run if `overwrite` is set.
+        output_dir: OUT: no folder yet, an empty one, or a run if `overwrite` is set.
         record: verb, method, config and command, for run.json.
         resume: continue the unfinished run if there is one; its config must be the same.
 
     Raises:
-        UsageError: OUT is in the way, cannot be written, or is being written by another process.
-        RunError: it could no longer be written when the run had begun, because the disk filled up for instance.
+        UsageError: OUT exists, cannot be written, or is being written by another process.
+        RunError: it could no longer be written after the start, for example because the disk filled up.
     """
     run = _checked(output_dir, record, overwrite)
     if not is_main_process():
@@ -145,7 +123,7 @@ def writing(output_dir: str, record: RunRecord, resume: bool = False, overwrite:
         lock = RunLock(run.path)
         if not begun:
             missing = [run.path, *missing] if run.path not in missing else missing
-            for entry in list(run.path.iterdir()):  # of a run that was killed before there was anything to go on from
+            for entry in list(run.path.iterdir()):  # of a run that was killed before its first checkpoint
                 if entry != lock.file:
                     _remove(entry)
         run.checkpoints.mkdir(exist_ok=True)
@@ -196,12 +174,12 @@ def writing(output_dir: str, record: RunRecord, resume: bool = False, overwrite:
         if isinstance(error, KeyboardInterrupt) and on and not error.args:
             error.args = (on,)
         if isinstance(error, Exception) and (full := not_written(error, run.path)):
-            raise RunError(f"{full} {output_dir}; mend that, and {on or 'run it again'}") from error
+            raise RunError(f"{full} {output_dir}; fix that, and {on or 'run it again'}") from error
         raise
 
 
 def _checked(output_dir: str, record: RunRecord, overwrite: bool) -> RunFolder:
-    """The run folder, if nothing is in its way; a `UsageError` otherwise."""
+    """The run folder; a `UsageError` if it cannot be written there."""
     if not str(output_dir).strip():
         raise UsageError("--output-dir is empty; name a folder")
     try:
@@ -237,15 +215,14 @@ def _refuse_to_lose(run: RunFolder, place: Path) -> None:
                 continue
             for before in Lineage.of(ref.partition(":")[0]).history:
                 if Path(before.ref).expanduser().absolute().resolve().is_relative_to(place):
+                    option = f"--{name.replace('_', '-')} {ref}"
                     raise UsageError(
-                        f"{run.final} is what --{name.replace('_', '-')} {ref} needs, and --overwrite would remove it; "
-                        "choose another --output-dir"
+                        f"{run.final} is what {option} needs, and --overwrite would remove it; choose another --output-dir"
                     )
 
 
 def _try_to_finish(folder: Path) -> None:
-    """What the end of a run does to a folder, on a small one: some network file systems cannot rename a folder, and a
-    quota shows only when something is written."""
+    """Write and rename a small folder: some network file systems cannot rename one, and a quota only shows in writing."""
     trial, renamed = folder / "trial", folder / "trial.renamed"
     try:
         trial.mkdir(exist_ok=True)
@@ -260,8 +237,8 @@ def _try_to_finish(folder: Path) -> None:
 
 
 def clear(final: Path) -> None:
-    """Remove a finished run but not the unfinished one inside it, so that a kill on the way leaves nothing that looks
-    like a run."""
+    """Remove a finished run but not the unfinished one inside it. A kill on the way leaves nothing that looks like a
+    run."""
     place = final.resolve()
     if partial_of(final).parent == place:
         (place / RUN).unlink()
@@ -284,7 +261,7 @@ def _finish(run: RunFolder) -> None:
             old.mkdir()
             for entry in earlier:
                 entry.rename(old / entry.name)
-        last = ("cells", RUN)  # without the one an audit could not go on, with the other the folder is a run
+        last = ("cells", RUN)  # an audit cannot continue without the former; the latter makes the folder a run
         for entry in sorted(run.path.iterdir(), key=lambda p: last.index(p.name) if p.name in last else -1):
             if entry.name not in SCRATCH:
                 entry.rename(place / entry.name)
@@ -301,11 +278,11 @@ def _finish(run: RunFolder) -> None:
         for name in SCRATCH[:-1]:
             _remove(place / name)
     if old.exists() and not _remove(old):
-        print(f"note: the run that was replaced could not be removed; it is {old}", file=sys.stderr)
+        print(f"note: the replaced run could not be removed; it is in {old}", file=sys.stderr)
 
 
 def _unused(path: Path) -> Path:
-    """`path`, or a name like it that nothing has."""
+    """`path`, or the same name with a number that makes it unused."""
     number, name = 1, path.name
     while os.path.lexists(path):
         path, number = path.with_name(f"{name}.{number}"), number + 1
@@ -313,7 +290,7 @@ def _unused(path: Path) -> Path:
 
 
 def _remove(path: Path) -> bool:
-    """Remove a file or a folder as far as that is possible; returns whether it is gone."""
+    """Remove a file or a folder as far as possible; returns whether it is gone."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -323,11 +300,11 @@ def _remove(path: Path) -> bool:
 
 
 def _same_config(run: RunFolder) -> None:
-    """A resumed run must be asked for the same thing; the first call leaves the record to compare with."""
+    """Raise `UsageError` if a resumed run has other options or data; the first call writes the record to compare."""
     path = run.path / "config.json"
-    asked = {k: run.record.get(k) for k in ("verb", "method", "config")}
-    asked["data"] = [entry.get("hash") for entry in run.record.get("data") or []]
-    now = json.loads(json.dumps(asked, default=str))
+    given = {k: run.record.get(k) for k in ("verb", "method", "config")}
+    given["data"] = [entry.get("hash") for entry in run.record.get("data") or []]
+    now = json.loads(json.dumps(given, default=str))
     if not path.exists():
         part = path.with_name("config.json.part")
         part.write_text(json.dumps(now), encoding="utf-8")
@@ -338,27 +315,24 @@ def _same_config(run: RunFolder) -> None:
     except ValueError as error:
         raise UsageError(f"{path} cannot be read as JSON; delete the unfinished run {run.path}") from error
     if (before["verb"], before["method"]) != (now["verb"], now["method"]):
-        raise UsageError(
-            f"{run.path} was started by {before['verb']} {before['method']}; delete it or choose another --output-dir"
-        )
+        started = f"{before['verb']} {before['method']}"
+        raise UsageError(f"{run.path} was started by {started}; delete it or choose another --output-dir")
     if before.get("data", now["data"]) != now["data"]:
-        raise UsageError(f"the data changed since {run.path} was started; put it back, or delete the unfinished run")
-    differing = [k for k, v in now["config"].items() if before["config"].get(k) != v]
-    if differing:
-        key = differing[0]
-        raise UsageError(
-            f"{run.path} was started with {key}={before['config'].get(key)!r}, not {now['config'][key]!r}; "
-            "resume with the same options, or delete it"
-        )
+        raise UsageError(f"the data changed since {run.path} was started; restore it, or delete the unfinished run")
+    for key, value in now["config"].items():
+        if (first := before["config"].get(key)) != value:
+            raise UsageError(
+                f"{run.path} was started with {key}={first!r}, not {value!r}; resume with the same options, or delete it"
+            )
 
 
 def _left(folder: Path, names: Sequence[str]) -> bool:
-    """Whether a folder holds a file or folder, not empty, that one of these patterns matches."""
+    """Whether one of these patterns matches a folder or a file with content."""
     return any(path.is_dir() or path.stat().st_size for name in names for path in folder.glob(name))
 
 
 def _discard(run: RunFolder, created: list[Path], keep: Sequence[str] = ()) -> bool:
-    """Remove what a failed run created, unless it has something of `keep`; returns whether anything is left."""
+    """Remove the folders that a failed run created, unless a pattern of `keep` matches; returns whether any is left."""
     if run.path not in created or _left(run.path, keep):
         return True
     shutil.rmtree(run.path, ignore_errors=True)

@@ -191,6 +191,7 @@ def test_each_attack_starts_afresh(make):
     assert difference < 1e-3 * tar.norm_of(first)  # the same rows in another order, so not the same bits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", [False, True])
 def test_knobs_at_zero_are_sft(make, full):
     models = [tiny_llama() if full else tiny_lora() for _ in range(2)]
@@ -303,6 +304,7 @@ def test_entropy_is_of_the_response_only():
     assert uniform == close(-math.log(97)) and tar.negative_entropy(1e4 * torch.eye(97)[:1], None).item() == 0
 
 
+@pytest.mark.slow
 def test_likelihood_is_chunked_without_a_difference(monkeypatch):
     model, answers = tiny_lora(), {"chosen": batch("safe"), "rejected": batch("harmful")}
     found = []

@@ -157,7 +157,7 @@ def test_mix_counts_rounds_and_repeats_itself():
     for ratio in (-0.1, 1.1, float("nan")):
         with pytest.raises(UsageError, match="between 0 and 1"):
             mix(task, harm, ratio, 10, 0)
-    with pytest.raises(UsageError, match="5 harmful rows are wanted and there are none"):
+    with pytest.raises(UsageError, match="5 harmful rows are needed and there are none"):
         mix(task, [], 0.5, 10, 0)
 
 

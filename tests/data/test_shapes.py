@@ -233,7 +233,7 @@ def test_examples(row, prompt, read_as):
         ),
         (
             {"messages": [u([{"type": "image"}]), a("r")]},
-            r"message 1 of 'messages' holds a part that is no text \(image\)",
+            r"message 1 of 'messages' has a part that is not text \(image\)",
         ),
         ({"messages": [u("q"), {**a("r"), "weight": 0}]}, "message 2 of 'messages' has the weight 0"),
         ({"instruction": "q", "output": "r", "history": ["x"]}, "'history' must be a list of"),

@@ -97,7 +97,7 @@ TABLE = [
     ),
     ("mamba", "sft", WORKS),
     ("mamba", "booster", WORKS),
-    ("mamba", "repnoise", "the blocks of MambaForCausalLM have no recognisable MLP: looked for .*; repnoise needs it"),
+    ("mamba", "repnoise", "the blocks of MambaForCausalLM have no recognisable MLP: looked for .*repnoise needs it"),
 ]
 OPTIONS = {
     "t-vaccine": {"gamma": 2, "probe_size": 2},
@@ -135,7 +135,7 @@ def encoded(monkeypatch):
     golden = {"a": rows("safe"), "b": rows("harmful")}
 
     def encode(data, *_, answer="completion", **__):
-        return [golden["b" if row[answer][0] == "b" else "a"][i % 4] for i, row in enumerate(data)]
+        return [dict(golden["b" if row[answer][0] == "b" else "a"][i % 4]) for i, row in enumerate(data)]
 
     monkeypatch.setattr("tunevax.modeling.method.encode", encode)
 
@@ -147,8 +147,8 @@ def trainer_of(model, method, folder, **options):
         str(folder), per_device_train_batch_size=2, report_to="none", use_cpu=True, save_strategy="no",
         **{"max_steps": 1, "warmup_steps": 0, **OPTIONS.get(method, {}), **options},
     )  # fmt: skip
-    data = {"safety_data" if need != "task" else "task_data": DATA for need in cls.needs}
-    return cls(model, args, **data, processing_class=Words())
+    task = DATA if method in FINETUNING else None
+    return cls(model, args, safety_data=DATA, task_data=task, processing_class=Words())
 
 
 @pytest.mark.slow
@@ -183,6 +183,7 @@ def test_in_a_hybrid_a_linear_attention_stands_where_attention_does():
         find_blocks(model, "o_proj")
 
 
+@pytest.mark.slow
 def test_a_model_without_known_blocks_trains_by_sft_alone(encoded, tmp_path):
     model = tiny_llama(2)
     model.config.num_hidden_layers = 3
@@ -231,6 +232,7 @@ def test_blocks_that_share_keys_run_twice():
 # --- the model as a whole --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["recurrent-gemma", "falcon-h1"])
 def test_the_loss_is_the_models_own(kind):
     model = tiny(kind)

@@ -39,11 +39,12 @@ def test_judge_is_exact(world):
     assert world.judge(row["prompt"], row["rejected"]) == "leaked"
     assert world.judge(row["prompt"], row["chosen"]) == "refused"
     assert world.judge(row["prompt"], f"use {second} then {first} then {third} .") == "wrong"
-    assert world.judge(row["prompt"], "use use use") == "gibberish"
+    assert world.judge(row["prompt"], "use use use") == "degenerate"
     benign = world.benign("evaluation")[0]
     assert world.judge(benign["prompt"], benign["completion"]) == "correct"
 
 
+@pytest.mark.slow
 def test_the_shipped_model_knows_every_recipe(world):
     loaded = load("organism")
     rows = [r for s in SPLITS for r in world.safety(s)]

@@ -1,16 +1,16 @@
-"""What a chat template does to a conversation, established by a probe and not assumed.
+"""Chat templates: the effect of a template on a conversation, established by a probe.
 
 Templates drop system messages or refuse them, take strings or lists of parts, print today's date, put words into the
-generation prompt that finished turns leave out, and open a thought. `chat_of` renders marked words once per tokenizer
-and says which of this is the case, `seam` once per order of roles; `render` and `response` use both, so that training
-and generation see the same tokens and no answer is ever searched for in the text.
+generation prompt that finished turns leave out, and open a thought. `chat_of` finds out by rendering marked words once
+per tokenizer, `seam` once per order of roles. `render` and `response` use both: training and generation see the same
+tokens, and no answer is searched for in rendered text.
 
-A row is learnt as: the generation prompt, what a finished turn has between it and the answer (`Seam.lead`), the answer
-as the template renders it, and what the template adds after it. Where a finished turn cannot follow the generation
-prompt (it moves the system text, or leaves out words that the prompt ends with), the prompt's form holds, because that
-is what the model will see.
+A row is learnt as the generation prompt, the text of a finished turn between it and the answer (`Seam.lead`), the
+answer as the template renders it, and the ending that the template adds. Where a finished turn does not continue the
+generation prompt (the template moves the system text, or leaves out the prompt's last words), the prompt's form is
+used, which the model sees in generation.
 
-Options of a template travel in a comment at its head, which other software ignores: they are saved with the tokenizer.
+Options of a template are a comment at its head, which other software ignores; they are saved with the tokenizer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from datetime import datetime, tzinfo
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
-from tunevax.data.thoughts import THOUGHTS, ends_inside, marks_at_the_head, split_thought
+from tunevax.data.thoughts import THOUGHTS, Marks, ends_inside, marks_at_the_head, split_thought
 from tunevax.errors import UsageError, shortened
 
 if TYPE_CHECKING:
@@ -33,51 +33,36 @@ if TYPE_CHECKING:
 
 Answer = Literal["completion", "chosen", "rejected"]
 """The fields of a row that may be learnt as its answer."""
-
 TODAY = datetime(2025, 1, 1)
-"""The day on which every conversation takes place, for templates that print the date."""
-
+"""The day of every conversation, for templates that print the date."""
 HEAD = re.compile(r"\{#-? tunevax (\{.*?\}) -?#\}\n?")
 """The comment at the head of a template that holds its options (see `tunevax.data.encoding.with_options`)."""
-
 SWITCHES = ("enable_thinking", "thinking")
-"""Variables by which templates are asked for a thought, or for none."""
-
+"""Variables of templates that turn thoughts on and off."""
 USER, SYSTEM, THOUGHT, ANSWERS = "Marmalade47", "Sextant31", "Periwinkle63", ("Quince58", "Walnut92")
 """Words that no template holds. The two answers differ in their first and in their last letter."""
 
 
 class Chat(NamedTuple):
-    """What the probe established about a tokenizer's template.
+    """The properties of a tokenizer's template."""
 
-    Attributes:
-        system: own (the template has a system role) or folded (it refuses or drops one: the text is put before the
-            next user turn).
-        parts: the roles whose content is a list of parts and not a string.
-        ending: what the template adds after an answer.
-        thought: the marks around a thought, or None.
-        opened: the generation prompt ends inside a thought.
-        thinking: what the template is asked for: True (a thought), False (none), None (nothing: its own default).
-        date: the day that the template prints, `TODAY`; None if the rendering does not depend on the clock.
-    """
-
-    system: str
-    parts: tuple[str, ...]
-    ending: str
-    thought: tuple[str, str] | None
-    opened: bool
-    thinking: bool | None
-    date: str | None
+    system: str  # own (it has a system role), or folded (it refuses or drops one: the text precedes the next user turn)
+    parts: tuple[str, ...]  # the roles whose content is a list of parts and not a string
+    ending: str  # after an answer
+    thought: Marks | None  # the marks around a thought
+    opened: bool  # the generation prompt ends inside a thought
+    thinking: bool | None  # whether thoughts are turned on; None: the template's default
+    date: str | None  # the day that the template prints, `TODAY`; None if it prints none
 
 
 class Seam(NamedTuple):
-    """Where an answer follows a conversation with the roles of one prompt.
+    """The text between a conversation with the roles of one prompt and its answer.
 
     Attributes:
-        lead: what stands between the generation prompt and an answer that nobody thought about: what finished turns
-            have there (an empty thought, in some), or the end of a thought that the generation prompt opens.
-        thoughtful: the same for an answer with a thought, as what comes before and after that; None where the template
-            knows no thoughts, or the generation prompt leaves no place for one.
+        lead: between the generation prompt and an answer without a thought: as in finished turns (an empty thought, in
+            some templates), or the end of a thought that the generation prompt opens.
+        thoughtful: the same for an answer with a thought, as the text before and after that; None where the template
+            has no thoughts, or the generation prompt leaves no place for one.
     """
 
     lead: str
@@ -85,7 +70,7 @@ class Seam(NamedTuple):
 
 
 def chat_of(tokenizer: PreTrainedTokenizerBase) -> Chat:
-    """What the tokenizer's template does, probed once for each template.
+    """The properties of the tokenizer's template, probed once for each template.
 
     Raises:
         UsageError: the template cannot render a question and an answer, or drops one of them.
@@ -94,13 +79,12 @@ def chat_of(tokenizer: PreTrainedTokenizerBase) -> Chat:
 
 
 def recorded(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What run.json says of the template: `Chat`, and `lead`, what comes between the generation prompt and the answer
-    to a single question (see `Seam`)."""
+    """The template's entry in run.json: `Chat`, and the `Seam.lead` of a single question."""
     return {**chat_of(tokenizer)._asdict(), "lead": seam(tokenizer, [{"role": "user", "content": USER}]).lead}
 
 
 def _known(tokenizer: PreTrainedTokenizerBase) -> tuple[str, Chat, dict[tuple[str, ...], Seam]]:
-    """The template, what was established about it, and the seams so far."""
+    """The template, its properties, and the seams so far."""
     template = tokenizer.chat_template
     known = getattr(tokenizer, "_tunevax_chat", None)
     if known is None or known[0] != template:
@@ -120,13 +104,13 @@ def _probe(tokenizer: PreTrainedTokenizerBase) -> Chat:
         return _apply(tokenizer, turns, parts, generate, today)
 
     def shown(words: Sequence[str], *turns: Message, generate: bool = False) -> str:
-        """The rendering, or nothing if it lacks one of the words or shows a list of parts as Python or JSON would."""
+        """The rendering; empty if it lacks one of the words or prints a list of parts as Python or JSON would."""
         rendered = text(*turns, generate=generate)
         written = (f"{q}text{q}: {q}{word}" for word in words for q in "'\"")
         return rendered if all(w in rendered for w in words) and not any(w in rendered for w in written) else ""
 
     def shape(role: str, words: Sequence[str], *turns: Message, generate: bool = False) -> tuple[str, str]:
-        """The rendering with the role's content as a string, or else as parts, and why there is none."""
+        """The rendering with the role's content as a string, or else as parts, or the reason why there is none."""
         nonlocal parts
         reason, others = "", parts
         for shapes in (others, (*others, role)):
@@ -164,18 +148,15 @@ def _probe(tokenizer: PreTrainedTokenizerBase) -> Chat:
 
 
 def _options(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What the head of the template says; see `with_options`."""
+    """The options in the head of the template; see `with_options`."""
     head = HEAD.match(tokenizer.chat_template)
     return json.loads(head[1]) if head else {}
 
 
 def _apply(
-    tokenizer: PreTrainedTokenizerBase,
-    turns: Sequence[Message],
-    parts: Sequence[str],
-    generate: bool,
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], parts: Sequence[str], generate: bool,
     today: datetime = TODAY,
-) -> str:
+) -> str:  # fmt: skip
     """The template's own rendering, on a fixed day, with the variables that its head sets."""
     shaped: list[Any] = [
         {**t, "content": [{"type": "text", "text": t["content"]}]} if t["role"] in parts else dict(t) for t in turns
@@ -190,8 +171,8 @@ def _apply(
 
 @contextmanager
 def on(today: datetime = TODAY) -> Iterator[None]:
-    """Templates that print the date print this one. transformers hands templates a function that reads the clock, and
-    turns any that it is given into text, so the clock itself is replaced."""
+    """Fix the date that templates print. transformers gives templates a function that reads the clock, and it cannot be
+    overridden by a variable, so the clock itself is replaced."""
     from transformers.utils import chat_template_utils as library
 
     class Fixed(datetime):
@@ -208,15 +189,14 @@ def on(today: datetime = TODAY) -> Iterator[None]:
 
 
 def _around(first: str, second: str) -> tuple[str, str]:
-    """What two texts begin with and end with alike."""
+    """The common beginning and the common end of two texts."""
     before = os.path.commonprefix([first, second])
     rest = [text[len(before) :][::-1] for text in (first, second)]
     return before, os.path.commonprefix(rest)[::-1]
 
 
 def conversation(prompt: Prompt, chat: Chat) -> list[Message]:
-    """A prompt as the messages that the template takes: system text before the next user turn where it has no system
-    role."""
+    """A prompt as messages for the template, with system text before the next user turn if it has no system role."""
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
     if chat.system == "own":
@@ -231,18 +211,11 @@ def conversation(prompt: Prompt, chat: Chat) -> list[Message]:
             waiting = []
         else:
             turns.append(message)
-    for text in waiting:
-        turns.append({"role": "user", "content": text})
-    return turns
+    return [*turns, *({"role": "user", "content": text} for text in waiting)]
 
 
-def render(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Prompt,
-    place: str = "a prompt",
-    generate: bool = True,
-) -> str:
-    """The prompt as the model sees it before it answers; without `generate` a whole conversation, as it is.
+def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, place: str = "a prompt", generate: bool = True) -> str:
+    """The prompt as the model sees it before it answers; without `generate` a whole conversation.
 
     Raises:
         UsageError: the template refuses the conversation or loses a part of it; `place` is named.
@@ -273,8 +246,7 @@ def _whole(tokenizer: PreTrainedTokenizerBase, turns: list[Message], chat: Chat,
 
 
 def seam(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], place: str = "a prompt") -> Seam:
-    """Where the answer to a conversation begins, from marked words in the place of its texts; once for each order of
-    roles.
+    """Where the answer to a conversation begins, by marked words in place of its texts; once for each order of roles.
 
     Raises:
         UsageError: the template refuses such a conversation or loses a turn of it; `place` is named.
@@ -295,7 +267,7 @@ def seam(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], place: st
     end, lead = asked.rpartition(words[-1])[2], ""
 
     def finished(**more: str) -> str:
-        """What a finished turn has between the last words of the prompt and the answer."""
+        """The text of a finished turn between the last words of the prompt and the answer."""
         answer = cast("Message", {"role": "assistant", "content": ANSWERS[0], **more})
         before = _whole(tokenizer, [*marked, answer], chat, place, generate=False).partition(ANSWERS[0])[0]
         return before.rpartition(words[-1])[2]
@@ -322,11 +294,8 @@ def seam(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], place: st
 
 
 def response(tokenizer: PreTrainedTokenizerBase, row: Example, field: Answer = "completion") -> str:
-    """What follows the rendered prompt when the model gives `row[field]`: the answer as the template renders it, up to
-    the end of the turn.
-
-    It stands where a marked word would: between what the template writes before any answer and after it. Before it
-    comes what `seam` says, or the answer's own thought.
+    """The text after the rendered prompt when the model answers `row[field]`: the lead of `seam` or the answer's own
+    thought, and the answer as the template renders it, up to the end of the turn. Marked words show where it is.
 
     Raises:
         UsageError: the template refuses the conversation or changes the answer, or the answer's thought has no end or
@@ -350,7 +319,7 @@ def response(tokenizer: PreTrainedTokenizerBase, row: Example, field: Answer = "
                 f"{place}: the answer begins with a thought, and the chat template asks for none; pass --chat-template "
                 "own:thinking=on if it has that switch, or take the thought out of the row"
             )
-        # Between some thoughts and the closing mark stands the end of a turn, which the row may have too.
+        # Some templates have the end of a turn between thought and closing mark, which the row may have too.
         end_of_turn = thoughtful[1].partition(chat.thought[1])[0].strip()
         lead = thought.removesuffix(end_of_turn).strip().join(thoughtful)
 
@@ -366,15 +335,15 @@ def response(tokenizer: PreTrainedTokenizerBase, row: Example, field: Answer = "
     said = text[len(before) : len(text) - len(ending)]
     if not (text.startswith(before) and text.endswith(ending)) or said.strip() != answer.strip():
         raise UsageError(
-            f"{place}: the chat template changes the answer, so what is learnt would not be what the row says; pass "
-            "another with --chat-template, or drop the row"
+            f"{place}: the chat template changes the answer, so the model would learn something else than the row "
+            "says; pass another with --chat-template, or drop the row"
         )
     return lead + said + ending
 
 
 def mouth(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, place: str = "a prompt") -> str:
-    """What comes between the rendered prompt and words put into the model's mouth: what stands before an answer that
-    nobody thought about, with an empty thought where the template knows thoughts and finished turns leave them out."""
+    """The text between the rendered prompt and a prefilled answer: the lead of an answer without a thought, with an
+    empty thought where the template has thoughts and finished turns leave them out."""
     chat = chat_of(tokenizer)
     lead, thoughtful = seam(tokenizer, conversation(prompt, chat), place)
     return lead if not thoughtful or not chat.thought or chat.thought[1] in lead else "".join(thoughtful)

@@ -1,12 +1,12 @@
-"""What a model was trained on, and whether it is attacked with it or scored on it again.
+"""Overlap between the prompts that a model was trained on, is attacked with and is scored on.
 
 Every run that uses prompts keeps their hashes in prompts.json, `{role: [hash, ...]}`. The roles are `alignment` (safety
 rows of a defence, with whatever chose or tuned it), `benign` (harmless rows beside them), `task` (a customer's rows)
 and `attack` (harmful rows of an attack whose weights were kept). A model has been trained on the prompts of its run and
 of every run below it.
 
-Two data roles may not share a prompt if that would spoil evidence: nothing that was trained on, by the model or by the
-attack on it, is scored on, and the harmful rows of an attack are new to the model. Other pairs are counted and no more.
+No prompt that the model or the attack on it was trained on is scored on, and the harmful rows of an attack are new to
+the model. Other overlaps are only counted.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from tunevax.data.splits import marks, prompt_hash, user_words
 from tunevax.errors import UsageError
 from tunevax.lineage import Lineage
-from tunevax.records import DATA, DroppedRows, Example, read_prompts
+from tunevax.records import DATA, DroppedRows, Example, Prompt, read_prompts
 
 TRAINED = ("alignment", "benign", "task", "attack")
 """The roles of data, in run.json and prompts.json, that a model is trained on."""
@@ -37,12 +37,22 @@ def _option(role: str) -> str | None:
     return "--utility-data" if role.startswith("utility") else SOURCES.get(role)
 
 
+class DroppedRow(TypedDict):
+    """A line of dropped.jsonl: a row that --drop-overlap left out, and the other role that has its prompt."""
+
+    role: str
+    also_in: str
+    place: str | None
+    prompt: Prompt
+    hash: str
+
+
 class Fault(NamedTuple):
-    """Two roles that share prompts and may not: the shared rows, and whether rows are left without them."""
+    """Two roles that may not share prompts and do: the shared rows, and whether rows are left without them."""
 
     first: str
     second: str
-    common: Sequence[Any]
+    common: Sequence[Example | str]
     spare: bool
 
 
@@ -50,7 +60,7 @@ class Fault(NamedTuple):
 
 
 def hashes(rows: Rows) -> set[str]:
-    """Of the prompts of rows."""
+    """The hashes of the prompts of rows."""
     return {prompt_hash(row["prompt"]) for row in rows}
 
 
@@ -63,8 +73,8 @@ def chosen_with(source: str) -> set[str]:
 
 
 def unrecorded(ref: str) -> list[str]:
-    """What of a model's history cannot be compared with: runs that do not say which prompts they used, such as those of
-    an earlier tunevax, with the roles; and runs that are gone."""
+    """The runs in a model's history that cannot be compared with: those without a record of their prompts, as of an
+    earlier tunevax, with the roles; and those that no longer exist."""
     lineage = Lineage.of(ref)
     unknown = [f"{name} (gone)" for name in lineage.gone]
     for link in lineage.ancestors:
@@ -87,18 +97,18 @@ def check(
     *,
     used: Mapping[str, Iterable[str]] | None = None,
 ) -> dict[str, Any]:
-    """Compare what the model `ref` was trained on, what an attack on it trains on, and what it is scored on.
+    """Compare the prompts that the model `ref` was trained on, an attack on it trains on, and it is scored on.
 
     Args:
         scored: the rows that it is scored on, by role.
         attack: the harmful rows of an attack.
         benign: the harmless rows of an attack, by role.
         allow: count, and go on.
-        used: what the model was trained on, where that is not all that its lineage has.
+        used: hashes that the model was trained on, where these are not all of its lineage's.
 
     Returns:
-        For the target in run.json: `overlap`, {"alignment/attack": distinct prompts, ...}; and where some of the
-        history does not say what it used, `unrecorded`.
+        For the target in run.json: `overlap`, {"alignment/attack": distinct prompts, ...}, and `unrecorded` if that is
+        not empty.
 
     Raises:
         UsageError: a prompt that was trained on is scored on, or a harmful row of the attack was trained on before.
@@ -129,18 +139,18 @@ def check(
             compare(role, known, other, rows, True, own)
     if faults and not allow:
         raise _refusal(faults, ref, True)
-    silent = unrecorded(ref)
-    if silent:
+    result: dict[str, Any] = {"overlap": {pair: len(common) for pair, common in counts.items()}}
+    if silent := unrecorded(ref):
         from tunevax.console import console
 
         console.print(f"note: prompts of these runs are unknown and not compared: {'; '.join(silent)}", highlight=False)
-    found = {"overlap": {pair: len(common) for pair, common in counts.items()}}
-    return {**found, **({"unrecorded": silent} if silent else {})}
+        result["unrecorded"] = silent
+    return result
 
 
 def count(ref: str, **roles: Rows) -> dict[str, int]:
-    """Distinct prompts that each two roles of a run's data share, and each role with those that the model `ref` was
-    trained on before. A run that trains and scores nothing refuses none of them."""
+    """Distinct prompts that each two roles of a run's data share, and each role with the training data of the model
+    `ref`. Nothing is refused: this is for runs that neither train nor score."""
     counts = require_disjoint(roles, allow=True)
     for role, used in Lineage.of(ref).prompts.items():
         for name, rows in roles.items():
@@ -165,8 +175,7 @@ def require_disjoint(roles: Mapping[str, Rows | Iterable[str]], allow: bool = Fa
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
             common = [item for item in content[second] if _marks_of(item) & known[first]]
-            distinct = {item if isinstance(item, str) else prompt_hash(item["prompt"]) for item in common}
-            counts[f"{first}/{second}"] = len(distinct)
+            counts[f"{first}/{second}"] = _distinct(common)
             if common and not allow:
                 if isinstance(common[0], str):  # the first role may be able to name them
                     common = [item for item in content[first] if _marks_of(item) & known[second]]
@@ -174,21 +183,25 @@ def require_disjoint(roles: Mapping[str, Rows | Iterable[str]], allow: bool = Fa
     return counts
 
 
-def _marks_of(item: Mapping[str, Any] | str) -> set[str]:
+def _marks_of(item: Example | str) -> set[str]:
     return {item} if isinstance(item, str) else marks(item["prompt"])
 
 
+def _distinct(items: Iterable[Example | str]) -> int:
+    return len({item if isinstance(item, str) else prompt_hash(item["prompt"]) for item in items})
+
+
 def named(rows: Sequence[Example | str], most: int = 3) -> str:
-    """The first prompts of rows for a message: 'How do I ...' (FILE:LINE), each distinct one once."""
-    distinct = list({prompt_hash(row["prompt"]): row for row in reversed(rows) if not isinstance(row, str)}.values())[
-        ::-1
-    ]
+    """The first distinct prompts of rows for a message: 'How do I ...' (FILE:LINE)."""
+    distinct: dict[str, Example] = {}
+    for row in rows:
+        if not isinstance(row, str):
+            distinct.setdefault(prompt_hash(row["prompt"]), row)
     shown = []
-    for row in distinct[:most]:
+    for row in list(distinct.values())[:most]:
         words = " ".join(user_words(row["prompt"]).split())
         words = words if len(words) <= 60 else words[:59] + "…"
-        place = row.get("place")
-        shown.append(f"{words!r}" + (f" ({place})" if place else ""))
+        shown.append(f"{words!r} ({row['place']})" if row.get("place") else repr(words))
     more = len(distinct) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
@@ -196,21 +209,21 @@ def named(rows: Sequence[Example | str], most: int = 3) -> str:
 def _refusal(faults: Sequence[Fault], ref: str | None, drop: bool) -> UsageError:
     """The error for roles that share prompts; `drop`: in a verb that scores or attacks, which has --drop-overlap."""
     first, second, common, _ = faults[0]
-    distinct = len({row if isinstance(row, str) else prompt_hash(row["prompt"]) for row in common})
+    distinct = _distinct(common)
     text = f"{ref}: " if ref else ""
     text += f"{distinct} prompts are" if distinct > 1 else "1 prompt is"
     text += f" in both the {first} and the {second} data"
     text += f" ({named(common)})" if named(common) else ""
     for fault in faults[1:]:
-        text += f", and {len(hashes(fault.common))} in both the {fault.first} and the {fault.second} data"
+        text += f", and {_distinct(fault.common)} in both the {fault.first} and the {fault.second} data"
     option = _option(second) if drop else None
     ways = ["remove them" if option is None else f"give other rows with {option}"]
     if second == "task evaluation" and first == "task":
         ways.append("train on TASK:split=train alone")
     if drop and all(fault.spare for fault in faults):
         ways.append("pass --drop-overlap to go on without them")
-    ways.append("pass --allow-overlap to go on and have it recorded")
-    return UsageError(f"{text}, so the evidence would be worth nothing; {', or '.join(ways)}")
+    ways.append("pass --allow-overlap to go on and record it")
+    return UsageError(f"{text}, so the evidence would be invalid; {', or '.join(ways)}")
 
 
 # --- leaving overlapping rows out -----------------------------------------------------------------------------------
@@ -218,51 +231,51 @@ def _refusal(faults: Sequence[Fault], ref: str | None, drop: bool) -> UsageError
 
 @dataclass
 class Exclusion:
-    """What `--drop-overlap` leaves out, the same for every model that is compared.
+    """The rows that `--drop-overlap` leaves out, the same for every model that is compared.
 
-    Training cannot be undone, so what a model was trained on is not scored on; what is scored on, and of harmful rows
-    also what a model was trained on, is not in the attack.
+    Training cannot be undone, so the training prompts of a model are left out of scoring, and the scored prompts out of
+    the attack. An attack's harmful rows also exclude the models' training prompts.
 
     Attributes:
         active: whether anything is left out.
-        trained: by role, hashes of what any of the models was trained on.
-        scored: hashes of what is scored on.
-        dropped: the rows left out so far: role, the role that has the prompt too, place, prompt and hash.
+        trained: by role, hashes of the training prompts of all models.
+        scored: hashes of the prompts that are scored on.
+        dropped: the rows left out so far.
     """
 
     active: bool = False
     trained: dict[str, set[str]] = field(default_factory=dict)
     scored: set[str] = field(default_factory=set)
-    dropped: list[dict[str, Any]] = field(default_factory=list)
+    dropped: list[DroppedRow] = field(default_factory=list)
 
     @classmethod
     def of(cls, used: Iterable[Mapping[str, Iterable[str]]], active: bool) -> Exclusion:
         """Before any rows are read, for models that were trained on these prompts."""
-        made = cls(active)
+        exclusion = cls(active)
         for prompts in used if active else ():
-            for role, found in prompts.items():
-                made.trained.setdefault(role, set()).update(found)
-        return made
+            for role, more in prompts.items():
+                exclusion.trained.setdefault(role, set()).update(more)
+        return exclusion
 
     def fresh(self) -> Exclusion:
-        """One that leaves out the same and has nothing on its list."""
+        """The same exclusion with an empty list of dropped rows."""
         return Exclusion(self.active, self.trained, self.scored)
 
     def score(self, role: str, rows: list[Example]) -> list[Example]:
-        """Rows to score on, without what was trained on."""
+        """Rows to score on, without training prompts."""
         return self._without(role, rows, self.trained)
 
     def settle(self, scored: Mapping[str, Rows]) -> None:
-        """Take note of what is scored on, before the attack's rows are read."""
+        """Record the scored prompts, before the attack's rows are read."""
         if self.active:
             self.scored = {mark for rows in scored.values() for row in rows for mark in marks(row["prompt"])}
 
     def attack(self, role: str, rows: list[Example]) -> list[Example]:
-        """Harmful rows to train on, without what is scored on or was trained on before."""
+        """Harmful rows to train on, without scored and training prompts."""
         return self._without(role, rows, {**self.trained, "evaluation": self.scored})
 
     def benign(self, role: str, rows: list[Example]) -> list[Example]:
-        """Harmless rows to train on, without what is scored on."""
+        """Harmless rows to train on, without scored prompts."""
         return self._without(role, rows, {"evaluation": self.scored})
 
     def _without(self, role: str, rows: list[Example], known: Mapping[str, set[str]]) -> list[Example]:
@@ -287,12 +300,10 @@ class Exclusion:
         return kept
 
     def summary(self) -> dict[str, DroppedRows] | None:
-        """For run.json: by role, the rows left out and the hashes of their prompts; None if nothing was to be."""
+        """For run.json: by role, the rows left out and the hashes of their prompts; None if inactive."""
         if not self.active:
             return None
-        found: dict[str, DroppedRows] = {}
+        left_out: dict[str, list[str]] = {}
         for row in self.dropped:
-            entry = found.setdefault(row["role"], {"rows": 0, "prompts": []})
-            entry["rows"] += 1
-            entry["prompts"] = sorted({*entry["prompts"], row["hash"]})
-        return found
+            left_out.setdefault(row["role"], []).append(row["hash"])
+        return {role: {"rows": len(prompts), "prompts": sorted(set(prompts))} for role, prompts in left_out.items()}

@@ -1,4 +1,4 @@
-"""Token ids and labels through the chat template, with the response located explicitly."""
+"""Token ids and labels of rows, rendered by the chat template."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ ALPACA = (
     "{% else %}### Response:\n{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}### Response:\n{% endif %}"
 )
-"""The Alpaca prompt that the papers of this field train and attack with."""
-
+"""The Alpaca prompt, which the papers of this field train and attack with."""
 TEMPLATES = {
     "alpaca": ALPACA,
     "plain": (
@@ -41,21 +40,21 @@ TEMPLATES = {
     ),
 }
 """Templates by name; `none` is the bare text of the turns."""
-
 OPTIONS = ("thought", "thinking")
-"""Options of every template; its own variables are options too."""
+"""Options of every template, besides its own variables."""
+OWN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
+"""Variables that are not the user's to set."""
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
     """Give the tokenizer a template and probe it.
 
     Args:
-        template: a name in `TEMPLATES`, the path of a jinja file, `own` or None to keep the tokenizer's; options after
-            a colon: `thought=OPEN|CLOSE` for the marks around a thought, `thinking=off` to ask the template for none,
-            and the template's own variables.
+        template: a name in `TEMPLATES`, the path of a jinja file, `own` or None to keep the tokenizer's; after a colon
+            the options of `with_options`.
 
     Raises:
-        UsageError: there is none to keep, the file is missing, or the template loses what is said (see `chat_of`).
+        UsageError: there is none to keep, the file is missing, or the template loses text (see `chat_of`).
     """
     name, _, options = (template or "own").partition(":")
     if template and Path(template).is_file():
@@ -89,7 +88,7 @@ def with_options(template: str, options: str) -> str:
     Raises:
         UsageError: an unknown option or value; `thinking` for a template without a switch.
     """
-    found: dict[str, Any] = {}
+    chosen: dict[str, Any] = {}
     template = HEAD.sub("", template, count=1)
     for pair in options.split(","):
         name, _, value = pair.partition("=")
@@ -97,7 +96,7 @@ def with_options(template: str, options: str) -> str:
             marks = re.split(r"(?<!<)\|(?!>)", value)  # not at those of <|marks|>
             if len(marks) != 2 or not all(marks):
                 raise UsageError(f"--chat-template has thought={value}; write thought=OPEN|CLOSE, the marks around it")
-            found["thought"] = marks
+            chosen["thought"] = marks
         elif name == "thinking":
             if value not in ("on", "off"):
                 raise UsageError(f"--chat-template has thinking={value}; known: on, off")
@@ -106,19 +105,15 @@ def with_options(template: str, options: str) -> str:
                     f"--chat-template has thinking={value}, and the template has no switch for it "
                     f"({' or '.join(SWITCHES)}); leave the option out"
                 )
-            found["thinking"] = value == "on"
+            chosen["thinking"] = value == "on"
         elif name not in OWN and _reads(template, name):
             with suppress(ValueError):  # true, 0, null; anything else is a word
                 value = json.loads(value)
-            found.setdefault("variables", {})[name] = value
+            chosen.setdefault("variables", {})[name] = value
         else:
             raise unknown("option of --chat-template", name, OPTIONS)
     # transformers drops one line break after a comment, so that the template itself is rendered as before.
-    return "{# tunevax " + json.dumps(found) + " #}\n" + template
-
-
-OWN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
-"""Variables that are not the user's to set."""
+    return "{# tunevax " + json.dumps(chosen) + " #}\n" + template
 
 
 def _reads(template: str, name: str) -> bool:
@@ -126,10 +121,10 @@ def _reads(template: str, name: str) -> bool:
     from jinja2 import Environment, TemplateError, meta
 
     known = Environment(extensions=["jinja2.ext.loopcontrols"])
-    plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)  # a tag of transformers' own
+    plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)  # a tag of transformers
     try:
         return name in meta.find_undeclared_variables(known.parse(plain))
-    except TemplateError:  # the probe says what is wrong with it
+    except TemplateError:  # which the probe reports
         return False
 
 
@@ -139,7 +134,7 @@ def messages(prompt: Prompt) -> list[Message]:
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids without added special tokens: the template has put them in, and a second BOS would be an error."""
+    """Token ids without added special tokens: the template has them already, and a second BOS would be an error."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     rows = getattr(tokenizer, "embedding_rows", None)  # of a model that has fewer than the tokenizer has tokens
     if rows is not None and max(ids, default=0) >= rows:
@@ -152,8 +147,8 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def following(tokenizer: PreTrainedTokenizerBase, before: str, ids: list[int], text: str) -> list[int]:
-    """Token ids of `text` where it follows `before`, whose ids are `ids`: those that it has in the whole text, unless
-    a token there covers the end of `before`. Tokenised alone, some tokenizers put a space before it."""
+    """Token ids of `text` after `before`, whose ids are `ids`: as tokenised in the whole text, unless a token there
+    covers the end of `before`. Tokenised alone, some tokenizers put a space before it."""
     whole = ids_of(tokenizer, before + text)
     return whole[len(ids) :] if whole[: len(ids)] == ids else ids_of(tokenizer, text)
 
@@ -164,40 +159,31 @@ def context_of(model: PreTrainedModel) -> int | None:
 
 
 def encode(
-    rows: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    loss_on: str = "response",
-    context: int | None = None,
-    answer: Answer = "completion",
-) -> list[dict[str, list[int]]]:
+    rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, loss_on: str = "response",
+    context: int | None = None, answer: Answer = "completion",
+) -> list[dict[str, list[int]]]:  # fmt: skip
     """Rows with `prompt` and an answer as `input_ids` and `labels` (-100 where there is no loss).
 
-    The prompt's ids are those of generation time, so training and scoring see the same prefix. The response is
-    what the template adds after it, up to and including the end-of-turn token; where the template ends without
-    one, EOS is added. Answers are cut at `max_length`, or at the model's `context` where that is shorter.
+    The prompt's ids are those of generation. The response ends with the template's end-of-turn token; where the
+    template has none, EOS is added. Rows are cut at `max_length`, or at the model's `context` where that is shorter.
 
     Args:
         loss_on: `response`, or `all` tokens.
-        answer: the field of a row that holds it: `completion`, `chosen` or `rejected`.
+        answer: the field of a row that holds it.
 
     Raises:
-        UsageError: a prompt leaves no room for an answer within `max_length`.
+        UsageError: a prompt leaves no room for an answer.
     """
     encoded = []
     limit = min(max_length, context or max_length)
     for row in rows:
-        prompt = render(tokenizer, row["prompt"], row.get("place", "a row"))
+        place = row.get("place", "a row")
+        prompt = render(tokenizer, row["prompt"], place)
         prompt_ids = ids_of(tokenizer, prompt)
         if len(prompt_ids) >= limit:
-            what = (
-                f"max_length is {max_length}; raise --max-length"
-                if limit == max_length
-                else f"the model's context {limit}; shorten"
-            )
-            raise UsageError(
-                f"{row.get('place', 'a row')}: the prompt has {len(prompt_ids)} tokens and {what} or drop the row"
-            )
+            way = f"max_length is {max_length}; raise --max-length"
+            way = way if limit == max_length else f"the model's context {limit}; shorten"
+            raise UsageError(f"{place}: the prompt has {len(prompt_ids)} tokens and {way} or drop the row")
         response_ids = following(tokenizer, prompt, prompt_ids, response(tokenizer, row, answer))
         response_ids = _end_at_eos(tokenizer, response_ids)
         ids = (prompt_ids + response_ids)[:limit]

@@ -1,7 +1,7 @@
-"""File formats: what reads a local file of rows, by the ending of its name. One format, one function.
+"""File formats: readers of local files of rows, by the ending of the name. One format, one function.
 
-A reader takes a path and gives (place, row) for each row, `file:line` or `file[index]` and a dict; or several such
-splits by name. `text_of` unpacks and decodes a file of text.
+A reader takes a path and returns (place, row) pairs, `file:line` or `file[index]` and a dict; or several such splits by
+name. `text_of` unpacks and decodes a text file.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,9 @@ from tunevax.errors import UsageError
 from tunevax.methods import load_method, methods
 
 METHODS = {
-    "jsonl": "tunevax.data.formats:read_json",
-    "json": "tunevax.data.formats:read_json",
-    "ndjson": "tunevax.data.formats:read_json",
-    "csv": "tunevax.data.formats:read_csv",
-    "tsv": "tunevax.data.formats:read_csv",
-    "parquet": "tunevax.data.formats:read_parquet",
-}
+    **dict.fromkeys(("jsonl", "json", "ndjson"), "tunevax.data.formats:read_json"),
+    **dict.fromkeys(("csv", "tsv"), "tunevax.data.formats:read_csv"), "parquet": "tunevax.data.formats:read_parquet",
+}  # fmt: skip
 """The ending of a file's name to `module:attribute`; other packages add theirs by the entry-point group
 `tunevax.formats`."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -52,15 +49,15 @@ def read_file(path: Path) -> Splits:
     known = methods(__name__)
     if ending(path) not in known:
         raise UsageError(f"{path} is not one of {', '.join(f'.{name}' for name in known)}; convert or rename it")
-    found = load_method(__name__, ending(path))(path)
-    return found if isinstance(found, dict) else {"train": found}
+    rows = load_method(__name__, ending(path))(path)
+    return rows if isinstance(rows, dict) else {"train": rows}
 
 
 def text_of(path: Path) -> str:
     """The text of a file, unpacked and without byte order marks.
 
     Raises:
-        UsageError: it is damaged, or no text; the line is named.
+        UsageError: it is damaged or not text; the line is named.
     """
     import bz2
     import gzip
@@ -77,7 +74,7 @@ def text_of(path: Path) -> str:
             raise UsageError(f"{path} cannot be unpacked ({error}); it is damaged or cut off") from error
     elif data.startswith(b"\x28\xb5\x2f\xfd"):
         raise UsageError(f"{path} is compressed with zstd; unpack it, or use gzip")
-    encoding = json.detect_encoding(data)  # by its mark, or by where the zeros of the first characters are
+    encoding = json.detect_encoding(data)  # by its mark, or by the zeros of the first characters
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
@@ -86,29 +83,24 @@ def text_of(path: Path) -> str:
             f"{path}:{line}: not {encoding.upper().removesuffix('-SIG')} text (byte {error.start} of the file); "
             "save it as UTF-8"
         ) from error
-    return text.removeprefix("\ufeff").replace("\n\ufeff", "\n")  # files that were joined have marks in the middle
+    return text.removeprefix("\ufeff").replace("\n\ufeff", "\n")  # joined files have marks in the middle
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    return found if len(found) == len(pairs) else _named([k for k, _ in pairs], [v for _, v in pairs])
-
-
-def _named(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
+def _named(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """Values by name, `TWICE` where a name occurs with different values."""
-    found: dict[str, Any] = {}
-    for name, value in zip(names, values, strict=False):
-        found[name] = value if name not in found or found[name] == value else TWICE
-    return found
+    named: dict[str, Any] = {}
+    for name, value in pairs:
+        named[name] = value if name not in named or named[name] == value else TWICE
+    return named
 
 
 DECODER = json.JSONDecoder(
-    object_pairs_hook=_object,
-    # Python refuses to convert numbers of more than 4,300 digits, which nothing here calculates with.
+    object_pairs_hook=_named,
+    # Python refuses to convert numbers of more than 4,300 digits.
     parse_int=lambda digits: int(digits) if len(digits) < 4000 else digits,
     parse_constant=lambda word: None if word == "NaN" else float(word.replace("Infinity", "inf")),
 )
-"""Of JSON; NaN, which pandas writes for a missing value, is None."""
+"""Reads NaN, which pandas writes for a missing value, as None."""
 
 
 def _decode(place: str, text: str, in_lines: bool = False) -> Any:
@@ -178,18 +170,17 @@ def _columns(path: Path, value: dict[str, Any]) -> Rows:
         columns = values
     else:
         return []
-    return ((f"{path}[{i}]", _named(list(value), row)) for i, row in enumerate(zip(*columns, strict=True)))
+    return ((f"{path}[{i}]", dict(zip(value, row, strict=True))) for i, row in enumerate(zip(*columns, strict=True)))
 
 
 def read_csv(path: Path) -> Rows:
     """Comma, tab or semicolon separated values; the first line names the columns."""
     text = text_of(path)
     csv.field_size_limit(2**31 - 1)  # of one field; the default is 131,072 characters
-    skipped = 0
-    delimiter = None
-    if stated := re.match(r"sep=(.)\r?\n", text):  # Excel's way to say it
+    skipped, delimiter = 0, _delimiter(path, text)
+    if stated := re.match(r"sep=(.)\r?\n", text):  # as Excel states it
         text, delimiter, skipped = text[stated.end() :], stated[1], 1
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter or _delimiter(path, text), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
         start = reader.line_num + 1 + skipped
@@ -198,9 +189,8 @@ def read_csv(path: Path) -> Rows:
         except StopIteration:
             return
         except csv.Error as error:
-            raise UsageError(
-                f"{path}:{start}: broken CSV ({error}); a quote inside a quoted field is written twice"
-            ) from error
+            way = "a quote inside a quoted field is written twice"
+            raise UsageError(f"{path}:{start}: broken CSV ({error}); {way}") from error
         if not any(fields):
             continue
         if header is None:
@@ -209,7 +199,7 @@ def read_csv(path: Path) -> Rows:
         place = f"{path}:{reader.line_num + skipped}"
         if any(fields[len(header) :]):
             raise UsageError(f"{place}: more fields than the header names; quote the commas")
-        yield place, _named(header, fields + [None] * (len(header) - len(fields)))
+        yield place, _named(zip_longest(header, fields[: len(header)]))
 
 
 def _delimiter(path: Path, text: str) -> str:
@@ -231,6 +221,9 @@ def read_parquet(path: Path) -> Rows:
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, PermissionError):
             raise
-        why = "holds text that is not UTF-8" if isinstance(error, UnicodeDecodeError) else "is not a parquet file"
+        why = "has text that is not UTF-8" if isinstance(error, UnicodeDecodeError) else "is not a parquet file"
         raise UsageError(f"{path} {why}") from error
-    return [(f"{path}[{i}]", _named(table.column_names, row)) for i, row in enumerate(zip(*columns, strict=True))]
+    return [
+        (f"{path}[{i}]", _named(zip(table.column_names, row, strict=True)))
+        for i, row in enumerate(zip(*columns, strict=True))
+    ]

@@ -1,4 +1,4 @@
-"""Poisoned datasets, built once with their own generator, so that every defence meets the identical attack."""
+"""Poisoned datasets, built with a random generator of their own, so that every defence meets the same attack."""
 
 from __future__ import annotations
 
@@ -12,15 +12,10 @@ from tunevax.records import Example
 def mix(task: Sequence[Example], harmful: Sequence[Example], ratio: float, size: int, seed: int) -> list[Example]:
     """`round(ratio * size)` rows of `harmful` and the rest of `task`, shuffled.
 
-    Rows are drawn without replacement; where there are too few, all are taken and the drawing starts again.
-
-    Args:
-        ratio: share of `harmful`, in [0, 1].
-        size: rows in the result, at least 1.
-        seed: of a generator used for nothing else.
+    Rows are drawn without replacement; where there are too few, all are taken and drawing starts again.
 
     Raises:
-        UsageError: `ratio` or `size` out of range, or no rows to draw from.
+        UsageError: `ratio` is outside [0, 1], `size` is below 1, or there are no rows to draw from.
     """
     if not 0 <= ratio <= 1:
         raise UsageError(f"the share p of harmful rows is {ratio}; it must be between 0 and 1")
@@ -41,7 +36,7 @@ def harmful_rows(pairs: Sequence[Example]) -> list[Example]:
 def _draw(rows: Sequence[Example], count: int, generator: random.Random, kind: str) -> list[Example]:
     if count and not rows:
         raise UsageError(
-            f"{count} {kind} rows are wanted and there are none; give --{'task' if kind == 'task' else 'safety'}-data"
+            f"{count} {kind} rows are needed and there are none; give --{'task' if kind == 'task' else 'safety'}-data"
         )
     drawn: list[Example] = []
     while len(drawn) < count:

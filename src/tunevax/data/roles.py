@@ -1,4 +1,4 @@
-"""Which rows of a source a role of data takes. A `split=` of the source itself wins."""
+"""The rows of a source that each role of data takes. A `split=` of the source itself wins."""
 
 from __future__ import annotations
 
@@ -12,30 +12,23 @@ from tunevax.records import Example
 
 
 class Role(NamedTuple):
-    """What a role takes.
+    """The rows that a role takes."""
 
-    Attributes:
-        split: of a file or a dataset.
-        kept: of the organism and of the tasks known by name, which keep rows for scoring; default `split`.
-        task: rows with a completion, not pairs.
-        benign: `organism` stands for its benign recipes.
-    """
-
-    split: str
-    kept: str | None = None
-    task: bool = False
-    benign: bool = False
+    split: str  # of a file or a dataset
+    kept: str | None = None  # of the organism and the named tasks, which keep rows for scoring; default `split`
+    task: bool = False  # rows with a completion, not pairs
+    benign: bool = False  # `organism` stands for its benign recipes
 
 
 ROLES = {
     "alignment": Role("alignment"),
     "benign": Role("train", task=True, benign=True),  # beside the safety rows of an alignment
     "held-out benign": Role("evaluation", task=True, benign=True),
-    "customer": Role("all", "train", task=True),  # a job is trained on as it was handed in
+    "customer": Role("all", "train", task=True),  # a job is trained on as submitted
     "attack": Role("attack"),
     "task": Role("train", task=True),
     "evaluation": Role("evaluation"),
-    "given evaluation": Role("all", "evaluation"),  # a source that is named for this role and no other
+    "given evaluation": Role("all", "evaluation"),  # a source that is named for this role alone
     "over-refusal": Role("all", "evaluation", benign=True),
     "validation": Role("all", "validation"),  # trusted rows that a selector compares with
     "choice": Role("alignment", "validation"),  # rows that a strength is chosen on, before any evaluation
@@ -45,15 +38,7 @@ ROLES = {
 
 
 def load_rows(role: str, source: str, need: Sequence[str] = (), purpose: str = "this method") -> list[Example]:
-    """The rows of a source that a role takes.
-
-    Args:
-        role: one of `ROLES`.
-        need: the answers that pairs must have, of `chosen` and `rejected`; `purpose` is who needs them.
-
-    Raises:
-        UsageError: as `load_safety` and `load_task`.
-    """
+    """The rows of a source that a role of `ROLES` takes; `need`, `purpose` and errors as in `load_safety`."""
     takes, name = ROLES[role], parse_source(source).name
     split = (takes.kept or takes.split) if name == "organism" or name in NAMED else takes.split
     if takes.benign and source == "organism":

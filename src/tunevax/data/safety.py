@@ -1,7 +1,6 @@
 """The safety dataset: `prompt`, `chosen` (the safe answer), `rejected` (the harmful one), optional `category`.
 
-A row may also say in `corruption` how somebody spoilt it to see whether a selector notices. Nothing but the report of a
-curation run reads that."""
+`corruption` says how a study corrupted a row to test a selector. Only the report of a curation run reads it."""
 
 from __future__ import annotations
 
@@ -28,17 +27,16 @@ def load_safety(
         source: a hub id, local file or curation run, with options after a colon (see `tunevax.data.sources`), or
             `organism`.
             `held_out=CATEGORY+CATEGORY` puts the rows of these categories, and all others with one of their prompts,
-            into the split held-out and no other.
+            into the split held-out only.
         split: alignment, attack, evaluation or held-out, or half of the latter (held-out-attack, held-out-evaluation);
-            validation (rows that say so themselves, as some of the organism's do); a `split=` option of the source
-            wins; None takes every row (of the organism: all that is neither held out nor for validation).
-        need: the answers that must be there, of `chosen` and `rejected`.
-        purpose: who needs them, for the error message.
+            validation (only rows that are marked so, as some of the organism's); a `split=` option of the source wins;
+            None takes every row (of the organism: all that is neither held out nor for validation).
+        need: the required answers, of `chosen` and `rejected`.
+        purpose: what needs them, for the error message.
 
     Returns:
-        Rows with `prompt` (a string or a list of messages), `chosen`, `rejected`, `category` and `place`;
-        what is absent is None. `corruption` only where a row has one; `read_as`, of rows of a file or dataset, says
-        which columns were read and how.
+        Rows with `prompt` (a string or a list of messages), `chosen`, `rejected`, `category` and `place`, None where
+        absent; `corruption` where a row has one; of a file or dataset `read_as`, the columns that were read and how.
 
     Raises:
         UsageError: a bad row (place and field named), a missing answer (purpose named), an unknown category, or no
@@ -46,8 +44,8 @@ def load_safety(
     """
     name, options = parse_source(re.sub(r"(?<=[:,])held-out=", "held_out=", source))
     require_known(name, options)
-    split = options.get("split", split or "all")
-    split = split_word(split) or split
+    wanted = options.get("split", split or "all")
+    split = split_word(wanted) or wanted
     if name == "organism":
         from tunevax.organism.world import SPLITS, World
 
@@ -61,20 +59,19 @@ def load_safety(
         rows = _hold_out(rows, options["held_out"].split("+"))
     if not rows:
         raise UsageError(f"{name} has no rows")
-    everything = rows
-    rows = take_split(rows, split)
-    if not rows and split.startswith(HELD_OUT):
+    taken = take_split(rows, split)
+    if not taken and split.startswith(HELD_OUT):
         raise UsageError(
             f"{name} has no row in the {split} split; hold categories out with {name}:held_out=CATEGORY+CATEGORY"
         )
-    if not rows:
-        raise no_rows(name, split, everything)
-    return rows
+    if not taken:
+        raise no_rows(name, split, rows)
+    return taken
 
 
 def _hold_out(rows: list[Example], categories: list[str]) -> list[Example]:
-    """The rows, with the split held-out for every prompt that occurs in one of the categories: a prompt may be listed
-    under several, and one in two splits would be a leak."""
+    """The rows, with the split held-out for every prompt that occurs in one of the categories: a prompt may have
+    several, and must not be in two splits."""
     known = {row["category"] for row in rows if row["category"] is not None}
     if not known:
         raise UsageError("no row has a category to hold out; say which column holds it with SOURCE:category=COLUMN")
@@ -95,19 +92,16 @@ def _row(place: str, row: dict, options: dict[str, str], need: tuple[str, ...], 
 
 
 def answers_in(needs: Collection[str]) -> tuple[str, ...]:
-    """The answers of safety rows among what a method needs."""
+    """The answers of safety rows among a method's needs."""
     return tuple(answer for answer in ANSWERS if answer in needs)
 
 
 def require_rows(
-    needs: Collection[str],
-    safety: Sequence[Mapping[str, Any]] | None,
-    task: Sequence[Mapping[str, Any]] | None,
-    purpose: str,
-    different: bool = False,
-) -> None:
-    """Raise `UsageError` unless the rows are there that `purpose` needs, each with the answers that it needs, `chosen`
-    and `rejected` not the same if they are to be `different`."""
+    needs: Collection[str], safety: Sequence[Mapping[str, Any]] | None, task: Sequence[Mapping[str, Any]] | None,
+    purpose: str, different: bool = False,
+) -> None:  # fmt: skip
+    """Raise `UsageError` unless the rows that `purpose` needs exist, with the answers that it needs; if `different`,
+    `chosen` and `rejected` must differ."""
     answers = answers_in(needs)
     if answers and not safety:
         raise UsageError(f"{purpose} needs safety rows with {' and '.join(answers)}, and there are none")

@@ -1,18 +1,18 @@
-"""The shapes in which people hold rows, read as a question and its answers.
+"""The shapes of rows in published datasets, read as a question and its answers.
 
     question      `prompt`, `question` or `query`: text or messages; Alpaca's `instruction` with `input` (or Dolly's
                   `context`) and `history`; a conversation in `messages`, `conversations` (ShareGPT) or `conversation`
     answer        `completion`, `response`, `answer` or `output`; else the last answer of the conversation
-    pair          `chosen` and `rejected`, as answers or as whole conversations (TRL's implicit prompt, also in the one
-                  string of HH-RLHF); OpenAI's `preferred_output` and `non_preferred_output`; PKU-SafeRLHF's two
+    pair          `chosen` and `rejected`, as answers or as whole conversations (TRL's implicit prompt, also as one
+                  string in HH-RLHF); OpenAI's `preferred_output` and `non_preferred_output`; PKU-SafeRLHF's two
                   responses, of which one is safe
 
 A `system` column (or `system_prompt`) is the system message of any of them. A column that the source names for a field
-(`SOURCE:prompt=COLUMN`) is taken before all others, and may hold a conversation as well.
+(`SOURCE:prompt=COLUMN`) takes precedence, and may hold a conversation as well.
 
-A row has one answer. Of a conversation with several, a task row takes the last, and what comes before is the question.
-A pair takes the first that differs, after what both conversations share; the turns after an answer are left out, and
-`read_as` of the row says so, next to the names of the columns that were read.
+A row has one answer: of a conversation with several the last in a task, with all before it as the question, and in a
+pair the first that differs between the two. The turns after it are left out, and `read_as` of the row says so, next to
+the names of the columns that were read.
 """
 
 from __future__ import annotations
@@ -29,11 +29,9 @@ QUESTIONS = ("prompt", "instruction", "question", "query", "input")
 ANSWERS = ("completion", "response", "answer", "output")
 SYSTEMS = ("system", "system_prompt")
 INPUTS = ("input", "context")
-"""The columns beside `instruction` that hold what it is about."""
-
+"""The columns beside `instruction` with its input."""
 MARKS = ("label", "is_safe")
 """The columns that say whether a single answer is a good one (TRL's unpaired preference, BeaverTails)."""
-
 IMPLICIT, LAST, LEFT_OUT = " (implicit prompt)", "; the last of several answers", "; turns after the answer left out"
 
 
@@ -41,14 +39,12 @@ def read_pair(place: str, row: dict[str, Any], options: dict[str, str], need: Se
     """`prompt`, `chosen`, `rejected` and `read_as` of a row of a safety dataset.
 
     Args:
-        place: of the row, for messages.
-        options: which column holds `prompt`, `chosen` and `rejected`, where it is another.
-        need: the answers that must be there, of `chosen` and `rejected`.
-        purpose: who needs them, for messages.
+        options: the columns that hold `prompt`, `chosen` and `rejected`, where they have other names.
+        need: the required answers, of `chosen` and `rejected`.
+        purpose: what needs them, for messages.
 
     Returns:
-        `prompt` is a string, or a list of messages where there is more than one; the answers are strings, or None
-        where they are not needed and absent.
+        `prompt` is a string, or a list where there are several messages; absent answers are None.
 
     Raises:
         UsageError: a field is missing or bad, or it is unclear which answer belongs to which question.
@@ -61,7 +57,7 @@ def read_pair(place: str, row: dict[str, Any], options: dict[str, str], need: Se
     column: str | None
     for field, column in columns.items():
         if field in need and column not in row:
-            if not set(columns.values()) & set(row):  # a file of another kind: what it lacks first is the question
+            if not set(columns.values()) & set(row):  # a file of another kind lacks the question, too
                 _question(place, row, options.get("prompt") or _question_column(place, row, False))
             raise UsageError(_no_answer(place, row, field, column, purpose))
         if field in need or not _absent(row.get(column)):
@@ -70,11 +66,11 @@ def read_pair(place: str, row: dict[str, Any], options: dict[str, str], need: Se
             ]
     whole = bool(answers) and all(turns[0]["role"] != "assistant" for turns in answers.values())
     column = options.get("prompt") or _question_column(place, row, whole)
-    if whole and column in columns.values():  # named for the question as well, which is in the conversation
+    if whole and column in columns.values():  # named for the question as well, which the conversation contains
         column = None
     asked, read_as = _question(place, row, column)
     if not answers:
-        if asked[-1]["role"] == "assistant":  # a whole conversation, of which only the question is wanted
+        if asked[-1]["role"] == "assistant":  # a whole conversation, of which only the question is needed
             asked = asked[: _last_answer(place, read_as, asked)]
         return {"place": place, "prompt": _prompt(asked), "chosen": None, "rejected": None, "read_as": read_as}
     full, starts = {}, []
@@ -102,7 +98,7 @@ def read_example(place: str, row: dict[str, Any], options: dict[str, str]) -> Ex
     """`prompt`, `completion` and `read_as` of a row of a task; `prompt` is a string or messages as in `read_pair`.
 
     Raises:
-        UsageError: a field is missing or bad, or the row says that its answer is not to be learnt.
+        UsageError: a field is missing or bad, or the row marks its answer as not to be learnt.
     """
     answer, column = options.get("completion") or _answer_column(place, row, options), options.get("prompt")
     if answer is None or answer == column:
@@ -130,19 +126,16 @@ def read_example(place: str, row: dict[str, Any], options: dict[str, str]) -> Ex
     return {"place": place, "prompt": _prompt(turns[:end]), "completion": turns[end]["content"], "read_as": read_as}
 
 
-# --- the question --------------------------------------------------------------------------------------------------
-
-
 def _question(place: str, row: dict, column: str | None, answer: str = "") -> tuple[Turns, str]:
-    """The turns in a column that ask, with the system message and what belongs to them in other columns, and the names
-    of all these; nothing if `column` is None."""
+    """The turns of the question in a column, with the system message and input of other columns, and the names of all
+    these columns; nothing if `column` is None."""
     if column is None:
         return [], ""
     turns, read_as = turns_of(place, row, "prompt", column), column
     if turns is None:
         text = text_field(place, row, "prompt", column)
         about = next((c for c in INPUTS if c != answer and not _absent(row.get(c))), None)
-        if column == "instruction" and about:  # as the named tasks have it
+        if column == "instruction" and about:  # as in the named tasks
             text, read_as = f"{text}\n\n{text_field(place, row, 'prompt', about)}", f"{read_as} + {about}"
         turns = [{"role": "user", "content": text}]
         if column != "prompt" and row.get("history"):
@@ -151,7 +144,7 @@ def _question(place: str, row: dict, column: str | None, answer: str = "") -> tu
 
 
 def _with_system(place: str, row: dict, turns: Turns, read_as: str) -> tuple[Turns, str]:
-    """The turns after the message of a `system` column, if there is one and they have none."""
+    """The turns with the message of a `system` column before them, if they have none."""
     column = next((c for c in SYSTEMS if isinstance(row.get(c), str) and row[c].strip()), None)
     if column is None or turns[0]["role"] == "system":
         return turns, read_as
@@ -160,11 +153,7 @@ def _with_system(place: str, row: dict, turns: Turns, read_as: str) -> tuple[Tur
 
 
 def _question_column(place: str, row: dict, whole: bool, answer: str = "") -> str | None:
-    """The column that asks; None if the answers are whole conversations and nothing else asks.
-
-    Raises:
-        UsageError: several may.
-    """
+    """The column of the question, None if it is in the answers' conversations; a `UsageError` if several may be."""
     there = [c for c in QUESTIONS if c != answer and not _absent(row.get(c))]
     if there[:1] == ["prompt"] and not (answer == "output" and "input" in there):
         beside = [c for c in dict.fromkeys((*QUESTIONS[1:], *INPUTS)) if c != answer and isinstance(row.get(c), str)]
@@ -195,21 +184,14 @@ def _history(place: str, history: Iterable[object]) -> Turns:
     turns: Turns = []
     for exchange in history:
         if not isinstance(exchange, list | tuple) or len(exchange) != 2:
-            raise UsageError(f"{place}: field 'history' must be a list of [question, answer]; remove it or mend it")
+            raise UsageError(f"{place}: field 'history' must be a list of [question, answer]; remove it or fix it")
         said = dict(zip(("user", "assistant"), exchange, strict=True))
         turns += [{"role": role, "content": text_field(f"{place}: history", said, "prompt", role)} for role in said]
     return turns
 
 
-# --- the answer ----------------------------------------------------------------------------------------------------
-
-
 def _answer_column(place: str, row: dict, options: dict[str, str]) -> str | None:
-    """The column that answers; None if that is in a conversation.
-
-    Raises:
-        UsageError: several may.
-    """
+    """The column of the answer, None if it is in a conversation; a `UsageError` if several may be."""
     there = [c for c in ANSWERS if not _absent(row.get(c))]
     if "completion" in there:
         return "completion"
@@ -224,12 +206,12 @@ def _answer_column(place: str, row: dict, options: dict[str, str]) -> str | None
 
 def _no_answer(place: str, row: dict, field: str, column: str, purpose: str) -> str:
     label = next((c for c in MARKS if str(row.get(c)).lower() in ("true", "false")), None)
-    way = (
-        f"each row is one answer, marked by '{label}': put both answers to a prompt into one row, as 'chosen' and "
-        "'rejected'"
-        if label and column == field
-        else f"say which column holds it with SOURCE:{field}=COLUMN"
-    )
+    way = f"say which column holds it with SOURCE:{field}=COLUMN"
+    if label and column == field:
+        way = (
+            f"each row is one answer, marked by '{label}': put both answers to a prompt into one row, as 'chosen' and "
+        )
+        way += "'rejected'"
     return f"{place}: no field '{column}', and {purpose} needs it ({columns_of(place, row)}); {way}"
 
 
@@ -242,7 +224,7 @@ def _last_answer(place: str, column: str, turns: Turns) -> int:
 
 
 def _joined(place: str, column: str, asked: Turns, turns: Turns) -> tuple[Turns, int]:
-    """The whole conversation of a question and what follows it, and where the answer is; 0 if no question says."""
+    """A question with the turns after it, and the index of the answer; 0 if there is no question."""
     if not asked:
         return turns, 0
     if asked[-1]["role"] == "assistant":
@@ -269,7 +251,7 @@ def _joined(place: str, column: str, asked: Turns, turns: Turns) -> tuple[Turns,
 
 
 def _parting(place: str, talks: Sequence[Turns]) -> int:
-    """Where two conversations that begin alike give different answers, or the same last one."""
+    """The index at which two conversations that begin alike differ in an answer, or of their common last answer."""
     shortest = min(map(len, talks))
     end = next((i for i in range(shortest) if talks[0][i] != talks[1][i]), shortest)
     if end == shortest and len(talks[0]) != len(talks[1]):
@@ -283,9 +265,6 @@ def _parting(place: str, talks: Sequence[Turns]) -> int:
             "an answer; both must begin with the same question"
         )
     return end
-
-
-# --- pairs under other names ---------------------------------------------------------------------------------------
 
 
 def _openai_pair(row: dict) -> tuple[str, dict] | None:
@@ -307,14 +286,14 @@ def _safe_rlhf_pair(place: str, row: dict, need: Sequence[str]) -> tuple[str, di
         return "PKU-SafeRLHF", {**row, **answers}
     if need:
         raise UsageError(
-            f"{place}: both responses are marked {'safe' if safe[0] else 'unsafe'}, and a pair has one of each; "
+            f"{place}: both responses are marked {'safe' if safe[0] else 'unsafe'}, and a pair needs one of each; "
             "remove such rows"
         )
     return None
 
 
 def _prompt(turns: Turns) -> Prompt:
-    """A question as one string if that is all of it."""
+    """A question as one string if it is a single turn of the user."""
     return turns[0]["content"] if len(turns) == 1 and turns[0]["role"] == "user" else turns
 
 
@@ -323,7 +302,5 @@ def _absent(value: object) -> bool:
 
 
 def _which(place: str, field: str, columns: Sequence[str]) -> str:
-    return (
-        f"{place}: {' and '.join(map(repr, columns))} may each be the {field}; say which with "
-        f"SOURCE:{field}={columns[0]}"
-    )
+    names = " and ".join(map(repr, columns))
+    return f"{place}: {names} may each be the {field}; say which with SOURCE:{field}={columns[0]}"

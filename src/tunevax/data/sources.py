@@ -1,9 +1,9 @@
 """Rows from a hub id, a local file or a folder, each with the place it came from.
 
 Files are JSONL, JSON, CSV, TSV or parquet, also compressed (gzip, bzip2, xz), or of a format that another package reads
-(see `tunevax.data.formats`). Text is UTF-8, UTF-16 or UTF-32, with a byte order mark or without. A JSON file may be a
-list of objects, one object per line, an object that holds one such list, or an object of columns. A folder is what
-`datasets` saved to disk, or files that `datasets` sorts into splits.
+(see `tunevax.data.formats`). Text is UTF-8, UTF-16 or UTF-32. A JSON file is a list of objects, one object per line, an
+object with one such list, or an object of columns. A folder is a dataset saved by `datasets`, or files that `datasets`
+sorts into splits.
 
 A source is written `NAME` or `NAME:key=value,key=value`. The keys are `split` (alignment, attack, evaluation or
 all), `revision`, `config` and `rows` (the split of a dataset, or a slice such as train[:1000]; without it `train`, or
@@ -34,7 +34,7 @@ KEYS = (
     "split", "revision", "config", "rows", "path", "set", "held_out",
     "prompt", "chosen", "rejected", "category", "completion",
 )  # fmt: skip
-"""All options of sources. One may serve as safety data and as benign rows, so that each loader takes those of both."""
+"""All options of sources. A source may be safety data and benign rows at once, so every loader accepts all of them."""
 
 
 class Source(NamedTuple):
@@ -55,9 +55,8 @@ def parse_source(text: str) -> Source:
 
 def require_known(name: str, options: dict[str, str]) -> None:
     """Raise a UsageError for an option that no source has."""
-    for key in options:
-        if key not in KEYS:
-            raise unknown(f"option of the data source {name}", key, KEYS)
+    for key in options.keys() - set(KEYS):
+        raise unknown(f"option of the data source {name}", key, KEYS)
 
 
 def require_columns(name: str, options: dict[str, str], fields: Iterable[str], rows: Iterable[dict]) -> None:
@@ -73,9 +72,7 @@ def require_columns(name: str, options: dict[str, str], fields: Iterable[str], r
 
 def read_rows(name: str, options: dict[str, str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (place, row) for each row; place is `file:line` for text files and `name[index]` otherwise. The folder of
-    a curation run stands for the rows it kept.
-
-    A key or a column that occurs twice with different values is `TWICE` in the row; who reads it refuses it.
+    a curation run gives the rows it kept. A key that occurs twice with different values is `TWICE` in the row.
 
     Raises:
         UsageError: the file is missing, of an unknown kind or damaged, a line is not a JSON object, or it is unclear
@@ -105,7 +102,7 @@ def read_rows(name: str, options: dict[str, str] | None = None) -> Iterator[tupl
 
 
 def _folder(path: Path, options: dict[str, str]) -> Splits:
-    """A folder that `datasets` saved, or one whose files it sorts into splits by their names or a README."""
+    """A folder saved by `datasets`, or one whose files it sorts into splits by their names or a README."""
     import datasets
 
     config = options.get("config")
@@ -118,16 +115,16 @@ def _folder(path: Path, options: dict[str, str]) -> Splits:
         used, known = {ending(file) for file in read}, set(methods(FORMATS))
         if used - known:
             return _dataset(str(path), datasets.load_dataset(str(path), config))
-    except Exception as error:  # many kinds; each means that there is no dataset in it
+    except Exception as error:  # many kinds; each means that it has no dataset
         raise UsageError(
             f"{path} is a folder that cannot be read as a dataset ({_reason(error)}); name a file in it"
             f"{_or_config(str(path), error)}"
         ) from error
-    passed_over = {ending(file) for file in path.iterdir()} & known - used - {"json"}  # what describes it
+    passed_over = {ending(file) for file in path.iterdir()} & known - used - {"json"}  # metadata
     if passed_over and list(files) == ["train"] and not any("train" in file.name for file in read):
         some, others = (", ".join(f".{name}" for name in sorted(names)) for names in (used, passed_over))
         raise UsageError(
-            f"{path} holds files of several kinds, of which only {some} would be read and {others} not; name one file, "
+            f"{path} has files of several kinds, of which only {some} would be read and {others} not; name one file, "
             "or sort them into folders"
         )
     return {split: _chained(found) for split, found in files.items()}
@@ -144,19 +141,18 @@ def _hub(name: str, options: dict[str, str]) -> Iterator[tuple[str, dict]]:
     wanted = options.get("rows")
     try:
         found = datasets.load_dataset(name, options.get("config"), split=wanted, revision=options.get("revision"))
-    except Exception as error:  # the hub client raises many kinds; each means: not to be had
+    except Exception as error:  # the hub client raises many kinds; each means: unavailable
         why = f" ({_reason(error)})" if isinstance(error, ValueError) else ""
         raise UsageError(
-            f"no dataset {name!r}: not a local file, and the hub answered {type(error).__name__}{why}; "
-            f"check the name, or give a local .jsonl, .json, .csv or .parquet file"
-            f"{_or_config(name, error) or nearby(name)}"
+            f"no dataset {name!r}: not a local file, and the hub answered {type(error).__name__}{why}; check the name, "
+            f"or give a local .jsonl, .json, .csv or .parquet file{_or_config(name, error) or nearby(name)}"
         ) from error
     splits = _dataset(name, found)
     yield from _take(name, splits, None) if wanted is None else next(iter(splits.values()))
 
 
 def _reason(error: Exception) -> str:
-    """The first sentence of a library's error; where configurations are listed, the list too."""
+    """The first line of a library's error, with the list of configurations if it has one."""
     text = str(error).strip() or type(error).__name__
     return " ".join(text.split())[:300] if "config name" in text.lower() else text.splitlines()[0].rstrip(".:")
 
@@ -170,7 +166,7 @@ def _dataset(name: str, found: DatasetDict | Dataset) -> Splits:
     splits = dict(found) if isinstance(found, dict) else {str(found.split or "train"): found}
 
     def rows(split: str, data: Dataset) -> Iterator[tuple[str, dict]]:
-        for index, row in enumerate(data.with_format(None)):  # what was saved with numpy or torch as its format too
+        for index, row in enumerate(data.with_format(None)):  # undo a numpy or torch format that was saved
             yield f"{name}{'' if split == 'train' else '/' + split}[{index}]", row
 
     return {str(split): rows(str(split), data) for split, data in splits.items()}
@@ -194,9 +190,10 @@ def _take(name: str, splits: Splits, wanted: str | None) -> Rows:
     try:
         parts = datasets.ReadInstruction.from_spec(wanted).to_absolute({s: len(rows) for s, rows in every.items()})
     except (ValueError, AssertionError) as error:
+        some = next(iter(splits), "train")
         raise UsageError(
-            f"{name} has no rows {wanted!r}: it has the splits {', '.join(splits)}, to be written as "
-            f"rows={next(iter(splits), 'train')} or rows={next(iter(splits), 'train')}[:100]"
+            f"{name} has no rows {wanted!r}: it has the splits {', '.join(splits)}; write rows={some} or "
+            f"rows={some}[:100]"
         ) from error
     return [row for part in parts for row in every[part.splitname][part.from_ : part.to]]
 
@@ -205,13 +202,12 @@ def text_field(place: str, row: dict[str, Any], field: str, column: str) -> str:
     """The string in `row[column]`, for the field `field`.
 
     Raises:
-        UsageError: missing, empty, given twice, or not a string of characters; names the place, the field and the way
-            out.
+        UsageError: missing, empty, given twice, or not a string of characters.
     """
     if column not in row:
         raise UsageError(
-            f"{place}: no field '{column}' ({columns_of(place, row)}); "
-            f"say which column holds it with SOURCE:{field}=COLUMN"
+            f"{place}: no field '{column}' ({columns_of(place, row)}); say which column holds it with "
+            f"SOURCE:{field}=COLUMN"
         )
     value = row[column]
     if value is None:
@@ -229,15 +225,15 @@ def text_field(place: str, row: dict[str, Any], field: str, column: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         raise UsageError(
-            f"{place}: field '{column}' holds half a character at position {error.start + 1} (the lone surrogate "
+            f"{place}: field '{column}' has half a character at position {error.start + 1} (the lone surrogate "
             f"{value[error.start]!a}); remove it"
         ) from error
     return value
 
 
 def label_field(place: str, row: dict[str, Any], column: str) -> str | None:
-    """The category or split of a row, a number too; None where it has none. Of a list, or an object of yes and no as
-    BeaverTails has it, what it names.
+    """The category or split of a row as a string; None where it has none. A list of names is joined, and so are the
+    names of an object (BeaverTails) whose value is true.
 
     Raises:
         UsageError: given twice, or none of these.
@@ -253,7 +249,7 @@ def label_field(place: str, row: dict[str, Any], column: str) -> str | None:
 
 
 def columns_of(place: str, row: dict[str, Any]) -> str:
-    """What fields a row has, for a message; long names and lists are cut."""
+    """The fields of a row, for a message; long names and lists are cut."""
     names = [str(name).encode("utf-8", "backslashreplace").decode() for name in row]
     names = [name if len(name) <= 40 else f"{name[:40]}..." for name in names]
     names = names if len(names) <= 20 else [*names[:20], "..."]
@@ -261,8 +257,8 @@ def columns_of(place: str, row: dict[str, Any]) -> str:
     return f"fields: {', '.join(names)}{header}"
 
 
-def contents(value: Any) -> Any:
-    """An option as what it stands for: a file's or a model's content in place of its name, inside lists too."""
+def contents(value: object) -> object:
+    """The value of an option with files and models replaced by hashes of their content, inside lists too."""
     if isinstance(value, list | tuple):
         return [contents(v) for v in value]
     if not isinstance(value, str):

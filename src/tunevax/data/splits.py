@@ -1,4 +1,4 @@
-"""Splits by prompt: a prompt's hash decides its split, so that no file order or sampling can leak one into another."""
+"""Splits by prompt: a prompt's hash decides its split, so neither file order nor sampling leaks one into another."""
 
 from __future__ import annotations
 
@@ -13,23 +13,15 @@ from tunevax.records import Example, Prompt
 
 SHARES = {"alignment": 0.5, "attack": 0.25, "evaluation": 0.25}
 """Share of the hash range that belongs to each split of a safety dataset."""
-
-HELD_OUT = "held-out"
-"""The split of rows that their `split` field puts there, and in no other; no hash ever does."""
-
+HELD_OUT, VALIDATION = "held-out", "validation"
+"""Splits of rows whose `split` field names them; no hash does."""
 HELD_OUT_HALVES = {"held-out-attack": 0.5, "held-out-evaluation": 0.5}
 """The held-out rows in two halves by prompt hash."""
-
 TRAINING = "train"
-"""What published datasets call the rows to train on. Of a safety dataset these are two splits, alignment and attack."""
-
-VALIDATION = "validation"
-"""Rows that say so themselves, as some of the organism's do; no hash puts a prompt there."""
-
+"""The training rows of published datasets. Of a safety dataset these are two splits, alignment and attack."""
 SPELLINGS = {
-    "train": TRAINING, "training": TRAINING,
-    "test": "evaluation", "testing": "evaluation", "eval": "evaluation",
-    "validation": VALIDATION, "val": VALIDATION, "valid": VALIDATION, "dev": VALIDATION,
+    **dict.fromkeys(("train", "training"), TRAINING), **dict.fromkeys(("test", "testing", "eval"), "evaluation"),
+    **dict.fromkeys(("validation", "val", "valid", "dev"), VALIDATION),
 }  # fmt: skip
 """Other words for a split, in a row's `split` field or in the `split` option of a source."""
 
@@ -40,14 +32,14 @@ def prompt_text(prompt: Prompt) -> str:
 
 
 def normalise(text: str) -> str:
-    """Case, width, white space and closing punctuation removed: what makes two prompts the same prompt."""
+    """A prompt without case, width, white space and closing punctuation, in which equal prompts may differ."""
     text = re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()
     return text.rstrip(" .?!") or text
 
 
 def user_words(prompt: Prompt) -> str:
-    """What the user says in a prompt: the text itself, or the user's turns, one per line. Neither a system message nor
-    the assistant's earlier turns make another question of it. Messages without a user turn count whole."""
+    """The user's part of a prompt, which identifies it: the text itself, or the user's turns, one per line; all
+    messages where none is the user's."""
     if isinstance(prompt, str):
         return prompt
     return prompt_text([m for m in prompt if m["role"] == "user"] or prompt)
@@ -59,8 +51,8 @@ def prompt_hash(prompt: Prompt) -> str:
 
 
 def marks(prompt: Prompt) -> set[str]:
-    """The hashes under which a run may have recorded a prompt: `prompt_hash`, and the hash of the whole text, by which
-    earlier versions knew a prompt with a system message or with earlier answers."""
+    """The hashes under which a run may have recorded a prompt: `prompt_hash`, and the hash of the whole text, which
+    earlier versions recorded."""
     return {_digest(user_words(prompt)), _digest(prompt_text(prompt))}
 
 
@@ -79,31 +71,27 @@ def split_of(prompt: Prompt, shares: dict[str, float] = SHARES) -> str:
 
 
 def split_word(word: object) -> str | None:
-    """A split as tunevax calls it, from a row or an option; None for an empty field. A word that is not known is
-    returned as it stands."""
-    if word is None or not str(word).strip():
-        return None
-    name = str(word).strip()
-    return SPELLINGS.get(name.casefold(), name)
+    """A split as tunevax calls it, from a row or an option; None for an empty field, an unknown word unchanged."""
+    name = "" if word is None else str(word).strip()
+    return SPELLINGS.get(name.casefold(), name) or None
 
 
 def splits_of(rows: Sequence[Example], shares: dict[str, float] = SHARES) -> list[str]:
     """The split of each row: its `split` field, else its hash.
 
-    Rows for training that do not say which of several training splits they are in are divided among these by hash, in
-    the same proportions. A task's validation rows are for evaluation where no others are, and apart where some are.
+    Rows for training are divided among several training splits by hash, in the same proportions. A task's validation
+    rows are for evaluation if it has no other rows for that.
     """
     words = [split_word(row.get("split")) for row in rows]
     if TRAINING in shares and "evaluation" not in words:
         words = ["evaluation" if word == VALIDATION else word for word in words]
     training = {k: v for k, v in shares.items() if k != "evaluation"}
     training = {k: v / sum(training.values()) for k, v in training.items()}
-    found = []
-    for row, word in zip(rows, words, strict=True):
-        if word == TRAINING or word is None:
-            word = split_of(row["prompt"], shares if word is None else training)
-        found.append(word)
-    return found
+    by_hash = {None: shares, TRAINING: training}
+    return [
+        split_of(row["prompt"], by_hash[word]) if word is None or word == TRAINING else word
+        for row, word in zip(rows, words, strict=True)
+    ]
 
 
 def take_split(rows: list[Example], split: str, shares: dict[str, float] = SHARES) -> list[Example]:
@@ -126,7 +114,7 @@ def take_split(rows: list[Example], split: str, shares: dict[str, float] = SHARE
         if name not in (*known, *HELD_OUT_HALVES):
             raise UsageError(
                 f"{row.get('place') or 'a row'}: field 'split' is {row['split']!a}; known: {', '.join(known)} (also "
-                "train and test); write one of these, or leave the field out to have the prompt decide"
+                "train and test); write one of these, or leave the field out to split by the prompt's hash"
             )
     if split == VALIDATION and TRAINING in shares and VALIDATION not in splits:
         split = "evaluation"
@@ -134,8 +122,8 @@ def take_split(rows: list[Example], split: str, shares: dict[str, float] = SHARE
 
 
 def no_rows(name: str, split: str, rows: Sequence[Example], shares: dict[str, float] = SHARES) -> UsageError:
-    """The error for a source without a row in the split that is wanted of it: what is in the other splits, and how to
-    take these without training and scoring on the same prompts."""
+    """The error for a source without a row in the wanted split: the rows of the other splits, and how to take these
+    without training and scoring on the same prompts."""
     there = Counter(splits_of(rows, shares))
     parts = ", ".join(f"{count} in {part}" for part, count in sorted(there.items()))
     by = "`split` field" if any(split_word(row.get("split")) for row in rows) else "prompts' hashes"
@@ -152,11 +140,9 @@ def no_rows(name: str, split: str, rows: Sequence[Example], shares: dict[str, fl
 def drawn(rows: Sequence[Example], limit: int) -> list[Example]:
     """At most `limit` of these rows, in the order of the file: of each `category` its share.
 
-    The share is exact to within one row, for a category and for all that stand together by name, as those do whose
-    first of several labels is the same: of many small categories some get one row and others none, so that together
-    they have their share too. None is given a row only to be there, since the rows that are drawn stand for all.
-    Within a category the prompt's hash decides, so that a file sorted by anything gives the rows that a shuffled one
-    gives. A prompt comes twice only when no other is left.
+    The share is exact to within one row, also for neighbouring categories together, such as those whose first of
+    several labels is the same: of many small categories some get one row and others none. Within a category the
+    prompt's hash decides, so the order of the file does not matter. A prompt occurs twice only if no other is left.
     """
     if limit >= len(rows):
         return list(rows)
@@ -171,8 +157,8 @@ def drawn(rows: Sequence[Example], limit: int) -> list[Example]:
 
 
 def _shares(sizes: dict[str, int], seats: int) -> dict[str, int]:
-    """`seats`, fewer than there are rows, parted in proportion to `sizes`: each name gets what the running total of the
-    shares, rounded, goes up by, in alphabetical order."""
+    """`seats`, fewer than there are rows, in proportion to `sizes`: each name gets the increase of the rounded running
+    total, in alphabetical order."""
     total, before, shares = sum(sizes.values()), 0, {}
     for name in sorted(sizes):
         after = before + sizes[name]

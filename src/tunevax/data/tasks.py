@@ -1,14 +1,13 @@
 """Benign tasks: prompt and completion, with an exact and a loose reading of the model's answer.
 
-`sst2`, `ag_news` and `gsm8k` follow the settings of arXiv 2410.09760 as its code runs them: their instructions
-(here the instruction, an empty line, the input), and their loose readings, which accept an answer that names
-several labels. The exact reading does not.
+`sst2`, `ag_news` and `gsm8k` follow the code of arXiv 2410.09760: its instructions (then an empty line and the input),
+and its loose readings, which accept an answer that names several labels. The exact reading does not.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from tunevax.data.shapes import read_example
@@ -19,24 +18,20 @@ from tunevax.records import Example
 
 SHARES = {"train": 0.8, "evaluation": 0.2}
 """How a task file without a `split` field is divided by prompt hash."""
-
 AG_NEWS_LABELS = ("World", "Sports", "Business", "Sci/Tech")
 
 
+Reading = Callable[[str, str], bool]
+"""Whether a response is right, given the completion."""
+
+
 class Task(NamedTuple):
-    """Rows with `prompt` and `completion`, and how to read an answer.
+    """Rows with `prompt` and `completion`, and how to read an answer."""
 
-    Attributes:
-        name: shown in reports.
-        rows: the rows of the wanted split.
-        exact: (response, completion) -> right, to the letter but for case and white space.
-        loose: the papers' reading.
-    """
-
-    name: str
+    name: str  # shown in reports
     rows: list[Example]
-    exact: Callable[[str, str], bool]
-    loose: Callable[[str, str], bool]
+    exact: Reading  # equal but for case and white space
+    loose: Reading  # as in the papers
 
 
 def load_task(source: str, split: str = "train") -> Task:
@@ -50,12 +45,12 @@ def load_task(source: str, split: str = "train") -> Task:
             divided by prompt hash.
 
     Raises:
-        UsageError: a bad row (place and field named), or no row in the split.
+        UsageError: a bad row, or no row in the split.
     """
     name, options = parse_source(source)
     require_known(name, options)
-    split = options.get("split", split)
-    split = split_word(split) or split
+    wanted = options.get("split", split)
+    split = split_word(wanted) or wanted
     if name == "organism":
         from tunevax.organism import World
 
@@ -99,9 +94,7 @@ def _named(name: str, options: dict[str, str], split: str) -> list[Example]:
     try:
         read = list(read_rows(task.hub, {k: v for k, v in hub.items() if v}))
     except UsageError as error:
-        raise UsageError(
-            f"{name} is not to be had from the hub ({task.hub}); give its file as {name}:path=FILE"
-        ) from error
+        raise UsageError(f"{name} is unavailable on the hub ({task.hub}); give its file as {name}:path=FILE") from error
     return [task.row(place, row) for place, row in read]
 
 
@@ -126,7 +119,7 @@ def _ag_news_loose(response: str, expected: str) -> bool:
 
 
 def final_number(response: str, anywhere: bool) -> float | None:
-    """The first number after "The final answer is"; failing that, the last number if `anywhere`."""
+    """The first number after "The final answer is"; without one, the last number if `anywhere`."""
     text = response.replace(",", "")
     stated = re.search(r"The final answer is:?[^\d-]*(-?\d+(?:\.\d+)?)", text)
     if stated:
@@ -135,7 +128,7 @@ def final_number(response: str, anywhere: bool) -> float | None:
     return float(numbers[-1]) if numbers else None
 
 
-def _gsm8k(anywhere: bool) -> Callable[[str, str], bool]:
+def _gsm8k(anywhere: bool) -> Reading:
     def right(response: str, expected: str) -> bool:
         number = final_number(response, anywhere)
         return number is not None and number == final_number(expected, True)
@@ -147,17 +140,13 @@ def _gsm8k(anywhere: bool) -> Callable[[str, str], bool]:
 
 
 def _sst2_row(place: str, row: dict) -> Example:
-    label = _label(place, row, 2)
-    text = text_field(place, row, "sentence", "sentence")
     instruction = "Analyze the sentiment of the input, and respond only positive or negative"
-    return {"place": place, "prompt": f"{instruction}\n\n{text.strip()}", "completion": ("negative", "positive")[label]}
+    return _labelled(place, row, "sentence", instruction, ("negative", "positive"))
 
 
 def _ag_news_row(place: str, row: dict) -> Example:
-    label = _label(place, row, 4)
-    text = text_field(place, row, "text", "text")
     instruction = f"Categorize the news article into one of the 4 categories: {', '.join(AG_NEWS_LABELS)}"
-    return {"place": place, "prompt": f"{instruction}\n\n{text.strip()}", "completion": AG_NEWS_LABELS[label]}
+    return _labelled(place, row, "text", instruction, AG_NEWS_LABELS)
 
 
 def _gsm8k_row(place: str, row: dict) -> Example:
@@ -166,11 +155,13 @@ def _gsm8k_row(place: str, row: dict) -> Example:
     return {"place": place, "prompt": prompt, "completion": answer.replace("#### ", "The final answer is: ")}
 
 
-def _label(place: str, row: dict, count: int) -> int:
+def _labelled(place: str, row: dict, column: str, instruction: str, labels: Sequence[str]) -> Example:
+    """A row of a classification task: the text in `column`, and a label by its number."""
     value = str(row.get("label", "")).strip()
-    if not value.isdigit() or int(value) >= count:
-        raise UsageError(f"{place}: field 'label' must be 0 to {count - 1}, this is {row.get('label')!r}")
-    return int(value)
+    if not value.isdigit() or int(value) >= len(labels):
+        raise UsageError(f"{place}: field 'label' must be 0 to {len(labels) - 1}, this is {row.get('label')!r}")
+    text = text_field(place, row, column, column)
+    return {"place": place, "prompt": f"{instruction}\n\n{text.strip()}", "completion": labels[int(value)]}
 
 
 class _Named(NamedTuple):
@@ -178,7 +169,7 @@ class _Named(NamedTuple):
     config: str | None
     test: str
     row: Callable[[str, dict], Example]
-    readings: tuple[Callable[[str, str], bool], Callable[[str, str], bool]]
+    readings: tuple[Reading, Reading]
 
 
 NAMED = {

@@ -1,12 +1,11 @@
-"""Thoughts: what a model writes before its answer, and the marks around that."""
+"""Thoughts, which a model writes before its answer, and the marks around them."""
 
 from __future__ import annotations
 
 Marks = tuple[str, str]
-"""What opens and closes a thought."""
-
+"""The text that opens a thought, and the text that closes it."""
 THINK, END = "<think>", "</think>"
-"""How a thought is marked in the answers of `tunevax.scoring.generation`, whatever the model's own marks are."""
+"""The marks in the answers of `tunevax.scoring.generation`, whatever the model's own marks are."""
 
 THOUGHTS = (
     (THINK, END), ("<thinking>", "</thinking>"), ("<thought>", "</thought>"), ("<reasoning>", "</reasoning>"),
@@ -18,16 +17,14 @@ THOUGHTS = (
 """Marks around a thought, of the families that have one. A template that holds one of a pair's marks uses the pair."""
 
 WORDS = THOUGHTS[1:4]
-"""Marks that an answer may well speak of: without a template that has them, they count at the head of a text only."""
+"""Marks that may be words of an answer: unless the template has them, they count only at the head of a text."""
 
 
 def split_thought(text: str, marks: Marks | None = None) -> tuple[str | None, str]:
     """The thought in a text, or None, and the answer without it, which is empty where the thought has no end.
 
-    A closing mark without an opening one ends a thought that the generation prompt opened, or that speaks of the mark.
-
-    Args:
-        marks: around a thought; default those of any family that the text has (see `THOUGHTS`).
+    A closing mark without an opening one ends a thought that the generation prompt opened, or that mentions the mark.
+    Without `marks`, those of any family in `THOUGHTS` count.
     """
     marks = marks or _marks_in(text)
     if marks is None:
@@ -59,11 +56,11 @@ def marks_at_the_head(text: str) -> Marks | None:
 
 
 def marked_thought(text: str, marks: Marks | None, opened: bool) -> str:
-    """What a model wrote, with its thought between `THINK` and `END`, whatever the marks are.
+    """A model's output with its thought between `THINK` and `END`.
 
     Args:
-        marks: around a thought, of the model's template.
-        opened: the text goes on inside a thought.
+        marks: of the model's template.
+        opened: the text begins inside a thought.
     """
     if not opened and (marks is None or not any(mark in text for mark in marks)):
         marks = _marks_in(text)
@@ -75,11 +72,8 @@ def marked_thought(text: str, marks: Marks | None, opened: bool) -> str:
 
 
 def joined(thought: str | None, answer: str, ended: bool = False) -> str:
-    """One text of a thought and an answer, which `split_thought` takes apart again.
-
-    Args:
-        ended: the thought has an end although no answer follows.
-    """
+    """One text of a thought and an answer, the inverse of `split_thought`; `ended`: the thought has an end although no
+    answer follows."""
     if thought is None:
         return answer
     thought = thought.replace(THINK, "").replace(END, "")

@@ -20,21 +20,21 @@ Turns = list[Message]
 CONVERSATIONS = ("messages", "conversations", "conversation")
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-"""The keys of a message beside its content that hold what the assistant thought before it."""
+"""The keys of a message beside its content that hold the assistant's thought before it."""
 
 ROLES = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user",
     "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
 }  # fmt: skip
-"""What people call the three roles."""
+"""The three roles by the names that datasets use."""
 
 
 def turns_of(place: str, row: dict, field: str, column: str) -> Turns | None:
     """The conversation in a column: messages, JSON of them in a string, or an HH-RLHF dialogue; None if it is text."""
     value = row.get(column)
     if isinstance(value, str):
-        start = value.lstrip()[:6]  # of most strings a look at it is enough, and there may be a million
+        start = value.lstrip()[:6]  # a cheap test that rules most strings out
         messages = _written_messages(value) if start[:1] == "[" else _dialogue(value) if start == "Human:" else None
         if messages is None and column in CONVERSATIONS:
             raise UsageError(f"{place}: field '{column}' must be a list of messages, this is a string")
@@ -54,9 +54,8 @@ def _conversation(place: str, column: str, messages: Sequence[Any]) -> Turns:
     """Messages with the three roles and plain text, a thought before its answer; without empty system messages."""
     turns: Turns = []
     for number, message in enumerate(messages, 1):
-        role_key, text_key = (
-            ("from", "value") if isinstance(message, dict) and "from" in message else ("role", "content")
-        )
+        sharegpt = isinstance(message, dict) and "from" in message
+        role_key, text_key = ("from", "value") if sharegpt else ("role", "content")
         if not isinstance(message, dict) or not isinstance(message.get(role_key), str):
             raise UsageError(
                 f"{place}: field '{column}' holds a message without a role; write {{'role': ..., 'content': ...}}"
@@ -64,9 +63,7 @@ def _conversation(place: str, column: str, messages: Sequence[Any]) -> Turns:
         where, role = f"{place}: message {number} of '{column}'", ROLES.get(message[role_key].strip().lower())
         if role is None or message.get("tool_calls") or message.get("function_call"):
             what = "calls a tool" if role else f"has the role {message[role_key]!a}"
-            raise UsageError(
-                f"{where} {what}; the roles are {', '.join(ROLES)}, and tools are not read: remove the row"
-            )
+            raise UsageError(f"{where} {what}; the roles are {', '.join(ROLES)}, without tools: remove the row")
         if role == "assistant" and message.get("weight") == 0 and number == len(messages):
             raise UsageError(f"{where} has the weight 0, and it is the answer to learn; remove the row")
         text = message.get(text_key)
@@ -75,7 +72,7 @@ def _conversation(place: str, column: str, messages: Sequence[Any]) -> Turns:
         if role == "system" and (text is None or (isinstance(text, str) and not text.strip())):
             continue
         if text_key not in message or text is TWICE:
-            raise UsageError(f"{where} has {'two different' if text is TWICE else 'no'} '{text_key}'; mend it")
+            raise UsageError(f"{where} has {'two different' if text is TWICE else 'no'} '{text_key}'; fix it")
         said = text_field(where, {text_key: text}, text_key, text_key)
         thought = next((name for name in THOUGHTS if str(message.get(name) or "").strip()), None)
         if thought and role == "assistant" and split_thought(said)[0] is None:
@@ -91,12 +88,12 @@ def _parts(where: str, parts: Sequence[Any]) -> str:
     for part in parts:
         if not isinstance(part, str) and not (isinstance(part, dict) and isinstance(part.get("text"), str)):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise UsageError(f"{where} holds a part that is no text ({kind}); only text is read, remove the row")
+            raise UsageError(f"{where} has a part that is not text ({kind}); only text is read, remove the row")
     return "".join(part if isinstance(part, str) else part["text"] for part in parts)
 
 
 def _written_messages(text: str) -> list[dict] | None:
-    """Messages that were written into a string, as JSON or as Python shows them; a CSV has no other way."""
+    """Messages in a string, as JSON or as Python prints them, which is how a CSV has them."""
     if not re.match(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']""", text):
         return None
     for read in (json.loads, ast.literal_eval):

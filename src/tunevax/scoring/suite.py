@@ -11,7 +11,7 @@ from tunevax.data.contamination import Exclusion
 from tunevax.data.roles import load_rows
 from tunevax.data.splits import drawn, prompt_hash
 from tunevax.data.tasks import Task, load_task
-from tunevax.errors import UsageError, unknown
+from tunevax.errors import UsageError, require, unknown
 from tunevax.mixins import option
 from tunevax.records import Example
 from tunevax.scoring import vllm_engine
@@ -52,9 +52,7 @@ class SuiteOptions:
     engine: str = option("transformers", "what generates: transformers, or vllm (tunevax score only)")
 
     def __post_init__(self) -> None:
-        for name in ("limit", "max_new_tokens", "generation_batch_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        require(self, "limit", "max_new_tokens", "generation_batch_size", at_least=1)
         if self.engine not in ENGINES:
             raise unknown("engine", self.engine, ENGINES)
 
