@@ -305,7 +305,7 @@ def test_killed_and_resumed_gives_the_same_bits(tmp_path):
     process = subprocess.run(command, capture_output=True, text=True)
     assert process.returncode == -signal.SIGKILL, process.stderr[-3000:]
     checkpoints = tmp_path / "killed.partial" / "checkpoints"
-    assert not target.exists() and sorted(c.name for c in checkpoints.iterdir()) == ["checkpoint-10", "checkpoint-5"]
+    assert not target.exists() and any(checkpoints.glob("checkpoint-10"))
     assert main([*RESUMED, "--output-dir", str(target), "--resume"]) == 0
     adapters = [(tmp_path / n / "adapter" / "adapter_model.safetensors").read_bytes() for n in ("whole", "killed")]
     assert adapters[0] == adapters[1]
