@@ -319,6 +319,3 @@ def merge_layers(model: nn.Module) -> float:
         kept += float(((parameter.data.float() - before.float()) * update).sum(dtype=torch.float64))
         total += float(update.square().sum(dtype=torch.float64))
     return kept / total if total else 1.0
-
-
-# --- what gets an adapter --------------------------------------------------------------------------------------------

@@ -144,11 +144,9 @@ def _require_graph(model: nn.Module, columns: dict[int, torch.Tensor]) -> None:
         below = below or any(p.requires_grad for p in block.module.parameters())
 
 
-def _eager_column(
-    name: str, weights: torch.Tensor | None, weight: torch.Tensor, sink: int, model: nn.Module
-) -> torch.Tensor:
+def _eager_column(name: str, weights: object, weight: torch.Tensor, sink: int, model: nn.Module) -> torch.Tensor:
     """alpha [rows, heads] from attention weights [rows, heads, tokens, tokens]."""
-    if weights is None:
+    if not isinstance(weights, torch.Tensor):
         raise UsageError(
             f"{name} gave no attention weights: its attention implementation is "
             f"{unwrap(model).config._attn_implementation!r} and could not be switched to eager; use --sink-attention "
