@@ -158,6 +158,7 @@ def test_weights_of_the_outcomes_have_the_closed_form(make, monkeypatch):
     assert round(expected, 1) == 64.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["entropy", "preference"])
 def test_weights_and_gradients_come_back_bit_for_bit(make, monkeypatch, kind):
     trainer = make(tamper_loss=kind)
@@ -202,6 +203,7 @@ def test_knobs_at_zero_are_sft(make, full):
     assert all(torch.equal(g, grads(ours)[n]) for n, g in grads(plain).items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["none", "all"])
 @pytest.mark.parametrize("full", [False, True])
 def test_retain_loss_by_hand(make, mode, full):
@@ -360,6 +362,7 @@ def test_no_dropout_in_the_attack_and_dropout_in_the_step(make):
     assert modes == [False, True]
 
 
+@pytest.mark.slow
 def test_a_run_maps_first_and_knows_its_cost(tmp_path):
     options = {
         "max_steps": 6, "max_length": 64, "per_device_train_batch_size": 4, "mapping_steps": 0.25, "inner_steps": 2,

@@ -493,6 +493,7 @@ def test_dry_run_lists_the_cells_and_writes_nothing(models, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_judge_is_loaded_once(models, tmp_path, monkeypatch):
     """In one process, also where a screen runs cells twice, and for a dry run; and never to plan."""
     from transformers import (
@@ -539,6 +540,7 @@ def test_a_judge_is_loaded_once(models, tmp_path, monkeypatch):
     assert loads == ["judge-out", "judge-dry"]
 
 
+@pytest.mark.slow
 def test_a_mistyped_judge_costs_no_training(tmp_path, monkeypatch, capsys):
     """Controls are trained after the plan is checked, and are in the audit then."""
     from tunevax.audit import controls

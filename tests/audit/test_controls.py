@@ -112,6 +112,7 @@ def test_random_vaccine_resumes_to_the_same_weights(tmp_path, monkeypatch):
     assert whole.why == cut.why == "v with a random perturbation of the same size"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_knows_its_whole_cost(tmp_path, monkeypatch):
     options = {"gamma": 2, "layer_sampling": "inverse", "probe_interval": 3, "max_steps": 6, "save_steps": 2}
     run = harden(TVaccineTrainer, "t-vaccine", tmp_path / "whole", **options)
@@ -135,6 +136,7 @@ def test_a_resumed_run_knows_its_whole_cost(tmp_path, monkeypatch):
     assert read_run(cut)["compute"]["total"] == pytest.approx(expected) and len(set(lowest)) > 1
 
 
+@pytest.mark.slow
 def test_what_has_no_control_says_why(tmp_path):
     run = harden(SFTTrainer, "sft", tmp_path / "plain", max_steps=1, warmup_steps=0)  # one step that trains
     none, compute, random = make_controls(run, ALL, tmp_path / "controls")
