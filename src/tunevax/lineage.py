@@ -158,7 +158,7 @@ class Lineage:
                 if (path / "model" / "config.json").is_file():
                     return str(path / "model"), adapters
                 if not any((path / "adapter" / name).is_file() for name in (ADAPTER, BIASES)):
-                    why = "it has no weights"
+                    why = "it holds no weights"
                     if link.record.get("verb") == "attack":
                         why = "its attacked weights were deleted; attack again with --keep-weights"
                     raise UsageError(f"{link.ref} cannot be loaded as a model: {why}")

@@ -215,14 +215,14 @@ def _refuse_to_lose(run: RunFolder, place: Path) -> None:
                 continue
             for before in Lineage.of(ref.partition(":")[0]).history:
                 if Path(before.ref).expanduser().absolute().resolve().is_relative_to(place):
-                    option = f"--{name.replace('_', '-')} {ref}"
                     raise UsageError(
-                        f"{run.final} is what {option} needs, and --overwrite would remove it; choose another --output-dir"
+                        f"{run.final} is what --{name.replace('_', '-')} {ref} needs, and --overwrite would remove it; "
+                        "choose another --output-dir"
                     )
 
 
 def _try_to_finish(folder: Path) -> None:
-    """Write and rename a small folder: some network file systems cannot rename one, and a quota only shows in writing."""
+    """Write and rename a small folder: some network file systems cannot rename one, or have a quota."""
     trial, renamed = folder / "trial", folder / "trial.renamed"
     try:
         trial.mkdir(exist_ok=True)
@@ -278,7 +278,7 @@ def _finish(run: RunFolder) -> None:
         for name in SCRATCH[:-1]:
             _remove(place / name)
     if old.exists() and not _remove(old):
-        print(f"note: the replaced run could not be removed; it is in {old}", file=sys.stderr)
+        print(f"note: the replaced run could not be removed; it is {old}", file=sys.stderr)
 
 
 def _unused(path: Path) -> Path:
@@ -332,7 +332,7 @@ def _left(folder: Path, names: Sequence[str]) -> bool:
 
 
 def _discard(run: RunFolder, created: list[Path], keep: Sequence[str] = ()) -> bool:
-    """Remove the folders that a failed run created, unless a pattern of `keep` matches; returns whether any is left."""
+    """Remove the folders that a failed run created, unless a pattern of `keep` matches; whether any is left."""
     if run.path not in created or _left(run.path, keep):
         return True
     shutil.rmtree(run.path, ignore_errors=True)

@@ -208,7 +208,9 @@ def _no_answer(place: str, row: dict, field: str, column: str, purpose: str) -> 
     label = next((c for c in MARKS if str(row.get(c)).lower() in ("true", "false")), None)
     way = f"say which column holds it with SOURCE:{field}=COLUMN"
     if label and column == field:
-        way = f"each row is one answer, marked by '{label}': put both answers to a prompt into one row, as 'chosen' and "
+        way = (
+            f"each row is one answer, marked by '{label}': put both answers to a prompt into one row, as 'chosen' and "
+        )
         way += "'rejected'"
     return f"{place}: no field '{column}', and {purpose} needs it ({columns_of(place, row)}); {way}"
 
@@ -249,7 +251,7 @@ def _joined(place: str, column: str, asked: Turns, turns: Turns) -> tuple[Turns,
 
 
 def _parting(place: str, talks: Sequence[Turns]) -> int:
-    """The index at which two conversations that begin alike differ in an answer, or of their common last answer."""
+    """The index at which two conversations that begin alike differ in an answer, or their common last answer."""
     shortest = min(map(len, talks))
     end = next((i for i in range(shortest) if talks[0][i] != talks[1][i]), shortest)
     if end == shortest and len(talks[0]) != len(talks[1]):

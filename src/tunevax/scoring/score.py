@@ -19,7 +19,7 @@ from tunevax.scoring.suite import SuiteOptions, build_suite, labels_of
 
 @dataclass
 class ScoreOptions(SuiteOptions, ModelsOptions, Overlap, RunOptions):
-    """What `tunevax score` takes."""
+    """Options of `tunevax score`."""
 
     safety_data: str | None = option(None, "its evaluation split is scored")
     task_data: str | None = option(None, "its evaluation split measures accuracy")
@@ -59,7 +59,7 @@ def score(options: ScoreOptions, command: str = "") -> Path:
             loaded = load(ref, revision=options.revision, chat_template=options.chat_template, **how)
             if suite.engine == "vllm" and loaded.info["attached"]:
                 raise UsageError(
-                    f"{ref} has biases attached (a safety lock), which vLLM does not read; score it without --engine"
+                    f"{ref} has biases attached (a safety lock), which vLLM does not support; score it without --engine"
                 )
             scores, samples = evaluate(loaded.model, loaded.tokenizer, suite, full=True)
             key = {"model": label, "attack": None, "seed": 0, "step": 0}
