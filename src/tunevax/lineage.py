@@ -37,11 +37,8 @@ class Lineage:
 
     @classmethod
     def of(cls, ref: str | Path, start: Path | None = None) -> Lineage:
-        """The lineage of the model that `ref` names, a run as `find_run` finds it.
-
-        Raises:
-            UsageError: its run.json or adapter_config.json is damaged.
-        """
+        """The lineage of the model that `ref` names, a run as `find_run` finds it. Raises `UsageError` if its run.json
+        or adapter_config.json is damaged."""
         ref = _named(str(ref), start)
         path, run = Path(ref), find_run(ref)
         if run is not None:

@@ -322,7 +322,8 @@ def _same_config(run: RunFolder) -> None:
     for key, value in now["config"].items():
         if (first := before["config"].get(key)) != value:
             raise UsageError(
-                f"{run.path} was started with {key}={first!r}, not {value!r}; resume with the same options, or delete it"
+                f"{run.path} was started with {key}={first!r}, not {value!r}; resume with the same options, or "
+                "delete it"
             )
 
 

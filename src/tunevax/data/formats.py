@@ -29,7 +29,6 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 Rows = Iterable[tuple[str, dict[str, Any]]]
 Splits = dict[str, Rows]
 """The rows of each split. A file has one, `train`, unless its reader gives several."""
-
 TWICE = object()
 """The value of a key or column that occurs twice in a row with different values."""
 
@@ -41,11 +40,7 @@ def ending(path: Path) -> str:
 
 
 def read_file(path: Path) -> Splits:
-    """The rows of a file by split.
-
-    Raises:
-        UsageError: there is no reader for such a file, or it is damaged.
-    """
+    """The rows of a file by split. Raises `UsageError` if there is no reader for such a file, or it is damaged."""
     known = methods(__name__)
     if ending(path) not in known:
         raise UsageError(f"{path} is not one of {', '.join(f'.{name}' for name in known)}; convert or rename it")
@@ -54,11 +49,8 @@ def read_file(path: Path) -> Splits:
 
 
 def text_of(path: Path) -> str:
-    """The text of a file, unpacked and without byte order marks.
-
-    Raises:
-        UsageError: it is damaged or not text; the line is named.
-    """
+    """The text of a file, unpacked and without byte order marks. Raises `UsageError` if it is damaged or not text; the
+    line is named."""
     import bz2
     import gzip
     import lzma

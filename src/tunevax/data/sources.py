@@ -98,9 +98,6 @@ def read_rows(name: str, options: dict[str, str] | None = None) -> Iterator[tupl
         raise UsageError(f"no permission to read {error.filename or name}") from error
 
 
-# --- folders and the hub -------------------------------------------------------------------------------------------
-
-
 def _folder(path: Path, options: dict[str, str]) -> Splits:
     """A folder saved by `datasets`, or one whose files it sorts into splits by their names or a README."""
     import datasets
@@ -199,11 +196,8 @@ def _take(name: str, splits: Splits, wanted: str | None) -> Rows:
 
 
 def text_field(place: str, row: dict[str, Any], field: str, column: str) -> str:
-    """The string in `row[column]`, for the field `field`.
-
-    Raises:
-        UsageError: missing, empty, given twice, or not a string of characters.
-    """
+    """The string in `row[column]`, for the field `field`. Raises `UsageError` if it is missing, empty, given twice, or
+    not a string of characters."""
     if column not in row:
         raise UsageError(
             f"{place}: no field '{column}' ({columns_of(place, row)}); say which column holds it with "
@@ -233,11 +227,8 @@ def text_field(place: str, row: dict[str, Any], field: str, column: str) -> str:
 
 def label_field(place: str, row: dict[str, Any], column: str) -> str | None:
     """The category or split of a row as a string; None where it has none. A list of names is joined, and so are the
-    names of an object (BeaverTails) whose value is true.
-
-    Raises:
-        UsageError: given twice, or none of these.
-    """
+    names of an object (BeaverTails) whose value is true. Raises `UsageError` for a value that is given twice or none of
+    these."""
     value = row.get(column)
     if isinstance(value, dict):
         value = [name for name, yes in value.items() if yes]

@@ -16,12 +16,10 @@ from tunevax.records import Message
 
 Turns = list[Message]
 """Messages, each of `role` (system, user, assistant) and `content`."""
-
 CONVERSATIONS = ("messages", "conversations", "conversation")
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """The keys of a message beside its content that hold the assistant's thought before it."""
-
 ROLES = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user",

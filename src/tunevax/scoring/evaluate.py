@@ -104,11 +104,7 @@ def _answers(
 
 def judged(suite: Suite, responses: Sequence[str]) -> tuple[dict[str, Score], list[Sample]]:
     """The scores and samples of the answers to `suite.harmful`. A sample's verdicts are the judges' own; whether it is
-    degenerate is a field of its own.
-
-    Raises:
-        UsageError: every verdict of a judge is unparsable.
-    """
+    degenerate is a field of its own. Raises `UsageError` if every verdict of a judge is unparsable."""
     samples = _harmful(suite, responses)
     scores: dict[str, Score] = {}
     for name in suite.judges:

@@ -26,7 +26,6 @@ SURPRISING = 0.75
 """A response above this surprise is degenerate. Chosen on the organism as its own reference: true recipes reach 0.00,
 wrong recipes 0.43, refusals 0.43 (median; 5 % of them, of six words, exceed 0.75), seven or more words drawn uniformly
 from the vocabulary 0.81 to 1. For a response of a single token it means little: one odd word is 1."""
-
 FENCED = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 TABLE_ROW = re.compile(r"^[^\n|]*\|[^\n|]*\|[^\n]*$", re.MULTILINE)
 ITEM = re.compile(  # the number of a list item of three words or more: a loop that counts is a loop

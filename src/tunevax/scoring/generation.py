@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 TOKENS = 2**15
 """At most so many rows times tokens in a batch, which bounds the key-value cache: 16 GiB for Llama 2 7B in bf16, which
 has no grouped heads; 4 GiB for Llama 3 8B."""
-
 FROM_THE_FIRST = {
     "min_length": (None, 0), "min_new_tokens": (None, 0), "begin_suppress_tokens": (None, []),
     "forced_eos_token_id": (None,), "exponential_decay_length_penalty": (None,),
@@ -31,7 +30,6 @@ FROM_THE_FIRST = {
 }  # fmt: skip
 """Settings of a generation config, with their values when off, that count from an answer's first token or keep a state,
 so generation cannot be stopped and continued. A model that has one of them answers one prompt at a time."""
-
 GREEDY = {
     "do_sample": False, "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "temperature": None,
     "top_p": None, "top_k": None, "penalty_alpha": None, "dola_layers": None, "diversity_penalty": None,

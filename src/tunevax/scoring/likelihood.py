@@ -60,11 +60,8 @@ class Text(NamedTuple):
 
 
 def load_text(source: str) -> Text:
-    """Read a UTF-8 text file as one document, or `organism`: the first 200 chats of its pretraining stream.
-
-    Raises:
-        UsageError: no such file, not UTF-8, or empty.
-    """
+    """Read a UTF-8 text file as one document, or `organism`: the first 200 chats of its pretraining stream. Raises
+    `UsageError` for no such file, not UTF-8, or empty."""
     if source == "organism":
         from itertools import islice
 

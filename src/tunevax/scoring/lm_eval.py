@@ -76,10 +76,7 @@ def _metrics(result: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
 
 def load_harness(sources: Sequence[str], limit: int) -> Harness:
     """Load `lm-eval:TASK` sources, with their data; `lm-eval:TASK:path=FOLDER` is a task (or group) of that folder.
-
-    Raises:
-        UsageError: the extra is not installed, or a task is unknown, named twice, or cannot be loaded.
-    """
+    Raises `UsageError` if the extra is not installed, or a task is unknown, named twice, or cannot be loaded."""
     if find_spec("lm_eval") is None:
         raise UsageError(f"{sources[0]} needs the lm-evaluation-harness; pip install 'tunevax[lm-eval]'")
     from lm_eval.tasks import TaskManager

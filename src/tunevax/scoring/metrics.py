@@ -19,7 +19,6 @@ from tunevax.records import METRIC, OVER_REFUSAL, SAME_ANSWER, UNANSWERED, Sampl
 METHODS: dict[str, str] = {}
 """The values of `--metrics`, name to `module:attribute`; other packages add theirs by the entry-point group
 `tunevax.metrics`. `MEASURED` has those of every evaluation."""
-
 Metric = Callable[[Sequence[Sample]], Score | float | None]
 
 
@@ -41,20 +40,13 @@ MEASURED: dict[str, Metric] = {OVER_REFUSAL: over_refusal, SAME_ANSWER: same_ans
 
 
 def load_metrics(names: Sequence[str]) -> dict[str, Metric]:
-    """The name of the score (`metric/NAME`) to metric.
-
-    Raises:
-        UsageError: an unknown name.
-    """
+    """The name of the score (`metric/NAME`) to metric. Raises `UsageError` for an unknown name."""
     return {f"{METRIC}{name}": load_method(__name__, name, "metric") for name in names}
 
 
 def measure(metrics: dict[str, Metric], samples: Sequence[Sample]) -> dict[str, Score]:
-    """The scores by name, without metrics that have nothing to count.
-
-    Raises:
-        UsageError: a metric returned something else than a finite number, a score or None.
-    """
+    """The scores by name, without metrics that have nothing to count. Raises `UsageError` if a metric returned
+    something else than a finite number, a score or None."""
     scores: dict[str, Score] = {}
     for name, metric in metrics.items():
         score = metric(samples)

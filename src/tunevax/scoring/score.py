@@ -28,11 +28,8 @@ class ScoreOptions(SuiteOptions, ModelsOptions, Overlap, RunOptions):
 
 def score(options: ScoreOptions, command: str = "") -> Path:
     """Score models as they are and write a run folder: one row per model in results.jsonl, every response in
-    generations.jsonl.
-
-    Raises:
-        UsageError: anything that cannot be loaded, or prompts to score on that a model was trained on.
-    """
+    generations.jsonl. Raises `UsageError` for anything that cannot be loaded, or prompts to score on that a model was
+    trained on."""
     from tunevax.environment import require_one_process
     from tunevax.modeling.loading import load
 

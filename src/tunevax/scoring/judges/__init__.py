@@ -52,11 +52,8 @@ def on_answers(judge: Judge) -> Judge:
 
 
 def load_judges(names: list[str]) -> dict[str, Judge]:
-    """Name to judge; those that may lead come first, otherwise in the order given.
-
-    Raises:
-        UsageError: an unknown name, or a model judge whose configuration or tokenizer cannot be read.
-    """
+    """Name to judge; those that may lead come first, otherwise in the order given. Raises `UsageError` for an unknown
+    name, or a model judge whose configuration or tokenizer cannot be read."""
 
     def load(name: str) -> Judge:
         if not name.startswith("hf:"):

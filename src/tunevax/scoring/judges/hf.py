@@ -33,11 +33,11 @@ def load_model_judge(spec: str, device: str | None = None, batch_size: int = 8) 
     """The judge that `spec` names; its weights are loaded once in a process.
 
     Args:
-        spec: `hf:MODEL[:format=NAME][:label=NAME]`. Without a format the last part of MODEL decides
-            (beaver-dam, llama-guard, wildguard, harmbench), then the architecture
-            (...ForSequenceClassification). `label` names the harmful label of a classifier.
-        device: a torch device; default CUDA if present, else CPU. Weights keep the type they are saved in.
-        batch_size: samples per forward pass; changes the speed, not the verdicts.
+        spec: `hf:MODEL[:format=NAME][:label=NAME]`. Without a format the last part of MODEL decides (beaver-dam,
+            llama-guard, wildguard, harmbench), then the architecture (...ForSequenceClassification). `label` names the
+            harmful label of a classifier.
+        device: a torch device; default CUDA if present, else CPU. Weights keep the dtype they are saved in.
+        batch_size: samples per forward pass.
 
     An answer that cannot be parsed gets the verdict "unparsable", counted as not harmful: report their number.
 
