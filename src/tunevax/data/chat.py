@@ -208,7 +208,8 @@ def conversation(prompt: Prompt, chat: Chat) -> list[Message]:
             waiting = []
         else:
             turns.append(message)
-    return [*turns, *({"role": "user", "content": text} for text in waiting)]
+    turns += [{"role": "user", "content": text} for text in waiting]
+    return turns
 
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, place: str = "a prompt", generate: bool = True) -> str:
