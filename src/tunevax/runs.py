@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from tunevax.environment import hardware, is_main_process, peak_memory, versions
 from tunevax.errors import DENIED, RunError, UsageError, not_written
@@ -56,7 +56,7 @@ class RunFolder:
         """The trainer's checkpoints, which a resume needs; removed when the run is complete."""
         return self.path / "checkpoints"
 
-    def write_lines(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    def write_lines(self, name: str, rows: Iterable[Mapping[str, object]]) -> None:
         """Write a JSONL file."""
         # A lone surrogate, which UTF-8 cannot hold, becomes its JSON escape.
         with (self.path / name).open("w", encoding="utf-8", errors="backslashreplace") as file:
@@ -146,12 +146,9 @@ def writing(output_dir: str, record: RunRecord, resume: bool = False, overwrite:
             record["resumed"] = True
         yield run
         measured: RunRecord = {
-            "versions": versions(),
-            "hardware": hardware(),
-            "started": started.isoformat(timespec="seconds"),
-            "wall_seconds": round(time.monotonic() - clock, 3),
-            "peak_memory_bytes": peak_memory(),
-        }
+            "versions": versions(), "hardware": hardware(), "started": started.isoformat(timespec="seconds"),
+            "wall_seconds": round(time.monotonic() - clock, 3), "peak_memory_bytes": peak_memory(),
+        }  # fmt: skip
         own = {name: value for name, value in run.record.items() if value}  # `judge` keeps those of the run it judges
         run.record |= cast(RunRecord, {**measured, **own, "schema": SCHEMA, "name": run.final.name})
         if not lock.held():

@@ -78,7 +78,7 @@ def text_of(path: Path) -> str:
     return text.removeprefix("\ufeff").replace("\n\ufeff", "\n")  # joined files have marks in the middle
 
 
-def _named(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+def _named(pairs: Iterable[tuple[str, object]]) -> dict[str, Any]:
     """Values by name, `TWICE` where a name occurs with different values."""
     named: dict[str, Any] = {}
     for name, value in pairs:
@@ -131,14 +131,14 @@ def read_json(path: Path) -> Rows | Splits:
     return _lists(path, value) or _columns(path, value) or [(place, value)]
 
 
-def _objects(rows: Iterable[tuple[str, Any]]) -> Rows:
+def _objects(rows: Iterable[tuple[str, object]]) -> Rows:
     for place, row in rows:
         if not isinstance(row, dict):
             raise UsageError(f"{place}: a row must be a JSON object, this is a {type(row).__name__}")
         yield place, row
 
 
-def _items(name: str, rows: Sequence[Any]) -> Rows:
+def _items(name: str, rows: Sequence[object]) -> Rows:
     return _objects((f"{name}[{index}]", row) for index, row in enumerate(rows))
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -195,7 +195,7 @@ def _take(name: str, splits: Splits, wanted: str | None) -> Rows:
     return [row for part in parts for row in every[part.splitname][part.from_ : part.to]]
 
 
-def text_field(place: str, row: dict[str, Any], field: str, column: str) -> str:
+def text_field(place: str, row: Mapping[str, object], field: str, column: str) -> str:
     """The string in `row[column]`, for the field `field`. Raises `UsageError` if it is missing, empty, given twice, or
     not a string of characters."""
     if column not in row:
@@ -225,7 +225,7 @@ def text_field(place: str, row: dict[str, Any], field: str, column: str) -> str:
     return value
 
 
-def label_field(place: str, row: dict[str, Any], column: str) -> str | None:
+def label_field(place: str, row: Mapping[str, object], column: str) -> str | None:
     """The category or split of a row as a string; None where it has none. A list of names is joined, and so are the
     names of an object (BeaverTails) whose value is true. Raises `UsageError` for a value that is given twice or none of
     these."""
@@ -239,7 +239,7 @@ def label_field(place: str, row: dict[str, Any], column: str) -> str | None:
     return text_field(place, {column: str(value) if isinstance(value, int | float) else value}, column, column)
 
 
-def columns_of(place: str, row: dict[str, Any]) -> str:
+def columns_of(place: str, row: Mapping[str, object]) -> str:
     """The fields of a row, for a message; long names and lists are cut."""
     names = [str(name).encode("utf-8", "backslashreplace").decode() for name in row]
     names = [name if len(name) <= 40 else f"{name[:40]}..." for name in names]

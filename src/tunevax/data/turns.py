@@ -48,7 +48,7 @@ def turns_of(place: str, row: dict, field: str, column: str) -> Turns | None:
     return _conversation(place, column, value)
 
 
-def _conversation(place: str, column: str, messages: Sequence[Any]) -> Turns:
+def _conversation(place: str, column: str, messages: Sequence[object]) -> Turns:
     """Messages with the three roles and plain text, a thought before its answer; without empty system messages."""
     turns: Turns = []
     for number, message in enumerate(messages, 1):

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 from tunevax.console import bar
 from tunevax.data.sources import contents
@@ -107,7 +107,7 @@ def rejudge(run: str, options: JudgeOptions, command: str = "") -> Path:
     return folder.final
 
 
-def key(row: Mapping[str, Any]) -> tuple:
+def key(row: Mapping[str, object]) -> tuple:
     """The fields that a row of results and its responses share."""
     return row["model"], row["attack"], row["seed"], row["step"]
 
