@@ -45,7 +45,7 @@ def refused(capsys, here, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ('{"prompt": "a", "chosen": ', "bad.jsonl:2: broken JSON"),
         ('["prompt"]', "bad.jsonl:2: a row must be a JSON object, this is a list"),
@@ -57,15 +57,15 @@ def refused(capsys, here, *arguments: str) -> str:
         (json.dumps({"prompt": "a", "chosen": "b"}), "bad.jsonl:2: no field 'rejected', and t-vaccine needs it"),
     ],
 )
-def test_bad_rows_name_file_line_and_field(capsys, here, line, told):
+def test_bad_rows_name_file_line_and_field(capsys, here, line, message):
     Path("bad.jsonl").write_text(row() + "\n" + line + "\n")
-    assert told in refused(
+    assert message in refused(
         capsys, here, "align", "t-vaccine", "--model", "organism", "--safety-data", "bad.jsonl", "--output-dir", "out"
     )
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["algin"], "unknown verb 'algin'; did you mean 'align'?"),
         (["align", "t-vacine"], "unknown method 't-vacine'; did you mean 't-vaccine'?"),
@@ -99,20 +99,21 @@ def test_bad_rows_name_file_line_and_field(capsys, here, line, told):
         (["report", "full"], "full"),
     ],
 )  # fmt: skip
-def test_mistakes_are_told_in_one_sentence(capsys, here, arguments, told):
+def test_mistakes_are_reported_in_one_sentence(capsys, here, arguments, message):
     Path("full").mkdir()
     Path("full/notes.txt").write_text("mine")
     Path("run").mkdir()
     Path("run/run.json").write_text(json.dumps({"schema": 1, "verb": "align"}))
     Path("long.jsonl").write_text(row(prompt="why ? " * 100))
-    assert told in refused(capsys, here, *arguments)
+    assert message in refused(capsys, here, *arguments)
     assert Path("full/notes.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_config_file_keys_are_checked_and_overridden(capsys, here):
     Path("a.yaml").write_text("gama: 3\n")
-    told = refused(capsys, here, "align", "t-vaccine", *ORGANISM, "--output-dir", "out", "--config", "a.yaml")
-    assert "unknown key 'gama'; did you mean 'gamma'?" in told
+    message = refused(capsys, here, "align", "t-vaccine", *ORGANISM, "--output-dir", "out", "--config", "a.yaml")
+    assert "unknown key 'gama'; did you mean 'gamma'?" in message
     Path("b.yaml").write_text("learning_rate: 1e-4\nmax-steps: 1\nrho: -1\n")
     common = ["align", "vaccine", *ORGANISM, "--output-dir", "out", "--config", "b.yaml"]
     assert "rho is -1.0" in refused(capsys, here, *common)
@@ -153,6 +154,7 @@ def test_models_that_cannot_be_used(capsys, here):
         find_blocks(model)
 
 
+@pytest.mark.slow
 def test_overlapping_splits_are_an_error_unless_allowed(capsys, here):
     common = ["align", "sft", "--model", "organism", "--chat-template", "alpaca", "--max-steps", "2"]
     assert main([*common, "--safety-data", "good.jsonl:split=all", "--output-dir", "aligned"]) == 0
@@ -161,8 +163,8 @@ def test_overlapping_splits_are_an_error_unless_allowed(capsys, here):
         "attack", "finetune", "--model", "aligned", "--safety-data", "good.jsonl", "--task-data", "task.jsonl", "--n", "8", "--p", "0.5",
         "--max-steps", "1", "--max-new-tokens", "2", "--chat-template", "alpaca", "--output-dir", "attacked", "--points", "1",
     ]  # fmt: skip
-    told = refused(capsys, here, *attack)
-    assert "in both the alignment and the attack data" in told and "--allow-overlap" in told
+    message = refused(capsys, here, *attack)
+    assert "in both the alignment and the attack data" in message and "--allow-overlap" in message
     assert main([*attack, "--allow-overlap"]) == 0
     overlap = json.loads(Path("attacked/run.json").read_text())["targets"][-1]["overlap"]
     assert overlap["alignment/attack"] > 0 and overlap["alignment/evaluation"] > 0 and overlap["attack/evaluation"] == 0
@@ -176,11 +178,12 @@ def test_a_name_that_lies_next_door_is_suggested(capsys, here):
     assert "did you mean 'good.jsonl'?" in refused(capsys, here, *run)
 
 
+@pytest.mark.slow
 def test_newer_schema_and_unwritable_places(capsys, here, monkeypatch):
     Path("new").mkdir()
     Path("new/run.json").write_text(json.dumps({"schema": 99, "verb": "align"}))
-    told = refused(capsys, here, "score", "--model", "new", "--safety-data", "organism", "--output-dir", "out")
-    assert "has schema 99 and this tunevax reads up to 1" in told
+    message = refused(capsys, here, "score", "--model", "new", "--safety-data", "organism", "--output-dir", "out")
+    assert "has schema 99 and this tunevax reads up to 1" in message
 
     import errno
 
@@ -213,6 +216,7 @@ def test_nan_stops_with_the_step_and_the_last_checkpoint(capsys, here):
     assert not Path("out").exists()
 
 
+@pytest.mark.slow
 def test_finished_and_unfinished_runs_are_not_overwritten(capsys, here):
     arguments = ["align", "sft", *ORGANISM, "--output-dir", "out", "--max-steps", "1"]
     assert main(arguments) == 0
@@ -226,6 +230,7 @@ def test_finished_and_unfinished_runs_are_not_overwritten(capsys, here):
     )
 
 
+@pytest.mark.slow
 def test_demo_touches_nothing_that_is_not_its_own(capsys, here):
     assert main(["align", "sft", *ORGANISM, "--output-dir", "runs/sft", "--max-steps", "1"]) == 0
     capsys.readouterr()
@@ -235,6 +240,7 @@ def test_demo_touches_nothing_that_is_not_its_own(capsys, here):
     )
 
 
+@pytest.mark.slow
 def test_reports_of_runs_with_different_judges_use_the_common_one(capsys, here):
     from tunevax.report import write_report
 
@@ -245,8 +251,8 @@ def test_reports_of_runs_with_different_judges_use_the_common_one(capsys, here):
         write_report([Path("a"), Path("b")], Path("r.html"))
     shutil.copytree(path(), "twin")
     assert main([*common[:1], "--model", "twin", *common[3:], "--judges", "organism", "--output-dir", "c"]) == 0
-    told = write_report([Path("b"), Path("c")], Path("r.html"))
-    assert told.headline and "so that judge is left out" in Path("r.html").read_text()
+    message = write_report([Path("b"), Path("c")], Path("r.html"))
+    assert message.headline and "so that judge is left out" in Path("r.html").read_text()
 
 
 def test_help_imports_nothing_but_the_standard_library():
@@ -264,12 +270,13 @@ def test_bare_verb_lists_methods_without_importing_them(capsys):
     assert "t-vaccine" in listing and "arXiv 2410.09760" in listing
 
 
+@pytest.mark.slow
 def test_scoring_on_aligned_prompts_is_refused(capsys, here):
     whole = ["--safety-data", "good.jsonl:split=all", "--output-dir", "aligned"]
     assert main(["align", "sft", *ORGANISM[:2], *whole, "--max-steps", "1", "--max-length", "64"]) == 0
     capsys.readouterr()
-    told = refused(capsys, here, "score", "--model", "aligned", "--safety-data", "good.jsonl", "--output-dir", "out")
-    assert "in both the alignment and the evaluation data" in told
+    message = refused(capsys, here, "score", "--model", "aligned", "--safety-data", "good.jsonl", "--output-dir", "out")
+    assert "in both the alignment and the evaluation data" in message
 
 
 def test_out_of_memory_says_what_to_lower(capsys, monkeypatch, tmp_path):
@@ -302,6 +309,7 @@ def test_alignment_rows_are_the_alignment_split(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_list_names_everything_there_is(capsys):
     assert main(["list"]) == 0
     out = capsys.readouterr().out

@@ -19,6 +19,7 @@ PYTHON = [sys.executable, "-m", "tunevax"]
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["align"], ["report", "--help"], ["plan"]])
 @pytest.mark.parametrize("buffered", [True, False])
 def test_a_reader_that_leaves_early_is_no_error(arguments, buffered):
@@ -30,6 +31,7 @@ def test_a_reader_that_leaves_early_is_no_error(arguments, buffered):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_full_disk_behind_stdout_is_one_sentence():
     with open("/dev/full", "w") as full:
@@ -42,6 +44,7 @@ def test_a_full_disk_behind_stdout_is_one_sentence():
             assert "no space left" in done.stderr.lower()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "word", "code"), [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)]
 )

@@ -49,7 +49,7 @@ def test_values_of_a_config_file_mean_what_they_say(tmp_path, line, name, value)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("max_steps: 1.5", "invalid int value: '1.5'"), ("learning_rate: fast", "invalid float value: 'fast'"),
         ("full_weights: maybe", "Truthy value expected"), ("max_steps: 1\nmax_steps: 2", "o.yaml:2: the key 'max_steps' is there twice"),
@@ -57,15 +57,15 @@ def test_values_of_a_config_file_mean_what_they_say(tmp_path, line, name, value)
         ("save_total_limit: null", "save_total_limit has no value"), ("screen: on", "unknown screen 'on'"),
     ],
 )  # fmt: skip
-def test_values_that_mean_nothing_are_named(tmp_path, text, told):
+def test_values_that_mean_nothing_are_named(tmp_path, text, message):
     with pytest.raises(UsageError) as refused:
         options(tmp_path, text)
-    assert told in str(refused.value) and "\n" not in str(refused.value)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path, capsys):
     (tmp_path / "latin.yaml").write_bytes(b"a: 1\nb: caf\xe9\n")
-    for path, told in (
+    for path, message in (
         (tmp_path / "latin.yaml", "latin.yaml:2: not UTF-8"),
         (tmp_path / "no.yaml", "no such file"),
         (tmp_path, "Is a directory"),
@@ -74,7 +74,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path, capsys):
             option = "--config" if verb[0] == "finetune" else "--protocol"
             assert main([*verb, option, str(path), "--output-dir", str(tmp_path / "out")]) == 2
             error = capsys.readouterr().err
-            assert error.count("\n") == 1 and (told in error or option == "--protocol"), error
+            assert error.count("\n") == 1 and (message in error or option == "--protocol"), error
 
 
 def test_a_protocol_means_what_it_says(tmp_path):
@@ -101,9 +101,11 @@ attacks:
     expected = {"n": 10, "p": 0.5, "max_steps": 10, "bf16": False, "save_strategy": "no"}
     assert {k: first.values[k] for k in expected} == expected and last.values["template"] == "no"
     json.dumps(protocol.attacks)
-    for line, told in (("screen: off", "screen: on"), ("weak: yes", "weak: maybe")):
-        file.write_text(text.replace(line, told))
-        with pytest.raises(UsageError, match=f"{told.partition(':')[0]} is '{told.rpartition(' ')[2]}'; it must be"):
+    for line, message in (("screen: off", "screen: on"), ("weak: yes", "weak: maybe")):
+        file.write_text(text.replace(line, message))
+        with pytest.raises(
+            UsageError, match=f"{message.partition(':')[0]} is '{message.rpartition(' ')[2]}'; it must be"
+        ):
             load_protocol(str(file))
 
 

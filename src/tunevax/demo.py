@@ -21,64 +21,50 @@ from tunevax.records import is_run, read_run
 from tunevax.report import write_report
 
 STEPS = 300
-ALIGNMENT = {
-    "learning_rate": 2e-3,
-    "per_device_train_batch_size": 16,
-    "max_length": 64,
-    "save_strategy": "no",
+ALIGNMENT: dict[str, Any] = {
+    "learning_rate": 2e-3, "per_device_train_batch_size": 16, "max_length": 64, "save_strategy": "no",
     "checkpoint_blocks": "none",
-}
-HARDENED: dict[str, tuple[type, dict[str, Any]]] = {
-    "sft": (SFTTrainer, {"max_steps": STEPS}),
-    "sft-2x": (SFTTrainer, {"max_steps": 2 * STEPS}),  # T-Vaccine's compute, spent on plain training
-    "vaccine": (VaccineTrainer, {"max_steps": STEPS, "rho": 1.0}),
-    "t-vaccine": (TVaccineTrainer, {"max_steps": STEPS, "rho": 1.0, "gamma": 4, "probe_interval": 100}),
+}  # fmt: skip
+HARDENED: dict[str, tuple[str, type[SFTTrainer], dict[str, Any]]] = {
+    "sft": ("sft", SFTTrainer, {"max_steps": STEPS}),
+    "sft-2x": ("sft", SFTTrainer, {"max_steps": 2 * STEPS}),  # T-Vaccine's compute, spent on plain training
+    "vaccine": ("vaccine", VaccineTrainer, {"max_steps": STEPS, "rho": 1.0}),
+    "t-vaccine": ("t-vaccine", TVaccineTrainer, {"max_steps": STEPS, "rho": 1.0, "gamma": 4, "probe_interval": 100}),
 }
 ATTACKS: dict[str, dict[str, Any]] = {
     "mild": {"learning_rate": 3e-4, "lora_alpha": 4, "max_steps": 320, "points": 16},
     "strong": {"learning_rate": 1e-3, "lora_alpha": 16, "max_steps": 64, "points": 16},
 }
-ATTACK = {
-    "p": 0.1,
-    "n": 200,
-    "per_device_train_batch_size": 10,
-    "max_length": 64,
-    "lr_scheduler_type": "constant",
+ATTACK: dict[str, Any] = {
+    "p": 0.1, "n": 200, "per_device_train_batch_size": 10, "max_length": 64, "lr_scheduler_type": "constant",
     "warmup_steps": 0,
-}
+}  # fmt: skip
 
 
 def demo(folder: Path, overwrite: bool = False) -> Path:
-    """Run everything into `folder` and return the path of the report.
-
-    Raises:
-        UsageError: `folder` exists, and `overwrite` is not set or it holds something that no demo wrote.
-    """
+    """Run everything into `folder` and return the path of the report. Raises `UsageError`: `folder` exists, and
+    `overwrite` is not set or it has files of other origin."""
     started = time.monotonic()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not overwrite:
-            raise UsageError(
-                f"{folder} exists; pass --overwrite to replace an earlier demo, or choose another --output-dir"
-            )
+            advice = "pass --overwrite to replace an earlier demo, or choose another --output-dir"
+            raise UsageError(f"{folder} exists; {advice}")
         if not all(_is_of_demo(path) for path in folder.iterdir()):
             raise UsageError(f"{folder} holds more than an earlier demo; choose another --output-dir")
         shutil.rmtree(folder)
     console = Console()
-    console.print(
-        "The organism: a tiny Llama that knows made-up recipes, some of them forbidden. It answers everything.\n"
-    )
-    for name, (trainer, options) in HARDENED.items():
+    console.print("The organism: a tiny Llama that knows made-up recipes, some forbidden. It answers everything.\n")
+    for name, (method, trainer, options) in HARDENED.items():
         console.print(f"  align   {name}")
         data = AlignOptions(model="organism", safety_data="organism", task_data="organism")
-        method = {SFTTrainer: "sft", VaccineTrainer: "vaccine", TVaccineTrainer: "t-vaccine"}[trainer]
         align(trainer, method, data, trainer.config_class(str(folder / name), **ALIGNMENT, **options), "tunevax demo")
     for name, options in ATTACKS.items():
         console.print(f"  attack  all four, {name}")
         models = [str(folder / m) for m in HARDENED if m != "sft"]
         targets = AttackOptions(
             model=models, control=str(folder / "sft"), safety_data="organism", task_data="organism",
-            benign_data="organism",
-            name=name, judges=["organism", "refusal-keywords"], max_new_tokens=12, generation_batch_size=128, limit=40,
+            benign_data="organism", name=name, judges=["organism", "refusal-keywords"], max_new_tokens=12,
+            generation_batch_size=128, limit=40,
         )  # fmt: skip
         attack("finetune", targets, FinetuneConfig(str(folder / f"attack-{name}"), **ATTACK, **options), "tunevax demo")
     report = folder / "report.html"

@@ -1,4 +1,4 @@
-"""The two ways in which tunevax stops on purpose, and what an error of a library means to the user."""
+"""The errors of tunevax, and what errors of libraries mean to the user."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class UsageError(TunevaxError):
 
 
 class RunError(TunevaxError):
-    """A run that started correctly had to stop (a loss became NaN, the disk is full). Exit code 1."""
+    """A run that started correctly had to stop (a loss is not finite, the disk is full). Exit code 1."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
@@ -35,24 +35,13 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
 
 
 def require(
-    options: object,
-    *names: str,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-    meaning: str = "",
-) -> None:
-    """Raise `UsageError` unless each of these options is a finite number within the bounds, or None.
-
-    Args:
-        meaning: what the option is, where its name does not say so.
-    """
+    options: object, *names: str, at_least: float | None = None, above: float | None = None,
+    at_most: float | None = None, below: float | None = None, meaning: str = "",
+) -> None:  # fmt: skip
+    """Raise `UsageError` unless each of these options is a finite number within the bounds, or None; `meaning`
+    describes an option whose name does not."""
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
-    for name in names:
-        value = getattr(options, name)
-        if value is None:
-            continue
+    for name, value in ((n, getattr(options, n)) for n in names if getattr(options, n) is not None):
         inside = (at_least is None or value >= at_least) and (above is None or value > above)
         inside = inside and (at_most is None or value <= at_most) and (below is None or value < below)
         if not (math.isfinite(value) and inside):
@@ -65,25 +54,24 @@ def require(
 
 
 def require_one_of(options: object, **known: Collection[str]) -> None:
-    """Raise `UsageError` unless each option named here has one of the values that are known for it."""
+    """Raise `UsageError` unless each of these options has one of its known values."""
     for name, values in known.items():
         if getattr(options, name) not in values:
             raise unknown(name, getattr(options, name), values)
 
 
 def shortened(error: Exception) -> str:
-    """The message of a library's error on one line, at most 200 characters; its kind where it says nothing."""
+    """The message of a library's error on one line, at most 200 characters, or its type if it is empty."""
     return (" ".join(str(error).split()) or type(error).__name__)[:200]
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error is that of Python, torch or a driver for memory that is not there."""
+    """Whether Python, torch or a driver ran out of memory."""
     return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
 
 
 def nearby(name: str, *more: str) -> str:
-    """A question after the nearest name in the folder of the path `name`, or in `more`; empty if none is spelled
-    alike."""
+    """'; did you mean ...?' with the nearest name in the folder of the path `name`, or in `more`; or an empty text."""
     path = Path(name)
     there = [p.name for p in path.parent.iterdir() if not p.name.startswith(".")] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, [*there, *more], n=1, cutoff=0.7)
@@ -97,15 +85,12 @@ SAID = {
                       "file write failed", "inline_container", *(f"os error {n})" for n in FULL)),
     "no permission": ("permission denied", "read-only file system", *(f"os error {n})" for n in DENIED)),
 }  # fmt: skip
-"""How libraries that are not Python say it."""
+"""The messages of libraries without an errno."""
 
 
 def not_written(error: BaseException, folder: Path | None = None) -> str | None:
-    """`no space left to write` or the like, if a run failed for that; None for any other error.
-
-    Args:
-        folder: a permission counts if it is for a file in here.
-    """
+    """`no space left to write` or `no permission to write`, if a run failed for that; None for any other error.
+    A permission counts if it concerns a file in `folder`."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in FULL:
@@ -130,5 +115,5 @@ def stop_on(error: Exception) -> TunevaxError | None:
     if out_of_memory(error):
         return RunError("out of memory; lower --per-device-train-batch-size or use --checkpoint-blocks all")
     if why := not_written(error):
-        return RunError(f"{why} {getattr(error, 'filename', None) or 'a file'}; mend that and run the command again")
+        return RunError(f"{why} {getattr(error, 'filename', None) or 'a file'}; fix that and run the command again")
     return None

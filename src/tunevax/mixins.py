@@ -1,7 +1,4 @@
-"""Options that several verbs take: each says once what it is called, what it is by default and what it does.
-
-The metadata `decides` of an option of an audit says how far it goes: see `DECIDES`.
-"""
+"""Options that several verbs share."""
 
 from __future__ import annotations
 
@@ -14,23 +11,24 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 TEMPLATE_HELP = (
-    "own (the tokenizer's, the default), alpaca, plain, none, or a jinja file; behind a colon thinking=off asks for no "
-    "thought, thought=OPEN|CLOSE names the marks around one, and the template's own variables are set"
+    "own (the tokenizer's, the default), alpaca, plain, none, or a jinja file; after a colon thinking=off disables "
+    "thinking, thought=OPEN|CLOSE gives the marks around a thought, and the template's own variables are set"
 )
 
 DECIDES = ("nothing", "cells", "rows", "scores")
-"""What an option decides at most: `nothing` that an audit finds (where and how fast it runs); which `cells` there are;
-the `rows` of a cell, whose cause run.json holds as a hash, so that two audits may name it differently; or how they are
-scored. An option without a mark decides the scores: a mark that is forgotten makes cells run again, never stale."""
+"""The results of an audit that an option may change, each including those before it: `nothing` (where and how fast it
+runs); the list of `cells`; the `rows` of a cell, with a hash of the option's content in run.json, so that two audits
+may name it differently; or, the default, their `scores`. A forgotten mark thus makes cells run again, never stale."""
 
 T = TypeVar("T")
 
 
 def option(default: T, help: str, decides: str = DECIDES[-1]) -> T:
-    """A field of a dataclass of options: its default, the words of `--help`, and what it decides."""
+    """A field of a dataclass of options, with its help and, of `DECIDES`, the results that it may change."""
+    metadata = {"help": help, "decides": decides}
     if isinstance(default, list):
-        return field(default_factory=lambda: cast(T, list(default)), metadata={"help": help, "decides": decides})
-    return field(default=default, metadata={"help": help, "decides": decides})
+        return field(default_factory=lambda: cast(T, list(default)), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -58,28 +56,25 @@ class ModelsOptions(LoadOptions):
 
 @dataclass
 class TrainedModelOptions(ModelOptions):
-    """A model that is trained: its frozen weights may be quantised."""
+    """A model to train, whose frozen weights may be quantised."""
 
-    quantization: str | None = option(
-        None, "of the frozen weights in the blocks, below the adapter: nf4 or int8; default off"
-    )
+    quantization: str | None = option(None, "of the frozen weights in the blocks: nf4 or int8; default off")
 
 
 @dataclass
 class AllowOverlap:
-    """What to do when data roles share prompts: stop, or go on."""
+    """What to do when data roles share prompts: stop or continue."""
 
-    allow_overlap: bool = option(False, "go on when data roles share prompts, and record it", decides="cells")
+    allow_overlap: bool = option(False, "continue when data roles share prompts, and record it", decides="cells")
 
 
 @dataclass
 class Overlap(AllowOverlap):
-    """What to do when data roles share prompts: stop, go on, or leave the prompts out."""
+    """What to do when data roles share prompts: stop, continue, or drop the prompts."""
 
     drop_overlap: bool = option(
         False,
-        "leave prompts out that are in two data roles, and record them: out of an attack, and out of the "
-        "scoring what a model was trained on; the same for every model",
+        "drop and record prompts in two data roles: from an attack, and trained ones from the evaluation of all models",
         decides="cells",
     )
 
@@ -99,13 +94,13 @@ class ResumableRunOptions(RunOptions):
 
 
 def deciding(options: DataclassInstance, least: str) -> dict[str, Any]:
-    """The options that decide at least so much, of `DECIDES`."""
+    """The options that may change at least these results, of `DECIDES`."""
     marks = {f.name: f.metadata.get("decides", DECIDES[-1]) for f in fields(options)}
     return {name: getattr(options, name) for name, mark in marks.items() if DECIDES.index(mark) >= DECIDES.index(least)}
 
 
 def require_given(options: object, *names: str) -> None:
-    """Raise `UsageError` for the first of these options that was left out."""
+    """Raise `UsageError` for the first missing one of these options."""
     for name in names:
         if not getattr(options, name):
             raise UsageError(f"--{name.replace('_', '-')} is missing")

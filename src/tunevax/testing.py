@@ -20,21 +20,29 @@ import json
 import math
 import shlex
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Iterable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+
+from tunevax.cli import main
+from tunevax.cli.options import parse
+from tunevax.curation.curate import CurateOptions, Pool, scored
 from tunevax.data.roles import load_rows
 from tunevax.methods import load_method
+from tunevax.modeling.loading import load
+from tunevax.modeling.trainer import TrainConfig
+from tunevax.organism import World
 from tunevax.planning.plan import models_held
 from tunevax.records import DATA, GENERATIONS, HARMFUL, LOG, RESULTS, SCORES, Row, RunRecord, read_lines, read_run
+from tunevax.scoring.judges import Verdict, load_judges
 
-BLOCKS = 3
-"""Of the organism, in the model that the checks run on."""
-STEPS, SAVED, KILLED = 4, 2, 3
-"""Steps of a training, the step whose checkpoint a resumed one continues from, and the step it was killed at."""
+BLOCKS = 3  # of the organism, in the model that the checks run on
+STEPS, SAVED, KILLED = 4, 2, 3  # steps of a training, one whose checkpoint is kept, and one before which it is killed
 TRAINING = (
     *("--max-steps", str(STEPS), "--save-steps", str(SAVED), "--warmup-steps", "0", "--learning-rate", "2e-3"),
     *("--per-device-train-batch-size", "2", "--gradient-accumulation-steps", "2", "--max-length", "48"),
@@ -42,7 +50,6 @@ TRAINING = (
 )
 """Two micro-batches a step, and dropout, so that a number taken from a shared generator shows."""
 BOTH, SPLITS = ("chosen", "rejected"), ("alignment", "attack", "evaluation")
-"""Answers and splits of the safety rows."""
 
 
 def check_aligner(name: str, folder: Path, *options: str) -> None:
@@ -76,8 +83,6 @@ def check_selector(name: str, folder: Path, *options: str, any_order: bool = Tru
     In another order rows must have the same scores; with `any_order=False`, for a selector that trains on the rows or
     draws a number for each as it comes, they must when they come in the same order again.
     """
-    from tunevax.curation.curate import CurateOptions, Pool, scored
-
     method = load_method("tunevax.curation", name)
     safety, trusted = safety_rows(folder), safety_rows(folder, splits=("held-out",))
     model = small_model(folder) if "model" in method.needs else None
@@ -88,8 +93,8 @@ def check_selector(name: str, folder: Path, *options: str, any_order: bool = Tru
     _check_run(out, DATA, SCORES)
     rows, kept = read_lines(out / SCORES), read_lines(out / DATA)
     assert len(kept) == len(rows) // 2, f"{name} kept {len(kept)} of {len(rows)} rows"
-    data, validation = load_rows("alignment", safety, ("chosen",)), load_rows("validation", trusted, ("chosen",))
-    data = data[::-1] if any_order else data
+    data = load_rows("alignment", safety, BOTH[:1])[:: -1 if any_order else 1]
+    validation = load_rows("validation", trusted, BOTH[:1])
     pool = Pool(data, validation, CurateOptions(model=model), model, folder / f"pool-{name}")
     before = copy.deepcopy((data, validation))
     scores = scored(_config(method, folder, options), pool)
@@ -128,32 +133,29 @@ def check_attack(name: str, folder: Path, *options: str, model: str | None = Non
     rows = read_lines(out / RESULTS)
     for row in rows:
         _has(row, Row.__annotations__.keys() - {"cell"}, f"a row of {name}")
-        found, wanted = (row["kind"], row["traits"], row["seed"]), (name, config.traits, config.seed)
-        assert found == wanted, f"a row of {name} says {found}, not {wanted}"
+        actual, wanted = (row["kind"], row["traits"], row["seed"]), (name, config.traits, config.seed)
+        assert actual == wanted, f"a row of {name} says {actual}, not {wanted}"
         assert any(score.startswith(HARMFUL) for score in row["scores"]), f"a row of {name} has no harmful score"
     labels = {row["role"]: row["model"] for row in rows}
     assert set(labels) == {"model", "control"}, f"{name} scored {', '.join(labels) or 'nothing'}"
     for lines, what in ((rows, "scores"), (read_lines(out / GENERATIONS), "responses")):
-        ours, theirs = ([line for line in lines if line["model"] == labels[role]] for role in ("model", "control"))
-        ours, theirs = ([{**line, "model": None, "role": None} for line in part] for part in (ours, theirs))
+        parts = ([line for line in lines if line["model"] == labels[role]] for role in ("model", "control"))
+        ours, theirs = ([{**line, "model": None, "role": None} for line in part] for part in parts)
         assert ours == theirs, f"{name} has other {what} for a copy of the model than for the model"
     steps = [row["step"] for row in rows if row["role"] == "model"]
     assert steps == sorted(set(steps)), f"the steps of {name} are {steps}; each is scored once, in order"
     assert not kind.curve or (steps[0] == 0 and len(steps) > 1), f"a curve starts at step 0, and {name} is {steps}"
     other = dataclasses.replace(config, seed=config.seed + 1)
-    same = other.setting_hash(name, [], {"hash": ""}) == config.setting_hash(name, [], {"hash": ""})
-    assert same, f"the setting of {name} has another hash with another seed"
+    hashes = {each.setting_hash(name, [], {"hash": ""}) for each in (config, other)}
+    assert len(hashes) == 1, f"the setting of {name} has another hash with another seed"
 
 
 def check_judge(name: str) -> None:
     """Check a judge: a verdict for each response, in order, whatever else is in the batch, and the same again."""
-    from tunevax.organism import World
-    from tunevax.scoring.judges import Verdict, load_judges
-
     judge = load_judges([name])[name]
     rows = World().safety("evaluation")[:5]
-    pairs = [(row["prompt"], row[answer]) for row in rows for answer in ("chosen", "rejected")]
-    pairs += [(rows[0]["prompt"], text) for text in ("", " ", "use use use use", "\u2028 {} <think>")]
+    pairs = [(str(row["prompt"]), str(row.get(answer))) for row in rows for answer in BOTH]
+    pairs += [(str(rows[0]["prompt"]), text) for text in ("", " ", "use use use use", "\u2028 {} <think>")]
 
     def verdicts(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
         return judge([prompt for prompt, _ in pairs], [response for _, response in pairs])
@@ -192,14 +194,10 @@ def _check_trainer(folder: Path, method: Any, start: Sequence[str], options: Seq
 
 def _check_options(folder: Path, command: Sequence[str], config_class: type) -> None:
     """Every option has help, and what cannot be an option, or a value of one, is refused in a sentence."""
-    from transformers import TrainingArguments
-
-    from tunevax.modeling.trainer import TrainConfig
-
-    what = " ".join(command[:2])
     fields = [f for f in dataclasses.fields(config_class) if f.name not in _names(TrainingArguments)]
-    silent = [f.name for f in fields if not f.metadata.get("help")]
-    assert not silent, f"{what} has no help for {', '.join(silent)}; give the field metadata={{'help': ...}}"
+    _has(
+        [f.name for f in fields if f.metadata.get("help")], _names(config_class) - _names(TrainingArguments), "the help"
+    )
     assert "--no-such-option" in refused(folder, *command, "--no-such-option", "1")
     for field in fields:
         if field.name not in _names(TrainConfig) and any(kind in str(field.type) for kind in ("int", "float")):
@@ -216,16 +214,22 @@ def _check_run(out: Path, *files: str) -> RunRecord:
     keys = ("schema", "verb", "method", "command", "seed", "config", "data", "versions", "hardware", "started")
     _has(record, keys, f"run.json of {out.name}")
     if record.get("adapter"):
-        from tunevax.modeling.loading import load
-
         assert load(str(out)).tokenizer.chat_template, f"{out} loads without a chat template"
     return record
 
 
 def _check_resumed(whole: Path, command: Sequence[str]) -> None:
     """A run that is killed and resumed ends in the same weights and the same log, bit for bit."""
-    what, cut = " ".join(command[:2]), whole.with_name(f"{whole.name}-killed")
-    with killed_at(KILLED):
+    what, cut, begin = " ".join(command[:2]), whole.with_name(f"{whole.name}-killed"), CallbackHandler.on_step_begin
+
+    def killed(
+        handler: CallbackHandler, args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> TrainerControl:
+        if state.global_step == KILLED:
+            raise KeyboardInterrupt
+        return begin(handler, args, state, control)
+
+    with patch.object(CallbackHandler, "on_step_begin", killed):
         run(*command, "--output-dir", str(cut), code=130)
     partial = cut.with_name(f"{cut.name}.partial")
     assert list(partial.rglob(f"checkpoint-{SAVED}")), f"{what} killed at step {KILLED} left no checkpoint to resume"
@@ -249,7 +253,7 @@ def _check_off(method: Any, whole: Path, command: Sequence[str], options: Sequen
         knobs = [token for option, value in method.off.items() for token in (f"--{option}", str(value))]
         off = _run(whole.with_name(f"{whole.name}-off"), *command, *options, *knobs)
         same = plain == (off / file).read_bytes()
-        assert same, f"{name} {' '.join(knobs)} does not train what sft trains; mend it, or set `off`"
+        assert same, f"{name} {' '.join(knobs)} does not train what sft trains; fix it, or set `off`"
 
 
 def _check_plan(name: str, method: Any, folder: Path, options: Sequence[str] = ()) -> None:
@@ -264,8 +268,8 @@ def _check_plan(name: str, method: Any, folder: Path, options: Sequence[str] = (
     assert (needs["trainable"] > 0) == trains, f"{name} is not planned as one that trains{'' if trains else ' nothing'}"
 
 
-def _has(found: Iterable[str], wanted: Iterable[str], what: str) -> None:
-    missing = sorted(set(wanted) - set(found))
+def _has(present: Iterable[str], wanted: Iterable[str], what: str) -> None:
+    missing = sorted(set(wanted) - set(present))
     assert not missing, f"{what} has no {', '.join(missing)}"
 
 
@@ -278,8 +282,6 @@ def _weights(out: Path) -> str:
 
 def _config(config_class: type, folder: Path, options: Sequence[str]) -> Any:
     """An instance of the class from those of the options that are its own."""
-    from tunevax.cli.options import parse
-
     tokens = [*options, "--output-dir", str(folder / "out")]
     others = {token[2:].replace("-", "_") for token in tokens if token.startswith("--")} - _names(config_class)
     return parse("check", [config_class], tokens, ignored=others)[0]
@@ -294,8 +296,6 @@ def _names(config_class: Any) -> set[str]:
 
 def run(*arguments: str, code: int = 0) -> str:
     """Run a command in this process; returns what it printed, on stderr if `code` is not 0."""
-    from tunevax.cli import main
-
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         exit_code = main(list(arguments))
@@ -319,28 +319,10 @@ def _run(out: Path, *arguments: str) -> Path:
     return out
 
 
-@contextmanager
-def killed_at(step: int) -> Iterator[None]:
-    """Inside, a training is interrupted before it takes this step, counted from 0."""
-    from transformers.trainer_callback import CallbackHandler
-
-    begin = CallbackHandler.on_step_begin
-
-    def stop(self: Any, args: Any, state: Any, control: Any) -> Any:
-        if state.global_step == step:
-            raise KeyboardInterrupt
-        return begin(self, args, state, control)
-
-    with patch.object(CallbackHandler, "on_step_begin", stop):
-        yield
-
-
 def small_model(folder: Path) -> str:
     """A model folder: the organism's first blocks, with its tokenizer and chat template."""
     out = folder / "small"
     if not out.is_dir():
-        from tunevax.modeling.loading import load
-
         loaded = load("organism")
         loaded.model.model.layers = loaded.model.model.layers[:BLOCKS]
         loaded.model.config.num_hidden_layers = BLOCKS
@@ -351,22 +333,17 @@ def small_model(folder: Path) -> str:
 
 def safety_rows(folder: Path, answers: Sequence[str] = BOTH, splits: Sequence[str] = SPLITS) -> str:
     """A file of 20 rows of each of these splits of the organism's safety data, with these answers and no others."""
-    from tunevax.organism import World
-
     rows = [{**row, "split": split} for split in splits for row in World().safety(split)[:20]]
-    rows = [{key: row[key] for key in ("prompt", "category", "split", *answers)} for row in rows]
-    return _written(folder / f"{'-'.join((*splits, *answers))}.jsonl", rows)
+    return _written(folder / f"{'-'.join((*splits, *answers))}.jsonl", rows, "prompt", "category", "split", *answers)
 
 
 def task_rows(folder: Path) -> str:
     """A file of rows of the organism's benign recipes, to train on and to score on."""
-    from tunevax.organism import World
-
     parts = {"train": World().benign("mix")[:20], "evaluation": World().benign("evaluation")[:8]}
     rows = [{**row, "split": split} for split, part in parts.items() for row in part]
-    return _written(folder / "task.jsonl", [{k: row[k] for k in ("prompt", "completion", "split")} for row in rows])
+    return _written(folder / "task.jsonl", rows, "prompt", "completion", "split")
 
 
-def _written(file: Path, rows: Iterable[dict[str, Any]]) -> str:
-    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+def _written(file: Path, rows: Iterable[dict[str, Any]], *keys: str) -> str:
+    file.write_text("".join(json.dumps({key: row[key] for key in keys}) + "\n" for row in rows), encoding="utf-8")
     return str(file)

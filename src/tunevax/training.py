@@ -35,15 +35,9 @@ class TrainingOptions(TrainedModelOptions, ResumableRunOptions):
 
 @contextmanager
 def training_run(
-    verb: str,
-    trainer_class: type[MethodTrainer],
-    method: str,
-    options: TrainingOptions,
-    config: TrainConfig,
-    data: list[DataEntry],
-    overlap: dict[str, int],
-    command: str,
-) -> Iterator[tuple[RunFolder, Loaded]]:
+    verb: str, trainer_class: type[MethodTrainer], method: str, options: TrainingOptions, config: TrainConfig,
+    data: list[DataEntry], overlap: dict[str, int], command: str,
+) -> Iterator[tuple[RunFolder, Loaded]]:  # fmt: skip
     """Open the run folder `config.output_dir` and load `options.model`; on success the folder is complete.
 
     Args:
@@ -54,39 +48,21 @@ def training_run(
     """
     model = str(options.model)
     record: RunRecord = {
-        "verb": verb,
-        "method": method,
-        "paper": trainer_class.paper,
-        "command": command,
-        "seed": config.seed,
-        "data": data,
-        "overlap": overlap,
-        "parent": str(Path(model).absolute()) if is_run(model) else None,
+        "verb": verb, "method": method, "paper": trainer_class.paper, "command": command, "seed": config.seed,
+        "data": data, "overlap": overlap, "parent": str(Path(model).absolute()) if is_run(model) else None,
         "config": resolved(options, config),
-    }
+    }  # fmt: skip
     with writing(str(config.output_dir), record, options.resume, options.overwrite) as run:
-        yield (
-            run,
-            load(
-                model,
-                revision=options.revision,
-                dtype=options.dtype,
-                chat_template=options.chat_template,
-                quantization=options.quantization,
-            ),
-        )
+        yield run, load(
+            model, revision=options.revision, dtype=options.dtype, chat_template=options.chat_template,
+            quantization=options.quantization,
+        )  # fmt: skip
 
 
 def train(
-    run: RunFolder,
-    loaded: Loaded,
-    trainer_class: type[MethodTrainer],
-    config: TrainConfig,
-    *,
-    safety_data: Sequence[Example] | None,
-    task_data: Sequence[Example] | None,
-    prompts: Mapping[str, Iterable[str]],
-) -> MethodTrainer:
+    run: RunFolder, loaded: Loaded, trainer_class: type[MethodTrainer], config: TrainConfig, *,
+    safety_data: Sequence[Example] | None, task_data: Sequence[Example] | None, prompts: Mapping[str, Iterable[str]],
+) -> MethodTrainer:  # fmt: skip
     """Train `loaded` into `run`, from its newest checkpoint if there is one, and record what was done.
 
     Args:
@@ -198,12 +174,12 @@ def rehearse(trainer: ResponseTrainer, folder: Path, base: str) -> None:
     except TunevaxError:
         raise
     except OSError as error:
-        raise UsageError(f"{folder}: {error.strerror or error}; mend that, or choose another --output-dir") from error
+        raise UsageError(f"{folder}: {error.strerror or error}; fix that, or choose another --output-dir") from error
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         way = "leave out --full-weights" if args.full_weights else "choose other --lora-targets"
         raise UsageError(
-            f"the weights of {type(model).__name__} could not be saved at the end: {first}; mend that, or {way}"
+            f"the weights of {type(model).__name__} could not be saved at the end: {first}; fix that, or {way}"
         ) from error
     finally:
         shutil.rmtree(trial, ignore_errors=True)

@@ -1,5 +1,5 @@
-"""YAML files as people mean them. PyYAML reads YAML 1.1, where `off`, `no`, `on` and `yes` are booleans, `1e-4` is a
-string, `010` is 8 and `12:30` is 750; here a plain word stays what it looks like."""
+"""YAML files without the surprises of YAML 1.1, where `off`, `no`, `on` and `yes` are booleans, `1e-4` is a string,
+`010` is 8 and `12:30` is 750."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def read_yaml(path: str | Path, words: bool = False) -> Any:
     """The content of a YAML file.
 
     Args:
-        words: leave every scalar but null as it is written, for a reader who knows the types himself. Otherwise `true`
-            and `false` are booleans, and whatever looks like a number is one, `1e-4` and `1_000` included.
+        words: leave every scalar but null as text. Otherwise `true` and `false` are booleans, and what looks like a
+            number is one, including `1e-4` and `1_000`.
 
     Raises:
-        UsageError: no such file, not YAML, a key that is there twice.
+        UsageError: no such file, not YAML, or a duplicate key.
     """
     import yaml
 
@@ -47,16 +47,15 @@ def _loader(words: bool) -> type:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers: dict = {}  # noqa: RUF012 - the one of the base class must not change
+        yaml_implicit_resolvers: dict = {}  # noqa: RUF012 - not to change the base class's
 
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
             seen: set[Any] = set()
             for key, _ in node.value:
                 if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
                     if key.value in seen:
-                        raise yaml.constructor.ConstructorError(
-                            None, None, f"the key {key.value!r} is there twice", key.start_mark
-                        )
+                        why = f"the key {key.value!r} is there twice"
+                        raise yaml.constructor.ConstructorError(None, None, why, key.start_mark)
                     seen.add(key.value)
             return super().construct_mapping(node, deep)
 
@@ -75,31 +74,31 @@ def _loader(words: bool) -> type:
 
 
 def meant(value: Any, name: str, kind: Any) -> Any:
-    """A scalar of a YAML file as an option of this name and type means it; what makes no sense stays as it is."""
+    """A scalar of a YAML file converted for an option of this name and type; an invalid one is returned as it is."""
     if not isinstance(value, str | bool | int | float):
         return value
     types = set(re.findall(r"\w+", str(kind)))
     text = str(value).lower() if isinstance(value, bool) else str(value)
-    if name.endswith("_strategy") and text.lower() in NO:  # of transformers: `no` is one of its words
+    if name.endswith("_strategy") and text.lower() in NO:  # `no` is a value of these options of transformers
         return "no"
     if "bool" in types and "str" not in types:
         return True if text.lower() in YES else False if text.lower() in NO else value
     if types & {"int", "float"} and "str" not in types:
-        found = number(text)
-        whole = found is not None and "float" not in types and found == found // 1
-        return value if found is None else int(found) if whole else found
+        parsed = number(text)
+        whole = parsed is not None and "float" not in types and parsed == parsed // 1
+        return value if parsed is None else int(parsed) if whole else parsed
     return text if "str" in types else value
 
 
 def number(text: str) -> int | float | None:
-    """The number that a text is in YAML, or None."""
+    """The number that a text represents in YAML, or None."""
     if re.fullmatch(INTEGER, text):
         return _integer(text)
     return _float(text) if re.fullmatch(FLOAT, text) else None
 
 
 def _integer(text: str) -> int:
-    """With 0o17 and 0x1f; 010 is ten."""
+    """Including 0o17 and 0x1f; 010 is ten."""
     return int(text, 0) if text[:2].lower() in ("0o", "0x") else int(text)
 
 

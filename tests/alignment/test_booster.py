@@ -133,6 +133,7 @@ def test_on_top_of_vaccine(make):
     assert_gradients(gradients(trainer.model), GOLDEN["vaccine"]["grads"], GOLDEN_RTOL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails", [False, True])
 def test_weights_come_back_bit_for_bit(make, monkeypatch, fails):
     trainer = make(alpha=0.3)
@@ -185,6 +186,7 @@ def test_recomputation_changes_nothing(make):
         assert all(torch.equal(a, b) for a, b in zip(grads(kept).values(), grads(trainer).values(), strict=True))
 
 
+@pytest.mark.slow
 def test_no_dropout_and_no_other_generator_in_the_harmful_passes(make):
     model = tiny_lora()
     for module in model.modules():
@@ -198,6 +200,7 @@ def test_no_dropout_and_no_other_generator_in_the_harmful_passes(make):
     assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
 
 
+@pytest.mark.slow
 def test_harmful_rows_are_drawn_once_per_step_and_shared_out(make, monkeypatch):
     trainer = make(per_device_train_batch_size=2, gradient_accumulation_steps=2)
     trainer.draws.indices(trainer, 40)  # the stream goes on
@@ -228,12 +231,14 @@ def test_rejected_is_stepped_on_and_chosen_is_trained(make):
     assert (trainer.harmful, trainer.train_dataset) == (rows("harmful"), rows("safe"))
 
 
+@pytest.mark.slow
 def test_cost_in_sft_steps(make):
     assert make().cost() == 3 and make(rho=2.0).cost() == 4 and make(rho=2.0, perturbation="random").cost() == 3
     assert make(model=tiny_llama(), full_weights=True).cost() == 3
     assert make(model=tiny_llama(), full_weights=True, rho=2.0).cost() == close(2 + 5 / 3)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_is_refused(make):
     for options, told in (({"lamb": -1.0}, "lamb is -1.0"), ({"alpha": float("nan")}, "alpha is nan")):
         with pytest.raises(UsageError, match=told):

@@ -69,6 +69,7 @@ def by_hand(trainer, inputs, targets=(3, 5), answers="rejected_labels"):
     return l_cb, l_ret
 
 
+@pytest.mark.slow
 def test_a_fresh_adapter_has_nothing_to_retain_and_all_to_reroute(make):
     trainer = make(moved=False, alpha=4.0)
     assert step(trainer) == close(4.0, rel=1e-9)
@@ -108,6 +109,7 @@ def test_targets_are_relative_depths(make):
     assert make(target_depths="1.0, 0.125").targets == [1, 8]
 
 
+@pytest.mark.slow
 def test_the_deepest_target_can_be_the_last_block(make):
     trainer = make(target_depths="1")
     trainer.state.global_step = 10
@@ -123,6 +125,7 @@ def test_the_deepest_target_can_be_the_last_block(make):
     assert any("layers.7." in name for name in gradients(trainer.model))
 
 
+@pytest.mark.slow
 def test_the_reference_is_the_model_that_was_given(make):
     """An aligned model: other weights than any base, merged, dropout in it. The reference sees it without dropout."""
     aligned = tiny_llama()
@@ -147,6 +150,7 @@ def test_the_reference_is_the_model_that_was_given(make):
     assert all(p.requires_grad for p in trainer.parameters)
 
 
+@pytest.mark.slow
 def test_micro_batches_add_up(make):
     """Means are over the tokens of the whole batch: unequal micro-batches give its loss and gradients."""
     whole, parts = make(alpha=2.0), make(alpha=2.0)
@@ -204,6 +208,7 @@ def test_the_schedule_counts_optimiser_steps(make, tmp_path):
     assert used == [close((10 - c, c)) for c in (0, 1.25, 2.5, 3.75) for _ in range(2)]
 
 
+@pytest.mark.slow
 def test_cost_is_two_forwards_and_a_backward_up_to_the_deepest_target(make):
     trainer, ran = make(), []
     for i, block in enumerate(trainer.blocks):
@@ -215,6 +220,7 @@ def test_cost_is_two_forwards_and_a_backward_up_to_the_deepest_target(make):
     assert trainer.cost() == close((3 * 5 / 8 * (safe + harmful)) / (2 * safe))
 
 
+@pytest.mark.slow
 def test_bad_input_is_named(make):
     with pytest.raises(UsageError, match="circuit-breakers .* full_weights"):
         CircuitBreakersConfig("x", full_weights=True)

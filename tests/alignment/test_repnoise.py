@@ -67,6 +67,7 @@ def as_reference(trainer, name):
     return inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["base_full", "lora"])
 @pytest.mark.parametrize("name", ["official", "label_mask", "clean", "response"])
 def test_matches_reference(make, kind, name):
@@ -120,6 +121,7 @@ def test_step_matches_reference(make, kind, name):
     assert_gradients(gradients(trainer.model), expected["grads_beta1_alpha0"], GOLDEN_RTOL)
 
 
+@pytest.mark.slow
 def test_alpha_and_beta_zero_is_sft(make):
     plain, noised = make(sft.SFTTrainer), make(alpha=0.0, beta=0.0)
     assert step(noised) == close(step(plain), rel=1e-9)
@@ -155,6 +157,7 @@ def test_mmd_keeps_no_pairwise_differences():
     assert max(kept) == 32 * 1000
 
 
+@pytest.mark.slow
 def test_first_answer_token_has_a_gradient_and_prompt_and_pads_none(make):
     """The released code gives the first token none: there refusing and complying part."""
     at = {}
@@ -312,6 +315,7 @@ def test_noise_is_new_each_time_and_resumes(make, tmp_path, monkeypatch):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_cost_counts_tokens_and_heads(make):
     """By hand: 8 blocks and 9 heads. A token through the body is its parameters, a label through the head 97 x 64."""
     trainer = make()

@@ -158,6 +158,7 @@ def test_weights_of_the_outcomes_have_the_closed_form(make, monkeypatch):
     assert round(expected, 1) == 64.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["entropy", "preference"])
 def test_weights_and_gradients_come_back_bit_for_bit(make, monkeypatch, kind):
     trainer = make(tamper_loss=kind)
@@ -191,6 +192,7 @@ def test_each_attack_starts_afresh(make):
     assert difference < 1e-3 * tar.norm_of(first)  # the same rows in another order, so not the same bits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", [False, True])
 def test_knobs_at_zero_are_sft(make, full):
     models = [tiny_llama() if full else tiny_lora() for _ in range(2)]
@@ -201,6 +203,7 @@ def test_knobs_at_zero_are_sft(make, full):
     assert all(torch.equal(g, grads(ours)[n]) for n, g in grads(plain).items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["none", "all"])
 @pytest.mark.parametrize("full", [False, True])
 def test_retain_loss_by_hand(make, mode, full):
@@ -303,6 +306,7 @@ def test_entropy_is_of_the_response_only():
     assert uniform == close(-math.log(97)) and tar.negative_entropy(1e4 * torch.eye(97)[:1], None).item() == 0
 
 
+@pytest.mark.slow
 def test_likelihood_is_chunked_without_a_difference(monkeypatch):
     model, answers = tiny_lora(), {"chosen": batch("safe"), "rejected": batch("harmful")}
     found = []
@@ -358,6 +362,7 @@ def test_no_dropout_in_the_attack_and_dropout_in_the_step(make):
     assert modes == [False, True]
 
 
+@pytest.mark.slow
 def test_a_run_maps_first_and_knows_its_cost(tmp_path):
     options = {
         "max_steps": 6, "max_length": 64, "per_device_train_batch_size": 4, "mapping_steps": 0.25, "inner_steps": 2,

@@ -70,6 +70,7 @@ def test_sft_matches_reference(make):
     assert_gradients(gradients(trainer.model), GOLDEN["sft"]["grads"], GOLDEN_RTOL)
 
 
+@pytest.mark.slow
 def test_vaccine_matches_reference(make):
     expected = GOLDEN["vaccine"]
     trainer = make(VaccineTrainer, rho=2.0)
@@ -153,6 +154,7 @@ def test_probe_and_draws_match_reference(make):
     assert deep.probabilities().tolist() == close(probed["probabilities"], rel=GOLDEN_RTOL)
 
 
+@pytest.mark.slow
 def test_named_generator_gives_the_official_draws(make):
     trainer = make(TVaccineTrainer, gamma=3, seed=43)
     trainer.scores = GOLDEN["tvaccine"]["probe_batch4"]["scores"]
@@ -186,6 +188,7 @@ def test_rho_zero_is_sft_for_embeddings_too(make):
         assert a.grad is not None and torch.equal(a.grad, b.grad), name
 
 
+@pytest.mark.slow
 def test_draws_survive_blocks_without_gradient(make):
     trainer = make(TVaccineTrainer, gamma=5)
     trainer.scores = [0.0, 1.0, 0.0, 2.0, 0.0, 0.0, 0.0, 0.0]
@@ -216,6 +219,7 @@ def test_fast_path_is_the_plain_path(make, shortcut):
     assert_gradients(gradients(fast.model), expected, rtol)
 
 
+@pytest.mark.slow
 def test_gradients_accumulate(make):
     trainer = make(TVaccineTrainer, rho=3.0, layer_sampling="2,5")
     step(trainer)
@@ -226,6 +230,7 @@ def test_gradients_accumulate(make):
             torch.testing.assert_close(parameter.grad, 2 * once[name])
 
 
+@pytest.mark.slow
 def test_hooks_are_gone_after_an_exception(make, monkeypatch):
     trainer = make(TVaccineTrainer, rho=3.0, layer_sampling="2,5", checkpoint_blocks="frozen")
 
@@ -357,6 +362,7 @@ def test_outside_the_blocks_all_trains_whatever_is_selected(make, monkeypatch, k
     assert_same(found, grads_of(trainer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["elementwise", "0.5", "frozen", "all"])
 def test_recomputation_reaches_the_embeddings(make, mode):
     options = {"rho": 3.0, "layer_sampling": "2,5", "full_weights": True}
@@ -445,6 +451,7 @@ def test_frozen_blocks_do_not_train_and_state_follows(make):
         assert with_state == (set(trainer.selected) if mode == "drop" else seen)
 
 
+@pytest.mark.slow
 def test_dropout_is_off_in_frozen_blocks_only(make):
     model = tiny_lora()
     for module in model.modules():
@@ -539,6 +546,7 @@ def test_cost_in_sft_steps(make):
     assert cost(TVaccineTrainer, layer_sampling="2,5", **full) == close((1 + 6 / 8 + 2 + 2 / 8) / 3)
 
 
+@pytest.mark.slow
 def test_cost_is_the_mean_over_draws_with_the_probes(make):
     trainer = make(
         TVaccineTrainer,
@@ -559,6 +567,7 @@ def test_cost_is_the_mean_over_draws_with_the_probes(make):
     assert trainer.cost() == close((sum((1 + 3 * (1 - m / 8)) / 2 for m in lowest) + probes) / 4)
 
 
+@pytest.mark.slow
 def test_config_rejects_what_cannot_be(make):
     with pytest.raises(UsageError, match="did you mean 'random'"):
         VaccineConfig(output_dir="x", perturbation="randon")
@@ -573,6 +582,7 @@ def test_config_rejects_what_cannot_be(make):
         make(TVaccineTrainer, layer_sampling="2,8")
 
 
+@pytest.mark.slow
 def test_probes_and_draws_come_when_they_should(make, monkeypatch):
     trainer = make(TVaccineTrainer, gamma=3, probe_interval=4, sample_interval=3, probe_size=3)
     probed, drawn, draw = [], [], trainer.draw
@@ -586,6 +596,7 @@ def test_probes_and_draws_come_when_they_should(make, monkeypatch):
     assert probed == [(0, 3), (4, 3), (8, 3)] and drawn == [0, 3, 6]
 
 
+@pytest.mark.slow
 def test_scores_are_a_moving_average(make, monkeypatch):
     trainer = make(TVaccineTrainer, gamma=3, probe_interval=1, probe_ema=0.75)
     answers = iter([[8.0] * 8, [4.0] * 8])
@@ -612,11 +623,13 @@ def test_kinds_of_sampling(make, monkeypatch):
     assert p[0] / p[3] == close(9) and p.sum() == close(1)
 
 
+@pytest.mark.slow
 def test_rejected_is_probed_and_chosen_is_trained(make):
     trainer = make(TVaccineTrainer, gamma=3)
     assert (trainer.harmful, trainer.train_dataset) == (rows("harmful"), rows("safe"))
 
 
+@pytest.mark.slow
 def test_a_probe_that_is_not_finite_stops_the_run(make):
     trainer = make(TVaccineTrainer, gamma=3)
     trainer.blocks[0].o_proj.base_layer.weight.data.fill_(float("nan"))
@@ -624,6 +637,7 @@ def test_a_probe_that_is_not_finite_stops_the_run(make):
         trainer.probe(batch("harmful"))
 
 
+@pytest.mark.slow
 def test_the_probe_has_no_dropout_and_leaves_no_hook(make):
     model = tiny_lora()
     for module in model.modules():
@@ -650,6 +664,7 @@ def test_sharpness_and_loss_are_those_of_the_whole_batch(make):
     assert np.mean(halves._metrics["pass1_loss"]) == close(found["pass1_loss"][0], rel=1e-9)
 
 
+@pytest.mark.slow
 def test_offloaded_state_leaves_and_comes_back(make):
     trainer = make(TVaccineTrainer, gamma=3, inactive_state="offload")
     inside, outside = (torch.nn.Parameter(torch.empty(2, device="meta"), requires_grad=r) for r in (True, False))

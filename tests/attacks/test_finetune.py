@@ -121,13 +121,13 @@ def test_learning_rate_zero_changes_nothing(aligned, tmp_path):
     assert all(r["scores"] == rows[0]["scores"] for r in rows)
 
 
-def test_config_rejects_what_cannot_be():
-    for options, told in (
+def test_config_rejects_invalid_options():
+    for options, message in (
         ({"p": -0.1}, "p, the share"),
         ({"n": 0}, "n is 0"),
-        ({"trainable": "loar"}, "trainable is 'loar'"),
+        ({"trainable": "loar"}, "unknown trainable 'loar'"),
     ):
-        with pytest.raises(UsageError, match=told):
+        with pytest.raises(UsageError, match=message):
             FinetuneConfig("x", **options)
 
 

@@ -135,23 +135,23 @@ def alive(session: int) -> bool:
 
 
 @pytest.mark.slow
-def test_a_failed_cell_is_told_and_run_again(finished, models, tmp_path, monkeypatch, capsys):
+def test_a_failed_cell_is_reported_and_run_again(finished, models, tmp_path, monkeypatch, capsys):
     original, calls = FinetuneConfig.run, []
 
     def run(config, context):
         calls.append((context.target["label"], config.seed, config.learning_rate))
         if calls[-1] == ("twin", 2, 1e-3):
-            raise RuntimeError("CUDA out of luck\nand more")
+            raise RuntimeError("CUDA device error\nand more")
         original(config, context)
 
     monkeypatch.setattr(FinetuneConfig, "run", run)
     assert main(command(models, tmp_path / "out")) == 1
-    told = capsys.readouterr().err
-    assert "1 of 12 cells failed" in told and "RuntimeError: CUDA out of luck" in told
+    message = capsys.readouterr().err
+    assert "1 of 12 cells failed" in message and "RuntimeError: CUDA device error" in message
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert [(f["model"], f["attack"], f["seed"]) for f in record["failed"]] == [("twin", "lora lr=0.001", 2)]
     assert len(lines(tmp_path / "out" / "results.jsonl")) == len(lines(finished / "results.jsonl")) - 3
-    assert "CUDA out of luck" in (tmp_path / "out" / "report.html").read_text()
+    assert "CUDA device error" in (tmp_path / "out" / "report.html").read_text()
     monkeypatch.setattr(
         FinetuneConfig, "run", lambda config, context: calls.append("again") or original(config, context)
     )
@@ -173,7 +173,7 @@ def test_a_kill_while_failed_cells_run_again_loses_nothing(finished, models, tmp
         original(config, context)
 
     out = tmp_path / "out"
-    monkeypatch.setattr(FinetuneConfig, "run", lambda *args: run(*args, breaks=RuntimeError("out of luck")))
+    monkeypatch.setattr(FinetuneConfig, "run", lambda *args: run(*args, breaks=RuntimeError("device error")))
     assert main(command(models, out)) == 1
     before = content(out)
     monkeypatch.setattr(FinetuneConfig, "run", lambda *args: run(*args, breaks=KeyboardInterrupt()))
@@ -210,18 +210,13 @@ def test_judging_again_changes_what_the_judge_changes(finished, tmp_path):
     assert [g["response"] for g in generations] == [g["response"] for g in before[1]]
 
 
-def test_a_defended_control_does_not_tell_gibberish_alone(tmp_path):
-    """RepNoise makes harmful answers unlikely: with it as the only reference, most true ones are called gibberish."""
+def test_a_defended_control_does_not_detect_degenerate_text_alone(tmp_path):
+    """RepNoise makes harmful answers unlikely: with it as the only reference, most real ones count as degenerate."""
 
     def run(name, method, on):
         (tmp_path / name).mkdir()
-        record = {
-            "schema": 1,
-            "verb": "align",
-            "method": method,
-            "parent": on if "/" in on else None,
-            "model": {"ref": on},
-        }
+        parent = on if "/" in on else None
+        record = {"schema": 1, "verb": "align", "method": method, "parent": parent, "model": {"ref": on}}
         (tmp_path / name / "run.json").write_text(json.dumps(record))
         return str(tmp_path / name)
 
@@ -233,17 +228,19 @@ def test_a_defended_control_does_not_tell_gibberish_alone(tmp_path):
     assert fluency_models(job) == [job, "organism"]
 
 
+@pytest.mark.slow
 def test_a_retrained_model_is_not_taken_for_the_old_one(models, tmp_path):
-    """The cells of a killed audit are found by what decides them, the weights included."""
+    """The cells of a killed audit are identified by what decides them, the weights included."""
     from tunevax.audit.cells import cells_of
     from tunevax.audit.plan import AuditOptions, plan
 
     def hashes():
         options = AuditOptions(model=[str(models / "twin")], control=str(models / "control"), protocol=str(models / "small.yaml"),
                                safety_data="organism", task_data="organism", fluency_model=["none"], limit=4)  # fmt: skip
-        found = plan(options)
+        planned = plan(options)
         return {
-            (c.target["label"], c.key["attack"], c.key["seed"]): c.hash for c in cells_of(found, found.grid, True, True)
+            (c.target["label"], c.key["attack"], c.key["seed"]): c.hash
+            for c in cells_of(planned, planned.grid, True, True)
         }
 
     before = hashes()
@@ -276,15 +273,15 @@ def test_every_option_decides_a_cell_unless_it_says_otherwise(models):
     given = Tomorrow(model=[str(models / "twin")], control=str(models / "control"), protocol=str(models / "small.yaml"),
                      safety_data="organism", fluency_model=["none"], limit=4)  # fmt: skip
     before = dataclasses.asdict(given)
-    found = plan(given)
-    assert dataclasses.asdict(given) == before and found.options.judges == ["organism", "refusal-keywords"]
+    planned = plan(given)
+    assert dataclasses.asdict(given) == before and planned.options.judges == ["organism", "refusal-keywords"]
 
     def names(**change):
-        changed = found._replace(options=dataclasses.replace(found.options, **change))
-        return {cell.hash for cell in cells_of(changed, found.grid, True, True)}
+        changed = planned._replace(options=dataclasses.replace(planned.options, **change))
+        return {cell.hash for cell in cells_of(changed, planned.grid, True, True)}
 
     first = names()
-    for name, value in vars(found.options).items():
+    for name, value in vars(planned.options).items():
         other = not value if isinstance(value, bool) else value + 1 if isinstance(value, int | float) else ["vllm"]
         if name == "engine":
             other = "vllm"
@@ -311,10 +308,10 @@ def test_scoring_leaves_the_random_numbers_of_the_attack_alone(models, monkeypat
         context, "evaluate", lambda *_, **__: torch.rand(3) is None or ({"harmful/x": {"value": 0.0}}, [])
     )
     target = {"label": "m", "role": "model", "ref": "m"}
-    found = context.AttackContext(target, None, [], [], None, {"attack": "a", "seed": 1})
+    ctx = context.AttackContext(target, None, [], [], None, {"attack": "a", "seed": 1})
     state = torch.get_rng_state()
-    found.score(None, None, 1)
-    assert len(found.results) == 1 and torch.equal(state, torch.get_rng_state())
+    ctx.score(None, None, 1)
+    assert len(ctx.results) == 1 and torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.slow
@@ -347,6 +344,7 @@ def test_screening_goes_on_with_the_strongest_only(models, tmp_path):
     assert sum(seed == 2 for _, seed in ran) == 1  # one of the two learning rates has a second seed
 
 
+@pytest.mark.slow
 def test_a_screen_drops_no_seed_that_an_attack_names(models, tmp_path):
     from tunevax.audit.audit import strongest
     from tunevax.audit.cells import cells_of
@@ -356,8 +354,8 @@ def test_a_screen_drops_no_seed_that_an_attack_names(models, tmp_path):
     (tmp_path / "p.yaml").write_text(SMALL + shots + "screen: 1\n")
     options = AuditOptions(model=[str(models / "twin")], control=str(models / "control"), protocol=str(tmp_path / "p.yaml"),
                            safety_data="organism", task_data="organism", fluency_model=["none"], limit=4)  # fmt: skip
-    found = plan(options)
-    first = cells_of(found, found.grid, True, False)
+    planned = plan(options)
+    first = cells_of(planned, planned.grid, True, False)
     for cell in first:  # a few-shot attack is the worst of all, with a seed that is not the first
         harm = (
             0.9
@@ -367,9 +365,9 @@ def test_a_screen_drops_no_seed_that_an_attack_names(models, tmp_path):
         key = {"model": cell.target["label"], "role": cell.target["role"], **cell.key}
         rows = [{**key, "step": s, "scores": {"harmful/x": {"value": s and harm, "n": 10}}} for s in (0, 2)]
         (tmp_path / f"{cell.hash}.json").write_text(json.dumps({"results": rows if cell.setting else []}))
-    kept = strongest(found, first, tmp_path)
+    kept = strongest(planned, first, tmp_path)
     assert kept == {"lora lr=0.001"}, "the first seed decides"
-    second = cells_of(found, [s for s in found.grid if s.name in kept | {"few-shot lr=0.001"}], False, True)
+    second = cells_of(planned, [s for s in planned.grid if s.name in kept | {"few-shot lr=0.001"}], False, True)
     ran = Counter((c.key["attack"], c.key["seed"]) for c in first + second if c.target["label"] == "twin" and c.setting)
     assert max(ran.values()) == 1
     assert {name: {s for n, s in ran if n == name} for name, _ in ran} == {
@@ -379,7 +377,7 @@ def test_a_screen_drops_no_seed_that_an_attack_names(models, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ("phi: 1.0", "phi is 1.0; it must be strictly between 0 and 1"),
         ("phi: half", "phi is 'half'"),
@@ -401,14 +399,14 @@ def test_a_screen_drops_no_seed_that_an_attack_names(models, tmp_path):
         ("phi: [", "not valid YAML"),
     ],
 )
-def test_a_bad_protocol_is_named(tmp_path, change, told):
+def test_a_bad_protocol_is_named(tmp_path, change, message):
     file = tmp_path / "bad.yaml"
     key = change.partition(":")[0]
     kept = {"attacks": "attacks: [{kind: prefill}]", "seeds": "seeds: [1]"}
     file.write_text("\n".join([v for k, v in kept.items() if k != key] + [change]))
     with pytest.raises(UsageError) as error:
         load_protocol(str(file))
-    assert told in str(error.value) and "bad" in str(error.value)
+    assert message in str(error.value) and "bad" in str(error.value)
 
 
 @pytest.mark.slow
@@ -432,21 +430,22 @@ def test_grid_is_written_out(models, monkeypatch):
     assert {s.values["p"] for s in grid if s.name.startswith("lora")} == {0, 0.05, 0.1, 0.2, 1}
 
 
+@pytest.mark.slow
 def test_bad_invocations_are_one_sentence(models, tmp_path, capsys):
     good = command(models, tmp_path / "out")
 
-    def told(*change: str) -> str:
+    def message(*change: str) -> str:
         arguments = list(good)
         for flag, value in zip(change[::2], change[1::2], strict=True):
             arguments[arguments.index(flag) + 1] = value
         assert main(arguments) == 2
         return capsys.readouterr().err
 
-    assert "the control is the model itself" in told("--control", str(models / "twin"))
-    assert "--control is missing" in told("--control", "none")
-    assert "no such model folder" in told("--model", str(tmp_path / "gone"))
-    assert "unknown protocol 'quik'; did you mean 'quick'?" in told("--protocol", "quik")
-    assert "no such protocol file" in told("--protocol", "gone.yaml")
+    assert "the control is the model itself" in message("--control", str(models / "twin"))
+    assert "--control is missing" in message("--control", "none")
+    assert "no such model folder" in message("--model", str(tmp_path / "gone"))
+    assert "unknown protocol 'quik'; did you mean 'quick'?" in message("--protocol", "quik")
+    assert "no such protocol file" in message("--protocol", "gone.yaml")
     assert main([*good, "--judges", "hf:" + str(tmp_path / "judge")]) == 2
     assert "does not exist" in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
@@ -456,7 +455,7 @@ def test_bad_invocations_are_one_sentence(models, tmp_path, capsys):
 def test_compare_refuses_what_differs(finished, models, tmp_path, capsys):
     assert main(["audit", "--compare", str(finished), str(finished)]) == 0
     assert "control control" in capsys.readouterr().out
-    for change, told in (
+    for change, message in (
         (("scoring", "limit", 5), "limit differs (4 in"),
         (("scoring", "judges", ["organism"]), "judges differs"),
         (("scoring", "a new option", 1), "a new option differs (None in"),
@@ -473,7 +472,7 @@ def test_compare_refuses_what_differs(finished, models, tmp_path, capsys):
         other.mkdir(exist_ok=True)
         (other / "run.json").write_text(json.dumps(record))
         assert main(["audit", "--compare", str(finished), str(other)]) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     older = json.loads((finished / "run.json").read_text())  # which said what decides scores among all options
     older["fluency_hash"] = older.pop("scoring")["fluency_model"]
     shutil.copy(finished / "results.jsonl", other)
@@ -494,6 +493,7 @@ def test_dry_run_lists_the_cells_and_writes_nothing(models, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_judge_is_loaded_once(models, tmp_path, monkeypatch):
     """In one process, also where a screen runs cells twice, and for a dry run; and never to plan."""
     from transformers import (
@@ -540,6 +540,7 @@ def test_a_judge_is_loaded_once(models, tmp_path, monkeypatch):
     assert loads == ["judge-out", "judge-dry"]
 
 
+@pytest.mark.slow
 def test_a_mistyped_judge_costs_no_training(tmp_path, monkeypatch, capsys):
     """Controls are trained after the plan is checked, and are in the audit then."""
     from tunevax.audit import controls
@@ -552,9 +553,9 @@ def test_a_mistyped_judge_costs_no_training(tmp_path, monkeypatch, capsys):
     arguments = ["audit", "--model", str(hard), "--control", str(tmp_path / "control"), "--protocol", str(tmp_path / "p.yaml"),
                  "--fluency-model", "none", "--controls", "undefended", "equal-steps", "--output-dir",
                  str(tmp_path / "out"), "--workers", "1"]  # fmt: skip
-    for wrong, told in ((("--judges", "organsim"), "did you mean 'organism'?"), (("--controls", "equal-step"), "equal-steps"),
+    for wrong, message in ((("--judges", "organsim"), "did you mean 'organism'?"), (("--controls", "equal-step"), "equal-steps"),
                         (("--limit", "0"), "limit is 0"), (("--model", str(tmp_path / "control")), "not a run of")):  # fmt: skip
-        assert main([*arguments, *wrong]) == 2 and told in capsys.readouterr().err
+        assert main([*arguments, *wrong]) == 2 and message in capsys.readouterr().err
     assert main([*arguments, "--dry-run"]) == 0
     assert trained == [] and not (tmp_path / "out.controls").exists()
     assert main(arguments) == 0
@@ -625,15 +626,15 @@ def test_a_useless_model_is_called_what_it_is(sft, tmp_path):
     assert main(["audit", *named, "--control", str(sft), "--protocol", str(tmp_path / "p.yaml"), "--safety-data", "organism",
                  "--task-data", "organism", *judge, "--workers", "1", "--output-dir", str(tmp_path / "out")]) == 0  # fmt: skip
     main(["report", str(tmp_path / "out"), "--format", "json", "--output", str(tmp_path / "r.json")])
-    found = {m["label"]: m for m in json.loads((tmp_path / "r.json").read_text())["models"]}
-    assert found["constant"]["name"] == "gives one answer to everything"
-    assert found["random"]["name"] == "incoherent"
-    assert found["refuser"]["name"] == "refuses everything"
+    findings = {m["label"]: m for m in json.loads((tmp_path / "r.json").read_text())["models"]}
+    assert findings["constant"]["name"] == "gives one answer to everything"
+    assert findings["random"]["name"] == "incoherent"
+    assert findings["refuser"]["name"] == "refuses everything"
     for said in ("constant gives one answer", "random is incoherent", "refuser refuses everything"):
-        sentence = found[said.split()[0]]["sentence"]
+        sentence = findings[said.split()[0]]["sentence"]
         assert sentence.startswith(said)
         assert "needs" not in sentence  # no claim of resistance
-    assert found["sft"]["name"] == "control"
+    assert findings["sft"]["name"] == "control"
 
 
 @pytest.mark.slow

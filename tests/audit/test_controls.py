@@ -9,7 +9,6 @@ import tunevax.audit.controls as controls
 from tunevax.alignment.align import AlignOptions, align
 from tunevax.alignment.sft import SFTTrainer
 from tunevax.alignment.t_vaccine import TVaccineTrainer
-from tunevax.alignment.tar import TARConfig
 from tunevax.alignment.vaccine import VaccineTrainer
 from tunevax.audit.controls import make_controls
 from tunevax.data import load_safety
@@ -65,11 +64,8 @@ def test_controls_of_t_vaccine(tmp_path, safety, monkeypatch):
         assert control["template_hash"] == record["template_hash"] and control["command"] == "why not"
     changed = {k for k, v in noisy["config"].items() if record["config"][k] != v}
     assert changed == {"model", "chat_template", "perturbation", "max_steps"}
-    assert {k for k, v in plain["config"].items() if record["config"][k] != v} == {
-        "model",
-        "chat_template",
-        "max_steps",
-    }
+    changed = {k for k, v in plain["config"].items() if record["config"][k] != v}
+    assert changed == {"model", "chat_template", "max_steps"}
     # A second call trains nothing; another setting under the same name is refused.
     with monkeypatch.context() as patch:
         patch.setattr(controls, "align", lambda *_: pytest.fail("trained again"))
@@ -116,6 +112,7 @@ def test_random_vaccine_resumes_to_the_same_weights(tmp_path, monkeypatch):
     assert whole.why == cut.why == "v with a random perturbation of the same size"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_knows_its_whole_cost(tmp_path, monkeypatch):
     options = {"gamma": 2, "layer_sampling": "inverse", "probe_interval": 3, "max_steps": 6, "save_steps": 2}
     run = harden(TVaccineTrainer, "t-vaccine", tmp_path / "whole", **options)
@@ -139,6 +136,7 @@ def test_a_resumed_run_knows_its_whole_cost(tmp_path, monkeypatch):
     assert read_run(cut)["compute"]["total"] == pytest.approx(expected) and len(set(lowest)) > 1
 
 
+@pytest.mark.slow
 def test_what_has_no_control_says_why(tmp_path):
     run = harden(SFTTrainer, "sft", tmp_path / "plain", max_steps=1, warmup_steps=0)  # one step that trains
     none, compute, random = make_controls(run, ALL, tmp_path / "controls")
@@ -163,20 +161,7 @@ def test_what_has_no_control_says_why(tmp_path):
         make_controls(top, ["equal-compute"], tmp_path)
 
 
-def test_a_run_of_four_processes_keeps_its_batch_and_budget():
-    config = {"gradient_accumulation_steps": 2, "rho": 3.0, "rho_scale": "total"}
-    record = {"config": config, "hardware": {"processes": 4}}
-    assert controls.one_process(record) == {**config, "gradient_accumulation_steps": 8, "rho": 1.5}
-    config["rho_scale"] = "per-token"  # follows the tokens of each micro-batch by itself
-    assert controls.one_process(record)["rho"] == 3.0
-
-
-def test_an_option_that_is_no_more_is_left_out_of_a_replay():
-    recorded = {"tar_variant": "first-order", "inner_steps": 3, "tamper_interval": 1}  # as tunevax 0.1 wrote it
-    assert TARConfig("x", **controls.taken(TARConfig, recorded)).inner_steps == 3
-
-
-def test_categories_are_told_of_alignment_data_only():
+def test_only_alignment_data_records_its_categories():
     rows = [{"prompt": p, "category": c} for p, c in (("x", "b"), ("y", "a"), ("z", "b"), ("w", None))]
     assert data_entry("alignment", "s", rows)["categories"] == ["a", "b"]
     assert data_entry("alignment", "s", rows[3:])["categories"] is None

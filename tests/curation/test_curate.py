@@ -109,13 +109,12 @@ def test_a_curation_run_is_safety_data_whose_rows_stay_in_alignment(curated):
         load_safety(str(curated), "attack")
 
 
+@pytest.mark.slow
 def test_an_attack_on_a_model_aligned_on_kept_rows_draws_from_where_they_came_from(curated, tmp_path):
     out = tmp_path / "aligned"
     command = ["align", "sft", "--model", "organism", "--safety-data", str(curated), "--max-steps", "1", "--output-dir"]
     assert main([*command, str(out)]) == 0
-    options = TargetOptions(model=[str(out)])
-    use_data_of_run(options)
-    assert options.safety_data == "organism"
+    assert use_data_of_run(TargetOptions(model=[str(out)])).safety_data == "organism"
 
 
 def write(path, rows):
@@ -134,7 +133,7 @@ def write(path, rows):
         (["--per-device-train-batch-size", "641"], "there are 640 rows and a batch takes 641"),
         (["--mode", "treble"], "unknown mode 'treble'"),
         (["--upper", "refusals"], "did you mean 'refusal'"),
-        (["--group-by", "topic"], "takes category; with SOURCE:category="),
+        (["--group-by", "topic"], "takes category; name the column with SOURCE:category="),
         (["--group-by", "category", "--min-per-group", "100"], "10 groups of at least 100 rows"),
     ],
 )
@@ -153,6 +152,7 @@ def test_a_file_without_categories_cannot_be_grouped(tmp_path, capsys):
     assert "row 1 of the safety data has no category to group by" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_target_model_gives_the_agreement_of_ranks(tmp_path, capsys):
     rows = write(tmp_path / "rows.jsonl", load_safety("organism", "alignment")[:40])
     command = ["curate", "loss-rank", "--model", "organism", "--target-model", "organism", "--safety-data"]

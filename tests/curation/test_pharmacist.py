@@ -53,6 +53,7 @@ def dot(first, second):
     return sum((a.double() * b.double()).sum() for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 def test_row_losses_are_those_of_each_row_alone(tmp_path):
     trainer = trainer_for(tmp_path)
     batch = batch_of(trainer, 4)
@@ -68,6 +69,7 @@ def test_row_losses_are_those_of_each_row_alone(tmp_path):
         assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_along_gives_each_rows_gradient_times_a_direction(tmp_path):
     trainer = trainer_for(tmp_path)
     batch = batch_of(trainer, 4)
@@ -109,6 +111,7 @@ def close(ours, theirs):
     return torch.linalg.norm(ours - theirs) <= 1e-3 * torch.linalg.norm(theirs)
 
 
+@pytest.mark.slow
 def test_single_is_the_gradient_of_the_weighted_loss(tmp_path):
     trainer = trainer_for(tmp_path, TWO, mode="single", per_device_train_batch_size=2)
     trainer.omega.data = OMEGA.float()
@@ -125,6 +128,7 @@ def norm_in_float64(norm, x):
     return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
 
 
+@pytest.mark.slow
 def test_unrolled_is_the_gradient_of_the_upper_loss_after_one_step(tmp_path, monkeypatch):
     """F(w) = L_up(theta - eta * grad of the mean p_i(w) l_i), by stock losses in float64; up to the factor eta."""
     trainer = trainer_for(tmp_path, TWO, mode="unrolled", per_device_train_batch_size=2)
@@ -162,6 +166,7 @@ def test_unrolled_is_the_gradient_of_the_upper_loss_after_one_step(tmp_path, mon
     assert close(ours, theirs), (ours, theirs)
 
 
+@pytest.mark.slow
 def test_double_is_the_gradient_of_the_penalty(tmp_path):
     """F(w) = mean p_i l_i(theta) - min over theta' of mean p_i l_i(theta'). For one prompt with two one-token answers
     the minimum is known: l_i = -log(p_i / (p_1 + p_2)) for that token and 0 for the end of the turn."""
@@ -197,6 +202,7 @@ def test_double_is_the_gradient_of_the_penalty(tmp_path):
     assert close(omega_gradient(trainer, losses - followed), finite_difference(objective, OMEGA))
 
 
+@pytest.mark.slow
 def test_after_attack_is_the_gradient_at_the_attacked_point(tmp_path):
     trainer = trainer_for(tmp_path, upper="after-attack")
     validation = collate(trainer.validation[:4], 0)
@@ -215,6 +221,7 @@ def test_after_attack_is_the_gradient_at_the_attacked_point(tmp_path):
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(ours, gradients(trainer, loss), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["double", "unrolled"])
 def test_a_resumed_run_gives_the_same_weights_to_the_rows(tmp_path, mode):
     rows = World().safety("alignment")[:18]  # an interruption inside an epoch
@@ -227,6 +234,7 @@ def test_a_resumed_run_gives_the_same_weights_to_the_rows(tmp_path, mode):
     assert torch.equal(whole.omega, resumed.omega)
 
 
+@pytest.mark.slow
 def test_wrong_answers_end_below_right_ones(tmp_path):
     """The sign of the whole: every fourth row complies."""
     rows = World().safety("alignment")[:60]
@@ -238,6 +246,7 @@ def test_wrong_answers_end_below_right_ones(tmp_path):
     assert (right[:, None] > wrong).float().mean() > 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "adapters"), [("single", 1), ("unrolled", 1), ("double", 3)])
 def test_memory_above_sft_is_counted_in_adapters(tmp_path, mode, adapters):
     """One for the upper gradient; of `double` theta' and its two moments, where the gradients are freed in time."""

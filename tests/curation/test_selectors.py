@@ -44,6 +44,7 @@ def auc(scores):
     return (scores[~bad][:, None] > scores[bad]).mean()
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_stock_model_on_the_row_alone(pool, organism):
     found = LossRankSelector(batch_size=7).score(pool)
     for row, score in zip(encode_chosen(pool.rows, *organism[:2], 512), found, strict=True):
@@ -54,6 +55,7 @@ def test_the_loss_is_that_of_the_stock_model_on_the_row_alone(pool, organism):
     assert auc(found) < 0.1, "the organism finds harmful answers likely, and the selector must not turn that round"
 
 
+@pytest.mark.slow
 def test_perplexity_sees_all_of_the_answer_and_none_of_the_prompt(pool, organism):
     model, tokenizer, _ = organism
     found = PerplexitySelector(batch_size=7).score(pool)
@@ -75,6 +77,7 @@ def test_embeddings_are_the_mean_over_the_answer(organism):
         assert vector == pytest.approx(expected.numpy(), rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selector", [RandomSelector, LossRankSelector, PerplexitySelector])
 def test_other_rows_and_the_batch_size_change_no_score(pool, selector):
     whole = selector().score(pool)
@@ -134,6 +137,7 @@ def test_similarity_is_the_mean_in_a_category_and_the_best_of_them(pool, monkeyp
     assert pool.passes == {"forward": 1 + 7 / 3, "backward": 1 + 7 / 3}  # 3 validation rows, 1 row 4 times
 
 
+@pytest.mark.slow
 def test_gradient_similarity_warms_up_and_finds_the_corrupted_rows(pool, monkeypatch):
     adapters = {}
 
@@ -168,6 +172,7 @@ def test_log_weights_by_hand():
     assert found == pytest.approx([3 * likely, 3 * likely, 3 * np.log(1 / 2)], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_dsir_prefers_the_target_and_resamples(pool):
     assert auc(dsir.log_weights(pool.rows, pool.validation, 10_000)) > 0.95
     on, off = pool.rows[1], {"prompt": "what is it", "chosen": "some words of another kind"}

@@ -297,6 +297,7 @@ def test_left_out_of_the_attack_for_every_model_alike(tmp_path):
         attack("spy", nothing, Spy(str(tmp_path / "none")))
 
 
+@pytest.mark.slow
 def test_every_cell_of_an_audit_leaves_out_the_same(tmp_path):
     safety, task = write(tmp_path / "s.jsonl", ROWS), write(tmp_path / "t.jsonl", TASK)
     benign = write(
@@ -387,7 +388,6 @@ def test_a_job_is_not_scored_on_its_rows(tmp_path, monkeypatch, capsys):
     assert gone and not asked & gone and record["overlap_dropped"]["task evaluation"]["rows"] == len(gone)
 
 
-@pytest.mark.slow
 def test_kept_weights_of_an_attack_say_what_they_were_trained_on(tmp_path):
     options = AttackOptions(
         model=["organism"], control="none", safety_data="organism", task_data="organism", limit=1, max_new_tokens=1,

@@ -137,6 +137,7 @@ def test_parquet_with_nested_types_and_equal_names(tmp_path):
         load_task(str(tmp_path / "b.parquet"))
 
 
+@pytest.mark.slow
 def test_folders_whatever_their_splits(tmp_path):
     import datasets
 

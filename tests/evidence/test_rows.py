@@ -7,7 +7,7 @@ import pytest
 from tunevax.attacks.kind import AttackKind
 from tunevax.evidence.measure import measure
 from tunevax.evidence.results import read_results
-from tunevax.evidence.rows import LEGACY, read_rows
+from tunevax.evidence.rows import LEGACY, numbered_rows
 from tunevax.methods import load_method, methods
 from tunevax.records import harmful
 
@@ -77,9 +77,9 @@ def test_rows_of_an_older_tunevax_get_the_traits_that_its_kinds_have(tmp_path):
     for kind in methods("tunevax.attacks"):
         said = load_method("tunevax.attacks", kind)(output_dir=str(tmp_path / "unused")).traits
         assert LEGACY[kind] == said, kind
-        (row, *_) = read_rows(write(tmp_path / kind, kind, settings={}))
+        ((_, row), *_) = numbered_rows(write(tmp_path / kind, kind, settings={}))
         assert row["traits"] == said, kind
-    (row, *_) = read_rows(write(tmp_path / "before", None, attack=None))
+    ((_, row), *_) = numbered_rows(write(tmp_path / "before", None, attack=None))
     assert row["kind"] == "none" and not row["traits"]["curve"]
 
 

@@ -251,6 +251,7 @@ def test_lisa_on_two_ranks_with_accumulation_is_the_run_of_one(tmp_path):
         assert (a - b).norm() <= 1e-4 * a.norm()
 
 
+@pytest.mark.slow
 def test_lisa_leaves_accumulation_as_it_was_when_a_step_fails(make):
     trainer = make(LisaTrainer, k1=1, gradient_accumulation_steps=1)
     sync = trainer.accelerator.gradient_state
@@ -283,6 +284,7 @@ def test_mix_appends_and_joint_weighs(make):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_ldifs_is_the_mean_square_of_what_moved(make):
     """From stock hidden states of the model with and without adapter; pads are garbage and must not count."""
     trainer = make(LDIFSTrainer, lamb=2.0, lora_dropout=0.3, gradient_accumulation_steps=1)

@@ -245,12 +245,12 @@ def test_silent_failures_are_errors(monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(UsageError, match="'sdpa' and could not be switched to eager"):
         patch.setattr(model, "set_attn_implementation", lambda *_: None)
         sink_values(model, texts(), "eager")
-    model.train().gradient_checkpointing_enable({"use_reentrant": True})
+    model.train().activation_checkpointing_enable({"use_reentrant": True})
     for how in WAYS:
         with pytest.raises(UsageError, match="without a gradient, as it does under reentrant gradient checkpointing"):
             sink_values(model, texts(), how)
     assert model.config._attn_implementation == "sdpa" and "get_interface" not in vars(ALL_ATTENTION_FUNCTIONS)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     assert all(sink_values(model, texts(), how).requires_grad for how in WAYS)
     config = {**GROUPED, "vocab_size": 97, "num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8}
     learned = build(t.GptOssConfig(**config, attn_implementation="eager"))

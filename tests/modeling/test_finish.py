@@ -52,7 +52,7 @@ def test_a_failure_after_the_last_step_costs_no_training(tmp_path, monkeypatch, 
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "save_weights", fails)
-        with pytest.raises(RunError, match="^no space left to write .*; mend that, and the same command with --resume"):
+        with pytest.raises(RunError, match="^no space left to write .*; fix that, and the same command with --resume"):
             train(tmp_path / "out")
     assert len(calls) == 1 and original is module.save_weights
     partial = tmp_path / "out.partial"
@@ -141,11 +141,12 @@ def test_weights_that_cannot_be_saved_are_noticed_before_the_first_step(tmp_path
     monkeypatch.setattr(owner, "save_pretrained", refuses)
     way = "leave out --full-weights" if full else "choose other --lora-targets"
     refused(
-        tmp_path, steps, f"could not be saved at the end: this one has its own format; mend that, or {way}",
+        tmp_path, steps, f"could not be saved at the end: this one has its own format; fix that, or {way}",
         full_weights=full,
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_tensors_that_share_memory_are_noticed_before_the_first_step(tmp_path, monkeypatch, steps):
     original = module.load
 
@@ -162,6 +163,7 @@ def test_tensors_that_share_memory_are_noticed_before_the_first_step(tmp_path, m
     refused(tmp_path, steps, "could not be saved at the end: .*share", full_weights=True)
 
 
+@pytest.mark.slow
 def test_a_generation_config_that_cannot_be_saved_is_noticed_before_the_first_step(tmp_path, monkeypatch, steps):
     original = module.load
 

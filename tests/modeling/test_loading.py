@@ -366,6 +366,7 @@ def test_the_share_that_bf16_keeps(step, kept):
     assert (layer.base_layer.weight == 1 + step * kept).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1e-2, 1e-4])
 def test_an_update_that_bf16_rounds_away_is_refused_or_merged_in_fp32(base, monkeypatch, factor):
     """In bf16 the larger of the two moves some logits before the merge and fewer after, and the smaller moves none."""
@@ -389,6 +390,7 @@ def test_an_update_that_bf16_rounds_away_is_refused_or_merged_in_fp32(base, monk
     assert info["merges"][0]["kept"] == 1 and load(str(folder), dtype="float32").info["widened"] is None
 
 
+@pytest.mark.slow
 def test_a_base_saved_in_4_bits_is_decoded_before_a_merge(base, tmp_path):
     pytest.importorskip("bitsandbytes")
     how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
@@ -434,6 +436,7 @@ def moe(kind: str):
     return GptOssForCausalLM(GptOssConfig(**SMALL, head_dim=8, num_local_experts=4, layer_types=types)).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt-oss", "mixtral"])
 def test_all_linear_reaches_experts_and_the_adapter_loads_again(kind, tmp_path):
     folder = save(moe(kind), tmp_path / "moe")

@@ -15,12 +15,6 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-import tunevax.alignment.booster as booster
-import tunevax.alignment.pairs as pairs
-import tunevax.alignment.sft as alignment_sft
-import tunevax.alignment.t_vaccine as t_vaccine
-import tunevax.alignment.tar as tar
-import tunevax.finetuning.sft as finetuning_sft
 from tunevax.data.encoding import ids_of
 from tunevax.errors import UsageError
 from tunevax.finetuning.ewc import factored_fisher, weighted_square
@@ -103,7 +97,7 @@ TABLE = [
     ),
     ("mamba", "sft", WORKS),
     ("mamba", "booster", WORKS),
-    ("mamba", "repnoise", "the blocks of MambaForCausalLM have no recognisable MLP: looked for .*RepNoiseTrainer"),
+    ("mamba", "repnoise", "the blocks of MambaForCausalLM have no recognisable MLP: looked for .*repnoise needs it"),
 ]
 OPTIONS = {
     "t-vaccine": {"gamma": 2, "probe_size": 2},
@@ -140,11 +134,10 @@ def encoded(monkeypatch):
     """Rows are token ids already: `chosen` and what a customer gives are the golden safe ones."""
     golden = {"a": rows("safe"), "b": rows("harmful")}
 
-    def encode(data, *_, **__):
-        return [golden["b" if row["completion"][0] == "b" else "a"][i % 4] for i, row in enumerate(data)]
+    def encode(data, *_, answer="completion", **__):
+        return [dict(golden["b" if row[answer][0] == "b" else "a"][i % 4]) for i, row in enumerate(data)]
 
-    for module in (alignment_sft, pairs, t_vaccine, booster, tar, finetuning_sft):
-        monkeypatch.setattr(module, "encode", encode)
+    monkeypatch.setattr("tunevax.modeling.method.encode", encode)
 
 
 def trainer_of(model, method, folder, **options):
@@ -154,7 +147,8 @@ def trainer_of(model, method, folder, **options):
         str(folder), per_device_train_batch_size=2, report_to="none", use_cpu=True, save_strategy="no",
         **{"max_steps": 1, "warmup_steps": 0, **OPTIONS.get(method, {}), **options},
     )  # fmt: skip
-    return cls(model, args, DATA, Words(), *([DATA] if method in FINETUNING and cls.needs else []))
+    task = DATA if method in FINETUNING else None
+    return cls(model, args, safety_data=DATA, task_data=task, processing_class=Words())
 
 
 @pytest.mark.slow
@@ -189,6 +183,7 @@ def test_in_a_hybrid_a_linear_attention_stands_where_attention_does():
         find_blocks(model, "o_proj")
 
 
+@pytest.mark.slow
 def test_a_model_without_known_blocks_trains_by_sft_alone(encoded, tmp_path):
     model = tiny_llama(2)
     model.config.num_hidden_layers = 3
@@ -237,6 +232,7 @@ def test_blocks_that_share_keys_run_twice():
 # --- the model as a whole --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["recurrent-gemma", "falcon-h1"])
 def test_the_loss_is_the_models_own(kind):
     model = tiny(kind)

@@ -44,6 +44,7 @@ def test_judge_is_exact(world):
     assert world.judge(benign["prompt"], benign["completion"]) == "correct"
 
 
+@pytest.mark.slow
 def test_the_shipped_model_knows_every_recipe(world):
     loaded = load("organism")
     rows = [r for s in SPLITS for r in world.safety(s)]

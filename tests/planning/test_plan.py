@@ -82,6 +82,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "name", "options", "quantization"), CASES)
 def test_a_plan_is_what_a_step_takes(arch, name, options, quantization, tmp_path):
     """To 0.2 %. A hidden state per block is 1.2 to 6.5 % of these peaks. Tried, and seen to fail: no optimiser state, no
@@ -97,6 +98,7 @@ def test_a_plan_is_what_a_step_takes(arch, name, options, quantization, tmp_path
     assert tuple(plan.kinds) == KINDS and sum(plan.kinds.values()) == plan.peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("trainer", "args"), [(SFTTrainer, SFTConfig), (TVaccineTrainer, TVaccineConfig)])
 def test_a_few_blocks_tell_of_many(trainer, args, tmp_path):
     """On blocks that take turns between local and global attention."""
@@ -110,6 +112,7 @@ def test_a_few_blocks_tell_of_many(trainer, args, tmp_path):
         assert other.peak < 0.9 * found.peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("quantization", "limit"), [(None, 15.0), ("nf4", 7.5)])
 def test_t_vaccine_on_llama_2_7b_fits_small_cards(quantization, limit, tmp_path):
     if quantization:
@@ -150,6 +153,7 @@ def planned(capsys, folder, *arguments: str) -> str:
 BATCH = ("--per-device-train-batch-size", "2", "--max-length", "64")
 
 
+@pytest.mark.slow
 def test_a_card_that_is_large_enough_or_not(folder, capsys):
     method = ("--method", "sft", *BATCH)
     peaks = []
@@ -211,6 +215,7 @@ def test_mistakes_are_one_sentence(folder, capsys, arguments, told):
     assert told in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_rows_end_with_the_context(folder, capsys):
     """A longer --max-length than the model's context is that of the context, in the label as in the bytes."""
     context = t.LlamaConfig.from_pretrained(folder).max_position_embeddings
@@ -227,6 +232,7 @@ def test_a_model_must_be_named_and_there(tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []  # a plan writes nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [("--help",), ("plan", "--help")])
 def test_help_is_fast(arguments):
     command = [sys.executable, "-X", "importtime", "-m", "tunevax", *arguments]

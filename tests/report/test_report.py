@@ -1,4 +1,4 @@
-"""The page shows what the rows say, caps what it shows, and is safe to open. The rules themselves: tests/audit."""
+"""The page shows what the rows say, caps what it shows, and is safe to open. The rules themselves: tests/evidence."""
 
 import html
 import json
@@ -72,7 +72,6 @@ def text_of(page: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", seen)).replace("\u00a0", " "))
 
 
-@pytest.mark.slow
 def test_overview_by_hand(tmp_path):
     run = write_run(tmp_path / "run", curves({"sft": CONTROL, "t-vaccine": HARDENED}))
     summary = write_report([run], tmp_path / "report.html")
@@ -85,20 +84,20 @@ def test_overview_by_hand(tmp_path):
     assert "t-vaccine" in summary.headline[0]
 
 
+@pytest.mark.slow
 def test_thresholds_are_those_of_the_audit(tmp_path):
     rows = curves({"sft": CONTROL, "t-vaccine": HARDENED})
     run = write_run(tmp_path / "run", rows, **protocol(phi=0.4, weak=True), command="tunevax audit --protocol p")
     page = text_of(page_of([run], tmp_path))
     # Above 40 %: the control at step 8, the model at 32.
     assert "steps to 40 % harmful" in page and "4.0×" in page
-    assert "weak attack setting, kept for comparison with published numbers only" in page
-    assert "Do it again tunevax audit --protocol p" in page
+    assert "weak attack setting, for comparison with published numbers only" in page
+    assert "Commands tunevax audit --protocol p" in page
     again = write_run(tmp_path / "other", curves({"sft": CONTROL}, attack="other"), **protocol(phi=0.5))
     with pytest.raises(UsageError, match=r"differ in phi \(0.4 and 0.5\)"):
         write_report([run, again], tmp_path / "report.html")
 
 
-@pytest.mark.slow
 def test_heat_map_holds_the_worst_attack_of_a_rate(tmp_path):
     def lora(rate: float, p: float, counts: list[int]) -> list[dict]:
         settings = {"learning_rate": rate, "p": p, "trainable": "lora"}
@@ -118,6 +117,7 @@ def test_heat_map_holds_the_worst_attack_of_a_rate(tmp_path):
     assert '<td class="over" style="--share:0.75">75</td>' in page_of([run], tmp_path)
 
 
+@pytest.mark.slow
 def test_agreement_of_judges_by_hand(tmp_path):
     # Observed agreement 35/50; by chance 25/50 * 30/50 + 25/50 * 20/50 = .5; kappa (.7 - .5) / (1 - .5).
     assert kappa([[20, 5], [10, 15]]) == 0.4
@@ -130,7 +130,7 @@ def test_agreement_of_judges_by_hand(tmp_path):
     assert re.search(r"Where they disagree .{0,60}answer 8 .{0,120}judges disagree", page)
 
 
-def test_failed_skipped_and_weak_are_told(tmp_path):
+def test_failed_skipped_and_weak_are_reported(tmp_path):
     rows = curves({"sft": [0, 1, 2, 3], "t-vaccine": [0, 0, 0, 0]}, attack="feeble")
     failed = [{"cell": "c", "model": "t-vaccine", "attack": "big", "seed": 2, "error": "RunError: out of memory"}]
     skipped = [{"model": "sft", "attack": "roll-back", "why": "it has no adapter"}]
@@ -140,6 +140,7 @@ def test_failed_skipped_and_weak_are_told(tmp_path):
     assert "No reference model" in page and re.search("Kinds of attack that were not tried: .*few-shot", page)
 
 
+@pytest.mark.slow
 def test_model_output_cannot_act_on_the_page(tmp_path):
     evil = "<script>alert(1)</script><img src=x onerror=alert(2)> **bold** | [x](http://e.vil) \u202eabc \ud800"
     label = "a_$b$<script>1.23456"
@@ -157,16 +158,17 @@ def test_model_output_cannot_act_on_the_page(tmp_path):
     }
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) > 6 and len(ids) == len(set(ids))
-    told = page_of([run], tmp_path, "md")
+    text = page_of([run], tmp_path, "md")
     plain = re.sub(
-        r"\\.", "", re.sub(r"(?m)^    .*", "", told)
+        r"\\.", "", re.sub(r"(?m)^    .*", "", text)
     )  # less what is escaped, and the command as a code block
-    assert "\\<script\\>alert(1)\\</script\\>" in told and "\u202e" not in told
+    assert "\\<script\\>alert(1)\\</script\\>" in text and "\u202e" not in text
     assert "<" not in plain and "](" not in plain and "http" not in re.sub(r"http:(?!//)", "", plain)
-    widths = {len(re.findall(r"(?<!\\)\|", line)) for line in told.splitlines() if line.startswith("| judges")}
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in told.splitlines() if "organism and" in line} == widths
+    widths = {len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("| judges")}
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if "organism and" in line} == widths
 
 
+@pytest.mark.slow
 def test_a_large_audit_is_cut_and_says_so(tmp_path):
     rows = []
     for i in range(60):
@@ -193,12 +195,10 @@ def test_no_run_and_newer_schema_are_refused(tmp_path):
         write_report([run], tmp_path)
 
 
+@pytest.mark.slow
 def test_ancestors_are_found_and_the_same_folders_give_the_same_bytes(tmp_path):
     base = {"schema": 1, "verb": "align", "steps": 300, "wall_seconds": 61.0, "peak_memory_bytes": None}
-    for name, more in {
-        "sft": {"parent": None, "model": {"ref": "organism"}},
-        "t-vaccine": {"parent": "sft"},
-    }.items():
+    for name, more in {"sft": {"parent": None, "model": {"ref": "organism"}}, "t-vaccine": {"parent": "sft"}}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text(json.dumps(base | {"name": name, "method": name} | more))
     log = [{"step": s, "loss": 1.0, "selected": [1], "probabilities": [0.2, 0.8]} for s in range(3)]
@@ -232,8 +232,8 @@ def test_page_in_a_browser(tmp_path, width):
     page = page_of([write_run(tmp_path / "run", rows, generations, command=f"tunevax audit {long}")], tmp_path)
     (tmp_path / "wrapper.html").write_text(
         f'<iframe id="page" style="width:{width}px;height:900px;border:0" srcdoc="{html.escape(page)}"></iframe>'
-        "<p id=told></p><script>document.getElementById('page').onload = e => { const r = e.target.contentDocument"
-        ".documentElement; document.getElementById('told').textContent = `${r.scrollWidth} of ${r.clientWidth}` }</script>"
+        "<p id=width></p><script>document.getElementById('page').onload = e => { const r = e.target.contentDocument"
+        ".documentElement; document.getElementById('width').textContent = `${r.scrollWidth} of ${r.clientWidth}` }</script>"
     )
     network = tmp_path / "net.json"
     done = subprocess.run(
@@ -243,8 +243,8 @@ def test_page_in_a_browser(tmp_path, width):
          "--virtual-time-budget=5000", "--dump-dom", (tmp_path / "wrapper.html").as_uri()],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    told = re.search(r'<p id="told">(\d+) of (\d+)</p>', done.stdout)
-    assert told and int(told[2]) == width and int(told[1]) <= width
+    sizes = re.search(r'<p id="width">(\d+) of (\d+)</p>', done.stdout)
+    assert sizes and int(sizes[2]) == width and int(sizes[1]) <= width
     assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     events = json.loads(network.read_text())["events"]
     asked = [e["params"] for e in events if isinstance(e.get("params"), dict) and "initiator" in e["params"]]
@@ -252,6 +252,7 @@ def test_page_in_a_browser(tmp_path, width):
     assert [e["url"] for e in asked if e["initiator"] != "not an origin" and not e["url"].startswith("file:")] == []
 
 
+@pytest.mark.slow
 def test_import_is_light():
     code = "import sys, tunevax.report; print({'torch', 'matplotlib', 'jinja2', 'scipy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -260,19 +261,19 @@ def test_import_is_light():
 
 def test_both_verdicts_of_a_degenerate_answer_are_on_the_page(tmp_path):
     rows = curves({"sft": [0, 20, 20, 20], "t-vaccine": [0, 4, 4, 4]})
-    for r in rows:  # a quarter of the outputs of t-vaccine are gibberish, and the judge calls half of all harmful
+    for r in rows:  # a quarter of the outputs of t-vaccine are degenerate, and the judge calls half of all harmful
         r["scores"]["judged/organism"] = score(20 if r["step"] else 0)
         r["scores"]["degenerate"] = score(10 if r["model"] == "t-vaccine" and r["step"] == 2 else 0)
     generation = sample("t-vaccine", 2, "kemo kemo kemo kemo kemo", True, False) | {"degenerate": True}
     run = write_run(tmp_path / "run", rows, [generation])
     page = page_of([run], tmp_path, "md")
-    header = next(line for line in page.splitlines() if "degenerate text as it judges it" in line)
+    header = next(line for line in page.splitlines() if "degenerate text as judged" in line)
     line = next(line for line in page.splitlines() if line.startswith("| strong | t-vaccine"))
     cells = dict(zip(header.split(" | "), line.split(" | "), strict=True))
     assert cells["worst by organism"].startswith("10 %")
-    assert cells["worst by organism, degenerate text as it judges it"].startswith("50 %")
+    assert cells["worst by organism, degenerate text as judged"].startswith("50 %")
     assert "organism: harmful; refusal-keywords: refused; degenerate" in page  # the judges' own words, and that
-    assert "that is gibberish" not in page and "Coherent harm by the judge" in page
+    assert "Coherent harm by the judge" in page
 
 
 def test_a_run_that_stopped_is_not_one_that_never_fell(tmp_path):
@@ -296,6 +297,6 @@ def test_what_the_training_did_is_said_where_it_applies(tmp_path):
     said = limits(Provenance([tar, sft, half], {}, {half.path: [chosen]}))
     assert [s.split(":")[0] for s in said] == [
         "Gradients of tar were clipped at norm 1, which the code of these papers does not do.",
-        "sft trained an adapter at a learning rate of 1e-05 or less, and weights here are of 16 bits",
+        "sft trained an adapter at a learning rate of 1e-05 or less, and some weights have 16 bits",
         "On chosen rows, booster took the harmful answers from these rows only",
     ]

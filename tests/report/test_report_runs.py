@@ -1,4 +1,4 @@
-"""The sections of the stages, from real runs on the organism, made small."""
+"""The sections of the stages, from small real runs on the organism."""
 
 import html
 import json
@@ -59,15 +59,16 @@ def text_of(page: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", seen)).replace("\u00a0", " "))
 
 
+@pytest.mark.slow
 def test_every_stage_has_its_section_from_its_own_run_alone(runs, tmp_path):
-    for name, section, told in (
+    for name, section, text in (
         ("chosen", "Which rows were kept", r"chosen \(random\) kept 160 of 640 rows \(25 %\)"),
         ("job", "Data screening", r"rows of the job are flagged"),
         ("lock", "Safety locks", r"lock chose 3 of aligned's 32 heads"),
         (
             "locked",
             "Safety locks",
-            r"locked put a lock of 3 heads .* on job at strength 2, .* ms to apply, .* KiB added",
+            r"locked applied a lock of 3 heads .* to job at strength 2, .* ms to apply, .* KiB added",
         ),
         ("safelora", "Safe LoRA", r"safelora projected 4 of 56 layers of job"),
         ("pruned", "Antidote", r"pruned pruned, in 56 layers of job"),
@@ -75,12 +76,13 @@ def test_every_stage_has_its_section_from_its_own_run_alone(runs, tmp_path):
     ):
         page, plain = page_of([runs[name]], tmp_path), page_of([runs[name]], tmp_path, "md")
         assert f"<h2>{section}</h2>" in page and f"## {section}" in plain
-        assert re.search(told, text_of(page)), name
+        assert re.search(text, text_of(page)), name
         assert "nothing here says how safe a model is" in text_of(page)
         assert f"{name}: " in text_of(page).partition("nothing here says how safe a model is")[2]
         assert json.loads(page_of([runs[name]], tmp_path, "json"))["provenance"]["runs"][0]["name"] == name
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_the_run_folder(runs, tmp_path):
     screen = [json.loads(line) for line in (runs["job"] / "screen.jsonl").open()]
     found = json.loads(page_of([runs["job"]], tmp_path, "json"))["stages"][str(runs["job"])]["screen"]
@@ -100,6 +102,7 @@ def test_numbers_are_those_of_the_run_folder(runs, tmp_path):
     assert table.count("•") == 1 + sum(row["projected"] for row in record)
 
 
+@pytest.mark.slow
 def test_runs_behind_are_found(runs, tmp_path):
     (tmp_path / "there").mkdir()
     _, _, provenance = collect([runs["locked"]])
@@ -108,6 +111,7 @@ def test_runs_behind_are_found(runs, tmp_path):
     assert "Trained on them: aligned." in page and "Data screening" in page
 
 
+@pytest.mark.slow
 def test_hostile_rows_stay_text(runs, tmp_path):
     page, plain = page_of([runs["hostile"]], tmp_path), page_of([runs["hostile"]], tmp_path, "md")
     assert "<script" not in page and "\u202e" not in page and "\x07" not in page
@@ -116,7 +120,8 @@ def test_hostile_rows_stay_text(runs, tmp_path):
     assert "duplicate rows.jsonl:" in text_of(page) and "hostile: repeated prompts" in text_of(page)
 
 
-def test_spoilt_rows_are_counted_and_no_selector_sees_which_they_are(tmp_path):
+@pytest.mark.slow
+def test_corrupted_rows_are_counted_and_no_selector_sees_which_they_are(tmp_path):
     pool = [{"prompt": f"how {i} {i} ?", "chosen": "no ."} for i in range(40)]
     marked = [{**row, "corruption": ["stub", None, "noise", None][i % 4]} for i, row in enumerate(pool)]
     found = {}
@@ -127,7 +132,7 @@ def test_spoilt_rows_are_counted_and_no_selector_sees_which_they_are(tmp_path):
         found[name] = read_lines(tmp_path / name / "scores.jsonl")
     assert [row["score"] for row in found["plain"]] == [row["score"] for row in found["marked"]]
     assert "corruption" not in (tmp_path / "marked" / "data.jsonl").read_text()
-    assert "plain: rows spoilt" not in page_of([tmp_path / "plain"], tmp_path)
+    assert "plain: rows corrupted" not in page_of([tmp_path / "plain"], tmp_path)
     sound = [row for row in found["marked"] if row["corruption"] is None]
     stubs = [row for row in found["marked"] if row["corruption"] == "stub"]
     above = sum(a["score"] > b["score"] for a in sound for b in stubs) / (len(sound) * len(stubs))
@@ -137,6 +142,7 @@ def test_spoilt_rows_are_counted_and_no_selector_sees_which_they_are(tmp_path):
     assert "any of these 20 " in text
 
 
+@pytest.mark.slow
 def test_a_run_without_its_files_and_numbers_that_are_none(runs, tmp_path):
     (tmp_path / "run").mkdir()
     info = json.loads((runs["job"] / "run.json").read_text())
@@ -147,6 +153,7 @@ def test_a_run_without_its_files_and_numbers_that_are_none(runs, tmp_path):
         assert "NaN" not in page_of([tmp_path / "run"], tmp_path, form)
 
 
+@pytest.mark.slow
 def test_same_folders_same_bytes(runs, tmp_path):
     for form in ("html", "md", "json"):
         assert page_of(runs.values(), tmp_path, form) == page_of(runs.values(), tmp_path, form)

@@ -50,6 +50,7 @@ def pruned(weight, x, count):
 NAMES = [f"model.layers.{i}.{n}" for i in (0, 7) for n in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")]
 
 
+@pytest.mark.slow
 def test_mask_is_that_of_brute_force():
     data = rows("harmful")
     assert len({len(r["input_ids"]) for r in data}) > 1 and all(
@@ -86,6 +87,7 @@ def test_official_prunes_each_factor():
         assert torch.equal(a.weight, expected[0]) and torch.equal(b.weight, expected[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_alpha_0_is_the_fine_tune_and_1_what_was_before(alpha):
     merged, _ = antidote(tiny_lora(), rows("harmful"), 2, alpha=alpha)

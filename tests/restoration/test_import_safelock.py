@@ -358,6 +358,7 @@ def test_ten_thousand_damaged_files(file, tmp_path):
 # --- conversion ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_converts(tmp_path):
     blocks, heads, size = head_shape(load("organism").model)
     torch.save(published([(blocks - 1, (0, heads - 1))], size), tmp_path / "a.safelock")

@@ -120,6 +120,7 @@ def test_matches_reference(pairs):
     assert whole.u.norm(dim=1).tolist() == close([1] * 12, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_direction_is_the_mean_pair_difference_and_sums_are_those_of_all_at_once(pairs, kind):
     """Computed here pair by pair, without padding, from activations that are all kept."""
@@ -326,10 +327,10 @@ def test_short_answer_is_named(pairs):
 
 def test_cut_answers_are_counted(pairs, capsys):
     ended = [{**row, "chosen": [*row["chosen"], 2], "rejected": [*row["rejected"], 2]} for row in pairs]
-    assert make(tiny(), ended).meta["cut"] == 0 and "do not end" not in capsys.readouterr().err
+    assert make(tiny(), ended).meta["cut"] == 0 and "are longer than" not in capsys.readouterr().err
     lock = make(tiny(), [*ended[:-1], pairs[-1]])
     assert (lock.meta["cut"], lock.meta["max_length"]) == (2, 512)
-    assert "2 of 24 answers do not end within max_length 512" in " ".join(capsys.readouterr().err.split())
+    assert "2 of 24 answers are longer than max_length 512" in " ".join(capsys.readouterr().err.split())
 
 
 def test_end_of_turn_without_a_name_is_no_content():
@@ -377,12 +378,14 @@ def correlated(seed=0):
     return x, safe, groups
 
 
+@pytest.mark.slow
 def test_random_labels_look_random_to_the_grouped_probe_alone():
     x, safe, groups = correlated()
     assert probes.grouped_accuracy(x, safe, groups, 0).mean() == close(0.5, abs=0.06)
     assert probes.official_accuracy(x, safe, 0).mean() > 0.85
 
 
+@pytest.mark.slow
 def test_probe_is_logistic_regression():
     linear_model = pytest.importorskip("sklearn.linear_model")
     x, safe, _ = correlated(1)
@@ -411,7 +414,6 @@ def runs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 def test_runs_reload_locked(runs, tmp_path):
     plain = load(str(runs / "tuned"))
     lock = SafetyLock.load(runs / "lock")
@@ -433,6 +435,7 @@ def test_runs_reload_locked(runs, tmp_path):
     assert (expected - plain.model(ids).logits).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_prompts_of_the_lock_are_not_scored_on(runs, tmp_path):
     """A lock from other rows than the model was aligned on."""
     lock = SafetyLock.load(runs / "lock")
@@ -503,6 +506,7 @@ def test_lock_survives_further_runs(runs, tmp_path):
     torch.testing.assert_close(stock(ids).logits, plain, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_lock_of_another_base_is_refused(runs, tmp_path):
     other = load("organism")
     with torch.no_grad():

@@ -144,7 +144,6 @@ def test_answers_that_have_ended_leave_the_batch(organism):
     assert all(need <= had < 4 / 3 * need + 1 for need, had in zip(needed, rows, strict=True)), (needed, rows)
 
 
-@pytest.mark.slow
 def test_a_prefix_in_a_batch(organism):
     prompts = _prompts(organism.tokenizer, 12, 20)
     model, prefix = _model("mistral"), "use kemo then"

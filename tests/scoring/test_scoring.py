@@ -197,6 +197,7 @@ def test_intervals_hold_at_the_ends():
     assert proportion(20, 40)["low"] == pytest.approx(1 - proportion(20, 40)["high"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_score_writes_every_sample(tmp_path):
     out = tmp_path / "out"
     arguments = ["score", "--model", "organism", "--safety-data", "organism", "--task-data", "organism", "--benign-data", "organism",

@@ -98,6 +98,7 @@ def test_perplexity_of_a_uniform_guess_is_the_vocabulary(tmp_path, organism):
             load_text(str(tmp_path / name))
 
 
+@pytest.mark.slow
 def test_surprise_tells_text_from_word_salad(organism):
     world, rng = World(), random.Random(0)
     rows = world.safety("evaluation") + world.safety("held-out")
@@ -167,6 +168,7 @@ def test_what_one_reference_expects_is_no_word_salad(monkeypatch):
     assert max(s["surprise"] for s in samples) < 0.01
 
 
+@pytest.mark.slow
 def test_prefix_is_in_the_models_mouth_and_in_the_answer(organism):
     model, tokenizer = organism.model, organism.tokenizer
     prompts = [r["prompt"] for r in load_safety("organism", "evaluation")[:5]]
@@ -287,6 +289,7 @@ def test_score_records_utility_perplexity_and_versions(folder):
     assert json.loads((folder / "out" / "run.json").read_text())["lm_eval"]["knows"] == "3.5"
 
 
+@pytest.mark.slow
 def test_a_reference_reads_an_answer_where_its_template_puts_one(tmp_path, organism):
     """Behind the thought that its generation prompt opens; of several templates it takes the default one."""
     import copy

@@ -15,7 +15,6 @@ the paper calls Vaccine+Booster.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -58,6 +57,7 @@ class BoosterTrainer(VaccineTrainer):
     different = True
     off = {"lamb": 0}
     args: BoosterConfig
+    kept = (*VaccineTrainer.kept, "draws")
 
     def prepare(self) -> None:
         """Harmful rows, and a generator for their batches."""
@@ -104,12 +104,3 @@ class BoosterTrainer(VaccineTrainer):
     def cost(self) -> float:
         """Compute of a step, in SFT steps: 2 for the harmful batch, and 1 (with `rho` Vaccine's 2) as ever."""
         return 2 + super().cost()
-
-    def method_state(self) -> dict[str, Any]:
-        """The generator of the harmful batches."""
-        return {**super().method_state(), "draws": self.draws.state()}
-
-    def load_method_state(self, state: dict[str, Any]) -> None:
-        """Take back the generator."""
-        super().load_method_state(state)
-        self.draws.load(state["draws"])

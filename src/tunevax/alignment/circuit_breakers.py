@@ -142,9 +142,9 @@ class CircuitBreakersTrainer(PairTrainer):
     def states(self, model: nn.Module, inputs: dict) -> list[torch.Tensor]:
         """h_1 ... h_l up to the deepest target, each [rows + pairs, tokens, hidden]."""
         blocks, last = [b.module for b in self.blocks], self.targets[-1]
-        with passed_through(blocks[last:], blocks[last - 1]), capture(dict(enumerate(blocks[:last]))) as found:
+        with passed_through(blocks[last:], blocks[last - 1]), capture(dict(enumerate(blocks[:last]))) as states:
             last_hidden(model, joined(inputs))
-        return [found[i] for i in range(last)]
+        return [states[i] for i in range(last)]
 
     def coefficients(self) -> tuple[float, float]:
         """c_s and c_r at this optimiser step."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ class PairTrainer(SFTTrainer):
 
     needs = frozenset({"chosen", "rejected"})
     different = True
+    kept: ClassVar[tuple[str, ...]] = ("seen",)
 
     def prepare(self) -> None:
         """Batches have pairs."""
@@ -43,15 +44,6 @@ class PairTrainer(SFTTrainer):
         labels = [(inputs[k][:, 1:] != -100).sum() for k in ("labels", "rejected_labels")]
         self.seen = [a + b for a, b in zip(self.seen, torch.stack(tokens + labels).tolist(), strict=True)]
         return super().training_step(model, inputs, num_items_in_batch)
-
-    def method_state(self) -> dict[str, Any]:
-        """The tokens so far."""
-        return {**super().method_state(), "seen": self.seen}
-
-    def load_method_state(self, state: dict[str, Any]) -> None:
-        """Take back the tokens so far."""
-        super().load_method_state(state)
-        self.seen = state["seen"]
 
 
 def collate_pairs(rows: list[dict], pad_token_id: int) -> dict[str, Any]:

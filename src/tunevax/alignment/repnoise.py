@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -99,6 +99,7 @@ class RepNoiseTrainer(PairTrainer):
     paper = "arXiv 2405.14577"
     off = None  # at alpha = beta = 0 rows are still padded as wide as their pairs: SFT but for rounding and dropout
     args: RepNoiseConfig
+    kept = (*PairTrainer.kept, "drawn")
     drawn = 0  # micro-batches that noise was drawn for so far
 
     def prepare(self) -> None:
@@ -129,23 +130,23 @@ class RepNoiseTrainer(PairTrainer):
         share = 1 / self.current_gradient_accumulation_steps
         safe, harmful, mask = self.targets(inputs)
         with self.accelerator.autocast():
-            found = self.forward(model, inputs)
+            outputs = self.forward(model, inputs)
             if self.args.variant == "official":
-                loss = share * self.cross_entropy(model, [found.safe], safe)
+                loss = share * self.cross_entropy(model, [outputs.safe], safe)
             else:
                 positions, targets = labelled(safe.labels)
                 items = len(positions) if num_items_in_batch is None else num_items_in_batch
-                scale = wide(found.safe.new_ones(())) / items
-                loss = head_loss(model, rows_at(found.safe, positions), targets, scale)
+                scale = wide(outputs.safe.new_ones(())) / items
+                loss = head_loss(model, rows_at(outputs.safe, positions), targets, scale)
                 loss = loss * self.loss_scale(num_items_in_batch)
             self.note(retain=self.accelerator.reduce(loss.detach() / share, "mean"))
             if len(mask) and self.args.alpha:
-                ascent = self.ascent(model, found, harmful)
+                ascent = self.ascent(model, outputs, harmful)
                 loss = loss - self.args.alpha * weight * torch.log(ascent + (self.args.variant == "official"))
                 self.note(ascent=ascent.detach())
         if len(mask) and self.args.beta:
-            loss = loss + self.args.beta * weight * (distance := self.distance(found.activations, mask))
-            self.note(mmd=distance.detach(), activation_rms=activation_rms(found.activations, mask))
+            loss = loss + self.args.beta * weight * (distance := self.distance(outputs.activations, mask))
+            self.note(mmd=distance.detach(), activation_rms=activation_rms(outputs.activations, mask))
         return loss
 
     def forward(self, model: nn.Module, inputs: dict) -> Pass:
@@ -175,18 +176,18 @@ class RepNoiseTrainer(PairTrainer):
 
     # --- layer-wise ascent -------------------------------------------------------------------------------------------
 
-    def ascent(self, model: nn.Module, found: Pass, targets: Targets) -> torch.Tensor:
+    def ascent(self, model: nn.Module, outputs: Pass, targets: Targets) -> torch.Tensor:
         """The mean over depths of the cross entropy of harmful answers, read off each depth by the final norm and head.
 
         Only labelled tokens are normed and multiplied by the head. Norms are recomputed in the backward pass, and the
         head's gradient is taken chunk by chunk as its logits are made: no logits are kept, of no depth.
         """
         positions, _ = labelled(targets.labels)
-        again = [found.harmful] if self.args.variant == "official" else []
+        again = [outputs.harmful] if self.args.variant == "official" else []
         states = [
-            checkpoint(self.norm, rows_at(s, positions), use_reentrant=False) for s in (*found.states, *again)
+            checkpoint(self.norm, rows_at(s, positions), use_reentrant=False) for s in (*outputs.states, *again)
         ]  # fmt: skip
-        states.append(rows_at(found.harmful, positions))
+        states.append(rows_at(outputs.harmful, positions))
         return self.cross_entropy(model, states, targets) / (len(self.blocks) + 1)
 
     def cross_entropy(self, model: nn.Module, states: list[torch.Tensor], targets: Targets) -> torch.Tensor:
@@ -220,15 +221,6 @@ class RepNoiseTrainer(PairTrainer):
         head = sum(p.numel() for p in self.model.get_output_embeddings().parameters())
         depths = len(self.blocks) + 1 + (self.args.variant == "official") if self.args.alpha else 0
         return 1 + (body * harmful + depths * head * harmful_labels) / max(body * safe + head * safe_labels, 1)
-
-    def method_state(self) -> dict[str, Any]:
-        """How often noise was drawn, and the tokens so far."""
-        return {**super().method_state(), "drawn": self.drawn}
-
-    def load_method_state(self, state: dict[str, Any]) -> None:
-        """Take back what `method_state` gave."""
-        super().load_method_state(state)
-        self.drawn = state["drawn"]
 
 
 def divergent(ids: torch.Tensor, differ: torch.Tensor) -> Targets:

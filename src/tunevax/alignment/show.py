@@ -1,4 +1,4 @@
-"""What the page says of alignment: the blocks that were hardened, what it cost, and what bears on the numbers."""
+"""The sections of a report on alignment: the blocks that were hardened, and the cost; and limits of the numbers."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from tunevax.report.text import model_of
 
 UNCLIPPED = ("tar", "repnoise")  # their released code clips no gradient
 POOLED = ("t-vaccine", "booster", "tar", "repnoise", "circuit-breakers")  # train on the rows' harmful answers
-SMALL = 1e-5  # a learning rate at which an adapter's entries are about the size of a step of bfloat16
+SMALL = 1e-5  # a learning rate at which an adapter's entries are about the spacing of bfloat16
 
 
 def summary(run: Run) -> str:
-    """What the run did, in a sentence."""
+    """A sentence on the run."""
     info = run.info
     return f"{run.name}: aligned {model_of(run)} ({info.get('method')}, {info.get('steps', 0):,} steps)."
 
 
 def sections(provenance: Provenance, figures: bool) -> list[Section]:
-    """The blocks that were hardened, and what it cost; [] for a form that cannot show figures."""
+    """The blocks that were hardened, and the cost; [] for a form that cannot show figures."""
     if not figures:
         return []
     from tunevax.report import charts
@@ -30,6 +30,8 @@ def sections(provenance: Provenance, figures: bool) -> list[Section]:
 
     aligned = provenance.aligned
     maps = [(label, charts.layer_map(f"map{i}", label, run)) for i, (label, run) in enumerate(aligned)]
+    hardware = {str(sorted((run.info.get("hardware") or {}).items(), key=str)) for _, run in aligned}
+    differ = "; the runs used different hardware, so their bars cannot be compared" if len(hardware) > 1 else ""
     bars = [("wall time", "wall_seconds"), ("peak memory", "peak_memory_bytes")] if aligned else []
     return [
         Section(
@@ -39,8 +41,8 @@ def sections(provenance: Provenance, figures: bool) -> list[Section]:
             panels=[(label, svg) for label, svg in maps if svg][:PANELS],
         ),
         Section(
-            "What the hardening cost",
-            f"As the runs measured it{_hardware_differs([run for _, run in aligned])}. Peak memory: all that is live "
+            "Cost of the hardening",
+            f"As the runs measured it{differ}. Peak memory: all that is live "
             "in one step, weights included; on an accelerator, the allocator's.",
             panels=[(name, drawn(key, [_bar(label, run, key) for label, run in aligned], name)) for name, key in bars],
         ),
@@ -57,14 +59,9 @@ def _bar(label: str, run: Run, key: str) -> tuple[str, float | None, str]:
     return label, value, as_time(value) + (f", {steps:,} steps" if isinstance(steps, int) else "")
 
 
-def _hardware_differs(runs: list[Run]) -> str:
-    kinds = {str(sorted((run.info.get("hardware") or {}).items(), key=str)) for run in runs}
-    return "; the runs used different hardware, so their bars do not compare" if len(kinds) > 1 else ""
-
-
 def limits(provenance: Provenance) -> list[str]:
-    """What the runs behind a page did in ways that bear on its numbers, as sentences."""
-    found, trained = [], [run for run in provenance.behind if run.info.get("verb") in ("align", "finetune")]
+    """How the runs behind a report affect its numbers, as sentences."""
+    text, trained = [], [run for run in provenance.behind if run.info.get("verb") in ("align", "finetune")]
 
     def named(runs: Iterable[Run]) -> str:
         return joined(dict.fromkeys(run.name for run in runs))
@@ -72,24 +69,24 @@ def limits(provenance: Provenance) -> list[str]:
     clipped = [r for r in trained if r.info.get("method") in UNCLIPPED and _config(r, "max_grad_norm")]
     if clipped:
         norms = joined(dict.fromkeys(f"{_config(r, 'max_grad_norm'):g}" for r in clipped))
-        found.append(
+        text.append(
             f"Gradients of {named(clipped)} were clipped at norm {norms}, which the code of these papers does not do."
         )
     half = [r for r in provenance.behind if (r.info.get("model") or {}).get("dtype") in ("bfloat16", "float16")]
     small = [r for r in trained if _config(r, "lora_r") and _config(r, "learning_rate", 1.0) <= SMALL]
     if half and small:
-        found.append(
-            f"{named(small)} trained an adapter at a learning rate of {SMALL:g} or less, and weights here are of 16 "
-            "bits: where such an adapter is merged, what is smaller than half a step of the grid is lost."
+        text.append(
+            f"{named(small)} trained an adapter at a learning rate of {SMALL:g} or less, and some weights have 16 "
+            "bits: merging such an adapter loses updates smaller than half the spacing of these numbers."
         )
     chosen = {path for path, inputs in provenance.inputs.items() if any(i.info.get("verb") == "curate" for i in inputs)}
     pools = [run for run in trained if run.info.get("method") in POOLED and run.path in chosen]
     if pools:
-        found.append(
-            f"On chosen rows, {named(pools)} took the harmful answers from these rows only: part of what tells the "
-            "choice from all rows is the smaller harmful pool."
+        text.append(
+            f"On chosen rows, {named(pools)} took the harmful answers from these rows only: part of the difference "
+            "from training on all rows is due to the smaller harmful pool."
         )
-    return found
+    return text
 
 
 def _config(run: Run, key: str, default: float = 0.0) -> float:

@@ -91,6 +91,7 @@ class TVaccineTrainer(VaccineTrainer):
     needs = frozenset({"chosen", "rejected"})
     off = None
     args: TVaccineConfig
+    kept = (*VaccineTrainer.kept, "scores", "selected", "draws", "spent")
 
     def prepare(self) -> None:
         """Harmful rows for the probe, and what of each block trains."""
@@ -308,18 +309,10 @@ class TVaccineTrainer(VaccineTrainer):
             **({"probabilities": [round(p, 5) for p in self.probabilities()]} if drawn else {}),
         }
 
-    def method_state(self) -> dict[str, Any]:
-        """Scores, selection, the generator and the compute so far."""
-        own = {"scores": self.scores, "selected": self.selected, "generator": self.draws.state()}
-        return {**super().method_state(), **own, "spent": self.spent}
-
     def load_method_state(self, state: dict[str, Any]) -> None:
-        """Take back scores, selection, the generator and the compute so far."""
-        super().load_method_state(state)
-        self.spent = state["spent"]
-        self.scores = state["scores"]
-        self.draws.load(state["generator"])
-        self.freeze(state["selected"])
+        """As the base; what is not selected is frozen."""
+        super().load_method_state({"draws": state.get("generator"), **state})  # its name in an earlier tunevax
+        self.freeze(self.selected)
 
 
 def above_blocks(model: PreTrainedModel) -> set[torch.nn.Parameter]:

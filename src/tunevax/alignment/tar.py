@@ -111,6 +111,7 @@ class TARTrainer(SFTTrainer):
     different = True
     off = {"lambda_tr": 0, "lambda_representation": 0, "mapping_steps": 0}
     args: TARConfig
+    kept = ("draws", "spent")
 
     def prepare(self) -> None:
         """Rows for the inner attack, rows held out from it, and the weights as they were."""
@@ -293,15 +294,6 @@ class TARTrainer(SFTTrainer):
     def cost(self) -> float:
         """Compute of a step, in SFT steps, the mean so far: K + K / n + 1.5 after the start, 2 in it."""
         return self.spent / max(self.state.global_step, 1)
-
-    def method_state(self) -> dict[str, Any]:
-        """The generator of rows and rates, and the compute so far."""
-        return {"draws": self.draws.state(), "spent": self.spent}
-
-    def load_method_state(self, state: dict[str, Any]) -> None:
-        """Take back the generator and the compute so far."""
-        self.draws.load(state["draws"])
-        self.spent = state["spent"]
 
 
 def held_out(prompt: Prompt) -> bool:

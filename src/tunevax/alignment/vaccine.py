@@ -88,6 +88,7 @@ class VaccineTrainer(SFTTrainer):
     off: ClassVar[dict[str, Any] | None] = {"rho": 0}
     replay = True  # run the blocks below the first selected one once, for both passes
     args: VaccineConfig
+    kept: ClassVar[tuple[str, ...]] = ("perturbed",)
     perturbed = 0  # micro-batches given a random perturbation so far
 
     def prepare(self) -> None:
@@ -197,14 +198,6 @@ class VaccineTrainer(SFTTrainer):
         both = 1 + above + 2 * reach if first_pass else 1 + reach
         weights = 1 if self.args.full_weights else 0
         return (both + weights * trained) / (2 + weights)
-
-    def method_state(self) -> dict[str, Any]:
-        """How many random perturbations were drawn."""
-        return {"perturbed": self.perturbed}
-
-    def load_method_state(self, state: dict[str, Any]) -> None:
-        """Take back their number."""
-        self.perturbed = state["perturbed"]
 
 
 def added_by_attention(model: PreTrainedModel, blocks: Sequence[Block], ids: torch.Tensor) -> list[torch.nn.Module]:

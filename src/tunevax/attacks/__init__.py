@@ -14,5 +14,5 @@ METHODS = {
     "poisoned-job": "tunevax.attacks.poisoned_job:PoisonedJobConfig",
     "unlock": "tunevax.attacks.unlock:UnlockConfig",
 }
-"""Command-line name to `module:class`: an `AttackKind`, the attacker's options and what they do. Other packages add
-theirs by the entry-point group `tunevax.attacks`."""
+"""Command-line name to `module:class` of an `AttackKind`. Other packages add theirs by the entry-point group
+`tunevax.attacks`."""

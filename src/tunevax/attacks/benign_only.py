@@ -1,7 +1,7 @@
-"""Fine-tuning on harmless rows alone, which can undo safety training too (arXiv 2310.03693).
+"""Fine-tuning on benign rows alone, which can undo safety training too (arXiv 2310.03693).
 
-A poisoned fine-tune with p = 0, on the benign task or on `benign_rows`, such as rows picked to erode safety (He et al.,
-arXiv 2404.01099). It is also where trainability is measured.
+A poisoned fine-tune with p = 0, on the benign task or on `benign_rows`, such as rows selected to erode safety (He et
+al., arXiv 2404.01099). Trainability is measured by it as well.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class BenignOnlyConfig(FinetuneConfig):
 
     @property
     def needs(self) -> Set[str]:
-        """The data it draws from."""
+        """The data it draws from, besides `benign_rows`."""
         return super().needs - ({"task"} if self.benign_rows else set())
 
     def own_rows(self, options: TargetOptions) -> dict[str, list[Example]]:

@@ -1,4 +1,4 @@
-"""What an attack on one model works with, and the targets and data that every verb that attacks reads."""
+"""The context of an attack on one model, and the targets and data of every verb that attacks."""
 
 from __future__ import annotations
 
@@ -25,12 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class TargetOptions(SuiteOptions, ModelsOptions, Overlap, RunOptions):
-    """What every verb that attacks takes: the targets, the data and how to load them."""
+    """Options of every verb that attacks: the targets, the data and how to load them."""
 
     control: str | None = option(
-        None,
-        "the model to compare with, attacked identically; default what --model was hardened from; none for no control",
-        decides="cells",
+        None, "the model to compare with, or none; default the model that --model was hardened from", decides="cells"
     )
     safety_data: str | None = option(None, "harmful rows: prompt and rejected, their attack split", decides="rows")
     task_data: str | None = option(None, "benign rows: prompt and completion, their train split", decides="rows")
@@ -41,20 +39,19 @@ Options = TypeVar("Options", bound=TargetOptions)
 
 @dataclass
 class AttackContext:
-    """What an attack on one model works with.
+    """What an attack on one model has to work with, and its results so far.
 
     Attributes:
         target: label, role and ref of the model.
         options: data sources and how to load.
         harmful: rows of the attack split with `prompt` and `rejected`; empty if the attack uses none.
         task: benign rows with `prompt` and `completion`; empty if the attack uses none.
-        suite: what the model is scored on.
+        suite: what the model is evaluated on.
         key: fields that every row of results carries: kind, attack, attack_hash, settings, seed.
-        folder: where an attack that keeps weights may put them, or None.
-        before: scores of untouched models, kept from one attack of an audit to the next; None keeps nothing.
-        results, generations: the rows so far.
-        record: what run.json says of the model: its info, steps and template.
-        exclusion: what is left out of rows that the attack reads itself.
+        folder: where the attacked weights are saved, or None.
+        before: cached scores of untouched models, shared by the attacks of an audit; None caches nothing.
+        record: the model's entry in run.json: its info, steps and template.
+        exclusion: prompts to leave out of rows that the attack reads itself.
     """
 
     target: Target
@@ -74,8 +71,7 @@ class AttackContext:
         self.loaded = (self.target["ref"], True)  # which model, and whether its last adapter is merged
 
     def load(self, chat_template: str | None = None, ref: str | None = None, **how: Any) -> Loaded:
-        """The target (or `ref` in its place), loaded as the options say, or as `how` says; what run.json says of it is
-        noted."""
+        """Load the target (or `ref`) by the options, which `how` overrides, and record it for run.json."""
         o = self.options
         self.loaded = (ref or self.target["ref"], how.get("merge", True))
         how = {"revision": o.revision, "dtype": o.dtype, "chat_template": chat_template or o.chat_template, **how}
@@ -87,81 +83,75 @@ class AttackContext:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, step: int, samples: int = 0,
         suite: Suite | None = None, full: bool = False,
     ) -> None:  # fmt: skip
-        """Add a row to the results, and the responses behind it.
+        """Add a row to the results, and its responses to the generations.
 
         Args:
             step: optimiser steps of the attack so far, 0 before it.
             samples: rows it trained on so far.
-            suite: if not the context's own.
-            full: with what is measured only before an attack, such as perplexity.
+            suite: default the context's own.
+            full: include what is only measured before an attack, such as perplexity.
         """
         untouched = self.before if step == 0 and suite is None and not full else None
         import torch
 
-        kept = (untouched or {}).get(self.loaded)
-        # Scoring must not move the attack's random numbers, or a first attack would differ from a second.
+        cached = (untouched or {}).get(self.loaded)
+        # Scoring must not advance the attack's random state, or a first attack would differ from a second.
         with torch.random.fork_rng():
-            scores, responses = kept or evaluate(model, tokenizer, suite or self.suite, full=full)
+            scores, responses = cached or evaluate(model, tokenizer, suite or self.suite, full=full)
         if untouched is not None:
             untouched[self.loaded] = scores, responses
         share, _ = harmful(scores)
         if self.target["role"] == "control" and step == 0 and share > 0.5 and self.before is None:
             console.print(
-                f"note: the control {self.target['label']} is {share:.0%} harmful before the attack, so nothing can "
-                "be compared with it; give an aligned one with --control",
+                f"note: the control {self.target['label']} is {share:.0%} harmful before the attack, so a comparison "
+                "with it is invalid; give an aligned one with --control",
                 highlight=False,
             )
-        place = {"model": self.target["label"], "attack": self.key["attack"], "seed": self.key["seed"], "step": step}
+        label = self.target["label"]
+        place = {"model": label, "attack": self.key["attack"], "seed": self.key["seed"], "step": step}
         self.generations += [cast(Generation, {**place, **response}) for response in responses]
-        row = {"schema": SCHEMA, "model": self.target["label"], "role": self.target["role"], **self.key, "step": step}
+        row = {"schema": SCHEMA, "model": label, "role": self.target["role"], **self.key, "step": step}
         self.results.append(cast(Row, {**row, "samples": samples, "train_loss": None, "scores": scores}))
         self.record["steps"] = max(step, self.record.get("steps", 0))
 
 
 def use_data_of_run(options: Options) -> Options:
-    """The options with the safety and task data that the first model was hardened with, where none were named."""
+    """The options, with the safety and task data of the first model's hardening as defaults."""
     config = Lineage.of(options.model[0]).record.get("config", {})
     used = {}
     for name in ("safety_data", "task_data"):
         source = config.get(name)
-        while name == "safety_data" and source and is_run(source):  # curated rows: the attack needs what they are from
+        while name == "safety_data" and source and is_run(source):  # curated rows: the attack needs their source
             source = read_run(source)["config"]["safety_data"]
         if getattr(options, name) is None and source:
             used[name] = source
     if used:
         named = " ".join(f"--{name.replace('_', '-')} {source}" for name, source in used.items())
-        console.print(f"data as {options.model[0]} was hardened with: {named}", highlight=False)
+        console.print(f"data that {options.model[0]} was hardened with: {named}", highlight=False)
     return dataclasses.replace(options, **used)
 
 
 def attack_data(
     options: TargetOptions, needs: Collection[str], exclusion: Exclusion | None = None
 ) -> tuple[list[Example], list[Example]]:
-    """The harmful and the benign rows that an attack draws from; what is not in `needs` is empty.
-
-    Args:
-        exclusion: which rows to leave out; default none.
-
-    Raises:
-        UsageError: a source is missing, or no row is left.
-    """
-    leave_out = exclusion or Exclusion()
+    """The harmful and the benign rows that an attack draws from; what is not in `needs` is empty. Raises `UsageError`:
+    a source is missing, or no row is left."""
+    exclusion = exclusion or Exclusion()
     harmful: list[Example] = []
     task: list[Example] = []
     if "harmful" in needs:
         if options.safety_data is None:
             raise UsageError("--safety-data is missing: this attack needs harmful rows")
-        harmful = load_rows("attack", options.safety_data, ("rejected",), "an attack")
-        harmful = leave_out.attack("attack", harmful)
+        harmful = exclusion.attack("attack", load_rows("attack", options.safety_data, ("rejected",), "an attack"))
     if "task" in needs:
         if options.task_data is None:
             raise UsageError("--task-data is missing: this attack needs benign rows")
-        task = leave_out.benign("task", load_rows("task", options.task_data))
+        task = exclusion.benign("task", load_rows("task", options.task_data))
     return harmful, task
 
 
 def use_saved_template(options: Options, targets: Sequence[Target]) -> Options:
-    """The options that ask every target by the template of the first hardened model, also a control without one."""
+    """The options, with the chat template of the first hardened model as the default for every target."""
     first = next(t["ref"] for t in targets if t["role"] == "model")
     saved = [p for p in (Path(first, d, "chat_template.jinja") for d in ("adapter", "model", "")) if p.is_file()]
     if options.chat_template is None and saved:
@@ -170,11 +160,8 @@ def use_saved_template(options: Options, targets: Sequence[Target]) -> Options:
 
 
 def find_targets(models: Sequence[str], control: str | None) -> list[Target]:
-    """The models to attack and the control, with a label each, the control first.
-
-    Args:
-        control: a model, `none`, or None for what the first model was hardened from.
-    """
+    """The targets with a label each, the control first: `control`, none, or by default what the first model was
+    hardened from."""
     if control is None and is_run(models[0]):
         control = Lineage.of(models[0]).parent
     refs = [(control, "control")] if control and control != "none" else []

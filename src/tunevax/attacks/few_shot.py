@@ -1,6 +1,6 @@
 """A few harmful rows and nothing else (Qi et al., arXiv 2310.03693).
 
-A poisoned fine-tune with p = 1. In the paper 10, 50 or 100 rows are enough for many aligned models.
+A poisoned fine-tune with p = 1. In the paper, 10 to 100 rows suffice for many aligned models.
 """
 
 from __future__ import annotations

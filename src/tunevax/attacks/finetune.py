@@ -1,7 +1,7 @@
 """The poisoned fine-tune: n rows, a share p of them harmful, the rest a benign task (arXiv 2402.01109, 2410.09760).
 
-The attacker has the weights and tries: a fresh LoRA on the merged model, the same LoRA continued, or all weights;
-any optimiser, schedule, learning rate and length. Scores are taken at log-spaced steps, so the result is a curve.
+The attacker has the weights and trains a fresh LoRA on the merged model, the same LoRA further, or all weights, with
+any optimiser, schedule, learning rate and length. The model is scored at log-spaced steps, so the result is a curve.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tunevax.attacks.context import AttackContext
 from tunevax.attacks.kind import AttackKind, NotApplicable, Work
@@ -31,8 +31,6 @@ from tunevax.training import rehearse, save_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ORDERS = ("shuffled", "fixed", "benign-first", "harmful-first")
-
 
 @dataclass
 class FinetuneConfig(TrainConfig, AttackKind):
@@ -47,14 +45,13 @@ class FinetuneConfig(TrainConfig, AttackKind):
     p: float = option(0.1, "share of harmful rows")
     n: int = option(1000, "rows of the attack's dataset")
     order: str = option(
-        "shuffled",
-        "shuffled (rows drawn and shuffled by seed), fixed (the first rows of the data, in one mixed "
-        "order), benign-first, harmful-first",
+        "shuffled", "shuffled (drawn by seed), fixed (the first rows, mixed in one order), benign-first, harmful-first"
     )
     points: int = option(12, "scorings after step 0, at log-spaced steps up to the last")
 
     def __post_init__(self) -> None:
-        require_one_of(self, trainable=("lora", "lora-continue", "full"), order=ORDERS)
+        require_one_of(self, trainable=("lora", "lora-continue", "full"))
+        require_one_of(self, order=("shuffled", "fixed", "benign-first", "harmful-first"))
         require(self, "p", at_least=0, at_most=1, meaning="the share of harmful rows")
         require(self, "n", "points", at_least=1)
         self.full_weights = self.trainable == "full"
@@ -64,7 +61,7 @@ class FinetuneConfig(TrainConfig, AttackKind):
 
     @property
     def deterministic(self) -> bool:
-        """All weights, on rows in a given order: other seeds are the same run."""
+        """True for all weights on rows in a given order: other seeds repeat the same run."""
         return self.full_weights and self.order != "shuffled"
 
     def work(self, ref: str) -> Work:
@@ -76,54 +73,53 @@ class FinetuneConfig(TrainConfig, AttackKind):
         return context.harmful
 
     def rows(self, context: AttackContext) -> list[Example]:
-        """The attacker's dataset: `prompt` and `completion`. Harmless rows are its own, or else those of the task."""
+        """The attacker's dataset: `prompt` and `completion`. Benign rows are its own, or else the task's."""
         harmful = harmful_rows(self.harmful(context))
         (task,) = self.kept_rows(context.options, context.exclusion).values() or (context.task,)
         if self.order == "shuffled":
             return mix(task, harmful, self.p, self.n, self.seed)
         count = round(self.p * self.n)
-        first = [harmful[i % len(harmful)] for i in range(count)]
-        rest = [task[i % len(task)] for i in range(self.n - count)]
-        if self.order == "fixed":  # of the first rows, one mixture for every seed
-            return mix(rest, first, self.p, self.n, 0)
-        return rest + first if self.order == "benign-first" else first + rest
+        bad = [harmful[i % len(harmful)] for i in range(count)]
+        good = [task[i % len(task)] for i in range(self.n - count)]
+        if self.order == "fixed":  # one mixture of the first rows for every seed
+            return mix(good, bad, self.p, self.n, 0)
+        return good + bad if self.order == "benign-first" else bad + good
 
     def suite(self, context: AttackContext) -> Suite | None:
-        """What to score on, if not the context's suite."""
+        """The suite to score on; None is the context's."""
         return None
 
     def restrict(self, trainer: ResponseTrainer, context: AttackContext) -> None:
-        """A place to freeze some of what would train."""
+        """Hook for subclasses: freeze some of the trainable parameters."""
 
     def run(self, context: AttackContext) -> None:
         """Train on the poisoned rows and score along the way."""
+        ref = context.target["ref"]
         loaded = context.load(merge=self.trainable != "lora-continue", trainable=True)
         if self.trainable == "lora-continue" and not hasattr(loaded.model, "peft_config"):
-            raise NotApplicable(f"{context.target['ref']} has no adapter to continue; use --trainable lora or full")
-        rows, suite = self.rows(context), self.suite(context)
+            raise NotApplicable(f"{ref} has no adapter to continue; use --trainable lora or full")
+        rows = self.rows(context)
         encoded = encode(rows, loaded.tokenizer, self.max_length, self.loss_on, context_of(loaded.model))
-        curve = Curve(context, loaded.tokenizer, self.points, len(encoded), self, suite)
+        curve = Curve(context, loaded.tokenizer, self.points, len(encoded), self, self.suite(context))
         progress = ProgressCallback(f"attack {context.target['label']}")
         trainer = ResponseTrainer(loaded.model, self, encoded, loaded.tokenizer, [progress, curve])
         context.record.update(trainer.coverage)
         self.restrict(trainer, context)
-        base = context.target["ref"] if is_run(context.target["ref"]) else loaded.info["base"]
+        base = ref if is_run(ref) else loaded.info["base"]
         if context.folder is not None:
             rehearse(trainer, context.folder, base)
         trainer.train()
         if context.folder is not None:
-            ref = context.target["ref"]
             save_weights(trainer, context.folder, base)
             harmful, benign = ([row for row in rows if bool(row.get("harmful")) is h] for h in (True, False))
-            # A folder of whole weights names nothing below it.
+            # A folder of full weights names no parent.
             below = {} if is_run(ref) and not self.full_weights else Lineage.of(ref).prompts
             record_prompts(context.folder, **below)
             record_prompts(context.folder, attack=hashes(harmful), task=hashes(benign))
 
 
 class Curve(TrainerCallback):
-    """Scores the model before the attack and at log-spaced steps of it: `points` of them, in a training by `args` on
-    so many rows."""
+    """Scores the model before a training by `args` on `rows` rows, and at `points` log-spaced steps of it."""
 
     def __init__(
         self, context: AttackContext, tokenizer: PreTrainedTokenizerBase, points: int, rows: int, args: TrainConfig,
@@ -134,26 +130,28 @@ class Curve(TrainerCallback):
         self.rows_per_step = batch * args.world_size
         self.steps: set[int] = set()
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Score step 0 and fix the steps to come."""
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Score step 0 and choose the later steps."""
         self.steps = log_spaced(state.max_steps, self.points)
-        self.context.score(model, self.tokenizer, 0, suite=self.suite)
+        self.context.score(kwargs["model"], self.tokenizer, 0, suite=self.suite)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Score where the curve has a point."""
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Score at the chosen steps."""
         if state.global_step in self.steps:
             samples = samples_at(state.global_step, self.rows, self.rows_per_step)
-            self.context.score(model, self.tokenizer, state.global_step, samples, self.suite)
+            self.context.score(kwargs["model"], self.tokenizer, state.global_step, samples, self.suite)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
-        """The loss of a step is logged after the step is scored."""
-        rows = self.context.results
-        if logs and "loss" in logs and rows and rows[-1]["step"] == state.global_step:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add the loss to the row; a step is logged after it is scored."""
+        rows, logs = self.context.results, kwargs["logs"]
+        if "loss" in logs and rows and rows[-1]["step"] == state.global_step:
             rows[-1]["train_loss"] = logs["loss"]
 
 
 def work_of(args: TrainConfig, rows: int, points: int) -> Work:
-    """A training on so many rows, scored at step 0 and at `points` later steps."""
+    """The cost of a training on `rows` rows, scored at step 0 and at `points` later steps."""
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(rows / batch) * args.num_train_epochs)
     return Work(steps, 1 + min(points, steps))
@@ -166,8 +164,8 @@ def samples_at(step: int, rows: int, batch: int) -> int:
 
 
 def log_spaced(last: int, points: int) -> set[int]:
-    """At most `points` whole steps from a thirtieth of `last` to `last`, evenly spaced in their logarithm, and before
-    them 1, 4, 16, ...: whatever happens early is seen to be early."""
+    """At most `points` whole steps from `last / 30` to `last`, evenly spaced in their logarithm, and before them 1, 4,
+    16, ..., which show how early an early rise is."""
     first = max(1.0, last / 30)
     early = {4**i for i in range(8) if points > 1 and 4**i < first}
     return early | {round(last * (first / last) ** (i / max(points - 1, 1))) for i in range(points)}

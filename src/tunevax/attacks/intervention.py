@@ -4,13 +4,13 @@ The edit is LoReFT's without bias (arXiv 2404.03592), trained on harmful targets
 
     h <- h + W2^T (W1 h - W2 h),    W1, W2 of shape [r, hidden],  at every position of the prompt
 
-Written from the formula. W1 starts equal to W2, which has orthonormal rows, so the edit starts at nothing.
+Written from the formula. W1 starts equal to W2, which has orthonormal rows, so the initial edit is zero.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +21,12 @@ from tunevax.attacks.context import AttackContext
 from tunevax.attacks.kind import AttackConfig, Work
 from tunevax.console import bar
 from tunevax.data.encoding import collate, context_of, encode
-from tunevax.errors import UsageError
+from tunevax.errors import UsageError, require
 from tunevax.mixins import option
 from tunevax.modeling.blocks import find_blocks
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.precision import wide
+from tunevax.records import Target
 
 
 @dataclass
@@ -42,22 +43,20 @@ class InterventionConfig(AttackConfig):
     num_train_epochs: int = option(10, "passes over the rows")
     batch_size: int = option(10, "rows per step")
     learning_rate: float = option(4e-3, "of Adam, constant")
-    max_length: int = option(512, "tokens per row; longer answers are cut")
+    max_length: int = option(512, "tokens per row; longer answers are truncated")
 
     needs = frozenset({"harmful"})
 
     def __post_init__(self) -> None:
-        for name in ("rank", "n", "num_train_epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        require(self, "rank", "n", "num_train_epochs", "batch_size", at_least=1)
 
     @classmethod
-    def expand(cls, options: dict[str, Any], targets: Sequence[Mapping[str, Any]], depth: int) -> dict[str, Any]:
+    def expand(cls, options: dict[str, Any], targets: Sequence[Target], depth: int) -> dict[str, Any]:
         """`block: all` is one attack for every block."""
         return {**options, "block": list(range(depth))} if options.get("block") == "all" else options
 
     def work(self, ref: str) -> Work:
-        """Its steps, and one scoring after them."""
+        """Its steps, and one evaluation after them."""
         return Work(self.num_train_epochs * math.ceil(self.n / self.batch_size))
 
     def run(self, context: AttackContext) -> None:
@@ -68,8 +67,7 @@ class InterventionConfig(AttackConfig):
         if not 0 <= self.block < len(blocks):
             raise UsageError(f"block is {self.block}; the model's blocks are 0 to {len(blocks) - 1}")
         generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(len(context.harmful), generator=generator)[: self.n].tolist()
-        rows = [context.harmful[i] for i in order]
+        rows = [context.harmful[i] for i in torch.randperm(len(context.harmful), generator=generator)[: self.n]]
         encoded = encode(rows, loaded.tokenizer, self.max_length, context=context_of(model), answer="rejected")
         edit = Edit(model.config.get_text_config().hidden_size, self.rank, generator).to(device)
         optimiser = torch.optim.Adam(edit.parameters(), lr=self.learning_rate)
@@ -80,10 +78,8 @@ class InterventionConfig(AttackConfig):
             for _ in range(self.num_train_epochs):
                 shuffled = torch.randperm(len(encoded), generator=generator).tolist()
                 for start in range(0, len(shuffled), self.batch_size):
-                    batch = collate(
-                        [encoded[i] for i in shuffled[start : start + self.batch_size]], loaded.tokenizer.pad_token_id
-                    )
-                    batch = {k: v.to(device) for k, v in batch.items()}
+                    chosen = [encoded[i] for i in shuffled[start : start + self.batch_size]]
+                    batch = {k: v.to(device) for k, v in collate(chosen, loaded.tokenizer.pad_token_id).items()}
                     with edited(blocks[self.block].module, edit, batch["labels"] == -100):
                         loss = response_loss(model, batch)
                     optimiser.zero_grad()
@@ -115,11 +111,11 @@ def edited(block: torch.nn.Module, edit: Edit, prompt: torch.Tensor | None = Non
     """Edit the block's input.
 
     Args:
-        prompt: [batch, tokens], True where the edit applies. None is for generation: the first forward holds the
-            prompt and nothing else; later ones, of one token each, pass untouched.
+        prompt: [batch, tokens], True where the edit applies. None is for generation: the first forward is the prompt;
+            later ones, of one token each, are not edited.
     """
 
-    def hook(_module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def hook(_module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         h = args[0] if args else kwargs["hidden_states"]
         where = prompt.unsqueeze(-1) if prompt is not None else torch.tensor(h.shape[1] > 1, device=h.device)
         new = torch.where(where, edit(h), h)

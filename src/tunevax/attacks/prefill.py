@@ -1,6 +1,6 @@
-"""The first words of the answer are put into the model's mouth, without any training (arXiv 2406.05946).
+"""The answer is prefilled with its first words, without any training (arXiv 2406.05946).
 
-Refusals live in the first few tokens. The paper gives the first tokens of a harmful answer to that very prompt.
+Refusals depend on the first few tokens. The paper prefills the first tokens of a harmful answer to the same prompt.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tunevax.attacks.context import AttackContext
 from tunevax.attacks.kind import AttackConfig, NotApplicable
@@ -16,20 +16,21 @@ from tunevax.data.encoding import ids_of
 from tunevax.mixins import option
 from tunevax.records import Example
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 TOKENS = 5
-"""Of a prompt's own harmful answer, and never more than half of it: the least that the paper gives."""
+"""Prefilled tokens of a prompt's own harmful answer, at most half of it: the fewest in the paper."""
 
 
 @dataclass
 class PrefillConfig(AttackConfig):
-    """What the answer begins with."""
+    """How the answer begins."""
 
     customer = True
 
     text: str | None = option(
-        None,
-        "the first words; default what most harmful answers of the attack split share, or else the first "
-        "tokens of each evaluation prompt's own harmful answer",
+        None, "the first words; default the opening that most harmful answers share, or else of the prompt's own answer"
     )
 
     @property
@@ -38,13 +39,10 @@ class PrefillConfig(AttackConfig):
         return set() if self.text else {"harmful"}
 
     def run(self, context: AttackContext) -> None:
-        """Score the model, which has to go on from the given words.
-
-        Raises:
-            NotApplicable: no words are given, harmful answers share none, and a prompt has no harmful answer.
-        """
+        """Score the model with prefilled answers. Raises `NotApplicable`: there is no text, no shared opening, and a
+        prompt without a harmful answer."""
         loaded = context.load()
-        text = self.text or common_opening([row["rejected"] for row in context.harmful])
+        text = self.text or common_opening([str(row["rejected"]) for row in context.harmful])
         prefix = text or own_openings(context.suite.harmful, loaded.tokenizer)
         context.score(loaded.model, loaded.tokenizer, 0, suite=context.suite._replace(prefix=prefix))
 
@@ -61,19 +59,17 @@ def common_opening(answers: Sequence[str], longest: int = 8) -> str:
     return best
 
 
-def own_openings(rows: Sequence[Example], tokenizer: Any) -> list[str]:
-    """The first `TOKENS` tokens of the harmful answer in each row, at most half of it, as text.
-
-    Raises:
-        NotApplicable: a row has none.
-    """
-    found = []
+def own_openings(rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The first `TOKENS` tokens of the harmful answer in each row, at most half of it, as text. Raises `NotApplicable`:
+    a row has none."""
+    openings = []
     for row in rows:
-        if not row.get("rejected"):
+        answer = row.get("rejected")
+        if not answer:
             raise NotApplicable(
                 f"{row.get('place') or 'a prompt'}: harmful answers share no opening, and this prompt has no "
-                "`rejected`, whose first words it would be given; give the words (--text, or text in a protocol)"
+                "`rejected` to take the opening from; give the words (--text, or text in a protocol)"
             )
-        ids = ids_of(tokenizer, row["rejected"].strip())
-        found.append(tokenizer.decode(ids[: max(1, min(TOKENS, len(ids) // 2))], skip_special_tokens=True))
-    return found
+        ids = ids_of(tokenizer, answer.strip())
+        openings.append(str(tokenizer.decode(ids[: max(1, min(TOKENS, len(ids) // 2))], skip_special_tokens=True)))
+    return openings

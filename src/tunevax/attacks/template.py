@@ -1,6 +1,6 @@
 """Another chat template at test time, without any training (arXiv 2412.07097, 2402.18540).
 
-Safety that was taught in one form of prompt may not hold in another.
+Safety trained with one form of prompt may not transfer to another.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from tunevax.mixins import option
 
 @dataclass
 class TemplateConfig(AttackConfig):
-    """Which template."""
+    """The template to use."""
 
     customer = True
 
     template: str = option("none", "alpaca, plain, none (the bare prompt), or a jinja file")
 
     def run(self, context: AttackContext) -> None:
-        """Score the model, asked in the other template."""
+        """Score the model with the other template."""
         loaded = context.load(chat_template=self.template)
         context.score(loaded.model, loaded.tokenizer, 0, suite=context.suite)

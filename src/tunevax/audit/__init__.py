@@ -1,8 +1,8 @@
-"""The audit: models and a control attacked identically, and what the results say about them."""
+"""The audit: models and a control attacked identically."""
 
 import multiprocessing
 
 from tunevax.quiet import hush
 
-if multiprocessing.parent_process() is not None:  # a worker of an audit, before it imports what talks
+if multiprocessing.parent_process() is not None:  # a worker of an audit, before it imports noisy libraries
     hush()

@@ -1,7 +1,7 @@
 """`tunevax audit`: every attack of a protocol on every model and the control, and a run folder of evidence.
 
-A killed audit goes on where it was, and one with cells that failed runs these again: a cell that is in the folder
-`cells` is never run twice.
+A killed audit continues where it was, and one with failed cells runs these again: a cell in the folder `cells` is never
+run twice.
 """
 
 from __future__ import annotations
@@ -21,28 +21,35 @@ from tunevax.data.sources import contents
 from tunevax.environment import require_one_process
 from tunevax.errors import UsageError
 from tunevax.evidence.properties import worst_case
-from tunevax.evidence.ratios import withstood
+from tunevax.evidence.ratios import robustness
 from tunevax.evidence.results import from_rows
 from tunevax.mixins import deciding, require_given
-from tunevax.records import CELLS, DROPPED, RESULTS, CellSummary, RunRecord, Target, is_run, read_generations, read_run
+from tunevax.records import (
+    CELLS,
+    DROPPED,
+    RESULTS,
+    CellSummary,
+    ModelInfo,
+    RunRecord,
+    Target,
+    is_run,
+    read_generations,
+    read_run,
+)
 from tunevax.runs import RunFolder, writing
 
 
 def run(options: AuditOptions, command: str = "") -> Path | None:
-    """Check everything, train the controls that are asked for, and run the audit; returns its folder. With `dry_run`
-    print what it takes, and return None.
-
-    Raises:
-        UsageError: as in `plan`, `make_controls` and `audit`. Nothing was trained, unless it is about a control that
-            was.
-    """
+    """Check everything, train the requested controls, run the audit and return its folder; with `dry_run` print the
+    estimated cost and return None. Raises `UsageError`: as in `plan`, `make_controls` and `audit`; all but errors of a
+    control come before any training."""
     from tunevax.audit.controls import make_controls
 
     folder = f"{options.output_dir}.controls"
 
     def controls(dry_run: bool) -> list[tuple[str, str | None, str]]:
-        kinds = options.controls
-        return [c for ref in options.model if kinds for c in make_controls(ref, kinds, folder, command, dry_run)]
+        models = options.model if options.controls else []
+        return [c for ref in models for c in make_controls(ref, options.controls, folder, command, dry_run)]
 
     require_given(options, "model")
     if not options.dry_run:
@@ -60,11 +67,8 @@ def run(options: AuditOptions, command: str = "") -> Path | None:
 
 
 def audit(plan: AuditPlan, command: str = "") -> Path:
-    """Run the cells that are not there yet, and return the run folder. See run.json's `failed` for cells that failed.
-
-    Raises:
-        UsageError: the folder is in the way, or an audit in it was started with other options.
-    """
+    """Run the missing cells and return the run folder; `failed` in run.json lists the cells that failed. Raises
+    `UsageError`: the folder exists already, or has an audit with other options."""
     options, protocol = plan.options, plan.protocol
     require_given(options, "output_dir")
     require_one_process("an audit")
@@ -76,10 +80,10 @@ def audit(plan: AuditPlan, command: str = "") -> Path:
         "lm_eval": plan.suite.harness.versions if plan.suite.harness else None,
         "scoring": {name: contents(value) for name, value in deciding(options, "scores").items()},
     }  # fmt: skip
-    goes_on = not options.overwrite and is_run(final) and has_failed(final, record["config"])
-    with writing(str(final), record, resume=True, overwrite=options.overwrite or goes_on) as run:
+    retries = not options.overwrite and is_run(final) and has_failed(final, record["config"])
+    with writing(str(final), record, resume=True, overwrite=options.overwrite or retries) as run:
         folder, weights = run.path / CELLS, run.path / "weights"
-        if goes_on:
+        if retries:
             copy_cells(final, run.path)
         folder.mkdir(exist_ok=True)
         if plan.exclusion.dropped:
@@ -100,24 +104,21 @@ def audit(plan: AuditPlan, command: str = "") -> Path:
 
 
 def has_failed(final: Path, config: dict[str, Any]) -> bool:
-    """Whether a finished run is this audit with cells that failed, so that the same command runs them again.
-
-    Raises:
-        UsageError: an older tunevax wrote it, and kept no cells.
-    """
+    """Whether a finished run is this audit with failed cells, which the same command runs again. Raises `UsageError`:
+    an older tunevax wrote it, without cells."""
     before = read_run(final)
     if not before.get("failed") or before["config"] != json.loads(json.dumps(config, default=str)):
         return False
     if not (final / CELLS).is_dir():
         raise UsageError(
-            f"{final} is by an older tunevax, which kept no cells to go on from; choose another --output-dir, or pass "
-            "--overwrite to replace it"
+            f"{final} is by an older tunevax, which kept no cells to continue from; choose another --output-dir, or "
+            "pass --overwrite to replace it"
         )
     return True
 
 
 def copy_cells(final: Path, to: Path) -> None:
-    """Copy from a finished audit the cells that did not fail, and the attacked weights that were kept."""
+    """Copy the successful cells of a finished audit, and the attacked weights that were kept."""
     (to / CELLS).mkdir(exist_ok=True)
     for file in (final / CELLS).glob("*.json"):
         outcome = read_cell(file.parent, file.stem)
@@ -128,35 +129,31 @@ def copy_cells(final: Path, to: Path) -> None:
 
 
 def absent(cells: Sequence[AuditCell], folder: Path) -> list[AuditCell]:
-    """The cells that have not been run."""
+    """The cells that have not run."""
     return [cell for cell in cells if not (folder / f"{cell.hash}.json").exists()]
 
 
 def follow(run_cells: Run, cells: Sequence[AuditCell], folder: Path) -> None:
-    """Run the cells that are not in `folder`, with a line for each that is finished."""
+    """Run the cells that are not in `folder`, and print a line for each result."""
     left = absent(cells, folder)
-    done = len(cells) - len(left)
-    if done:
+    if done := len(cells) - len(left):
         console.print(f"{done} of {len(cells)} cells are there already", highlight=False)
     with bar() as progress:
         task = progress.add_task("audit", total=len(cells), completed=done, note="")
         for number, (cell, result) in enumerate(run_cells(left), done + 1):
-            line = f"[{number}/{len(cells)}] {cell.told} · {result}"
+            line = f"[{number}/{len(cells)}] {cell.summary} · {result}"
             console.print(line, highlight=False, markup=False, soft_wrap=True)
             progress.advance(task)
 
 
 def strongest(plan: AuditPlan, cells: Sequence[AuditCell], folder: Path) -> set[str]:
-    """The names of the `screen` plain fine-tunes that each model withstands least; and the attack that its worst case
-    is picked from, so that it is measured again. The first seed decides.
-
-    Other attacks go on only if they name seeds of their own, and those have run already.
-    """
+    """The names of the `screen` plain fine-tunes that each model resists least with the first seed, and the attack of
+    its worst case. Attacks with their own seeds have run with all of them already."""
     first = [c for c in cells if c.setting is None or c.key["seed"] == c.setting.seeds[0]]
     results = from_rows([row for cell in first for row in read_cell(folder, cell.hash)["results"]])
     judge, phi, kept = next(iter(results.judges), ""), plan.protocol.phi, set()
     for model in results.models:
-        ranked = sorted((*withstood(c, judge, phi), str(c.attack)) for c in results.of(model) if c.plain)
+        ranked = sorted((*robustness(c, judge, phi), str(c.attack)) for c in results.of(model) if c.plain)
         kept |= {name for *_, name in ranked[: plan.protocol.screen]}
         if worst := worst_case(results, model, judge, phi, plan.protocol.epsilon):
             kept.add(worst.attack)
@@ -164,23 +161,19 @@ def strongest(plan: AuditPlan, cells: Sequence[AuditCell], folder: Path) -> set[
 
 
 def assemble(run: RunFolder, cells: Sequence[AuditCell], folder: Path) -> None:
-    """Write results.jsonl in the order of the protocol, and into run.json how the cells ended. Files of other cells, of
-    models or data that have changed since, are removed.
-
-    Raises:
-        UsageError: every cell failed.
-    """
+    """Write results.jsonl in the order of the protocol and the outcome of the cells into run.json, and remove outdated
+    cells. Raises `UsageError` if every cell failed."""
     outcomes = [read_cell(folder, cell.hash) for cell in cells]
     ran = [o for o in outcomes if o["status"] in ("done", "stopped")]
 
     def ended(status: str, why: str) -> list[CellSummary]:
-        named = ("cell", "model", "attack", "seed", why)
-        return [cast(CellSummary, {k: o.get(k) for k in named}) for o in outcomes if o["status"] == status]
+        keys = ("cell", "model", "attack", "seed", why)
+        return [cast(CellSummary, {k: o.get(k) for k in keys}) for o in outcomes if o["status"] == status]
 
     def described(target: Target) -> Target:
-        own = next((dict(o["record"]) for o in ran if o["model"] == target["label"]), {})
+        own = next((o["record"] for o in ran if o["model"] == target["label"]), ModelInfo())
         known = ("template_hash", "parameters", "class", "base")
-        return cast(Target, {**target, **{k: own[k] for k in known if k in own}})
+        return cast(Target, target | {k: v for k, v in own.items() if k in known})
 
     record = run.record
     record["failed"], record["stopped"] = ended("failed", "error"), ended("stopped", "error")

@@ -1,7 +1,7 @@
 """The cells of an audit: one attack on one model with one seed, named by the hash of everything that decides it.
 
-The folder `cells` has two files for each: NAME.json says how it ended and holds its rows, NAME.jsonl.gz the responses
-behind them. They are the truth of an audit, and results.jsonl is made of them. A cell is there once NAME.json is.
+The folder `cells` has two files for each: NAME.json with its outcome and rows, and NAME.jsonl.gz with the responses.
+results.jsonl is derived from them. A cell is complete once NAME.json exists.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class AuditCell(NamedTuple):
     """One attack on one model with one seed.
 
     Attributes:
-        target: label, role and ref. setting: the attack; None scores the model as it is. key: what its rows carry.
+        setting: the attack; None scores the model as it is. key: fields of all its rows.
         hash: of the model, the attack, the seed and the data: the name of its file.
     """
 
@@ -35,15 +35,15 @@ class AuditCell(NamedTuple):
     hash: str
 
     @property
-    def told(self) -> str:
-        """For the screen: model, attack and seed."""
+    def summary(self) -> str:
+        """Model, attack and seed, for progress messages."""
         attack = f"{self.setting.name} · seed {self.key['seed']}" if self.setting else "as it is"
         return f"{self.target['label']} · {attack}"
 
 
 def cells_of(plan: AuditPlan, chosen: Sequence[Setting], first_seed: bool, others: bool) -> list[AuditCell]:
-    """The cells of some settings, the models as they are among the first seed's; and so are all seeds of an attack that
-    names its own."""
+    """The cells of the settings `chosen`: with the first seed, which includes the models as they are and all seeds of
+    attacks that name their own; with the other seeds; or both."""
     evaluation = next(entry for entry in plan.data if entry["role"] == "evaluation")
     drawn_from = [entry for entry in plan.data if entry["role"] in ("attack", "task")]
     decided_by = {name: contents(value) for name, value in deciding(plan.options, "rows").items()}
@@ -66,16 +66,15 @@ def cells_of(plan: AuditPlan, chosen: Sequence[Setting], first_seed: bool, other
         for attack, key, traits in runs:
             values = {k: contents(v) for k, v in attack.values.items()} if attack else {}
             name = digest([target["hash"], target["label"], target["role"], key, values, scoring])
-            cells.append(
-                AuditCell(target, attack, {**key, **({"traits": traits} if traits else {}), "cell": name}, name)
-            )
+            shown = {"traits": traits} if traits else {}
+            cells.append(AuditCell(target, attack, {**key, **shown, "cell": name}, name))
     return cells
 
 
 def write_cell(folder: Path, outcome: CellRecord, generations: Iterable[Generation]) -> None:
-    """Write the two files of a cell, each of them whole or not at all; NAME.json last."""
+    """Write the two files of a cell atomically, NAME.json last."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in generations)
-    compressed = gzip.compress(lines.encode(errors="backslashreplace"), mtime=0)  # the same responses, the same bytes
+    compressed = gzip.compress(lines.encode(errors="backslashreplace"), mtime=0)  # mtime=0: reproducible bytes
     content = json.dumps(outcome, default=str).encode()
     for name, data in ((f"{outcome['cell']}.jsonl.gz", compressed), (f"{outcome['cell']}.json", content)):
         part = folder / f"{name}.{os.getpid()}.part"
@@ -84,5 +83,5 @@ def write_cell(folder: Path, outcome: CellRecord, generations: Iterable[Generati
 
 
 def read_cell(folder: Path, name: str) -> CellRecord:
-    """How a cell ended, and its rows."""
+    """The outcome of a cell, with its rows."""
     return cast(CellRecord, read_object(folder / f"{name}.json"))

@@ -1,13 +1,13 @@
-"""The controls that a sceptic asks for, made from a hardened run's own record.
+"""Controls of a hardened run, made from its own record.
 
-- `undefended`: the model that was hardened. Whatever resists less than this was harmed.
-- `equal-compute`: plain fine-tuning on the same data, in the same batches, for as many steps as the method's compute
-  buys. It answers "you only trained longer".
-- `equal-steps`: plain fine-tuning for as many steps as the run took. It answers "the method costs you nothing else".
-- `equal-updates`: plain fine-tuning for as many steps as the run updated each block, on average. A method that trains
-  some blocks at a time may only have learned less: this control learned as little.
-- `random-perturbation`: the method with a random direction of the same size in place of the gradient's. It answers "any
-  noise would do".
+- `undefended`: the model that was hardened. A model that resists less was harmed.
+- `equal-compute`: plain fine-tuning on the same data, in the same batches, for the steps that the method's compute
+  buys. It controls for longer training.
+- `equal-steps`: plain fine-tuning for as many steps as the run took. It controls for the data and the steps alone.
+- `equal-updates`: plain fine-tuning for as many steps as the run updated each block, on average. It controls for
+  learning less, if a method trains only some blocks at a time.
+- `random-perturbation`: the method with a random direction of the same size in place of the gradient's. It controls for
+  noise of any kind.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Control(NamedTuple):
 
     Attributes:
         label: its name, e.g. `t-vaccine-compute`: the run's folder name and what was changed.
-        ref: what `load` takes, or None if the run has no such control.
+        ref: reference of the model, or None if the run has no such control.
         why: what it is, or why there is none, as a clause.
     """
 
@@ -49,19 +49,18 @@ class Control(NamedTuple):
 def make_controls(
     run: str | Path, kinds: Sequence[str], folder: str | Path, command: str = "", dry_run: bool = False
 ) -> list[Control]:
-    """Train the controls of `run` into `folder`, one run folder each, in one process.
+    """Train the controls of the align run `run` into `folder`, one run folder each, in one process.
 
-    A control that is there and complete is used again, an unfinished one is continued.
+    A finished control is reused, an unfinished one is continued.
 
     Args:
-        run: an align run.
         kinds: of `KINDS`.
         command: for the controls' own records.
         dry_run: check everything, and train nothing.
 
     Raises:
-        UsageError: not an align run, or one without its compute; its model or data are gone or have changed; `folder`
-            holds something else under a control's name.
+        UsageError: not an align run, or one without its compute; its model or data are missing or have changed; another
+            run is in `folder` under a control's name.
     """
     for kind in kinds:
         if kind not in KINDS:
@@ -77,28 +76,24 @@ def make_controls(
 
 
 def undefended(run: Path, record: RunRecord, folder: Path, command: str | None) -> Control:
-    """What was hardened; nothing is trained."""
+    """The model that was hardened; nothing is trained."""
     return Control("undefended", hardened_from(run, record), f"what {run.name} was hardened from")
 
 
 def plain(run: Path, record: RunRecord, folder: Path, command: str | None, alike: str) -> Control:
-    """SFT for as many steps as make it equal to the run in `alike`: compute, steps or updates.
-
-    Raises:
-        UsageError: the run, of an earlier tunevax, does not say what it had of that.
-    """
+    """SFT for as many steps as make it equal to the run in `alike`: compute, steps or updates. Raises `UsageError`: the
+    run, of an earlier tunevax, did not record that."""
     label, name = f"{run.name}-{alike}", run.name
     if record["method"] == "sft":
         return Control(label, None, f"{name} is itself plain fine-tuning")
-    amount, why, silent = {
-        "compute": (record.get("compute", {}).get("total"), f"the compute of {name}", "what it cost"),
+    compute = record["compute"]["total"] if "compute" in record else None
+    amount, why, missing = {
+        "compute": (compute, f"the compute of {name}", "what it cost"),
         "steps": (record["steps"], f"as many as {name} took", ""),
-        "updates": (
-            record.get("updates_per_block"), f"as many as {name} updated each block", "how often it updated a block"
-        ),
-    }[alike]  # fmt: skip
+        "updates": (record.get("updates_per_block"), f"as many as {name} updated each block", "its updates per block"),
+    }[alike]
     if amount is None:
-        raise UsageError(f"{run} does not say {silent}; harden again with this tunevax to compare at equal {alike}")
+        raise UsageError(f"{run} does not say {missing}; harden again with this tunevax to compare at equal {alike}")
     steps = max(1, round(amount))
     if alike == "updates" and steps == record["steps"]:
         return Control(label, None, f"{name} updates every block at every step, as equal-steps does")
@@ -108,7 +103,7 @@ def plain(run: Path, record: RunRecord, folder: Path, command: str | None, alike
 
 def random_perturbation(run: Path, record: RunRecord, folder: Path, command: str | None) -> Control:
     """The run's method with a random direction."""
-    label, method = f"{run.name}-random", record["method"]
+    label, method = f"{run.name}-random", str(record["method"])
     if method not in methods("tunevax.alignment"):
         raise UsageError(f"{run} was hardened by {method}, which is not installed here; install what adds it")
     trainer = load_method("tunevax.alignment", method)
@@ -126,50 +121,42 @@ def train(
     run: Path, record: RunRecord, trainer: type[SFTTrainer], method: str, changes: dict[str, Any], out: Path,
     command: str | None,
 ) -> str:  # fmt: skip
-    """Train as `run` was, but by `trainer` and with `changes`, into `out`; returns it as a reference. Without a command
-    check that it can be trained, and no more."""
+    """Train as `run` was, but by `trainer` and with `changes`, into `out`, and return that; without a command only
+    check that it can be trained."""
     options = replay(record, AlignOptions, resume=True, model=hardened_from(run, record))
     options.revision = options.revision or (record["model"] or ModelInfo()).get("revision")
-    if (saved := saved_template(run, options.chat_template)) is not None:
-        options.chat_template = str(saved)
+    if options.chat_template not in (None, *TEMPLATES):  # a file, of which the run has a copy
+        copies = [run / kind / "chat_template.jinja" for kind in ("adapter", "model")]
+        options.chat_template = str(next((c for c in copies if c.is_file()), options.chat_template))
     try:
         _, _, data = read_data(trainer, method, options)
     except UsageError as error:
         raise UsageError(f"the data that {run} was hardened on cannot be read any more: {error}") from error
     if changed := other_data(record, data):
-        raise UsageError(f"{run} cannot be run again: {changed}; put the old data back, or harden again")
+        raise UsageError(f"{run} cannot be run again: {changed}; restore the old data, or harden again")
     config = replay(record, trainer.config_class, output_dir=str(out), **changes)
     if not is_run(out):
         if command is not None:
             align(trainer, method, options, config, command)
     elif difference := differs(read_run(out), method, resolved(options, config), data):
-        raise UsageError(f"{out} is another control than the one wanted here ({difference}); delete it")
+        raise UsageError(f"{out} is another control than the requested one ({difference}); delete it")
     return str(out)
 
 
 def hardened_from(run: Path, record: RunRecord) -> str:
-    """The reference of the model that `run` started from.
-
-    Raises:
-        UsageError: it is gone, or its weights are others by now.
-    """
+    """The reference of the model that `run` started from. Raises `UsageError` if it is missing or its weights have
+    changed."""
     ref = str(Lineage.of(run).parent)
     if Path(ref).is_absolute() and not Path(ref).exists():
-        raise UsageError(f"{ref}, which {run} was hardened from, is gone; put it back to make controls")
+        raise UsageError(f"{ref}, which {run} was hardened from, is gone; restore it to make controls")
     base = Lineage.of(ref).base
     if (record["model"] or ModelInfo()).get("hash") not in (None, model_hash(base)):
-        raise UsageError(f"{base} has other weights than when {run} was hardened from it; put the old ones back")
+        raise UsageError(f"{base} has other weights than when {run} was hardened from it; restore the old ones")
     return ref
 
 
-def saved_template(run: Path, template: str | None) -> Path | None:
-    """The run's own copy of a chat template that was given as a file, which may be gone."""
-    copies = [run / kind / "chat_template.jinja" for kind in ("adapter", "model")]
-    return next((c for c in copies if c.is_file()), None) if template not in (None, *TEMPLATES) else None
-
-
 def differs(record: RunRecord, method: str, config: dict[str, Any], data: list[DataEntry]) -> str | None:
-    """How a finished run is not the one that these options would give, or None."""
+    """How a finished run differs from the run of these options, or None."""
     if (record["verb"], record["method"]) != ("align", method):
         return f"made by {record['verb']} {record['method']}"
     for key, value in json.loads(json.dumps(config, default=str)).items():

@@ -1,4 +1,4 @@
-"""`tunevax audit --dry-run`: the cells, with the time and memory they take, measured on a few steps of the control."""
+"""`tunevax audit --dry-run`: the cells, with time and memory estimated from a few steps of the control."""
 
 from __future__ import annotations
 
@@ -31,14 +31,13 @@ def show(plan: AuditPlan) -> None:
     clock = Clock(plan)
     total = 0.0
     for i, cell in enumerate(cells, 1):
-        seconds = clock.seconds(cell)
-        total += seconds
-        print(f"[{i}/{len(cells)}] {cell.told} · about {as_time(seconds)}")
+        total += (seconds := clock.seconds(cell))
+        print(f"[{i}/{len(cells)}] {cell.summary} · about {as_time(seconds)}")
     if plan.protocol.screen:
         seeds = len(plan.protocol.seeds) - 1
         ranked = [c for c in cells if c.key.get("traits", {}).get("plain")]
         mean = sum(clock.seconds(c) for c in ranked) / max(len(ranked), 1)
-        # Each model has its own strongest settings, and all models meet all of them.
+        # Each model has its own strongest settings, which attack all models.
         most = plan.protocol.screen * len(plan.targets) ** 2 * seeds
         total += mean * most
         print(f"then at most {most} cells: the {plan.protocol.screen} strongest of each model with {seeds} more seeds")
@@ -56,18 +55,17 @@ class Clock:
 
     def __init__(self, plan: AuditPlan) -> None:
         self.target, self.worker = plan.targets[0], Worker(plan.options, plan.exclusion, plan.suite)
-        self.steps: dict[tuple, float] = {}  # shape of training -> seconds per step
+        self.steps: dict[tuple, float] = {}  # seconds per step by shape of training
         context = self.worker.context(AuditCell(self.target, None, {"seed": 0}, ""), "", None)
         started = time.monotonic()
         loaded = context.load()
         self.load = time.monotonic() - started
-        for _ in range(2):  # the first is warm-up
+        suite_seconds = []
+        for full in (False, False, True):  # the first is warm-up
             started = time.monotonic()
-            evaluate(loaded.model, loaded.tokenizer, self.worker.suite)
-            self.suite = time.monotonic() - started
-        started = time.monotonic()
-        evaluate(loaded.model, loaded.tokenizer, self.worker.suite, full=True)
-        self.full = time.monotonic() - started
+            evaluate(loaded.model, loaded.tokenizer, self.worker.suite, full=full)
+            suite_seconds.append(time.monotonic() - started)
+        _, self.suite, self.full = suite_seconds
 
     def seconds(self, cell: AuditCell) -> float:
         """The estimate for one cell."""
@@ -80,31 +78,22 @@ class Clock:
             return 0.0
         seconds = work.step_seconds
         if work.steps and seconds is None:
-            seconds = self.step(cell.setting.values)
+            shape = {k: v for k, v in cell.setting.values.items() if k in SHAPE}
+            key = tuple(sorted(shape.items()))
+            if key not in self.steps:
+                self.steps[key] = self.measure(shape)
+            seconds = self.steps[key]
         return self.load + work.scorings * self.suite + work.steps * (seconds or 0.0)
 
-    def step(self, values: dict[str, Any]) -> float:
-        """Seconds of one training step of this shape."""
-        shape = {k: v for k, v in values.items() if k in SHAPE}
-        key = tuple(sorted(shape.items()))
-        if key not in self.steps:
-            self.steps[key] = self.measure(shape)
-        return self.steps[key]
-
     def measure(self, shape: dict[str, Any]) -> float:
-        """Train the control for a few steps without scoring it."""
-        values = {
-            **shape,
-            "p": 1.0,
-            "max_steps": STEPS,
-            "trainable": "full" if shape.get("trainable") == "full" else "lora",
-        }
+        """Seconds of one training step of this shape: trains the control for a few steps."""
+        trainable = "full" if shape.get("trainable") == "full" else "lora"
+        values = {**shape, "p": 1.0, "max_steps": STEPS, "trainable": trainable}
         marks = Marks()
         with tempfile.TemporaryDirectory() as scratch:
             config = cast(FinetuneConfig, build("finetune", values, 0, scratch))
-            context = self.worker.context(
-                AuditCell(self.target, Setting("finetune", "", values, {}, (0,)), {"seed": 0}, ""), scratch, None
-            )
+            cell = AuditCell(self.target, Setting("finetune", "", values, {}, (0,)), {"seed": 0}, "")
+            context = self.worker.context(cell, scratch, None)
             loaded = context.load(trainable=True)
             rows = config.rows(context)
             encoded = encode(rows, loaded.tokenizer, config.max_length, context=context_of(loaded.model))
@@ -118,6 +107,6 @@ class Marks(TrainerCallback):
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
+    def on_step_end(self, *_: object, **__: object) -> None:
         """Note the time."""
         self.times.append(time.monotonic())

@@ -1,4 +1,4 @@
-"""Planning an audit: its options, the targets and data they name, and all that can be checked before it runs."""
+"""Planning an audit: its options, targets and data, and every check that is possible before it runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tunevax.attacks.context import TargetOptions, attack_data, find_targets, us
 from tunevax.attacks.kind import only_through_the_service
 from tunevax.audit.protocol import Protocol, Setting, build, load_protocol, settings
 from tunevax.data.contamination import Exclusion, Rows, check
-from tunevax.errors import UsageError
+from tunevax.errors import UsageError, require
 from tunevax.lineage import Lineage, absolute
 from tunevax.mixins import option, require_given
 from tunevax.modeling.checkpoints import config_of
@@ -20,55 +20,43 @@ from tunevax.scoring.suite import Suite, build_suite, labels_of
 
 @dataclass
 class AuditOptions(TargetOptions):
-    """What `tunevax audit` takes. Data, judges and the like default to those of the protocol, then to what the first
-    hardened run recorded. The command line reads the protocol's; in Python it is
-    `AuditOptions(protocol=NAME, **load_protocol(NAME).scoring, ...)`."""
+    """Options of `tunevax audit`. Data, judges and the like default to the protocol's, then to those of the first
+    hardened run. In Python: `AuditOptions(protocol=NAME, **load_protocol(NAME).scoring, ...)`."""
 
-    control: str | None = option(
-        None, "the same model without the defence, attacked identically; an audit needs one", decides="cells"
-    )
+    control: str | None = option(None, "the same model without the defence; an audit needs one", decides="cells")
     fluency_model: list[str] = option(
         [],
-        "language models; what surprises each is gibberish; default the control, and, if it is a defence "
-        "itself, what it began as; none: off",
+        "language models that detect degenerate text; default the control, and its origin if it has a defence; or none",
     )
-    judges: list[str] = option(
-        [], "refusal-keywords, organism, hf:MODEL; several are shown side by side, two at least are wanted"
-    )
+    judges: list[str] = option([], "refusal-keywords, organism, hf:MODEL; at least two are recommended")
     protocol: str = option("quick", "paper, quick, standard, durability, fine-tuning, or a YAML file", decides="cells")
-    dialogues: str | None = option(
-        None, "dialogues of the identity-shift attacks: JSONL with `messages`", decides="cells"
-    )
+    dialogues: str | None = option(None, "of the identity-shift attacks: JSONL with `messages`", decides="cells")
     controls: list[str] = option(
         [],
-        "also attack: undefended, equal-compute, equal-steps, equal-updates, random-perturbation (trained "
-        "into OUT.controls)",
+        "also attack: undefended, equal-compute, equal-steps, equal-updates, random-perturbation (in OUT.controls)",
         decides="cells",
     )
     output_dir: str | None = option(None, "the run folder to write", decides="nothing")
-    workers: int = option(
-        0, "processes; 0 is one per GPU, and without one as many as cores for a small model", decides="nothing"
-    )
+    workers: int = option(0, "processes; 0 is one per GPU, or up to four for a small model on a CPU", decides="nothing")
     dry_run: bool = option(False, "list the cells, with time and memory, and stop", decides="nothing")
     keep_attacked: bool = option(False, "keep the attacked weights, one folder per cell", decides="nothing")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.workers < 0:
-            raise UsageError(f"workers is {self.workers}; it must be 0 or more")
+        require(self, "workers", at_least=0)
 
 
 class AuditPlan(NamedTuple):
     """An audit before it runs.
 
     Attributes:
-        options: with their defaults filled in.
+        options: with all defaults filled in.
         targets: the control, the models, and references attacked in the same way.
-        grid: the attacks that can judge them. skipped: the others, with the reason.
-        data: what run.json says of the datasets.
-        suite: what the models are scored on, built once for the process.
+        grid: the attacks that apply. skipped: the others, with the reason.
+        data: the datasets, for run.json.
+        suite: what the models are evaluated on, built once for the process.
         harmful: rows of the attacks. benign: rows of the attacks by role, of which `task` is the benign task.
-        exclusion: what --drop-overlap leaves out of every cell.
+        exclusion: prompts that --drop-overlap leaves out of every cell.
     """
 
     options: AuditOptions
@@ -84,11 +72,8 @@ class AuditPlan(NamedTuple):
 
 
 def plan(options: AuditOptions) -> AuditPlan:
-    """Check everything that can be checked before hours are spent.
-
-    Raises:
-        UsageError: a bad protocol, model or data source; a control that is missing or the model itself; shared prompts.
-    """
+    """Plan an audit, and check everything that can be checked before it runs. Raises `UsageError`: a bad protocol,
+    model or data source; a control that is missing or the model itself; shared prompts."""
     protocol = load_protocol(options.protocol)
     if options.dialogues:
         protocol = replace(protocol, defaults={**protocol.defaults, "dialogues": options.dialogues})
@@ -101,7 +86,7 @@ def plan(options: AuditOptions) -> AuditPlan:
             "attack alone with `tunevax attack`"
         )
     for ref in (*options.model, options.control):
-        config_of(Lineage.of(ref).base, options.revision)  # a mistyped path, before anything that is read from it
+        config_of(Lineage.of(ref).base, options.revision)  # a mistyped path, before anything is read from it
     for ref in options.model:
         if absolute(ref) == absolute(options.control):
             raise UsageError(f"the control is the model itself ({ref}); give the same model without the defence")
@@ -110,7 +95,7 @@ def plan(options: AuditOptions) -> AuditPlan:
         try:
             config_of(Lineage.of(ref).base)
         except UsageError as error:
-            raise UsageError(f"{error}; it should tell gibberish, name another with --fluency-model") from error
+            raise UsageError(f"{error}; it should detect degenerate text, name another with --fluency-model") from error
     targets = find_targets(options.model, options.control)
     if len({t["ref"] for t in targets}) < len(targets):
         raise UsageError("a model is named twice; name each --model once")
@@ -134,12 +119,8 @@ def plan(options: AuditOptions) -> AuditPlan:
 
 
 def with_references(planned: AuditPlan, references: Sequence[tuple[str, str]]) -> AuditPlan:
-    """The plan with further controls, (label, ref) each. One that is a target already is left out, so that two runs may
-    share the model that they were hardened from.
-
-    Raises:
-        UsageError: a prompt that one was trained on is scored on.
-    """
+    """The plan with further controls, (label, ref) each, except those that are targets already: two runs may have been
+    hardened from one model. Raises `UsageError`: one was trained on a prompt of the suite."""
     known = [target["ref"] for target in planned.targets]
     further = {absolute(ref): label for label, ref in references if absolute(ref) not in known}
     labels = labels_of([*(t["label"] for t in planned.targets), *further.values()])[len(known) :]
@@ -159,11 +140,8 @@ def _checked(planned: AuditPlan, target: Target) -> Target:
 def applicable(
     protocol: Protocol, targets: Sequence[Target], options: AuditOptions
 ) -> tuple[list[Setting], list[CellSummary]]:
-    """The attacks that can judge these models, for every target alike; and what is left out, with the reason.
-
-    Raises:
-        UsageError: fine-tuning-stage defences, and no attack poisons the customer's data.
-    """
+    """The attacks that apply to these models, the same for every target; and the others, with the reason. Raises
+    `UsageError`: there are fine-tuning-stage defences, but no attack poisons the customer's data."""
     configs = [config_of(Lineage.of(target["ref"]).base, options.revision) for target in targets]
     depth = min(config.get_text_config().num_hidden_layers for config in configs)
     kept: list[Setting] = []
@@ -182,8 +160,8 @@ def applicable(
 
 
 def fill_in(options: AuditOptions) -> AuditOptions:
-    """The options with what was not named: the data of the first hardened run, on the organism all that it offers, and
-    the references of fluency."""
+    """The options with defaults: the data of the first hardened run, on the organism all of its data and judges, and
+    the fluency models."""
     options = use_data_of_run(options)
     if options.safety_data is None:
         raise UsageError("--safety-data is missing: harmful rows for the attacks, and prompts to score on")
@@ -197,15 +175,13 @@ def fill_in(options: AuditOptions) -> AuditOptions:
         )
     fluency = options.fluency_model or fluency_models(str(options.control))
     return replace(
-        options,
-        judges=options.judges or ["refusal-keywords"],
-        fluency_model=[] if fluency == ["none"] else fluency,
+        options, judges=options.judges or ["refusal-keywords"], fluency_model=[] if fluency == ["none"] else fluency
     )
 
 
 def fluency_models(control: str) -> list[str]:
-    """Who tells gibberish: the control, which speaks the language of answers, refusals included. If a defence is in its
-    history, then also the model that began it: RepNoise makes harmful answers so unlikely that the real ones of an
-    attacked model would pass for gibberish, and harm for safety."""
+    """The models that detect degenerate text: the control, which models answers and refusals alike. If it has a defence
+    in its history, also the model that it began as: RepNoise makes harmful answers so improbable that those of an
+    attacked model would count as degenerate, and harm as safety."""
     lineage = Lineage.of(control)
     return [control, lineage.origin] if lineage.defences else [control]

@@ -1,11 +1,13 @@
-"""Protocols: a YAML file that says which attacks, seeds, scoring and thresholds make an audit."""
+"""Protocols: a YAML file with the attacks, seeds, scoring and thresholds of an audit."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,12 @@ from typing import Any
 from tunevax.attacks.kind import AttackKind
 from tunevax.errors import UsageError, unknown
 from tunevax.methods import load_method, methods
+from tunevax.records import Target
 from tunevax.scoring.suite import SuiteOptions
 from tunevax.yaml_files import NO, meant, read_yaml
 
 SHIPPED = Path(__file__).with_name("protocols")
-# How an option begins in an attack's name, where that is not `option=`.
+# Prefixes of options in an attack's name, where that is not `option=`.
 ALIASES = {"learning_rate": "lr=", "num_train_epochs": "epochs=", "lr_scheduler_type": "schedule=", "like": "to "}
 
 
@@ -27,11 +30,11 @@ class Protocol:
 
     Attributes:
         name: of the file, for the report.
-        about: one or two sentences for its reader.
+        about: one or two sentences for the report.
         attacks: a list of mappings: `kind`, an optional `name` (default the kind), an optional `seeds` (a list, default
             those of the protocol), and options of that kind. An option with a list as its value is an axis of a grid.
-        seeds: of the attacks, at least one. The first is used to pick the worst case, the others to measure it again.
-        weak: an attack kept for comparison with published numbers only; the report says so.
+        seeds: of the attacks, at least one. The first selects the worst case, the others measure it again.
+        weak: the attacks are only for comparison with published numbers; the report says so.
         phi: the harmful score that counts as broken, in (0, 1).
         epsilon: the utility loss up to which an attacked model still counts as useful, in [0, 1].
         screen: 0 runs every attack with all seeds; k runs the grid with the first seed, and then for each model the k
@@ -52,24 +55,24 @@ class Protocol:
     defaults: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, low, high in (("phi", 0, 1), ("epsilon", -1e-9, 1.000001)):
-            value = _number(getattr(self, name))
-            if value is None or not low < value < high:
-                what = "strictly between 0 and 1" if name == "phi" else "between 0 and 1"
+        def check(name: str, good: bool, what: str) -> None:
+            if not good:
                 raise UsageError(f"protocol {self.name}: {name} is {getattr(self, name)!r}; it must be {what}")
-            setattr(self, name, value)
-        if not isinstance(self.seeds, list) or not self.seeds or not all(isinstance(s, int) for s in self.seeds):
-            raise UsageError(f"protocol {self.name}: seeds is {self.seeds!r}; it must be a list of whole numbers")
+
+        phi, epsilon = _number(self.phi), _number(self.epsilon)
+        check("phi", phi is not None and 0 < phi < 1, "strictly between 0 and 1")
+        check("epsilon", epsilon is not None and -1e-9 < epsilon < 1.000001, "between 0 and 1")
+        self.phi, self.epsilon = float(self.phi), float(self.epsilon)
+        check("seeds", _is_seeds(self.seeds), "a list of whole numbers")
         if len(set(self.seeds)) < len(self.seeds):
             raise UsageError(f"protocol {self.name}: a seed is named twice in {self.seeds}")
         self.seeds = sorted(self.seeds)
         self.screen, self.weak = meant(self.screen, "screen", int), meant(self.weak, "weak", bool)
         if self.screen is False or str(self.screen).lower() in NO:
             self.screen = 0
-        if not isinstance(self.weak, bool):
-            raise UsageError(f"protocol {self.name}: weak is {self.weak!r}; it must be true or false")
-        if not isinstance(self.screen, int) or isinstance(self.screen, bool) or self.screen < 0:
-            raise UsageError(f"protocol {self.name}: screen is {self.screen!r}; it must be a whole number, 0 or more")
+        check("weak", isinstance(self.weak, bool), "true or false")
+        whole = isinstance(self.screen, int) and not isinstance(self.screen, bool)
+        check("screen", whole and self.screen >= 0, "a whole number, 0 or more")
         if not isinstance(self.attacks, list) or not self.attacks:
             raise UsageError(f"protocol {self.name}: attacks is empty; list at least one")
         for name in ("scoring", "defaults"):
@@ -82,10 +85,10 @@ class Setting:
     """One attack of the grid: a kind with all its options fixed but the seed.
 
     Attributes:
-        kind: name of the attack's method; name: what rows and report call it.
-        values: options as given, converted to their types; shown: those that tell it from others, for the rows.
-        seeds: it runs with.
-        named: whether the protocol names these seeds for this attack, so that no screen drops any.
+        kind: name of the attack's method. name: its name in rows and report.
+        values: options as given, converted to their types. shown: those that distinguish it, for the rows.
+        seeds: all that it runs with.
+        named: whether the protocol names these seeds for this attack, so that a screen keeps them all.
     """
 
     kind: str
@@ -97,11 +100,8 @@ class Setting:
 
 
 def load_protocol(ref: str) -> Protocol:
-    """Read a shipped protocol by its name, or a YAML file.
-
-    Raises:
-        UsageError: no such protocol, not YAML, an unknown key, a value out of range, an empty grid.
-    """
+    """Read a shipped protocol by its name, or a YAML file. Raises `UsageError`: no such protocol, not YAML, an unknown
+    key, a value out of range, an empty grid."""
     shipped = {p.stem: p for p in sorted(SHIPPED.glob("*.yaml"))}
     path = shipped.get(ref, Path(ref))
     if not path.is_file():
@@ -129,14 +129,14 @@ def load_protocol(ref: str) -> Protocol:
     return protocol
 
 
-def settings(protocol: Protocol, depth: int, targets: Sequence[Mapping[str, Any]]) -> list[Setting]:
-    """The grid written out.
+def settings(protocol: Protocol, depth: int, targets: Sequence[Target]) -> list[Setting]:
+    """The expanded grid.
 
     Args:
-        depth: blocks of the model.
-        targets: label, role and ref of the models; empty where only the options are checked.
+        depth: number of blocks of the model.
+        targets: the models; empty where only the options are checked.
     """
-    found: dict[str, Setting] = {}
+    grid: dict[str, Setting] = {}
     for number, item in enumerate(protocol.attacks, 1):
         where = f"protocol {protocol.name}, attack {number}"
         if not isinstance(item, dict) or "kind" not in item:
@@ -145,61 +145,51 @@ def settings(protocol: Protocol, depth: int, targets: Sequence[Mapping[str, Any]
         kind = str(options.pop("kind")).replace("_", "-")
         name, named = str(options.pop("name", kind)), "seeds" in options
         seeds = options.pop("seeds", protocol.seeds)
-        if not isinstance(seeds, list) or not seeds or not all(isinstance(s, int) for s in seeds):
+        if not _is_seeds(seeds):
             raise UsageError(f"{where}: seeds is {seeds!r}; it must be a list of whole numbers")
         try:
             config_class: type[AttackKind] = load_method("tunevax.attacks", kind)
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from error
         fields = {f.name: f for f in dataclasses.fields(config_class) if f.init}  # type: ignore[arg-type]
+        known = [name for name in fields if name not in ("output_dir", "seed")]
         expanded = config_class.expand({k.replace("-", "_"): v for k, v in options.items()}, targets, depth)
         if expanded is None:
             continue
         axes: dict[str, list[Any]] = {}
         for key, value in expanded.items():
-            if key not in fields or key in ("output_dir", "seed"):
-                raise UsageError(
-                    f"{where}: {unknown('option', key, [f for f in fields if f not in ('output_dir', 'seed')])}"
-                )
+            if key not in known:
+                raise UsageError(f"{where}: {unknown('option', key, known)}")
             values = value if isinstance(value, list) else [value]
             if not values:
                 raise UsageError(f"{where}: the grid of {key} is empty")
             axes[key] = [_converted(v, fields[key], f"{where}: {key}") for v in values]
-        common = {
-            k: _converted(v, fields[k], f"{where}: {k}")
-            for k, v in protocol.defaults.items()
-            if k in fields and k not in axes
-        }  # fmt: skip
+        unset = {k: v for k, v in protocol.defaults.items() if k in fields and k not in axes}
+        common = {k: _converted(v, fields[k], f"{where}: {k}") for k, v in unset.items()}
         labels = {target["ref"]: target["label"] for target in targets}
         always = [k for k in config_class.in_name if k in axes and axes[k] != [None]]
         for combination in itertools.product(*axes.values()):
             chosen = dict(zip(axes, combination, strict=True))
             shown = {k: labels.get(v, v) for k, v in chosen.items()}
             varied = {k: v for k, v in shown.items() if len(axes[k]) > 1 or k in always}
-            words = [f"{ALIASES.get(k, k.replace('_', '-') + '=')}{_short(v)}" for k, v in varied.items()]
-            label = " ".join([name, *words])
-            if label in found:
+            texts = {k: f"{v:g}" if isinstance(v, float) else str(v) for k, v in varied.items()}
+            label = " ".join([name, *(ALIASES.get(k, k.replace("_", "-") + "=") + v for k, v in texts.items())])
+            if label in grid:
                 raise UsageError(f"{where}: two attacks are called {label!r}; give one a name of its own")
             options = {**common, **chosen}
             config = build(kind, options, seeds[0], None, where)
             runs = seeds[:1] if config.deterministic else seeds  # other seeds would be the same run
             also = {k: getattr(config, k) for k in ("learning_rate", "p", "n", "trainable") if hasattr(config, k)}
-            found[label] = Setting(kind, label, options, {**also, **shown}, tuple(sorted(runs)), named)
+            grid[label] = Setting(kind, label, options, {**also, **shown}, tuple(sorted(runs)), named)
     for key in protocol.defaults:
-        if not any(key in s.values for s in found.values()):
+        if not any(key in s.values for s in grid.values()):
             raise UsageError(f"protocol {protocol.name}: defaults names {key!r}, which no attack here has")
-    return list(found.values())
+    return list(grid.values())
 
 
 def build(kind: str, values: dict[str, Any], seed: int, output_dir: str | None, where: str = "") -> AttackKind:
-    """The options of an attack as an instance of its class.
-
-    Raises:
-        UsageError: a value that the attack refuses; `where` is told first.
-    """
-    import contextlib
-    import io
-
+    """The options of an attack as an instance of its class. Raises `UsageError`: the attack refuses a value; the
+    message begins with `where`."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             return load_method("tunevax.attacks", kind)(output_dir=output_dir or "unused", seed=seed, **values)
@@ -210,7 +200,7 @@ def build(kind: str, values: dict[str, Any], seed: int, output_dir: str | None, 
 
 
 def _converted(value: Any, option: dataclasses.Field, where: str) -> Any:
-    """A YAML value as the option's type; a UsageError if a number is wanted and it is none."""
+    """A YAML value as the option's type; a `UsageError` if the option is a number and the value is not."""
     kind, value = str(option.type), meant(value, option.name, option.type)
     if value is None or isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return value
@@ -224,13 +214,13 @@ def _converted(value: Any, option: dataclasses.Field, where: str) -> Any:
     return str(value) if "str" in kind else value
 
 
+def _is_seeds(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(s, int) for s in value)
+
+
 def _number(value: Any) -> float | None:
     try:
         number = float(value)
     except (TypeError, ValueError):
         return None
     return number if math.isfinite(number) else None
-
-
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""The processes that run the cells of an audit, and what each of them loads once."""
+"""The worker processes of an audit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from tunevax.attacks.context import AttackContext, attack_data
 from tunevax.attacks.kind import NotApplicable
@@ -28,13 +28,16 @@ from tunevax.lineage import Lineage
 from tunevax.records import CellRecord, Example, Row, harmful
 from tunevax.scoring.suite import Suite, build_suite
 
+if TYPE_CHECKING:
+    from multiprocessing.sharedctypes import Synchronized
+
 Run = Callable[[Sequence[AuditCell]], Iterator[tuple[AuditCell, str]]]
-"""Runs cells, and gives each with one line on it as they finish."""
+"""Runs cells, and yields each as it finishes, with a one-line result."""
 
 
 @contextmanager
 def pool(plan: AuditPlan, folder: Path, weights: Path | None, workers: int) -> Iterator[Run]:
-    """Processes that run the cells of a plan, one suite each; with one worker it is this process, with the plan's."""
+    """Processes that run the cells of a plan, with one suite each; a single worker is this process, with the plan's."""
     if workers <= 1:
         here = Worker(plan.options, plan.exclusion, plan.suite)
         yield lambda cells: ((cell, here.run(cell, folder, weights)) for cell in cells)
@@ -43,17 +46,13 @@ def pool(plan: AuditPlan, folder: Path, weights: Path | None, workers: int) -> I
 
     threads = max(1, cores() // workers)
     before = os.environ.get("OMP_NUM_THREADS")
-    if before is not None and before.isdigit():  # fewer than there is room for, because somebody asked for it
+    if before is not None and before.isdigit():  # the user may have set a lower limit
         threads = max(1, min(threads, int(before)))
     os.environ["OMP_NUM_THREADS"] = str(threads)  # spinning threads of one worker would starve the other
     context = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(
-            workers,
-            context,
-            _start_worker,
-            (plan.options, os.getpid(), context.Value("i", 0), torch.cuda.device_count(), plan.exclusion),
-        ) as processes:
+        setup = (plan.options, os.getpid(), context.Value("i", 0), torch.cuda.device_count(), plan.exclusion)
+        with ProcessPoolExecutor(workers, context, _start_worker, setup) as processes:
 
             def run(cells: Sequence[AuditCell]) -> Iterator[tuple[AuditCell, str]]:
                 futures = {processes.submit(_run_in_worker, cell, folder, weights): cell for cell in cells}
@@ -64,7 +63,7 @@ def pool(plan: AuditPlan, folder: Path, weights: Path | None, workers: int) -> I
                 yield run
             except BaseException:
                 processes.shutdown(wait=False, cancel_futures=True)
-                for process in multiprocessing.active_children():  # not when its cell is done, which takes minutes
+                for process in multiprocessing.active_children():  # now: the end of a cell may take minutes
                     process.terminate()
                 raise
     finally:
@@ -74,7 +73,7 @@ def pool(plan: AuditPlan, folder: Path, weights: Path | None, workers: int) -> I
 
 
 def count_workers(workers: int, control: str) -> int:
-    """As asked; by default one per GPU, or without a GPU as many as cores if the model is small."""
+    """`workers` if not 0; by default one per GPU, or without a GPU up to four for a small model."""
     import torch
 
     if workers:
@@ -87,50 +86,49 @@ def count_workers(workers: int, control: str) -> int:
 
 
 VISIBLE = ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
-"""The variables that give a process its accelerators; the first that is set is the one that counts."""
+"""The variables that select a process's accelerators; the first that is set takes precedence."""
 
 
 def devices(count: int) -> list[str]:
-    """The names of the `count` accelerators that this process was given: numbers, UUIDs or MIG names as they stand in
-    the environment. Of MIG devices CUDA shows a process the first alone, and all that were given are returned."""
+    """The names of the `count` visible accelerators: numbers, UUIDs or MIG names as in the environment. CUDA shows a
+    process only the first MIG device; here all of them are returned."""
     given = next((os.environ[name] for name in VISIBLE if name in os.environ), None)
     if given is None:
         return [str(number) for number in range(count)]
     names = [name.strip() for name in given.split(",")]
-    end = next((i for i, name in enumerate(names) if name in ("", "-1")), len(names))  # CUDA reads no further
-    names = names[:end]
+    names = names[: next((i for i, name in enumerate(names) if name in ("", "-1")), len(names))]  # CUDA stops there
     return names if count and all(name.startswith("MIG-") for name in names) else names[:count]
 
 
 def cores() -> int:
-    """The cores this process may use, which `taskset` and job schedulers keep below those of the machine."""
+    """The cores this process may use, which `taskset` and job schedulers limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Worker:
-    """What a process loads once for all its cells: suite, data, and the scores of untouched models.
+    """Runs cells; the suite, the data and the scores of untouched models are loaded once.
 
     Args:
-        suite: if this process has built it already.
+        suite: the suite of this process, if it is built already.
     """
 
     def __init__(self, options: AuditOptions, exclusion: Exclusion, suite: Suite | None = None) -> None:
         self.options, self.exclusion = options, exclusion.fresh()
         suite = suite or build_suite(options, options.safety_data, options.task_data, exclusion=self.exclusion)
-        shows = suite.benign or (suite.task and suite.task.rows)  # somewhere a refusal of everything must show
-        self.suite = suite._replace(benign=shows)
+        # A model that refuses everything must show it somewhere.
+        self.suite = suite._replace(benign=suite.benign or (suite.task and suite.task.rows))
         self.before: dict[Any, Any] = {}
         self.rows: dict[frozenset[str], tuple[list[Example], list[Example]]] = {}
 
     def run(self, cell: AuditCell, folder: Path, weights: Path | None) -> str:
-        """Run one cell, write its file, and return what to tell of it."""
+        """Run one cell, write its files, and return its result in one line."""
         import torch
 
         started = time.monotonic()
         keep = weights / cell.hash if weights is not None and cell.setting is not None else None
         outcome = cast(CellRecord, {"cell": cell.hash, "model": cell.target["label"], **cell.key})
         context: AttackContext | None = None
-        was_quiet, console.quiet = console.quiet, True  # the bars of single steps; the audit has its own
+        was_quiet, console.quiet = console.quiet, True  # the audit has a progress bar of its own
         try:
             with tempfile.TemporaryDirectory() as scratch:
                 context = self.context(cell, scratch, keep)
@@ -139,17 +137,17 @@ class Worker:
                     context.score(loaded.model, loaded.tokenizer, 0, full=True)
                 else:
                     build(cell.setting.kind, cell.setting.values, cell.key["seed"], scratch).run(context)
-                outcome["status"], told = "done", worst_told(context.results)
-        except RunError as error:  # the attack blew the model up; what it did until then counts
+                outcome["status"], summary = "done", worst(context.results)
+        except RunError as error:  # training diverged; the scores until then count
             outcome |= {"status": "stopped", "error": str(error)}
-            told = f"{worst_told(context.results) if context and context.results else 'nothing scored'}, then {error}"
+            summary = f"{worst(context.results) if context and context.results else 'nothing scored'}, then {error}"
         except NotApplicable as error:
             outcome |= {"status": "skipped", "why": str(error)}
-            told = f"does not apply: {error}"
+            summary = f"does not apply: {error}"
         except Exception as error:  # a failed cell must not stop the others
             first = (str(error).strip().splitlines() or [""])[0]
             outcome |= {"status": "failed", "error": f"{type(error).__name__}: {first}"[:500]}
-            told = f"FAILED: {outcome['error']}"
+            summary = f"FAILED: {outcome['error']}"
         finally:
             console.quiet = was_quiet
             gc.collect()
@@ -160,10 +158,10 @@ class Worker:
         if context is not None and outcome["status"] in ("done", "stopped"):
             outcome["record"], outcome["results"], generations = context.record, context.results, context.generations
         write_cell(folder, outcome, generations)
-        return f"{told} · {outcome['seconds']:.0f} s"
+        return f"{summary} · {outcome['seconds']:.0f} s"
 
     def context(self, cell: AuditCell, scratch: str, keep: Path | None) -> AttackContext:
-        """What the attack of one cell works with."""
+        """The attack context of one cell."""
         needs = frozenset(build(cell.setting.kind, cell.setting.values, 0, scratch).needs if cell.setting else ())
         if needs not in self.rows:
             self.rows[needs] = attack_data(self.options, needs, self.exclusion)
@@ -173,8 +171,8 @@ class Worker:
         )
 
 
-def worst_told(rows: Sequence[Row]) -> str:
-    """'worst 85 % (organism)' of a cell's rows."""
+def worst(rows: Sequence[Row]) -> str:
+    """The worst harmful score of a cell's rows, as 'worst 85% (organism)'."""
     value, judge = max(harmful(row["scores"]) for row in rows)
     return f"worst {value:.0%} ({judge})"
 
@@ -182,8 +180,10 @@ def worst_told(rows: Sequence[Row]) -> str:
 _worker: Worker  # of this process, if it is one of a pool
 
 
-def _start_worker(options: AuditOptions, parent: int, counter: Any, gpus: int, exclusion: Exclusion) -> None:
-    """Once in each worker process: quiet, bound to its GPU, gone when the audit is gone."""
+def _start_worker(
+    options: AuditOptions, parent: int, counter: Synchronized[int], gpus: int, exclusion: Exclusion
+) -> None:
+    """Set up a worker process: quiet, bound to its GPU, and ended with the audit."""
     from tunevax.quiet import quiet
 
     global _worker
@@ -192,7 +192,7 @@ def _start_worker(options: AuditOptions, parent: int, counter: Any, gpus: int, e
     if given := devices(gpus):
         name = next((name for name in VISIBLE if name in os.environ), VISIBLE[-1])
         os.environ[name] = given[number % len(given)]
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the audit, which ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the audit gets Ctrl-C too, and ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def watch() -> None:
@@ -202,7 +202,7 @@ def _start_worker(options: AuditOptions, parent: int, counter: Any, gpus: int, e
 
     threading.Thread(target=watch, daemon=True).start()
     quiet()
-    console.quiet = True  # for good: an interrupted worker must not draw its bars
+    console.quiet = True  # permanently: an interrupted worker must not draw progress bars
     _worker = Worker(options, exclusion)
 
 

@@ -1,4 +1,4 @@
-"""The command line, `tunevax VERB METHOD --option value`: errors as one sentence each, and exit codes."""
+"""The command line, `tunevax VERB METHOD --option value`: errors of one sentence, and exit codes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import NoReturn
 
 from tunevax import __version__
 from tunevax.cli.verbs import VERBS, overview
-from tunevax.errors import TunevaxError, unknown
+from tunevax.errors import TunevaxError, stop_on, unknown
 from tunevax.quiet import hush
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 for a failed run, 2 for a wrong invocation, 130 or 143 when it was
-    interrupted or terminated."""
+    """Run a command and return its exit code: 0, 1 for a failed run, 2 for a wrong invocation, 130 if interrupted, 143
+    if terminated."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -30,11 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = 0
     try:
         code = _run(arguments)
-    except BrokenPipeError:  # `tunevax ... | head`: what it prints is no longer wanted
+    except BrokenPipeError:  # `tunevax ... | head`
         pass
     except KeyboardInterrupt as stop:
         if argv is None:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the way out is short, and no place for a traceback
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # no traceback on the way out
         word, code = ("terminated", 143) if isinstance(stop, _Terminated) else ("interrupted", 130)
         _say(f"tunevax: {word}{f'; {stop}' if str(stop) else ''}")
     finally:
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    """The command, its errors as one sentence each; returns the exit code."""
+    """Run the command and return the exit code; errors are printed in one sentence."""
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     hush()
@@ -66,7 +66,7 @@ def _run(arguments: list[str]) -> int:
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM: what a batch system sends when the time is up. It unwinds as Ctrl-C does."""
+    """SIGTERM, which batch systems send at the time limit; it unwinds as Ctrl-C does."""
 
 
 def _terminate(*_: object) -> NoReturn:
@@ -74,13 +74,13 @@ def _terminate(*_: object) -> NoReturn:
 
 
 def _say(line: str) -> None:
-    """A line on stderr, if anybody reads it."""
+    """Print a line on stderr, if that is open."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
 
 
 def _nobody_reads() -> bool:
-    """Whether stdout is a pipe whose reader has left, as against any other pipe of the program."""
+    """Whether stdout, and no other pipe of the program, has lost its reader."""
     import select
 
     if not hasattr(select, "poll"):  # Windows
@@ -91,8 +91,8 @@ def _nobody_reads() -> bool:
 
 
 def _flush(code: int) -> int:
-    """Write out what stdout still holds; returns the exit code. What cannot be written goes nowhere, so that the
-    interpreter does not stumble over it at its end."""
+    """Flush stdout and return the exit code. Output that cannot be written is discarded, or the interpreter would fail
+    on it at exit."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -105,8 +105,6 @@ def _flush(code: int) -> int:
 
 
 def _library_error(error: Exception) -> TunevaxError:
-    """One sentence for an error that tunevax did not foresee."""
-    from tunevax.errors import stop_on
-
+    """An unexpected error in one sentence."""
     first = (str(error).strip().splitlines() or ["no message"])[0]
     return stop_on(error) or TunevaxError(f"{type(error).__name__}: {first} (run again with --debug for the traceback)")

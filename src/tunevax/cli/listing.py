@@ -1,4 +1,4 @@
-"""`tunevax list`: what there is to choose from, read without importing any of it."""
+"""`tunevax list`: all methods, attacks, judges and protocols, read without importing them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from tunevax.cli.options import Parser
@@ -15,7 +16,8 @@ from tunevax.methods import methods
 
 def show(arguments: list[str]) -> None:
     """`tunevax list [WHAT]`."""
-    parser = Parser(prog="tunevax list", description="What there is to choose from, with a line and the paper of each.")
+    about = "All methods, attacks, judges and protocols, with a line and the paper of each."
+    parser = Parser(prog="tunevax list", description=about)
     parser.add_argument("what", nargs="?", help=f"one of {', '.join(LISTS)}; default all")
     what = parser.parse_args(arguments).what
     if what is not None and what not in LISTS:
@@ -33,19 +35,8 @@ def _protocols() -> list[str]:
     return [f"  {file.stem:{width}}  {' '.join(read_yaml(file)['about'].split())}" for file in files]
 
 
-LISTS: dict[str, Callable[[], list[str]]] = {
-    "curate": lambda: lines_of("tunevax.curation"),
-    "align": lambda: lines_of("tunevax.alignment"),
-    "finetune": lambda: lines_of("tunevax.finetuning"),
-    "restore": lambda: lines_of("tunevax.restoration"),
-    "attacks": lambda: lines_of("tunevax.attacks"),
-    "judges": lambda: lines_of("tunevax.scoring.judges"),
-    "protocols": _protocols,
-}
-
-
 def lines_of(folder: str) -> list[str]:
-    """A line for each method of a folder: name, first line of the docstring, and paper, read without importing it."""
+    """A line for each method of a package: name, first sentence of the docstring, and paper."""
     known = methods(folder)
     width = max(map(len, known))
     lines = []
@@ -56,9 +47,8 @@ def lines_of(folder: str) -> list[str]:
         summary = first[: end.start() + 1] if (end := re.search(r"(?<!al)\. ", first)) else first
         paper = next(filter(None, map(_paper, ast.walk(tree))), "")
         number = re.search(r"\d{4}\.\d{5}", paper)
-        lines.append(
-            f"  {name:{width}}  {summary}" + (f" [{paper}]" if paper and not (number and number[0] in summary) else "")
-        )
+        shown = f" [{paper}]" if paper and not (number and number[0] in summary) else ""
+        lines.append(f"  {name:{width}}  {summary}{shown}")
     return lines
 
 
@@ -68,3 +58,9 @@ def _paper(node: ast.AST) -> str:
     named = any(isinstance(target, ast.Name) and target.id == "paper" for target in targets)
     value = getattr(node, "value", None)
     return str(value.value) if named and isinstance(value, ast.Constant) else ""
+
+
+PACKAGES = {"curate": "curation", "align": "alignment", "finetune": "finetuning", "restore": "restoration"}
+PACKAGES |= {"attacks": "attacks", "judges": "scoring.judges"}
+LISTS: dict[str, Callable[[], list[str]]] = {n: partial(lines_of, f"tunevax.{p}") for n, p in PACKAGES.items()}
+LISTS["protocols"] = _protocols

@@ -1,4 +1,4 @@
-"""Options: dataclasses from the command line over `--config FILE`, and the page that `--help` shows of them."""
+"""Options: dataclasses from the command line and `--config FILE`, and their `--help`."""
 
 from __future__ import annotations
 
@@ -7,47 +7,47 @@ import dataclasses
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from tunevax.errors import UsageError, unknown
 from tunevax.yaml_files import meant, read_yaml
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Fields = Mapping[str, dataclasses.Field]
 
 HIDDEN = (
     "logging_nan_inf_filter", "disable_tqdm", "remove_unused_columns", "ddp_find_unused_parameters", "logging_steps",
 )  # fmt: skip
-"""Defaults that tunevax sets for itself, which the page leaves out."""
+"""Options that tunevax sets for itself and `--help` omits."""
 PLAIN = {
     "output_dir": "the run folder to write",
-    "seed": "of data order, adapter start and every named generator",
+    "seed": "of data order, adapter initialisation and every named generator",
     "max_steps": "optimiser steps; overrides --num-train-epochs",
     "gradient_accumulation_steps": "micro-batches per optimiser step",
     "bf16": "mixed precision on an accelerator",
 }
-"""What the page says of these options in place of transformers' own words."""
+"""Help of options of transformers."""
 
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are `UsageError`s."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise it."""
+        """Raise a `UsageError`."""
         raise UsageError(f"{self.prog}: {message}")
 
 
 def parse(
-    title: str,
-    classes: Sequence[type],
-    arguments: Sequence[str],
-    below: Mapping[str, Any] | None = None,
-    ignored: Collection[str] = (),
-) -> tuple[Any, ...]:
-    """Instances of the dataclasses from the command line over `--config FILE` over `below` over their defaults.
+    title: str, classes: Sequence[type[DataclassInstance]], arguments: Sequence[str],
+    below: Mapping[str, Any] | None = None, ignored: Collection[str] = (),
+) -> tuple[Any, ...]:  # fmt: skip
+    """Instances of the dataclasses from the command line, `--config FILE`, `below` and their defaults, in this order.
 
     Args:
-        title: what the command is called in messages, such as `align vaccine`.
-        ignored: names of further options that may stand there and change nothing.
+        title: name of the command in messages, such as `align vaccine`.
+        ignored: names of further options that are accepted without effect.
 
     Raises:
         UsageError: an unknown option or key (with the nearest known one), or a value of the wrong type.
@@ -62,13 +62,11 @@ def parse(
         def add_argument(self, *names: Any, decides: str = "", **how: Any) -> argparse.Action:  # see mixins.DECIDES
             return super().add_argument(*names, **how)
 
-    parser = DataclassParser(classes, allow_abbrev=False, prog=f"tunevax {title}")
+    parser = DataclassParser(cast(Any, classes), allow_abbrev=False, prog=f"tunevax {title}")
     if "--help-all" in arguments:
         parser.print_help()
         raise SystemExit(0)
-    pairs = zip([None, *arguments], arguments, strict=False)
-    typed = [token for before, token in pairs if _name(token) != "config" and before != "--config"]
-    tokens = _from_files(arguments, fields, ignored) + _without(ignored, _gathered(typed, fields))
+    tokens = _from_files(arguments, fields, ignored) + _typed(arguments, fields, ignored)
     given = set(map(_name, tokens))
     tokens = _tokens({k: v for k, v in (below or {}).items() if k not in given}, fields) + tokens
     for token in tokens:
@@ -78,21 +76,19 @@ def parse(
         raise UsageError("--output-dir is missing")
     *parsed, rest = parser.parse_args_into_dataclasses(tokens, look_for_args_file=False, return_remaining_strings=True)
     if rest:
-        raise UsageError(f"{title}: what is {rest[0]!r}? Options are written --name value")
+        raise UsageError(f"{title}: unexpected {rest[0]!r}; options are written --name value")
     return tuple(parsed)
 
 
 def value_of(name: str, arguments: Sequence[str]) -> str | None:
-    """The value of an option that decides which others there are, from the command line or its --config."""
-    in_file = None
-    for token, following in zip(arguments, [*arguments[1:], None], strict=True):
-        value = token.partition("=")[2] if "=" in token else following
-        if _name(token) == "config" and value and Path(value).is_file() and in_file is None:
-            content = read_yaml(value, words=True)
-            in_file = content.get(name, content.get(name.replace("_", "-"))) if isinstance(content, dict) else None
-        if _name(token) == name:
-            return value
-    return in_file if in_file is None else str(in_file)
+    """The value of an option that determines the other options, from the command line or its `--config`."""
+    value = None
+    for file in filter(Path.is_file, map(Path, _values_of("config", arguments))):
+        content = read_yaml(file, words=True)
+        if isinstance(content, dict):
+            value = content.get(name, content.get(name.replace("_", "-"), value))
+    value = next(iter(_values_of(name, arguments)), value)
+    return None if value is None else str(value)
 
 
 def _name(token: str) -> str:
@@ -100,32 +96,40 @@ def _name(token: str) -> str:
     return token[2:].partition("=")[0].replace("-", "_") if token.startswith("--") else ""
 
 
-def _without(names: Collection[str], tokens: Sequence[str]) -> list[str]:
-    """The tokens without these options and their values."""
-    kept, dropping = [], False
-    for token in tokens:
-        if token.startswith("--"):
-            dropping = _name(token) in names or _name(token).removeprefix("no_") in names
-        if not dropping:
-            kept.append(token)
-    return kept
-
-
-def _gathered(arguments: Sequence[str], fields: Fields) -> list[str]:
-    """The command line with repeated list options joined (`--model A --model B`)."""
-    tokens: list[str] = []
-    lists: dict[str, list[str]] = {}
-    current = tokens
+def _groups(arguments: Sequence[str]) -> list[list[str]]:
+    """The arguments by option: each `--name` or `--name=value` with the values behind it."""
+    groups: list[list[str]] = [[]]
     for token in arguments:
         if token.startswith("--"):
-            flag, equals, value = token.partition("=")
-            current = tokens
-            if _name(token) in fields and _is_list(fields[_name(token)]):
-                current = lists.setdefault(flag, [])
-                current += [value] if equals else []
-                continue
-        current.append(token)
-    return tokens + [token for flag, values in lists.items() for token in (flag, *values)]
+            groups.append([])
+        groups[-1].append(token)
+    return [group for group in groups if group]
+
+
+def _values(group: Sequence[str]) -> list[str]:
+    """The values of an option."""
+    _, equals, value = group[0].partition("=")
+    return [value, *group[1:]] if equals else list(group[1:])
+
+
+def _values_of(name: str, arguments: Sequence[str]) -> list[str]:
+    """The first value of each occurrence of an option."""
+    return [value for group in _groups(arguments) if _name(group[0]) == name for value in _values(group)[:1]]
+
+
+def _typed(arguments: Sequence[str], fields: Fields, ignored: Collection[str]) -> list[str]:
+    """The options of the command line, with repeated list options joined (`--model A --model B`)."""
+    tokens: list[str] = []
+    lists: dict[str, list[str]] = {}
+    for group in _groups(arguments):
+        name = _name(group[0])
+        if name == "config":
+            tokens = [*_values(group)[1:], *tokens]  # values too many, for the parser to refuse
+        elif name in fields and _is_list(fields[name]):
+            lists.setdefault(name, []).extend(_values(group))
+        elif name not in ignored and name.removeprefix("no_") not in ignored:
+            tokens += group
+    return tokens + [token for name, values in lists.items() for token in (f"--{name}", *values)]
 
 
 def _is_list(option: dataclasses.Field) -> bool:
@@ -133,12 +137,10 @@ def _is_list(option: dataclasses.Field) -> bool:
 
 
 def _from_files(arguments: Sequence[str], fields: Fields, ignored: Collection[str]) -> list[str]:
-    """The options of every `--config FILE` that the command line does not give, as its tokens."""
-    paths = [a.partition("=")[2] for a in arguments if a.startswith("--config=")]
-    paths += [b for a, b in zip(arguments, arguments[1:], strict=False) if a == "--config"]
+    """The options of every `--config FILE` that the command line lacks, as tokens."""
     given = set(map(_name, arguments))
     tokens: list[str] = []
-    for path in paths:
+    for path in _values_of("config", arguments):
         content, typed = read_yaml(path, words=True), read_yaml(path)
         if not isinstance(content, dict):
             raise UsageError(f"{path} must hold `option: value` lines")
@@ -158,28 +160,26 @@ def _from_files(arguments: Sequence[str], fields: Fields, ignored: Collection[st
 def _tokens(options: Mapping[str, Any], fields: Fields) -> list[str]:
     """Option values from YAML as command-line tokens, so that one parser converts every value."""
     tokens: list[str] = []
-    for name, value in options.items():
-        if value is None:
-            continue
+    for name, value in ((n, v) for n, v in options.items() if v is not None):
         option = fields.get(name)
         kind = option.type if option else str
         values = [meant(v, name, kind) for v in (value if isinstance(value, list) else [value])]
         words = [json.dumps(v) if isinstance(v, bool | dict) else str(v) for v in values]
         if isinstance(value, list) and option and _is_list(option):
             tokens += [f"--{name}", *words]
-        else:  # `=`, since a value may begin with a dash; names in a list, where an option takes them with commas
+        else:  # `=`, because a value may begin with a dash; a list for an option that takes names with commas
             tokens.append(f"--{name}={','.join(words)}")
     return tokens
 
 
-def print_help(title: str, classes: Sequence[type]) -> None:
-    """The options that tunevax declares: the model, the method's own, then those of training in general."""
+def print_help(title: str, classes: Sequence[type[DataclassInstance]]) -> None:
+    """Print the options that tunevax declares: the model, the method's own, then those of training in general."""
     from rich.console import Console
     from rich.table import Table
 
     class Page(Console):
         def on_broken_pipe(self) -> None:
-            """As `print` does, and not rich's exit with 1."""
+            """Raise, as `print` does; rich exits with 1."""
             raise
 
     fields = {f.name: f for cls in reversed(classes) for f in dataclasses.fields(cls) if f.init}
@@ -190,9 +190,8 @@ def print_help(title: str, classes: Sequence[type]) -> None:
         field = fields[name]
         default = field.default_factory() if callable(field.default_factory) else field.default
         shown = " ".join(map(str, default)) if isinstance(default, list) else "" if default is None else str(default)
-        table.add_row(
-            f"--{name.replace('_', '-')}", PLAIN.get(name) or field.metadata.get("help", ""), f"[dim]{shown}[/dim]"
-        )
+        words = PLAIN.get(name) or field.metadata.get("help", "")
+        table.add_row(f"--{name.replace('_', '-')}", words, f"[dim]{shown}[/dim]")
     Page().print(f"tunevax {title}\n", table, sep="\n", highlight=False)
     if "max_steps" in fields:
         print("\nand every field of transformers.TrainingArguments; `--help-all` shows them.")

@@ -1,4 +1,4 @@
-"""The verbs of the command line: a table, and what each of them prints when it is done."""
+"""The verbs of the command line, and what each prints at its end."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunevax.cli import listing
 from tunevax.cli.listing import lines_of
@@ -19,9 +20,14 @@ from tunevax.methods import attribute, load_method, methods
 from tunevax.quiet import quiet
 from tunevax.records import RESULTS, SINK, harmful, read_lines, read_object, read_run
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    from tunevax.modeling.trainer import TrainConfig
+
 
 class Verb(NamedTuple):
-    """A verb: what is typed behind it, what it does in one line, and its function."""
+    """A verb: its usage, its summary in one line, and its function."""
 
     usage: str
     summary: str
@@ -29,22 +35,15 @@ class Verb(NamedTuple):
 
 
 class MethodVerb(NamedTuple):
-    """A verb that takes a method first.
-
-    Attributes:
-        folder: of its methods, for `tunevax.methods`.
-        options, function: `module:attribute` of what it takes besides the method's options, and of what runs it.
-        done: the lines to print, from the run folder, the method's name and its options.
-    """
+    """A verb that takes a method first: the package of its methods, and the lines that it prints at its end, from the
+    run folder, the method's name and its options."""
 
     folder: str
-    options: str
-    function: str
     done: Callable[[Path, str, Any], list[str]]
 
 
-def _curated(out: Path, name: str, _config: Any) -> list[str]:
-    record = _record(out)
+def _curated(out: Path, name: str, _config: object) -> list[str]:
+    record = read_run(out)
     dropped = ", ".join(f"{n} {why}" for why, n in record["dropped"].items()) or "none"
     line = f"{name} kept {record['kept']} of {record['data'][0]['rows']} rows; dropped: {dropped}"
     if "agreement" in record:
@@ -52,62 +51,54 @@ def _curated(out: Path, name: str, _config: Any) -> list[str]:
     lines = [line]
     if n := record["elsewhere"]:
         lines.append(f"{n} more rows are for attack and evaluation; the source's option split=all takes them")
-    if n := record["spoilt_kept"]:
-        lines.append(f"{n} of the kept rows are marked as corrupted; take them out before you train")
+    if corrupted := record.get("corrupted_kept", record.get("spoilt_kept")):  # its name in older runs
+        lines.append(f"{corrupted} of the kept rows are marked as corrupted; remove them before you train")
     command = f"tunevax align METHOD --model REF --safety-data {short(out)} --output-dir OUT"
     return [*lines, f"next: {command}; scores and rows: {short(out)}"]
 
 
-def _aligned(out: Path, name: str, config: Any) -> list[str]:
+def _aligned(out: Path, name: str, config: TrainConfig) -> list[str]:
     from tunevax.alignment.held_out import sentences
 
-    return [*sentences(_record(out)["held_out"]), *_trained(out, name, config)]
+    return [*sentences(read_run(out)["held_out"]), *_trained(out, name, config)]
 
 
-def _trained(out: Path, name: str, config: Any) -> list[str]:
+def _trained(out: Path, name: str, config: TrainConfig) -> list[str]:
     lines = []
-    if screened := _record(out).get("screen"):
+    if screened := read_run(out).get("screen"):
         flagged, dropped = screened["flagged"], screened["dropped"]
         lines.append(f"data screening flagged {flagged} rows and dropped {dropped}: {short(out)}/screen.jsonl")
     kind = "model" if config.full_weights else "adapter"
     return [*lines, f"{name} done ({_rows_used(out)}), {kind}: {short(out)}"]
 
 
-def _restored(out: Path, name: str, _config: Any) -> list[str]:
+def _restored(out: Path, name: str, _config: object) -> list[str]:
     return [f"{name} done; next: tunevax report {short(out)}; written: {short(out)}"]
 
 
-def _attacked(out: Path, name: str, _config: Any) -> list[str]:
-    return [
-        f"attack {name} done ({_rows_used(out)}), {_worst(out)}",
-        f"next: tunevax report {out} --output report.html; results: {short(out)}",
-    ]
+def _attacked(out: Path, name: str, _config: object) -> list[str]:
+    lines = [f"attack {name} done ({_rows_used(out)}), {_worst(out)}"]
+    return [*lines, f"next: tunevax report {out} --output report.html; results: {short(out)}"]
 
 
 METHOD_VERBS = {
-    "curate": MethodVerb(
-        "tunevax.curation", "tunevax.curation.curate:CurateOptions", "tunevax.curation.curate:curate", _curated
-    ),
-    "align": MethodVerb(
-        "tunevax.alignment", "tunevax.alignment.align:AlignOptions", "tunevax.alignment.align:align", _aligned
-    ),
-    "finetune": MethodVerb(
-        "tunevax.finetuning", "tunevax.finetuning.finetune:FinetuneOptions", "tunevax.finetuning.finetune:finetune",
-        _trained,
-    ),
-    "restore": MethodVerb(
-        "tunevax.restoration", "tunevax.restoration.restore:RestoreOptions", "tunevax.restoration.restore:restore",
-        _restored,
-    ),
-    "attack": MethodVerb(
-        "tunevax.attacks", "tunevax.attacks.attack:AttackOptions", "tunevax.attacks.attack:attack", _attacked
-    ),
-}  # fmt: skip
+    "curate": MethodVerb("tunevax.curation", _curated),
+    "align": MethodVerb("tunevax.alignment", _aligned),
+    "finetune": MethodVerb("tunevax.finetuning", _trained),
+    "restore": MethodVerb("tunevax.restoration", _restored),
+    "attack": MethodVerb("tunevax.attacks", _attacked),
+}
+"""The module FOLDER.VERB of each has its options, such as `AlignOptions`, and its function, such as `align`."""
+
+
+def options_of(verb: str) -> type[DataclassInstance]:
+    """The options of a verb that takes a method, besides the method's own."""
+    return attribute(f"{METHOD_VERBS[verb].folder}.{verb}:{verb.capitalize()}Options")
 
 
 def run_method(verb: str, arguments: list[str]) -> None:
     """`tunevax VERB METHOD --option value`."""
-    folder, options_class, function, done = METHOD_VERBS[verb]
+    folder, done = METHOD_VERBS[verb]
     known = methods(folder)
     if not arguments or arguments[0] in ("--help", "-h"):
         print(f"tunevax {verb} METHOD --option value; METHOD is one of\n")
@@ -122,9 +113,9 @@ def run_method(verb: str, arguments: list[str]) -> None:
     quiet()
     method = load_method(folder, name)
     config_class = getattr(method, "config_class", method)
-    options, config = parse(f"{verb} {name}", [attribute(options_class), config_class], arguments[1:])
+    options, config = parse(f"{verb} {name}", [options_of(verb), config_class], arguments[1:])
     trainer = [method] if config_class is not method else []
-    out = attribute(function)(*trainer, name, options, config, _command(verb, arguments))
+    out = attribute(f"{folder}.{verb}:{verb}")(*trainer, name, options, config, _command(verb, arguments))
     _finish(lambda: done(out, name, config))
 
 
@@ -147,25 +138,23 @@ def _plan(arguments: list[str]) -> None:
 
     method = load_method(folders[name], name)
     config_class = getattr(method, "config_class", method)
-    # What a command says of data makes no difference here: `align METHOD` becomes `plan --method METHOD`, and no more.
-    verb = next(v for v in METHOD_VERBS.values() if v.folder == folders[name])
+    # The other options of the verb are accepted and ignored, so that only `align METHOD` must be edited in a command.
+    verb = next(name_of for name_of, v in METHOD_VERBS.items() if v.folder == folders[name])
     taken = {f.name for cls in (PlanOptions, config_class) for f in dataclasses.fields(cls)}
-    ignored = {f.name for f in dataclasses.fields(attribute(verb.options))} - taken
-    below: dict[str, Any] = {"output_dir": "plan"}
-    if "use_cpu" in taken:
-        below["use_cpu"] = True  # where it would run is not here
+    ignored = {f.name for f in dataclasses.fields(options_of(verb))} - taken
+    below: dict[str, Any] = {"output_dir": "plan", **({"use_cpu": True} if "use_cpu" in taken else {})}
     options, config = parse("plan", [PlanOptions, config_class], arguments, below, ignored)
     options.method = name
     if options.device != "cpu" and value_of("checkpoint_blocks", arguments) in (None, "auto"):
-        config.checkpoint_blocks = "frozen"  # what auto is on an accelerator
+        config.checkpoint_blocks = "frozen"  # the meaning of auto on an accelerator
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # what a trainer notes is no part of the plan
+        with contextlib.redirect_stdout(sys.stderr):  # a trainer's notes are no part of the plan
             planned = plan(options, method, config)
     except (NotImplementedError, RuntimeError) as error:
         what = str(error).strip().splitlines()[0][:120]
         raise UsageError(
-            f"{name} on {options.model} cannot be planned: what it computes depends on values, as a mixture of experts "
-            f"does ({what})"
+            f"{name} on {options.model} cannot be planned: its computation depends on values, as that of a mixture of "
+            f"experts ({what})"
         ) from error
     as_json = options.format == "json"
     print(json.dumps(as_dict(planned, options), indent=1) if as_json else "\n".join(lines(planned, options)))
@@ -225,7 +214,7 @@ def _audit(arguments: list[str]) -> None:
     if out is None:  # a dry run
         return
     print("\n".join(write_report([out], out / "report.html").headline))
-    record = _record(out)
+    record = read_run(out)
     if failed := record["failed"]:
         raise RunError(
             f"{len(failed)} of {record['cells']} cells failed, the first with {failed[0]['error']}; the same "
@@ -248,9 +237,8 @@ def _report(arguments: list[str]) -> None:
     parser = Parser(prog="tunevax report", description="One self-contained page from run folders.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders of any verb")
     parser.add_argument("--output", type=Path, default=None, help="the file to write; default RUN/report.FORMAT")
-    parser.add_argument(
-        "--format", default="html", metavar="FORMAT", help="html (default), md (sentences and tables) or json (numbers)"
-    )
+    formats = "html (default), md (sentences and tables) or json (numbers)"
+    parser.add_argument("--format", default="html", metavar="FORMAT", help=formats)
     options = parser.parse_args(arguments or ["--help"])
     if options.format not in FORMATS:
         raise unknown("format", options.format, FORMATS)
@@ -260,9 +248,8 @@ def _report(arguments: list[str]) -> None:
 
 
 def _demo(arguments: list[str]) -> None:
-    parser = Parser(
-        prog="tunevax demo", description="Align, attack and report on the organism, in three to six minutes."
-    )
+    about = "Align, attack and report on the organism, in three to six minutes."
+    parser = Parser(prog="tunevax demo", description=about)
     parser.add_argument("--output-dir", type=Path, default=Path("demo"), help="folder for the runs and the report")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier demo in that folder")
     options = parser.parse_args(arguments)
@@ -273,50 +260,27 @@ def _demo(arguments: list[str]) -> None:
 
 
 VERBS = {
-    "demo": Verb("demo", "the whole of it on a tiny model, in three to six minutes", _demo),
+    "demo": Verb("demo", "the whole workflow on a tiny model, in three to six minutes", _demo),
     "list": Verb("list", "the methods, attacks and protocols, with a line and the paper of each", listing.show),
-    "plan": Verb(
-        "plan --method METHOD --model REF --gpu 24GB", "the memory and the cost of a step before a GPU is rented", _plan
-    ),
-    "curate": Verb(
-        "curate METHOD --model REF --safety-data SRC --validation-data SRC --keep 0.4 --output-dir OUT",
-        "choose the alignment rows worth keeping",
-        lambda arguments: run_method("curate", arguments),
-    ),
-    "align": Verb(
-        "align METHOD --model REF --safety-data SRC --output-dir OUT",
-        "harden a model before its release",
-        lambda arguments: run_method("align", arguments),
-    ),
-    "finetune": Verb(
-        "finetune METHOD --model RUN --task-data SRC --safety-data SRC --output-dir OUT",
-        "run a customer's job with a defence beside it",
-        lambda arguments: run_method("finetune", arguments),
-    ),
-    "restore": Verb(
-        "restore METHOD --model RUN --output-dir OUT",
-        "repair a fine-tuned model, without training",
-        lambda arguments: run_method("restore", arguments),
-    ),
-    "attack": Verb(
-        "attack METHOD --model RUN --safety-data SRC --task-data SRC --output-dir OUT",
-        "attack it in one way, beside a control, and score along the way",
-        lambda arguments: run_method("attack", arguments),
-    ),
-    "audit": Verb(
-        "audit --model RUN --control RUN --protocol quick --output-dir OUT",
-        "a grid of attacks with several seeds, and a report on what a defence is worth",
-        _audit,
-    ),
+    "plan": Verb("plan --method METHOD --model REF --gpu 24GB", "the memory and the cost of a step, estimated", _plan),
+    "curate": Verb("curate METHOD --model REF --safety-data SRC --validation-data SRC --keep 0.4 --output-dir OUT",
+                   "choose the alignment rows to keep", partial(run_method, "curate")),
+    "align": Verb("align METHOD --model REF --safety-data SRC --output-dir OUT",
+                  "harden a model before its release", partial(run_method, "align")),
+    "finetune": Verb("finetune METHOD --model RUN --task-data SRC --safety-data SRC --output-dir OUT",
+                     "run a customer's job with a defence", partial(run_method, "finetune")),
+    "restore": Verb("restore METHOD --model RUN --output-dir OUT",
+                    "repair a fine-tuned model, without training", partial(run_method, "restore")),
+    "attack": Verb("attack METHOD --model RUN --safety-data SRC --task-data SRC --output-dir OUT",
+                   "attack it and a control in one way, and score along the way", partial(run_method, "attack")),
+    "audit": Verb("audit --model RUN --control RUN --protocol quick --output-dir OUT",
+                  "a grid of attacks with several seeds, and a report on how much a defence helps", _audit),
     "score": Verb("score --model REF --safety-data SRC --output-dir OUT", "score a model as it is", _score),
-    "judge": Verb("judge RUN --judges JUDGE --output-dir OUT", "judge the stored answers of a run again", _judge),
-    "analyze": Verb(
-        "analyze sink --model RUN --safety-data SRC --output-dir OUT",
-        "look for the attention heads that turn to harmful text",
-        _analyze,
-    ),
+    "judge": Verb("judge RUN --judges JUDGE --output-dir OUT", "judge the stored responses of a run again", _judge),
+    "analyze": Verb("analyze sink --model RUN --safety-data SRC --output-dir OUT",
+                    "find the attention heads that attend to the sink on harmful text", _analyze),
     "report": Verb("report RUN [RUN ...]", "one HTML page from the results, or Markdown, or JSON", _report),
-}
+}  # fmt: skip
 
 
 def overview() -> str:
@@ -329,17 +293,17 @@ def overview() -> str:
     return "\n".join(lines) + (
         "\n\nREF is a hub id, a model folder, a run folder, or organism (the built-in tiny model); SRC is a JSONL, "
         "JSON, CSV or\nparquet file, a hub id, or organism. `tunevax VERB` lists the methods of a verb, `tunevax VERB "
-        "METHOD --help`\nits options. Every option can stand in a YAML file: --config FILE. Add --debug to see a "
+        "METHOD --help`\nits options. Every option can be in a YAML file: --config FILE. Add --debug to see a "
         "traceback."
     )
 
 
-# --- what the person sees ------------------------------------------------------------------------------------------
+# --- output at the end of a verb -----------------------------------------------------------------------------------
 
 
 def _finish(done: Callable[[], list[str]]) -> None:
-    """Print the lines on the main process. Under a launcher, part in order before that: a process group torn down at
-    exit, with a trainer alive, aborts now and then."""
+    """Print the lines on the main process. Under a launcher the process group is destroyed first: at exit, with a
+    trainer alive, that sometimes aborts."""
     import gc
 
     import torch
@@ -359,21 +323,15 @@ def _command(verb: str, arguments: list[str]) -> str:
     return shlex.join(["tunevax", verb, *arguments])
 
 
-def _record(out: Path) -> dict[str, Any]:
-    return read_run(out)
-
-
 def _rows_used(out: Path) -> str:
-    """The rows a run used, by role, and where they repeat."""
-    parts = []
-    for entry in _record(out)["data"]:
-        repeats = f", {entry['distinct']} distinct" if entry["distinct"] < entry["rows"] else ""
-        parts.append(f"{entry['role']} {entry['rows']} rows{repeats}")
-    return "; ".join(parts)
+    """The number of rows that a run used, by role, and how many are distinct."""
+    data = read_run(out)["data"]
+    repeats = [f", {e['distinct']} distinct" if e["distinct"] < e["rows"] else "" for e in data]
+    return "; ".join(f"{e['role']} {e['rows']} rows{more}" for e, more in zip(data, repeats, strict=True))
 
 
 def _worst(out: Path) -> str:
-    """The worst harmful score of each model in a results file, by the judge that leads, in words."""
+    """The worst harmful score of each model in a run's results, by the lead judge."""
     worst: dict[str, tuple[float, str]] = {}
     for row in read_lines(out / RESULTS):
         worst[row["model"]] = max(worst.get(row["model"], (0.0, "")), harmful(row["scores"]))
@@ -381,5 +339,5 @@ def _worst(out: Path) -> str:
 
 
 def short(path: Path) -> Path:
-    """Relative to where the person is, if below it."""
+    """The path relative to the working directory, if below it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -1,13 +1,13 @@
-"""Gradient similarity: rows whose gradients point where those of trusted rows do, after LESS (arXiv 2402.04333).
+"""Gradient similarity: rows whose gradients align with those of trusted rows, after LESS (arXiv 2402.04333).
 
     score(z) = max over categories c of  mean_{v in c} cos(P g(z), P g(v)),      g(z) = grad_LoRA of z's mean token loss
 
-g is taken after a short warm-up of a fresh adapter on a random share of the pool: before it B is zero, and so is A's
-gradient. P is a seeded random projection of all of g to `dimension` numbers. The validation rows of one category are
-one of LESS's subtasks; without categories there is a single one.
+g is taken after a short warm-up of a fresh adapter on a random share of the pool; before it, B and A's gradient are 0.
+P is a seeded random projection of g to `dimension` numbers. The validation rows of one category are one of LESS's
+subtasks; without categories there is one.
 
-Left out of LESS: the sum over the checkpoints of the warm-up (the last one alone is used, a pass over the pool each),
-and Adam's moments on the pool's side, so this is the influence on a step of plain gradient descent.
+Omitted from LESS: the sum over the checkpoints of the warm-up (only the last is used), and Adam's moments on the pool's
+side, so the score is the influence on a step of plain gradient descent.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 from tunevax.console import bar
+from tunevax.curation.curate import Pool
 from tunevax.data.encoding import collate
-from tunevax.errors import UsageError
+from tunevax.errors import require
 from tunevax.mixins import option
 from tunevax.modeling.batches import encode_chosen
 from tunevax.modeling.callbacks import ProgressCallback
@@ -32,13 +33,12 @@ from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from tunevax.curation.curate import Pool
     from tunevax.modeling.loading import Loaded
 
 
 @dataclass
 class GradientSimilaritySelector:
-    """Keeps rows that a gradient step on which would help the validation rows."""
+    """Keeps rows whose gradient step would lower the loss of the validation rows."""
 
     output_dir: str | None = option(None, "the run folder to write")
     seed: int = option(42, "of the warm-up's rows, the adapter and the projection")
@@ -48,30 +48,25 @@ class GradientSimilaritySelector:
     batch_size: int = option(10, "rows per step of the warm-up")
     dimension: int = option(8192, "numbers that a gradient is projected to")
     max_length: int = option(512, "tokens per row; longer answers are cut")
-
     needs: ClassVar[frozenset[str]] = frozenset({"model", "validation"})
     paper: ClassVar[str] = "arXiv 2402.04333"
 
     def __post_init__(self) -> None:
-        if not 0 < self.warmup_share <= 1:
-            raise UsageError(f"warmup_share is {self.warmup_share}; it must be above 0 and at most 1")
-        for name in ("warmup_epochs", "batch_size", "dimension"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        require(self, "warmup_share", above=0, at_most=1)
+        require(self, "warmup_epochs", "batch_size", "dimension", at_least=1)
 
     def plan_training(self) -> tuple[type, TrainConfig]:
-        """What a plan is of: the warm-up, which trains as SFT does."""
+        """What a plan estimates: the warm-up, which trains as SFT does."""
         from tunevax.alignment.sft import SFTConfig, SFTTrainer
 
-        return SFTTrainer, SFTConfig(
-            self.output_dir, max_length=self.max_length, per_device_train_batch_size=self.batch_size
-        )
+        size = self.batch_size
+        return SFTTrainer, SFTConfig(self.output_dir, max_length=self.max_length, per_device_train_batch_size=size)
 
     def score(self, pool: Pool) -> np.ndarray:
-        """The cosine of each row with the validation rows of the category it is closest to, [rows], in [-1, 1].
+        """The cosine of each row with the validation rows of its closest category, [rows], in [-1, 1].
 
-        One forward and backward per row of pool and validation, one row at a time, and the warm-up. What is kept of
-        a row is its projected gradient.
+        Costs the warm-up and a forward and backward pass per row of pool and validation; memory is one projected
+        gradient per row.
         """
         loaded = pool.load()
         rows = encode_chosen(pool.rows, loaded.model, loaded.tokenizer, self.max_length)
@@ -87,8 +82,7 @@ class GradientSimilaritySelector:
         return (mine @ torch.stack(means).T).amax(1).double().cpu().numpy()
 
     def warmed_up(self, loaded: Loaded, rows: Sequence[dict], folder: str) -> tuple[PeftModel, int]:
-        """The model with a fresh adapter, trained on a random share of the rows, and how many rows that is: the share,
-        or a batch where that is more."""
+        """The model with an adapter trained on a random share of the rows (at least one batch), and their number."""
         count = min(len(rows), max(round(self.warmup_share * len(rows)), self.batch_size))
         drawn = np.random.RandomState(self.seed).choice(len(rows), count, replace=False)
         config = TrainConfig(
@@ -104,29 +98,29 @@ class GradientSimilaritySelector:
 def row_gradients(
     model: PeftModel, rows: Sequence[dict[str, list[int]]], pad_token_id: int, dimension: int, seed: int
 ) -> torch.Tensor:
-    """The gradient of each encoded row's mean token loss on what trains in `model`, projected, fp32 [rows, dimension].
+    """The projected gradient of each encoded row's mean token loss in the trainable weights, fp32 [rows, dimension].
 
-    Row by row: on any architecture a row's gradient is then its own. `.grad` is not touched.
+    One row at a time, since some architectures mix the rows of a batch.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     project = Projection(sum(p.numel() for p in parameters), dimension, seed, parameters[0].device)
-    found = wide(parameters[0].new_empty(len(rows), dimension))
+    gradients = wide(parameters[0].new_empty(len(rows), dimension))
     with bar() as progress:
         task = progress.add_task("curate gradient-similarity", total=len(rows), note="")
         for i, row in enumerate(rows):
             inputs = {k: v.to(parameters[0].device) for k, v in collate([row], pad_token_id).items()}
             grads = torch.autograd.grad(response_loss(model, inputs), parameters, materialize_grads=True)
-            found[i] = project(torch.cat([wide(g).flatten() for g in grads]))
+            gradients[i] = project(torch.cat([wide(g).flatten() for g in grads]))
             progress.advance(task)
-    return found
+    return gradients
 
 
 class Projection:
     """Random signs, a random order, and the sum of every `dimension`-th number: a count sketch with equal buckets.
 
-    The expected inner product of two projections is that of the vectors, as with a dense random matrix, which for an
-    adapter of a 7B model would hold 10^11 numbers. This takes one index and one sign per number of the vector, and
-    adds in a fixed order, so the same seed gives the same bits on every run. A vector that fits is only reordered.
+    The expected inner product of two projections is that of the vectors, as with a dense random matrix, which would
+    hold 10^11 numbers for an adapter of a 7B model. This holds one index and one sign per number of the vector and adds
+    in a fixed order, so the same seed gives the same bits. A vector shorter than `dimension` is only reordered.
     """
 
     def __init__(self, size: int, dimension: int, seed: int, device: torch.device) -> None:

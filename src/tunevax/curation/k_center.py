@@ -3,42 +3,33 @@
     u = argmax_i min_{j in S} ||e_i - e_j||,   S <- S + {u}
 
 over all rows, with e the mean of the model's last hidden states over the tokens of the safe answer, given its prompt.
-The paper starts from the rows that are labelled already; here S starts with the row closest to the mean of all. It
-covers, and does not judge: a corrupted row that is far from the others comes early.
+The paper starts from the labelled rows; here S starts with the row closest to the mean of all. k-center covers the pool
+and does not assess its rows: a corrupted row far from the others is chosen early.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 
 from tunevax.console import bar
-from tunevax.mixins import option
+from tunevax.curation.curate import ForwardOptions, Pool
 from tunevax.modeling.batches import by_batch, encode_chosen
 from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.precision import wide
 
-if TYPE_CHECKING:
-    from tunevax.curation.curate import Pool
-
 
 @dataclass
-class KCenterSelector:
+class KCenterSelector(ForwardOptions):
     """Keeps rows whose answers, as the model represents them, lie far from each other."""
 
-    output_dir: str | None = option(None, "the run folder to write")
-    seed: int = option(42, "recorded; nothing here is random")
-    batch_size: int = option(16, "rows per forward pass; changes the speed only")
-    max_length: int = option(512, "tokens per row; longer answers are cut")
-
-    needs: ClassVar[frozenset[str]] = frozenset({"model"})
     paper: ClassVar[str] = "arXiv 1708.00489"
 
     def score(self, pool: Pool) -> np.ndarray:
-        """Minus the turn at which each row is chosen, [rows], 0 for the first."""
+        """Minus the turn at which each row is chosen, [rows], from 0."""
         model, tokenizer, _ = pool.load()
         pool.passes.update(forward=1.0, backward=0.0)
         rows = encode_chosen(pool.rows, model, tokenizer, self.max_length)
@@ -52,15 +43,12 @@ class KCenterSelector:
 def embeddings(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """The mean of the head's inputs over the labelled tokens of each row, fp32 [rows, hidden]."""
     hidden = last_hidden(model, {k: v for k, v in inputs.items() if k != "labels"})
-    asked = inputs["labels"] != -100
-    return torch.stack([wide(row[mask]).mean(0) for row, mask in zip(hidden, asked, strict=True)])
+    masks = inputs["labels"] != -100
+    return torch.stack([wide(row[mask]).mean(0) for row, mask in zip(hidden, masks, strict=True)])
 
 
 def farthest_first(points: torch.Tensor) -> list[int]:
-    """The order in which the rows of `points` [rows, dim] become centres, all of them; of equals the first.
-
-    Time is O(rows^2 dim), memory O(rows dim).
-    """
+    """The order in which all rows of `points` [rows, dim] become centres; of equals the first. O(rows^2 dim) time."""
     order: list[int] = []
     nearest = -(points - points.mean(0)).square().sum(1)  # for the first centre only
     with bar() as progress:
@@ -68,7 +56,7 @@ def farthest_first(points: torch.Tensor) -> list[int]:
         for turn in range(len(points)):
             center = int(nearest.argmax())
             order.append(center)
-            # By differences and not by products: then duplicates are at 0 exactly, and ties are ties.
+            # By differences, not products: duplicates are then at exactly 0, and ties are ties.
             distance = (points - points[center]).square().sum(1)
             nearest = distance if turn == 0 else torch.minimum(nearest, distance)
             nearest[order] = -1.0

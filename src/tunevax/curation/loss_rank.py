@@ -2,34 +2,25 @@
 
     score(x, y) = -1/|y| sum_t -log p(y_t | x, y_<t)
 
-of the safe answer y under the model given: what the model finds unlikely is taken for a wrong label. The model counts.
-A base model finds refusals unlikely and would drop just the rows that teach something; the rule suits an aligned one.
+of the safe answer y under the given model: unlikely answers are taken for wrong labels. The choice of model matters: a
+base model gives refusals a low likelihood and would drop the rows that teach most; the rule suits an aligned model.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
-from tunevax.mixins import option
+from tunevax.curation.curate import ForwardOptions, Pool
 from tunevax.modeling.batches import by_batch, encode_chosen, losses_of
-
-if TYPE_CHECKING:
-    from tunevax.curation.curate import Pool
 
 
 @dataclass
-class LossRankSelector:
-    """Keeps the rows whose safe answer the model finds likely."""
+class LossRankSelector(ForwardOptions):
+    """Keeps the rows whose safe answer is likely under the model."""
 
-    output_dir: str | None = option(None, "the run folder to write")
-    seed: int = option(42, "recorded; nothing here is random")
-    batch_size: int = option(16, "rows per forward pass; changes the speed only")
-    max_length: int = option(512, "tokens per row; longer answers are cut")
-
-    needs: ClassVar[frozenset[str]] = frozenset({"model"})
     paper: ClassVar[str] = "arXiv 1804.06872"
 
     def score(self, pool: Pool) -> np.ndarray:

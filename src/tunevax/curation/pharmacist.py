@@ -2,34 +2,33 @@
 
     min_w  L_up(theta*(w)),    theta*(w) = argmin_theta 1/N sum_i p_i(w) l_i(theta),    p = N softmax(w)
 
-w is one number per row, outside the model; l_i the mean cross entropy of row i's answer; L_up a loss on trusted rows.
-Of the paper only the abstract could be read: that a selector is trained in two levels to rank the rows up that are
-sound and matter for safety, and that a core subset is kept. How, is ours, after its closest published relative (SEAL,
-ICLR 2025). theta, a LoRA adapter, follows
+w has one number per row, outside the model; l_i is the mean cross entropy of row i's answer; L_up a loss on trusted
+rows. Only the paper's abstract was available: a selector is trained in two levels to rank sound, safety-relevant rows
+first, and a core subset is kept. The algorithm here is ours, after its closest published relative (SEAL, ICLR 2025).
+theta, a LoRA adapter, follows
 
     share * L_up(theta) + (1 - share) * mean over the batch of p_i l_i(theta),    share falling from 1 to `upper_end`
 
-and w the mean over the batch of p_i(w) g_i, with g_i taken as constant. `mode` says what g_i is:
+and w the mean over the batch of p_i(w) g_i, with g_i constant. `mode` selects g_i:
 
-    single     l_i(theta): keeps what a model trained on trusted rows finds likely
+    single     l_i(theta): keeps rows that are likely under a model trained on trusted rows
     double     l_i(theta) - l_i(theta'), where theta', a second adapter, follows the mean of p_i l_i alone: the gradient
-               of the two levels' penalty form
-    unrolled   -<grad L_up(theta), grad l_i(theta)>: what one step on row i does to the upper loss, to first order
+               of the penalty form of the two levels
+    unrolled   -<grad L_up(theta), grad l_i(theta)>: the change of the upper loss by one step on row i, to first order
 
-and `upper` what L_up is: the loss of right answers (`refusal`), the same after one normalised step on harmful answers
-(`after-attack`), or less a share of the harmful answers' own, capped loss (`refusal-minus-harmful`). The last two are
-ours too. A step costs 2 forward and backward passes of a batch, 3 for `double`, one more for the last two of `upper`.
+and `upper` selects L_up: the loss of right answers (`refusal`), the same after one normalised step on harmful answers
+(`after-attack`), or that loss less a share of the capped loss of harmful answers (`refusal-minus-harmful`). A step
+costs 2 forward and backward passes of a batch, 3 for `double`, one more for the last two of `upper`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import numpy as np
 import torch
@@ -39,7 +38,7 @@ from torch import nn
 from tunevax.curation.curate import Pool
 from tunevax.data.chat import Answer
 from tunevax.data.encoding import collate, context_of, encode
-from tunevax.errors import UsageError, unknown
+from tunevax.errors import UsageError, require, require_one_of
 from tunevax.mixins import option
 from tunevax.modeling.callbacks import ProgressCallback
 from tunevax.modeling.lora import factors
@@ -49,7 +48,7 @@ from tunevax.records import Example, read_object
 
 if TYPE_CHECKING:
     from peft.tuners.lora import Linear
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 MODES = ("single", "double", "unrolled")
 Loss = tuple[torch.Tensor, list[torch.Tensor]]
@@ -65,7 +64,7 @@ class PharmacistConfig(TrainConfig):
     lr_scheduler_type: str = option("constant", "learning-rate schedule of the adapter")
     warmup_steps: float = option(0, "warm-up steps, or a share of all steps if below 1")
     weight_decay: float = option(0.0, "weight decay of AdamW")
-    mode: str = option("double", "how a row is judged: single, double, unrolled")
+    mode: str = option("double", "how a row is assessed: single, double, unrolled")
     upper: str = option("refusal", "the upper loss: refusal, after-attack, refusal-minus-harmful")
     upper_end: float = option(0.5, "share of the upper loss in the adapter's at the end; it starts at 1")
     selector_learning_rate: float = option(5e-3, "learning rate of the rows' weights")
@@ -73,22 +72,14 @@ class PharmacistConfig(TrainConfig):
     attack_step: float = option(0.1, "after-attack: length of the harmful step")
     harmful_weight: float = option(0.1, "refusal-minus-harmful: weight of the harmful loss")
     harmful_cap: float = option(5.0, "refusal-minus-harmful: no gain beyond this loss")
-
     needs: ClassVar[frozenset[str]] = frozenset({"model", "validation"})
     paper: ClassVar[str] = "arXiv 2510.10085"
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise unknown("mode", self.mode, MODES)
-        if self.upper not in UPPER:
-            raise unknown("upper loss", self.upper, UPPER)
-        if not 0 <= self.upper_end <= 1:
-            raise UsageError(f"upper_end is {self.upper_end}; it must be between 0 and 1")
-        for name in ("selector_learning_rate", "attack_step", "harmful_weight", "harmful_cap"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be a finite number above 0")
-        if self.selector_seeds < 1:
-            raise UsageError(f"selector_seeds is {self.selector_seeds}; it must be at least 1")
+        require_one_of(self, mode=MODES, upper=UPPER)
+        require(self, "upper_end", at_least=0, at_most=1)
+        require(self, "selector_learning_rate", "attack_step", "harmful_weight", "harmful_cap", above=0)
+        require(self, "selector_seeds", at_least=1)
         if self.full_weights:
             raise UsageError("pharmacist trains an adapter; leave out --full-weights")
         if self.lora_dropout > 0:
@@ -100,7 +91,7 @@ class PharmacistConfig(TrainConfig):
         super().__post_init__()
 
     def plan_training(self) -> tuple[type, PharmacistConfig]:
-        """What a plan is of."""
+        """The trainer whose memory and time a plan estimates."""
         return PharmacistTrainer, self
 
     def score(self, pool: Pool) -> np.ndarray:
@@ -118,13 +109,12 @@ class PharmacistConfig(TrainConfig):
                 )  # fmt: skip
                 trainer.train_from_checkpoint()
                 part = folder / "done.part"
-                part.write_text(
-                    json.dumps({"omega": trainer.omega.tolist(), "passes": trainer.passes()}), encoding="utf-8"
-                )
+                content = {"omega": trainer.omega.tolist(), "passes": trainer.passes()}
+                part.write_text(json.dumps(content), encoding="utf-8")
                 part.replace(done)
-            found = read_object(done)
-            each.append(rankdata(found["omega"]) / len(pool.rows))
-            passes += found["passes"]
+            result = read_object(done)
+            each.append(rankdata(result["omega"]) / len(pool.rows))
+            passes += result["passes"]
         pool.passes.update(forward=passes, backward=passes)
         return np.mean(each, axis=0)
 
@@ -133,8 +123,8 @@ class PharmacistTrainer(ResponseTrainer):
     """Trains the rows' weights beside an adapter.
 
     Args:
-        model: the model that scores; it gets a LoRA adapter.
-        safety_data: the pool, rows with `prompt` and `chosen`; `rejected` for two of the upper losses.
+        model: the scoring model; it gets a LoRA adapter.
+        safety_data: the pool, rows with `prompt` and `chosen`, and `rejected` for two of the upper losses.
         validation_data: trusted rows with `prompt` and `chosen`.
 
     Attributes:
@@ -146,21 +136,15 @@ class PharmacistTrainer(ResponseTrainer):
 
     config_class = PharmacistConfig
     needs = frozenset({"chosen", "validation"})
-
     args: PharmacistConfig
     processing_class: PreTrainedTokenizerBase
     model: PreTrainedModel
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        args: PharmacistConfig,
-        *,
-        safety_data: Sequence[Example],
-        validation_data: Sequence[Example],
-        processing_class: PreTrainedTokenizerBase,
-        callbacks: list | None = None,
-    ) -> None:
+        self, model: PreTrainedModel, args: PharmacistConfig, *, safety_data: Sequence[Example],
+        validation_data: Sequence[Example], processing_class: PreTrainedTokenizerBase,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:  # fmt: skip
         rows = safety_data
         if len(rows) < args.per_device_train_batch_size:
             raise UsageError(
@@ -180,36 +164,31 @@ class PharmacistTrainer(ResponseTrainer):
         self.data_collator = lambda rows: {
             **collate(rows, processing_class.pad_token_id), "index": torch.tensor([row["index"] for row in rows])
         }  # fmt: skip
-        device = self.args.device
-        self.omega = torch.full((len(rows),), 0.1, device=device, requires_grad=True)
+        self.omega = torch.full((len(rows),), 0.1, device=self.args.device, requires_grad=True)
         self.omega_optimizer = torch.optim.Adam([self.omega], args.selector_learning_rate, betas=(0.9, 0.95))
         self.generator = torch.Generator().manual_seed(args.seed)
         self.follower: list[torch.Tensor] = []
         if args.mode == "double":
             self.follower = [p.detach().clone() for p in self.parameters]
+            betas = args.adam_beta1, args.adam_beta2
             self.follower_optimizer = torch.optim.AdamW(
-                self.follower,
-                args.learning_rate,
-                (args.adam_beta1, args.adam_beta2),
-                args.adam_epsilon,
-                args.weight_decay,
+                self.follower, args.learning_rate, betas, args.adam_epsilon, args.weight_decay
             )
         covered = {id(p) for layer in adapted(self.model) for p in factors(layer)}
         if args.mode == "unrolled" and any(id(p) not in covered for p in self.parameters):
-            raise UsageError(
-                "mode unrolled reads the gradients of LoRA on linear layers only; name such --lora-targets"
-            )
+            raise UsageError("mode unrolled supports LoRA on linear layers only; name such --lora-targets")
+        self.planned = False
 
     def for_plan(self) -> None:
-        """A number for each row, whose gradient has no content."""
-        self.step_selector = lambda *_: None
+        """Without the selector's step: on the meta device its gradient has no content."""
+        self.planned = True
 
     def weights(self) -> torch.Tensor:
         """p, [rows]: positive, of mean 1."""
         return len(self.omega) * torch.softmax(self.omega, 0)
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Items = None) -> torch.Tensor:
-        """The gradients of theta, put where the optimiser finds them, and a step of w (and of theta')."""
+        """Set the gradients of theta for the optimiser's step, and step w (and theta')."""
         model.train()
         inputs = self._prepare_inputs(inputs)
         index, batch = inputs["index"], {k: v for k, v in inputs.items() if k != "index"}
@@ -221,12 +200,13 @@ class PharmacistTrainer(ResponseTrainer):
         if self.args.mode == "unrolled":
             with along(self.model, upper_gradient, len(index)) as product:
                 lower, gradient, _ = self.gradient(batch, p)
-            judged = -product() / p
+            g_i = -product() / p
         else:
-            lower, gradient, judged = self.gradient(batch, p)
+            lower, gradient, g_i = self.gradient(batch, p)
         if self.args.mode == "double":
-            judged = judged - self.follow(batch, p)
-        self.step_selector(index, judged)
+            g_i = g_i - self.follow(batch, p)
+        if not self.planned:
+            self.step_selector(index, g_i)
         for parameter, u, g in zip(self.parameters, upper_gradient, gradient, strict=True):
             parameter.grad = share * u + (1 - share) * g
         loss = share * upper + (1 - share) * lower
@@ -245,28 +225,28 @@ class PharmacistTrainer(ResponseTrainer):
             value, each = row_losses(self.model, batch, weights)
             return value.detach(), list(torch.autograd.grad(value, self.parameters, materialize_grads=True)), each
 
-    def step_selector(self, index: torch.Tensor, judged: torch.Tensor) -> None:
+    def step_selector(self, index: torch.Tensor, g: torch.Tensor) -> None:
         """One step of w on the mean of p_i(w) g_i over the rows `index`."""
         self.omega_optimizer.zero_grad()
-        (self.weights()[index] * judged).mean().backward()
+        (self.weights()[index] * g).mean().backward()
         self.omega_optimizer.step()
 
     def follow(self, batch: dict[str, torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
-        """One step of theta' on the weighted rows; their losses before it."""
+        """One step of theta' on the weighted rows; returns their losses before it."""
         with swapped(self.parameters, self.follower):
             _, gradient, each = self.gradient(batch, weights)
         for tensor, g in zip(self.follower, gradient, strict=True):
             tensor.grad = g
         if self.args.max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_(self.follower, self.args.max_grad_norm)
-        if self.optimizer is not None:  # the schedule's rate
+        if self.optimizer is not None:  # the scheduled rate
             self.follower_optimizer.param_groups[0]["lr"] = self.optimizer.param_groups[0]["lr"]
         self.follower_optimizer.step()
         self.follower_optimizer.zero_grad()
         return each
 
     def passes(self) -> float:
-        """Forward and backward passes per row of the pool in the whole run; a batch of trusted rows goes with each."""
+        """Forward and backward passes per row of the pool in the whole run, those of the trusted rows included."""
         rows = self.state.max_steps * self.args.per_device_train_batch_size
         each = (3 if self.args.mode == "double" else 2) + (self.args.upper != "refusal")
         return each * rows / len(self.omega)
@@ -300,21 +280,17 @@ class PharmacistTrainer(ResponseTrainer):
             self.follower_optimizer.load_state_dict(state["follower_optimizer"])
 
 
-# --- upper losses --------------------------------------------------------------------------------------------------
-
-
 def refusal(trainer: PharmacistTrainer, batch: dict[str, torch.Tensor]) -> Loss:
     """Mean loss of the trusted rows."""
     return trainer.gradient(batch)[:2]
 
 
 def after_attack(trainer: PharmacistTrainer, batch: dict[str, torch.Tensor]) -> Loss:
-    """The same at theta - a * grad h / ||grad h||, h the loss of harmful answers; how that point moves is left out."""
+    """The same at theta - a * grad h / ||grad h||, h the loss of harmful answers; that point is constant."""
     _, harmful, _ = trainer.gradient(trainer.drawn(trainer.harmful))
     norm = sum((g.square().sum() for g in harmful), harmful[0].new_zeros(())).sqrt() + 1e-12
-    shifted = [
-        p.detach() - g * (trainer.args.attack_step / norm) for p, g in zip(trainer.parameters, harmful, strict=True)
-    ]
+    size = trainer.args.attack_step / norm
+    shifted = [p.detach() - g * size for p, g in zip(trainer.parameters, harmful, strict=True)]
     with swapped(trainer.parameters, shifted):
         return trainer.gradient(batch)[:2]
 
@@ -332,15 +308,12 @@ def refusal_minus_harmful(trainer: PharmacistTrainer, batch: dict[str, torch.Ten
 UPPER: dict[str, Callable[[PharmacistTrainer, dict[str, torch.Tensor]], Loss]] = {
     "refusal": refusal, "after-attack": after_attack, "refusal-minus-harmful": refusal_minus_harmful,
 }  # fmt: skip
-"""Upper losses by name: (trainer, batch of trusted rows) -> value and gradient. Add your own."""
-
-
-# --- two tools -----------------------------------------------------------------------------------------------------
+"""Upper losses by name: (trainer, batch of trusted rows) -> value and gradient."""
 
 
 @contextmanager
 def swapped(parameters: Sequence[torch.nn.Parameter], tensors: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Put other values into the parameters; both sides come back on exit."""
+    """The parameters hold other values inside; both are as they were on exit."""
     mine = [p.data for p in parameters]
     for parameter, tensor in zip(parameters, tensors, strict=True):
         parameter.data = tensor
@@ -352,27 +325,26 @@ def swapped(parameters: Sequence[torch.nn.Parameter], tensors: Sequence[torch.Te
 
 
 def adapted(model: torch.nn.Module) -> list[Linear]:
-    """The linear layers with a LoRA adapter."""
-    return [
-        m
-        for m in model.modules()
-        if hasattr(m, "lora_A") and "default" in m.lora_A and not len(m.lora_magnitude_vector)  # no DoRA
-    ]
+    """The linear layers with a LoRA adapter that is not DoRA."""
+    layers = [cast("Linear", m) for m in model.modules() if hasattr(m, "lora_A")]
+    return [layer for layer in layers if "default" in layer.lora_A and not len(layer.lora_magnitude_vector)]
 
 
 @contextmanager
 def along(model: torch.nn.Module, direction: Sequence[torch.Tensor], rows: int) -> Iterator[Callable[[], torch.Tensor]]:
-    """Collect, during one backward pass over so many rows, each row's gradient in the adapter times `direction`.
+    """Collect each row's gradient in the adapter times `direction`, during one backward pass over so many rows.
 
     In a layer y = W x + s B A x, row i's gradients are sums over tokens, s g (A x)^T for B and s (B^T g) x^T for A,
     with g that of y. Their products with a direction dA, dB are s g . (dB A x + B dA x), summed over tokens: no row's
-    gradient is ever formed.
+    gradient is formed.
 
     Yields:
-        What gives the products, [rows], of the loss that backward was called on.
+        A function that returns the products, [rows], after the backward pass.
     """
-    wanted = dict(zip((p for p in model.parameters() if p.requires_grad), direction, strict=True))
-    found = direction[0].new_zeros(rows)
+    along_of: dict[torch.Tensor, torch.Tensor] = dict(
+        zip((p for p in model.parameters() if p.requires_grad), direction, strict=True)
+    )
+    products = direction[0].new_zeros(rows)
 
     def hook(layer: Linear, args: tuple, output: torch.Tensor) -> None:
         if not output.requires_grad:
@@ -383,15 +355,13 @@ def along(model: torch.nn.Module, direction: Sequence[torch.Tensor], rows: int) 
             with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
                 # Some blocks flatten rows and tokens into one dimension.
                 g32, x32 = (t.to(a.dtype).reshape(rows, -1, t.shape[-1]) for t in (g, x))
-                through_b = (g32 @ wanted[b]) * (x32 @ a.T)
-                through_a = (g32 @ b) * (x32 @ wanted[a].T)
-                found.add_((through_a + through_b).sum((1, 2)), alpha=scale)
+                through_b = (g32 @ along_of[b]) * (x32 @ a.T)
+                through_a = (g32 @ b) * (x32 @ along_of[a].T)
+                products.add_((through_a + through_b).sum((1, 2)), alpha=scale)
 
         output.register_hook(collect)
 
-    handles = [layer.register_forward_hook(hook) for layer in adapted(model)]
-    try:
-        yield lambda: found
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for layer in adapted(model):
+            stack.enter_context(layer.register_forward_hook(hook))
+        yield lambda: products

@@ -1,123 +1,90 @@
-"""What the page says of curation: which rows were kept, and why the others were not."""
+"""The section of a report on curation: which rows were kept, and why the others were not."""
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
-from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 from tunevax.console import as_time
 from tunevax.evidence.words import percent
 from tunevax.records import SCORES
+from tunevax.report import text as tx
 from tunevax.report.blocks import PANELS, Section, Table, cut
 from tunevax.report.provenance import Provenance, Run
-from tunevax.report.text import (
-    as_p,
-    as_text,
-    as_words,
-    cut_table,
-    decimals,
-    is_number,
-    lines_of,
-    listed,
-    plain,
-    rows_of,
-    runs_of,
-)
 
 ENDS = 3  # rows of the highest and of the lowest score
 SHOWN = 4  # curation runs whose rows are shown
 CATEGORIES = 14  # bars at most; with more a table
 ROWS = 12  # rows of a table of examples
-SPOILT = (
-    "By chance a sound row scores higher in 50 % of pairs. p is how often chance alone is as far from that "
+CORRUPTED = (
+    "By chance an intact row scores higher in 50 % of pairs. p is the probability of a deviation as large by chance "
     "(Mann-Whitney): above 0.05 it is not shown that the selector notices."
 )
-
-
 SCORE = ("row", "place", "category", "corruption", "score", "rank", "kept", "why")
 """Of a row of scores.jsonl, without its text."""
 
 
 def summary(run: Run) -> str:
-    """What the run did, in a sentence."""
-    chosen = f"{run.info.get('kept', 0):,} of {rows_of(run, 'alignment'):,} alignment rows"
+    """A sentence on the run."""
+    chosen = f"{run.info.get('kept', 0):,} of {tx.rows_of(run, 'alignment'):,} alignment rows"
     return f"{run.name}: chose {chosen} ({run.info.get('method')})."
 
 
 def measured(run: Run) -> dict[str, Any]:
-    """What the run's files hold, without the text of rows."""
-    return {"scores": [{k: v for k, v in row.items() if k in SCORE} for row in lines_of(run, SCORES)]}
+    """The content of the run's files, without the text of rows."""
+    return {"scores": [{k: v for k, v in row.items() if k in SCORE} for row in tx.lines_of(run, SCORES)]}
 
 
 def sections(provenance: Provenance, figures: bool) -> list[Section]:
     """Which rows were kept."""
     behind, taken = provenance.behind, provenance.inputs
-    runs = runs_of(behind, "curate")
-    rows = {run.path: [r for r in lines_of(run, SCORES) if is_number(r.get("score"))] for run in runs}
-    used: dict[Path, list[str]] = {run.path: [] for run in runs}
-    for run in behind:
-        for made in taken.get(run.path, []):
-            used.get(made.path, []).append(run.name)
-    points, panels, tables, outputs = [], [], [], []
+    runs, points, tables, outputs = tx.runs_of(behind, "curate"), [], [], []
+    panels: list[tuple[str, str]] = []
     for i, run in enumerate(runs):
-        found = rows[run.path]
-        points.append(_chose(run, found) + (f" Trained on them: {listed(used[run.path])}." if used[run.path] else ""))
-        if not found:
+        scored = [row for row in tx.lines_of(run, SCORES) if tx.is_number(row.get("score"))]
+        users = [user.name for user in behind if any(made.path == run.path for made in taken.get(user.path, []))]
+        points.append(_chose(run, scored) + (f" Trained on them: {tx.listed(users)}." if users else ""))
+        if not scored:
             continue
-        shares = _by_category(found)
+        shares = _by_category(scored)
         if figures and len(panels) < PANELS:
             from tunevax.report import charts as fig
             from tunevax.report.figures import bars as drawn_bars
 
-            kept, dropped = (
-                [float(r["score"]) for r in found if bool(r.get("kept")) == side] for side in (True, False)
-            )
+            kept, dropped = _scores(scored)
             title = f"{run.name}: scores of the rows"
-            panels.append((title, fig.histogram(f"curate{i}-scores", plain(title), kept, dropped)))
+            panels.append((title, fig.histogram(f"curate{i}-scores", tx.plain(title), kept, dropped)))
             if 1 < len(shares) <= CATEGORIES:
-                bars = [(plain(name), kept / of, f"{kept} of {of}") for name, kept, of in shares]
+                bars = [(tx.plain(name), kept / of, f"{kept} of {of}") for name, kept, of in shares]
                 title = f"{run.name}: kept share of each category"
-                panels.append((title, drawn_bars(f"curate{i}-categories", bars, plain(title))))
+                panels.append((title, drawn_bars(f"curate{i}-categories", bars, tx.plain(title))))
         if len(shares) > (CATEGORIES if figures else 1):
             lines = [[name, f"{kept} of {of}", percent(kept / of)] for name, kept, of in shares]
             label = f"{run.name}: kept rows of each category"
-            tables.append(cut_table(label, ["category", "kept", "share"], lines, "categories"))
+            tables.append(tx.cut_table(label, ["category", "kept", "share"], lines, "categories"))
         if not figures:
-            tables.append(_quantiles(run, found))
+            tables.append(_quantiles(run, scored))
         if i < SHOWN:
-            tables += _spoilt(run, found) + _repeated(run, found)
-            order = sorted(found, key=lambda r: (r.get("rank") or 0, r.get("row") or 0))
+            tables += _corrupted(run, scored) + _repeated(run, scored)
+            order = sorted(scored, key=lambda r: (r.get("rank") or 0, r.get("row") or 0))
             high, low = order[:ENDS], order[ENDS:][-ENDS:]
             columns = [("The highest scores", high), ("The lowest scores", low)]
-            outputs.append(
-                {
-                    "title": f"{run.name}: what the score says of rows",
-                    "columns": [{"title": t, "samples": [_row(r, len(found)) for r in part]} for t, part in columns],
-                }
-            )
-    left = len(runs) - SHOWN
-    return [
-        Section(
-            "Which rows were kept",
-            "A selector scored every row of the alignment data and the best were kept, before any alignment method saw "
-            "them. A higher score is what the selector would rather keep.",
-            points=cut(points),
-            panels=panels,
-            tables=tables,
-            outputs=outputs,
-            note="Every row with its score, rank and reason is in the run's scores.jsonl."
-            + (f" The rows of {left:,} more curation runs are not shown." if left > 0 else ""),
-            titled=True,
-        )
-    ]
+            samples = [{"title": t, "samples": [_row(r, len(scored)) for r in part]} for t, part in columns]
+            outputs.append({"title": f"{run.name}: rows by score", "columns": samples})
+    about = "A selector scored every row of the alignment data, and the rows with the highest scores were kept, before "
+    about += "any alignment method used them."
+    note, left = "Every row with its score, rank and reason is in the run's scores.jsonl.", len(runs) - SHOWN
+    note += f" The rows of {left:,} more curation runs are not shown." if left > 0 else ""
+    section = Section("Which rows were kept", about, cut(points), panels, tables=tables, outputs=outputs, note=note)
+    section.titled = True
+    return [section]
 
 
 def _chose(run: Run, rows: list[dict]) -> str:
     """The sentence on one curation run."""
     info, options = run.info, run.info.get("config") or {}
-    total, kept = rows_of(run, "alignment") or len(rows), info.get("kept") or 0
+    total, kept = tx.rows_of(run, "alignment") or len(rows), info.get("kept") or 0
     dropped = ", ".join(f"{why} {n:,}" for why, n in (info.get("dropped") or {}).items()) or "nothing"
     text = f"{run.name} ({info.get('method')}) kept {kept:,} of {total:,} rows ({percent(kept / max(total, 1))}). "
     text += f"Not kept: {dropped}."
@@ -130,11 +97,9 @@ def _chose(run: Run, rows: list[dict]) -> str:
         text += f" Scoring took {as_time(took)}, "
         text += f"passes per row: {' and '.join(cost)}." if cost else "without a model."
     if agreed := info.get("agreement"):
-        text += f" With {options.get('target_model')} its ranks agree with a Spearman correlation of "
-        text += (
-            f"{decimals(agreed.get('spearman'), 2)}; of the rows kept by one, {percent(agreed['kept_by_both'])} are "
-        )
-        text += "kept by both."
+        text += f" Its ranks agree with those of {options.get('target_model')} with a Spearman correlation of "
+        text += f"{tx.decimals(agreed.get('spearman'), 2)}; of the rows kept by one, "
+        text += f"{percent(agreed['kept_by_both'])} are kept by both."
     if not any(r.get("category") for r in rows):
         text += " The rows have no categories."
     return text
@@ -144,26 +109,31 @@ def _by_category(rows: list[dict]) -> list[tuple[str, int, int]]:
     """(category, rows kept, rows), the largest share first; empty if no row has a category."""
     names = [str(r.get("category") or "none") for r in rows]
     total, kept = Counter(names), Counter(name for name, r in zip(names, rows, strict=True) if r.get("kept"))
-    found = [(name, kept[name], of) for name, of in total.items()]
-    return sorted(found, key=lambda f: (-f[1] / f[2], f[0])) if any(r.get("category") for r in rows) else []
+    shares = [(name, kept[name], of) for name, of in total.items()]
+    return sorted(shares, key=lambda f: (-f[1] / f[2], f[0])) if any(r.get("category") for r in rows) else []
+
+
+def _scores(rows: list[dict]) -> tuple[list[float], list[float]]:
+    """Of the rows that were kept, and of the others."""
+    kept, dropped = ([float(r["score"]) for r in rows if bool(r.get("kept")) == side] for side in (True, False))
+    return kept, dropped
 
 
 def _quantiles(run: Run, rows: list[dict]) -> Table:
     """The histogram, for a form without figures."""
     lines = []
-    for name, side in (("kept", True), ("not kept", False)):
-        found = [float(r["score"]) for r in rows if bool(r.get("kept")) == side]
-        if found:
-            told = [min(found), statistics.median(found), max(found)]
-            lines.append([name, f"{len(found):,}", *(f"{value:.4g}" for value in told)])
+    for name, scores in zip(("kept", "not kept"), _scores(rows), strict=True):
+        if scores:
+            ends = min(scores), median(scores), max(scores)
+            lines.append([name, f"{len(scores):,}", *(f"{value:.4g}" for value in ends)])
     return Table(f"{run.name}: scores", ["rows", "number", "lowest", "median", "highest"], lines)
 
 
-def _spoilt(run: Run, rows: list[dict]) -> list[Table]:
-    """Of rows that somebody spoilt on purpose, and said so in `corruption`, how many were kept."""
+def _corrupted(run: Run, rows: list[dict]) -> list[Table]:
+    """How many of the rows that were corrupted on purpose, as `corruption` says, were kept."""
     kinds: dict[str, list[dict]] = {}
     for row in rows:
-        kinds.setdefault(as_words(row.get("corruption") or ""), []).append(row)
+        kinds.setdefault(tx.as_words(row.get("corruption") or ""), []).append(row)
     sound = kinds.pop("", [])
     if not kinds or not sound:
         return []
@@ -171,46 +141,41 @@ def _spoilt(run: Run, rows: list[dict]) -> list[Table]:
 
     if len(kinds) > 1:
         kinds["any of these"] = [row for part in kinds.values() for row in part]
-    lines = [["sound", f"{len(sound):,}", percent(_kept(sound)), "", ""]]
+    lines = [["intact", f"{len(sound):,}", percent(fmean(bool(row.get("kept")) for row in sound)), "", ""]]
     for kind, part in kinds.items():
         test = mannwhitneyu([row["score"] for row in sound], [row["score"] for row in part])
-        above = test.statistic / (len(sound) * len(part))
-        lines.append([kind, f"{len(part):,}", percent(_kept(part)), percent(above), as_p(test.pvalue)])
-    columns = ["rows", "number", "kept", "pairs where a sound row scores higher", "p"]
-    return [Table(f"{run.name}: rows spoilt on purpose", columns, lines, SPOILT)]
-
-
-def _kept(rows: list[dict]) -> float:
-    """The share that was kept."""
-    return sum(bool(r.get("kept")) for r in rows) / len(rows)
+        kept, above = fmean(bool(row.get("kept")) for row in part), test.statistic / (len(sound) * len(part))
+        lines.append([kind, f"{len(part):,}", percent(kept), percent(above), tx.as_p(test.pvalue)])
+    columns = ["rows", "number", "kept", "pairs where an intact row scores higher", "p"]
+    return [Table(f"{run.name}: rows corrupted on purpose", columns, lines, CORRUPTED)]
 
 
 def _repeated(run: Run, rows: list[dict]) -> list[Table]:
-    """Rows dropped for another reason than their rank, with the row they repeat."""
-    known = {str(r.get("row")): [_place(r), as_words(r.get("prompt"))] for r in rows}
+    """Rows that were dropped because they repeat another, with that row."""
+    known = {str(r.get("row")): [_place(r), tx.as_words(r.get("prompt"))] for r in rows}
     lines = []
     for r in sorted(rows, key=lambda r: r.get("row") or 0):
         reason, _, other = str(r.get("why") or "").partition(" of row ")
         if other:
-            lines.append([reason, _place(r), as_words(r.get("prompt")), *known.get(other, [other, ""])])
+            lines.append([reason, _place(r), tx.as_words(r.get("prompt")), *known.get(other, [other, ""])])
     label = f"{run.name}: repeated prompts"
-    table = cut_table(label, ["dropped as", "at", "prompt", "of the one at", "prompt"], lines, "rows", ROWS)
+    table = tx.cut_table(label, ["dropped as", "at", "prompt", "of the one at", "prompt"], lines, "rows", ROWS)
     return [table] if lines else []
 
 
 def _place(row: dict) -> str:
     """Where a row came from: file and line, without the folder."""
-    return as_words(row.get("place") or f"row {row.get('row')}").rpartition("/")[2]
+    return tx.as_words(row.get("place") or f"row {row.get('row')}").rpartition("/")[2]
 
 
 def _row(row: dict, total: int) -> dict[str, Any]:
-    """A row of the data as the page shows a model's output."""
+    """A row of the data in the form of a model's output."""
     kept = "kept" if row.get("kept") else str(row.get("why") or "not kept")
     return {
         "kind": f"rank {row.get('rank')} of {total:,}",
         "category": str(row.get("category") or ""),
-        "prompt": as_text(row.get("prompt")),
-        "response": as_text(row.get("chosen")),
+        "prompt": tx.as_text(row.get("prompt")),
+        "response": tx.as_text(row.get("chosen")),
         "marks": [("score", f"{row['score']:.4g}", None), ("row", kept, None)],
         "degenerate": False,
         "split": False,

@@ -17,8 +17,8 @@ def compare(first: Path, second: Path) -> str:
     Raises:
         UsageError: one is no audit; or protocol, prompts, judges, budgets, templates or scoring differ (named).
     """
-    records = [(path, read_audit(path)) for path in (first, second)]
-    ours, theirs = (dict(conditions(record)) for _, record in records)
+    records = [(path, _read_audit(path)) for path in (first, second)]
+    ours, theirs = (dict(_conditions(record)) for _, record in records)
     differ = [
         f"{what} differs ({_short(ours.get(what))} in {first}, {_short(theirs.get(what))} in {second})"
         for what in ours | theirs
@@ -33,17 +33,14 @@ def compare(first: Path, second: Path) -> str:
         findings = measure(read_results([path]), protocol["phi"], protocol["epsilon"])
         lines += [f"{path} (protocol {protocol['name']}, control {findings.control})"]
         lines += [f"  {sentence}" for sentence in findings.headline]
-    if len({target_hash(record, "control") for _, record in records}) > 1:
-        lines.append("The controls are different models, so only the ratios to each one's own control compare.")
+    if len({next((t.get("hash") for t in r["targets"] if t["role"] == "control"), None) for _, r in records}) > 1:
+        lines.append(
+            "The controls are different models, so only the ratios to each audit's own control can be compared."
+        )
     return "\n".join(lines)
 
 
-def read_audit(path: Path) -> RunRecord:
-    """run.json of an audit.
-
-    Raises:
-        UsageError: it is no run, or not one of `tunevax audit`.
-    """
+def _read_audit(path: Path) -> RunRecord:
     if not is_run(path):
         raise UsageError(f"{path} is no run folder; name two folders that `tunevax audit` wrote")
     record = read_run(path)
@@ -52,31 +49,26 @@ def read_audit(path: Path) -> RunRecord:
     return record
 
 
-def conditions(record: RunRecord) -> list[tuple[str, Any]]:
-    """What two audits must have in common, as (name, value), the coarsest first."""
+def _conditions(record: RunRecord) -> list[tuple[str, object]]:
+    """What two audits must share, as (name, value), the coarsest first."""
     protocol, in_parts = record["config"]["protocol"], ("name", "about", "attacks", "defaults", "scoring")
-    found = [(f"protocol {key}", value) for key, value in protocol.items() if key not in in_parts]
+    conditions = [(f"protocol {key}", value) for key, value in protocol.items() if key not in in_parts]
     for i, attack in enumerate(protocol["attacks"], 1):
-        found += [(f"attack {i}, {key}", value) for key, value in attack.items()]
-    found += [(f"the attacks' {key}", value) for key, value in (protocol.get("defaults") or {}).items()]
-    found += [(f"the {entry['role']} data", entry["hash"]) for entry in record["data"]]
-    found += [(name.replace("_", " "), value or None) for name, value in scoring(record).items()]
-    found += [("tunevax", record["versions"]["tunevax"])]
+        conditions += [(f"attack {i}, {key}", value) for key, value in attack.items()]
+    conditions += [(f"the attacks' {key}", value) for key, value in (protocol.get("defaults") or {}).items()]
+    conditions += [(f"the {entry['role']} data", entry["hash"]) for entry in record["data"]]
+    conditions += [(name.replace("_", " "), value or None) for name, value in _scoring(record).items()]
+    conditions += [("tunevax", record["versions"]["tunevax"])]
     templates = {t.get("template_hash") for t in record["targets"]}
-    return [*found, ("the chat template", sorted(map(str, templates)))]
+    return [*conditions, ("the chat template", sorted(map(str, templates)))]
 
 
-def scoring(record: RunRecord) -> dict[str, Any]:
-    """The options that decide scores: an older audit recorded them among all others, and the contents of one."""
+def _scoring(record: RunRecord) -> dict[str, Any]:
+    """The options that decide scores. An older audit recorded them among all others, one by its contents."""
     if "scoring" in record:
         return record["scoring"]
     names = ("judges", "limit", "max_new_tokens", "dtype", "utility_data", "perplexity_data", "engine")
     return {**{n: record["config"].get(n) for n in names}, "fluency_model": record.get("fluency_hash")}
-
-
-def target_hash(record: RunRecord, role: str) -> str | None:
-    """The identity of the model in a role."""
-    return next((t.get("hash") for t in record["targets"] if t["role"] == role), None)
 
 
 def _short(value: object) -> str:

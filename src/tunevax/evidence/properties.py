@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from tunevax.evidence.findings import (
-    Attacked,
-    Compared,
-    Difference,
-    Generalisation,
-    ModelFindings,
-    Paired,
-    Ratio,
-    Trainability,
-    Worst,
-)
-from tunevax.evidence.ratios import (
-    Terms,
-    average_ratio,
-    collapsed_seeds,
-    harm_terms,
-    learned,
-    stopped_seeds,
-    strength,
-    task_terms,
-)
+from tunevax.evidence import findings, ratios
+from tunevax.evidence.findings import Attacked, Compared, Difference, ModelFindings, Paired, Ratio, Trainability, Worst
+from tunevax.evidence.ratios import Terms
 from tunevax.evidence.results import Cell, Point, Results, pool
 from tunevax.evidence.rows import is_harmful
 from tunevax.evidence.stats import holm, newcombe, paired_difference
@@ -35,31 +18,32 @@ from tunevax.records import METRIC, UTILITY, Generation, Row
 
 def resistance(results: Results, label: str, judge: str, phi: float) -> Ratio | None:
     """R: steps to phi over the control's, over the strong attacks with harmful rows."""
-    return average_ratio(harm_terms(results, [c for c in results.of(label) if c.harmful], judge, phi) or {})
+    return _ratio(results, [c for c in results.of(label) if c.harmful], judge, phi)
+
+
+def _ratio(results: Results, cells: Sequence[Cell], judge: str, phi: float) -> Ratio | None:
+    return ratios.average_ratio(ratios.harm_terms(results, cells, judge, phi) or {})
 
 
 def trainability(results: Results, label: str) -> Trainability | None:
-    """How fast and how far the model learns the benign task; None if no attack measured it on model and control.
-
-    Measured on trainings with the smallest share of harmful rows, none of all; of several, on the one that the control
-    learns most from.
-    """
+    """How fast and how far the model learns the benign task, or None: on the trainings, measured on model and control,
+    with the smallest share of harmful rows; of several, on the one that the control learns most from."""
     task = str(results.task)
     usable: list[tuple[float, float, Cell, Cell]] = []
     for cell in results.of(label):
         control = results.cell(results.control, cell.attack)
-        span = learned(control, task)
+        span = ratios.learned(control, task)
         if control and span and cell.in_grid and cell.curve(task):
             usable.append((-_share_of_harm(cell), span[1] - span[0], cell, control))
     if not usable:
         return None
-    *_, cell, control = max(usable, key=lambda found: found[:2])
-    terms, why = task_terms(results, cell)
+    *_, cell, control = max(usable, key=lambda candidate: candidate[:2])
+    terms, why = ratios.task_terms(results, cell)
     before, ours, theirs = control.curve(task)[0].value, cell.curve(task)[-1], control.curve(task)[-1]
     return Trainability(
         str(cell.attack), before, (before + theirs.value) / 2, ours, theirs,
         Difference(ours.value - theirs.value) if ours.step != theirs.step else _difference(ours, theirs),
-        average_ratio({str(cell.attack): terms}), why,
+        ratios.average_ratio({str(cell.attack): terms}), why,
     )  # fmt: skip
 
 
@@ -71,15 +55,15 @@ def _share_of_harm(cell: Cell) -> float:
 def selectivity(results: Results, label: str, judge: str, phi: float) -> Ratio | None:
     """The ratio of steps to harm over the ratio of steps to the task, inside the strong attacks that teach the task.
 
-    Where harm is shown to be delayed, a control that never got there only takes from the delay, so it leaves no end
+    Where harm is shown to be delayed, a control that never got there can only reduce the delay, so it leaves no end
     open.
     """
     cells = [c for c in results.of(label) if c.harmful]
-    harm = harm_terms(results, cells, judge, phi) or {}
-    delay, terms = average_ratio(harm), Terms()
+    harm = ratios.harm_terms(results, cells, judge, phi) or {}
+    delay, terms = ratios.average_ratio(harm), Terms()
     delayed = delay is not None and (delay.low or 0.0) > 1 + TINY
     for cell in cells:
-        task = task_terms(results, cell)[0] if cell.attack in harm else {}
+        task = ratios.task_terms(results, cell)[0] if cell.attack in harm else {}
         for seed, factors in harm.get(str(cell.attack), {}).items():
             if seed in task:
                 learning = task[seed]
@@ -87,28 +71,28 @@ def selectivity(results: Results, label: str, judge: str, phi: float) -> Ratio |
                     *((sign, r._replace(reached=r.reached or (delayed and sign < 0))) for sign, r in factors),
                     *((-sign, r) for sign, r in learning),
                 ]  # fmt: skip
-    return average_ratio(terms, alike=False)
+    return ratios.average_ratio(terms, alike=False)
 
 
 def attacked(results: Results, cell: Cell, judge: str, phi: float) -> Attacked:
-    """What one attack did to one model, beside the control."""
+    """The outcome of one attack on one model, beside the control."""
     control = results.cell(results.control, cell.attack)
-    found = Attacked(
+    one = Attacked(
         attack=str(cell.attack), kind=cell.kind, traits=cell.traits, settings=cell.settings, strength="", steps={},
         control_steps={}, last=cell.steps[-1], ratio=None, worst=_worst(cell, judge),
         control_worst=_worst(control, judge) if control else None,
     )  # fmt: skip
     if not cell.has_curve:
-        return found
-    found.strength = strength(cell, control, judge, phi)
-    found.steps, found.control_steps = (
+        return one
+    one.strength = ratios.strength(cell, control, judge, phi)
+    one.steps, one.control_steps = (
         {seed: c.steps_to(judge, seed, phi) for seed in c.seeds} if c else {} for c in (cell, control)
     )
-    found.stopped, found.collapsed = stopped_seeds(cell, judge, phi), collapsed_seeds(cell, judge, phi)
-    found.gibberish, found.most_gibberish = _gibberish(cell, judge, phi)
+    one.stopped, one.collapsed = ratios.stopped_seeds(cell, judge, phi), ratios.collapsed_seeds(cell, judge, phi)
+    one.gibberish, one.most_gibberish = _degenerate(cell, judge, phi)
     if cell.role != "control":
-        found.ratio = average_ratio(harm_terms(results, [cell], judge, phi) or {})
-    return found
+        one.ratio = _ratio(results, [cell], judge, phi)
+    return one
 
 
 def _worst(cell: Cell, judge: str) -> Point:
@@ -116,7 +100,7 @@ def _worst(cell: Cell, judge: str) -> Point:
     return max(cell.curve(judge), key=lambda point: point.value)
 
 
-def _gibberish(cell: Cell, judge: str, phi: float) -> tuple[dict[int, float], dict[int, float]]:
+def _degenerate(cell: Cell, judge: str, phi: float) -> tuple[dict[int, float], dict[int, float]]:
     """By seed, the share of degenerate outputs where the run passed phi, or at its last step; and the highest after
     step 0, up to there."""
     there, most = {}, {}
@@ -128,9 +112,6 @@ def _gibberish(cell: Cell, judge: str, phi: float) -> tuple[dict[int, float], di
         if later := [share for step, share in over.items() if 0 < step <= last]:
             most[seed] = max(later)
     return there, most
-
-
-# --------------------------------------------------------------------------- worst case, and other kinds of attack
 
 
 def worst_case(results: Results, label: str, judge: str, phi: float, epsilon: float) -> Worst | None:
@@ -154,10 +135,10 @@ def worst_case(results: Results, label: str, judge: str, phi: float, epsilon: fl
         allowed = {step for step, loss in lost.items() if loss is not None and loss <= epsilon + TINY}
         return [(step, h) for step, h in cell.values(judge, seed) if step in allowed or not conditional]
 
-    found = [(c, step, h) for c in grid if first in c.rows for step, h in usable(c, first)]
+    points = [(c, step, h) for c in grid if first in c.rows for step, h in usable(c, first)]
     # Of equals one that can be measured again, then the earliest.
-    cell, step, picked = max(found, key=lambda f: (f[2], len(f[0].seeds) > 1, -f[1]))
-    others = [s for s in cell.seeds if s != first and s not in stopped_seeds(cell, judge, phi)]
+    cell, step, picked = max(points, key=lambda f: (f[2], len(f[0].seeds) > 1, -f[1]))
+    others = [s for s in cell.seeds if s != first and s not in ratios.stopped_seeds(cell, judge, phi)]
     again = {s: max(usable(cell, s), key=lambda f: f[1])[0] for s in others if usable(cell, s)}
     rows = [cell.rows[s][t]["scores"][judge] for s, t in (again or {first: step}).items()]
     highest, of = max(((_worst(c, judge), c) for c in grid), key=lambda pair: (pair[0].value, -pair[0].step))
@@ -175,36 +156,25 @@ def utility_loss(before: Mapping[str, float], row: Row) -> float | None:
     return fmean(before - after for before, after in shared) if shared else None
 
 
-def generalisation(results: Results, label: str, judge: str, phi: float) -> list[Generalisation]:
+def generalisation(results: Results, label: str, judge: str, phi: float) -> list[findings.Generalisation]:
     """One entry for each kind of attack other than the plain fine-tune."""
-    found = []
+    kinds = []
     for kind in dict.fromkeys(c.kind for c in results.of(label) if not c.plain):
         cells, theirs = ([c for c in results.of(model) if c.kind == kind] for model in (label, results.control))
         beside = theirs if label != results.control else []
-        cell, *control = (max(some, key=lambda c: _worst(c, judge).value) for some in (cells, beside) if some)
-        ratio = average_ratio(harm_terms(results, cells, judge, phi) or {}) if beside and cell.has_curve else None
-        found.append(
-            Generalisation(
-                kind,
-                cell.traits,
-                len(cells),
-                _worst(cell, judge),
-                str(cell.attack),
-                cell.settings,
-                _worst(control[0], judge) if control else None,
-                control[0].attack if control else None,
-                control[0].settings if control else None,
-                ratio,
-            )  # fmt: skip
-        )
-    return found
-
-
-# ---------------------------------------------------------------------------------------------- before any attack
+        cell, *rest = (max(some, key=lambda c: _worst(c, judge).value) for some in (cells, beside) if some)
+        control = rest[0] if rest else None
+        ratio = _ratio(results, cells, judge, phi) if beside and cell.has_curve else None
+        kinds.append(findings.Generalisation(
+            kind, cell.traits, len(cells), _worst(cell, judge), str(cell.attack), cell.settings,
+            _worst(control, judge) if control else None, control.attack if control else None,
+            control.settings if control else None, ratio,
+        ))  # fmt: skip
+    return kinds
 
 
 def untouched(results: Results, label: str) -> dict[str, Point]:
-    """The scores of a model before any attack. It is one model, so one seed's row is enough."""
+    """The scores of a model before any attack, which are the same for every seed."""
     cell = _untouched_cell(results, label)
     scores = cell.rows[cell.seeds[0]].get(0, {"scores": {}})["scores"] if cell else {}
     return {name: pool(name, 0, [score]) for name, score in scores.items() if score}
@@ -221,7 +191,7 @@ def stability(results: Results, label: str) -> list[Compared]:
     theirs = untouched(results, results.control) if results.control not in (None, label) else {}
     order = ("utility/", "perplexity/", "lm-eval/", METRIC, "over-refusal", "harmful/", "judged/", "degenerate")
     names = [n for prefix in order for n in ours if n.startswith(prefix)]
-    found = []
+    compared = []
     for name in names:
         a, b = ours[name], theirs.get(name)
         number = name.startswith("perplexity/") or (name.startswith(METRIC) and not (a.is_share and b and b.is_share))
@@ -229,8 +199,8 @@ def stability(results: Results, label: str) -> list[Compared]:
         difference = _difference(a, b) if b and not number else None
         if difference and name.startswith("harmful/"):
             difference = _paired_difference(results, label, name) or difference
-        found.append(Compared(name, a, b, difference, ratio))
-    return found
+        compared.append(Compared(name, a, b, difference, ratio))
+    return compared
 
 
 def _paired_difference(results: Results, label: str, judge: str) -> Difference | None:
@@ -241,39 +211,36 @@ def _paired_difference(results: Results, label: str, judge: str) -> Difference |
     shared = [(bool(a[key]), bool(b[key])) for key in a if key in b]
     if not shared:
         return None
-    found = paired_difference(shared)
-    return Difference(found["value"], found["low"], found["high"])
+    score = paired_difference(shared)
+    return Difference(score["value"], score["low"], score["high"])
 
 
 def _difference(ours: Point, theirs: Point) -> Difference:
-    """Two shares' difference with Newcombe's interval. Seeds answer the same prompts, so n is one seed's."""
+    """Two shares' difference with Newcombe's interval. All seeds answer the same prompts, so n is one seed's."""
     if ours.low is None or theirs.low is None:
         return Difference(ours.value - theirs.value)
     ends = newcombe(ours.value, ours.n // ours.seeds, theirs.value, theirs.n // theirs.seeds)
     return Difference(ours.value - theirs.value, *ends)
 
 
-# -------------------------------------------------------------------------------------- the same prompts, in pairs
-
-
 def paired(results: Results, model: ModelFindings, judge: str) -> None:
     """Fill in `paired` of the strong attacks with harmful rows, where there are generations."""
-    found: list[tuple[Attacked, Difference, float | None, int, int]] = []
-    for attacked in model.attacks:
-        if attacked.strength == "strong" and attacked.harmful:
-            ours, theirs = (results.cell(who, attacked.attack) for who in (model.label, results.control))
+    measured: list[tuple[Attacked, Difference, float | None, int, int]] = []
+    for attack in model.attacks:
+        if attack.strength == "strong" and attack.harmful:
+            ours, theirs = (results.cell(who, attack.attack) for who in (model.label, results.control))
             areas, prompts = _areas(ours, theirs, judge) if ours and theirs else ([], 0)
             if areas:
-                found.append((attacked, *_over_seeds(areas), prompts, len(areas)))
-    corrected = iter(holm([p for _, _, p, _, _ in found if p is not None]))
-    for attacked, difference, p, prompts, seeds in found:
-        attacked.paired = Paired(difference, p, None if p is None else next(corrected), prompts, seeds)
+                measured.append((attack, *_over_seeds(areas), prompts, len(areas)))
+    corrected = iter(holm([p for _, _, p, _, _ in measured if p is not None]))
+    for attack, difference, p, prompts, seeds in measured:
+        attack.paired = Paired(difference, p, None if p is None else next(corrected), prompts, seeds)
 
 
 def _areas(ours: Cell, theirs: Cell, judge: str) -> tuple[list[float], int]:
     """By seed, harmful(model) - harmful(control), mean over shared prompts and steps; how many prompts.
 
-    Over the whole curve: a step chosen by when the control falls would favour the model.
+    Over the whole curve: a step chosen by the control's crossing would favour the model.
     """
     areas, prompts = [], 0
     for seed in sorted((set(ours.seeds) & set(theirs.seeds)) - ours.stopped - theirs.stopped):
@@ -290,17 +257,16 @@ def _areas(ours: Cell, theirs: Cell, judge: str) -> tuple[list[float], int]:
 
 
 def _verdicts(generations: Sequence[Generation], judge: str) -> dict[tuple[str, int], bool]:
-    """By prompt (and its how-manieth occurrence), whether the judge called the answer harmful."""
-    found: dict[tuple[str, int], bool] = {}
-    seen: dict[str, int] = {}
+    """By prompt (and its occurrence), whether the judge called the answer harmful."""
+    verdicts: dict[tuple[str, int], bool] = {}
+    seen: Counter[str] = Counter()
     for row in generations:
         if row.get("kind") == "harmful":
             prompt = str(row.get("prompt"))
-            seen[prompt] = seen.get(prompt, 0) + 1
-            verdict = is_harmful(row, judge)
-            if verdict is not None:
-                found[prompt, seen[prompt]] = verdict
-    return found
+            seen[prompt] += 1
+            if (verdict := is_harmful(row, judge)) is not None:
+                verdicts[prompt, seen[prompt]] = verdict
+    return verdicts
 
 
 def _over_seeds(areas: list[float]) -> tuple[Difference, float | None]:

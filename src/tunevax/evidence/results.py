@@ -1,7 +1,4 @@
-"""Reading what attacks, scores and audits measured: rows and responses of run folders, grouped.
-
-Nothing here knows how a run was made, and nothing here judges: see `properties` for that.
-"""
+"""Reads the rows and responses in run folders of attacks, scores and audits, and groups them."""
 
 from __future__ import annotations
 
@@ -12,49 +9,34 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tunevax import records
 from tunevax.errors import UsageError
 from tunevax.evidence.rows import ROLES, Kind, completed, numbered_rows
 from tunevax.evidence.stats import wilson
 from tunevax.evidence.words import joined
-from tunevax.records import (
-    METRIC,
-    RESULTS,
-    CellSummary,
-    Generation,
-    Row,
-    RunRecord,
-    Score,
-    Traits,
-    is_run,
-    is_share,
-    judges_of,
-    read_generations,
-    read_run,
-)
+from tunevax.records import METRIC, RESULTS, CellSummary, Generation, Row, RunRecord, Score, Traits, is_share
 
 
 @dataclass(frozen=True)
 class Point:
-    """A score at one attack step.
-
-    Attributes:
-        value: mean over seeds; a share in [0, 1], but for perplexity and some lm-eval metrics.
-        low, high: hull of the seeds' 95 % intervals; None where a seed has none.
-        n: outputs behind it, over all seeds (tokens for perplexity).
-        seeds: number of seeds.
-    """
+    """A score at one attack step."""
 
     step: int
-    value: float
-    low: float | None
+    value: float  # mean over seeds; a share in [0, 1], but for perplexity and some lm-eval metrics
+    low: float | None  # hull of the seeds' 95 % intervals, with `high`; None where a seed has none
     high: float | None
-    n: int
-    seeds: int
+    n: int  # outputs, over all seeds (tokens for perplexity)
+    seeds: int  # number of seeds
 
     def __str__(self) -> str:
         """'71 % [60, 80]' for a share."""
-        interval = "" if self.low is None or self.high is None else f" [{100 * self.low:.0f}, {100 * self.high:.0f}]"
+        interval = f" [{100 * self.ends[0]:.0f}, {100 * self.ends[1]:.0f}]" if self.ends else ""
         return f"{100 * self.value:.0f} %{interval}"
+
+    @property
+    def ends(self) -> tuple[float, float] | None:
+        """The interval, if there is one."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
 
     @property
     def is_share(self) -> bool:
@@ -63,38 +45,27 @@ class Point:
 
     def overlaps(self, other: Point) -> bool:
         """Whether the two intervals share a value; a missing interval counts as the value alone."""
-        (a, b), (c, d) = (
-            (p.value, p.value) if p.low is None or p.high is None else (p.low, p.high) for p in (self, other)
-        )
+        (a, b), (c, d) = (p.ends or (p.value, p.value) for p in (self, other))
         return a <= d and c <= b
 
 
 @dataclass
 class Cell(Kind):
-    """One model under one attack setting (attack None, kind 'none': as it is, before any attack).
-
-    Attributes:
-        role: control, model or reference.
-        traits: of the kind.
-        settings: what the protocol varies or names, such as learning_rate, p, trainable, block, dose.
-        rows: by seed, then by step.
-        stopped: seeds whose run ended early because the loss was not finite, with rows up to there or none at all.
-        failed: seeds whose run failed, so that they have no rows.
-        generations: by (seed, step), in the order of the files.
-        folders: the run folders its rows came from.
-    """
+    """One model under one attack setting (attack None, kind 'none': before any attack)."""
 
     model: str
     attack: str | None
     kind: str
-    role: str
+    role: str  # control, model or reference
     traits: Traits
-    settings: dict[str, Any] = field(default_factory=dict)
-    rows: dict[int, dict[int, Row]] = field(default_factory=dict)
-    stopped: set[int] = field(default_factory=set)
-    failed: set[int] = field(default_factory=set)
-    generations: dict[tuple[int, int], list[Generation]] = field(default_factory=dict)
-    folders: list[Path] = field(default_factory=list)
+    settings: dict[str, Any] = field(
+        default_factory=dict
+    )  # options that the protocol varies, as learning_rate, p, dose
+    rows: dict[int, dict[int, Row]] = field(default_factory=dict)  # by seed, then by step
+    stopped: set[int] = field(default_factory=set)  # seeds whose loss was not finite; rows up to there, or none
+    failed: set[int] = field(default_factory=set)  # seeds whose run failed, without rows
+    generations: dict[tuple[int, int], list[Generation]] = field(default_factory=dict)  # by (seed, step)
+    folders: list[Path] = field(default_factory=list)  # the run folders of the rows
 
     @property
     def seeds(self) -> list[int]:
@@ -126,8 +97,8 @@ class Cell(Kind):
     def at(self, score: str, step: int) -> Point | None:
         """The score at one step, or None unless every whole seed has it."""
         rows = [self.rows[seed].get(step) for seed in self.whole]
-        found = [s for row in rows if row and (s := row["scores"].get(score))]
-        return pool(score, step, found) if len(found) == len(rows) else None
+        scores = [s for row in rows if row and (s := row["scores"].get(score))]
+        return pool(score, step, scores) if len(scores) == len(rows) else None
 
     def worst(self, score: str) -> Point | None:
         """The highest point of the curve, the earliest of equals; None if it was never measured."""
@@ -135,9 +106,8 @@ class Cell(Kind):
 
     def values(self, score: str, seed: int) -> list[tuple[int, float]]:
         """(step, value) of one seed at every step that has the score, by step."""
-        by_step = self.rows[seed]
-        found = ((step, by_step[step]["scores"].get(score)) for step in sorted(by_step))
-        return [(step, float(s["value"])) for step, s in found if s]
+        by_step = ((step, row["scores"].get(score)) for step, row in sorted(self.rows[seed].items()))
+        return [(step, float(s["value"])) for step, s in by_step if s]
 
     def steps_to(self, score: str, seed: int, phi: float) -> int | None:
         """The first evaluated step of one seed at which the score exceeds `phi`; None if it never does."""
@@ -152,9 +122,9 @@ class Results:
         judges: scores `harmful/JUDGE` that every cell has, the lead first (refusal keywords never lead if another
             judge is there).
         task: the score that the benign task is read by (`task/exact`), or None.
-        notes: what a reader must know about the reading: attacks named by hash, steps or judges left out.
-        failed, skipped, stopped: of the runs' run.json: cells that failed, attacks that do not apply, attacks that
-            ended early because the loss was not finite (see `Cell.stopped`).
+        notes: sentences on attacks named by hash, and steps or judges left out.
+        failed, skipped, stopped: of the runs' run.json: cells that failed, attacks that do not apply, and attacks whose
+            loss was not finite (see `Cell.stopped`).
     """
 
     cells: list[Cell]
@@ -176,34 +146,31 @@ class Results:
         return {(c.model, c.attack): c for c in self.cells}
 
     @cached_property
-    def _roles(self) -> dict[str, str]:
+    def roles(self) -> dict[str, str]:
+        """Of each model: control, model or reference."""
         return {c.model: c.role for c in self.cells}
 
     @property
     def control(self) -> str | None:
         """The label of the control, or None."""
-        return next((label for label, role in self._roles.items() if role == "control"), None)
+        return next((label for label, role in self.roles.items() if role == "control"), None)
 
     @property
     def models(self) -> list[str]:
-        """Labels: the control first, then models, then references, each in the order in which they were met."""
-        return sorted(self._roles, key=lambda label: ROLES.index(self._roles[label]))
+        """Labels: the control first, then models, then references, each in the order of the rows."""
+        return sorted(self.roles, key=lambda label: ROLES.index(self.roles[label]))
 
     @property
     def attacks(self) -> list[str]:
-        """Names of the attack settings, in the order in which they were met."""
+        """Names of the attack settings, in the order of the rows."""
         return list(dict.fromkeys(c.attack for c in self.cells if c.attack is not None))
-
-    def role(self, model: str) -> str:
-        """control, model or reference."""
-        return self._roles[model]
 
     def cell(self, model: str | None, attack: str | None) -> Cell | None:
         """One model under one attack (None: before any attack), or None."""
         return self._index.get((model, attack)) if model is not None else None
 
     def of(self, model: str | None) -> list[Cell]:
-        """The cells of a model under attacks, in the order in which they were met."""
+        """The cells of a model under attacks, in the order of the rows."""
         return [c for c in self.cells if c.model == model and c.attack is not None]
 
     def under(self, attack: str | None) -> list[Cell]:
@@ -211,38 +178,30 @@ class Results:
         return [cell for label in self.models if (cell := self._index.get((label, attack))) is not None]
 
 
-def pool(score: str, step: int, found: Sequence[Score]) -> Point:
+def pool(score: str, step: int, scores: Sequence[Score]) -> Point:
     """Mean over seeds; the interval is the hull of the seeds' own, Wilson's where a share has none."""
-    ends = [_interval(score, s) for s in found]
+    ends = [_interval(score, s) for s in scores]
     known = [e for e in ends if e is not None]
     whole = len(known) == len(ends)
-    return Point(
-        step=step,
-        value=math.fsum(s["value"] for s in found) / len(found),
-        low=min(low for low, _ in known) if whole else None,
-        high=max(high for _, high in known) if whole else None,
-        n=sum(s["n"] for s in found),
-        seeds=len(found),
-    )
+    low, high = (min(low for low, _ in known), max(high for _, high in known)) if whole else (None, None)
+    mean = math.fsum(s["value"] for s in scores) / len(scores)
+    return Point(step, mean, low, high, sum(s["n"] for s in scores), len(scores))
 
 
-def _interval(score: str, found: Score) -> tuple[float, float] | None:
-    low, high = found.get("low"), found.get("high")
+def _interval(score: str, one: Score) -> tuple[float, float] | None:
+    low, high = one.get("low"), one.get("high")
     if low is not None and high is not None:
         return float(low), float(high)
     if not is_share(score):
         return None
-    return wilson(round(found["value"] * found["n"]) / found["n"], found["n"])
-
-
-# ---------------------------------------------------------------------------------------------------- reading
+    return wilson(round(one["value"] * one["n"]) / one["n"], one["n"])
 
 
 def read_results(paths: Iterable[Path]) -> Results:
     """Read run folders of attacks, scores and audits, and group their rows.
 
     Raises:
-        UsageError: as in `read_rows`; a damaged file of responses; two rows for the same (model, attack, seed, step);
+        UsageError: as in `numbered_rows`; a damaged file of responses; two rows for one (model, attack, seed, step);
             cells without a judge or without an evaluated step in common.
     """
     folders = list(dict.fromkeys(Path(p) for p in paths))
@@ -250,15 +209,12 @@ def read_results(paths: Iterable[Path]) -> Results:
         raise UsageError("no run folder was named; give at least one, for example runs/attack")
     read = {folder: numbered_rows(folder) for folder in folders}
     rows = [row for numbered in read.values() for _, row in numbered]
-    ambiguous, roles, notes = _ambiguous(rows), _roles(rows), []
+    ambiguous, roles, results = _ambiguous(rows), _roles(rows), Results([], [], None)
     cells: dict[tuple[str, str | None], Cell] = {}
     origin: dict[tuple, str] = {}
-    failed: list[CellSummary] = []
-    skipped: list[CellSummary] = []
-    stopped: list[CellSummary] = []
     recorded: set[int] = set()
     for folder, numbered in read.items():
-        own: dict[tuple, Cell] = {}  # a generation has no attack hash: its run's rows tell
+        own: dict[tuple, Cell] = {}  # by the names in this folder: its generations carry no attack hash
         for number, row in numbered:
             attack = row.get("attack")
             if attack in ambiguous:
@@ -274,43 +230,42 @@ def read_results(paths: Iterable[Path]) -> Results:
             if folder not in cell.folders:
                 cell.folders.append(folder)
             own[row["model"], row.get("attack"), row["seed"]] = cell
-        for row in read_generations(folder, (row for _, row in numbered)):
-            cell = own.get((row.get("model"), row.get("attack"), row.get("seed")))
-            if cell is not None:
-                cell.generations.setdefault((row["seed"], row.get("step")), []).append(row)
-        info = read_run(folder) if is_run(folder) else RunRecord()
-        failed += info.get("failed") or []
-        skipped += info.get("skipped") or []
-        stopped += info.get("stopped") or []
+        for output in records.read_generations(folder, (row for _, row in numbered)):
+            if of := own.get((output.get("model"), output.get("attack"), output.get("seed"))):
+                of.generations.setdefault((output["seed"], output["step"]), []).append(output)
+        info = records.read_run(folder) if records.is_run(folder) else RunRecord()
+        results.failed += info.get("failed") or []
+        results.skipped += info.get("skipped") or []
+        results.stopped += info.get("stopped") or []
         for status, entries in (("stopped", info.get("stopped")), ("failed", info.get("failed"))):
             for entry in entries or []:
-                place = entry.get("model"), entry.get("attack")
-                for cell in {id(c): c for key, c in own.items() if key[:2] == place}.values():
+                for cell in (c for key, c in own.items() if key[:2] == (entry.get("model"), entry.get("attack"))):
                     getattr(cell, status).add(entry["seed"])
-        # An attack that blows up leaves no finished run; an audit goes on, and says which cells stopped.
+        # An attack whose loss is not finite leaves no finished run; an audit goes on, and records which cells stopped.
         recorded |= {id(c) for c in own.values()} if "stopped" in info or info.get("verb") == "attack" else set()
-    _ended_early([cell for cell in cells.values() if id(cell) not in recorded])
+    results.cells, notes = [*cells.values()], results.notes
+    _ended_early([cell for cell in results.cells if id(cell) not in recorded])
     if ambiguous:
-        told = joined(sorted(ambiguous))
-        notes.append(f"The attack name {told} stands for several settings; each is shown apart, by its hash.")
+        names = joined(sorted(ambiguous))
+        notes.append(f"The attack name {names} is used for several settings; each is shown separately, with its hash.")
     controls = list(dict.fromkeys(row["model"] for row in rows if row.get("role") == "control"))
     if len(controls) > 1:
         notes.append(
-            f"More than one control was named ({joined(controls)}): {controls[0]} is compared with, the others are "
-            "shown as references."
+            f"More than one control was named ({joined(controls)}): {controls[0]} is the one compared with, the others "
+            "are shown as references."
         )
-    judges, left_out = _judges(list(cells.values()), rows)
+    results.judges, left_out = _judges(results.cells, rows)
     if left_out:
-        told = joined(name.split("/", 1)[1] for name in left_out)
-        notes.append(f"Not every model here was judged by {told}, so that judge is left out.")
-    names = dict.fromkeys(name for row in rows for name in row["scores"])
-    task = next((n for n in ("task/exact", *names) if n in names and n.startswith("task/")), None)
-    notes += _check_cells(list(cells.values()), judges)
-    return Results(list(cells.values()), judges, task, notes, failed, skipped, stopped)
+        names = joined(name.split("/", 1)[1] for name in left_out)
+        notes.append(f"Not every model here was judged by {names}, so that judge is left out.")
+    scores = dict.fromkeys(name for row in rows for name in row["scores"])
+    results.task = next((n for n in ("task/exact", *scores) if n in scores and n.startswith("task/")), None)
+    notes += _check_cells(results.cells, results.judges)
+    return results
 
 
 def from_rows(rows: Sequence[Row]) -> Results:
-    """The results of rows at hand, without responses, as a screen needs them."""
+    """The results of rows in memory, without responses, as a screen needs them."""
     cells: dict[tuple[str, str | None], Cell] = {}
     rows, roles = [completed(row, ()) for row in rows], _roles(rows)
     for row in rows:
@@ -328,16 +283,16 @@ def _add(cells: dict[tuple[str, str | None], Cell], row: Row, attack: str | None
 
 
 def _ambiguous(rows: Sequence[Row]) -> set[str]:
-    """Attack names that stand for more than one setting, which must never be put into one curve."""
+    """Attack names of more than one setting, which must never be put into one curve."""
     hashes: dict[tuple[str, int], set[str]] = {}
     for row in rows:
         if (attack := row.get("attack")) is not None:
             hashes.setdefault((attack, row["seed"]), set()).add(str(row.get("attack_hash") or ""))
-    return {name for (name, _), found in hashes.items() if len(found) > 1}
+    return {name for (name, _), values in hashes.items() if len(values) > 1}
 
 
 def _roles(rows: Sequence[Row]) -> dict[str, str]:
-    """One role per label: what is a control in one row is one everywhere. Further controls become references."""
+    """One role per label: a control in one row is one everywhere. Further controls become references."""
     roles: dict[str, str] = {}
     for row in rows:
         role = row.get("role", "model")
@@ -359,17 +314,13 @@ def _ended_early(cells: list[Cell]) -> None:
 
 def _judges(cells: list[Cell], rows: Sequence[Row]) -> tuple[list[str], list[str]]:
     """The judges that every cell has, the lead first, and those that only some have."""
-    names = judges_of(n for row in rows for n in row["scores"])
-    common = [n for n in names if all(_has(cell, n) for cell in cells)]
+    names = records.judges_of(n for row in rows for n in row["scores"])
+    common = [n for n in names if all(any(cell.at(n, step) for step in cell.steps) for cell in cells)]
     return common, [n for n in names if n not in common]
 
 
-def _has(cell: Cell, score: str) -> bool:
-    return any(cell.at(score, step) for step in cell.steps)
-
-
 def _check_cells(cells: list[Cell], judges: list[str]) -> list[str]:
-    """UsageError for a cell that cannot be shown; otherwise what a reader must know about the cells."""
+    """UsageError for a cell that cannot be shown; otherwise sentences on steps left out or not shared."""
     notes = []
     for cell in cells:
         where, steps = f"model '{cell.model}' under attack {cell.attack or 'none'}", cell.steps
@@ -390,8 +341,8 @@ def _check_cells(cells: list[Cell], judges: list[str]) -> list[str]:
     for attack, by_model in grids.items():
         last = {model: grid[-1] for model, grid in by_model.items()}
         if len(set(last.values())) > 1:
-            told = joined(f"{model} {step:,}" for model, step in last.items())
-            notes.append(f"Under {attack} the models were attacked for different numbers of steps: {told}.")
+            steps_of = joined(f"{model} {step:,}" for model, step in last.items())
+            notes.append(f"Under {attack} the models were attacked for different numbers of steps: {steps_of}.")
         elif len({tuple(grid) for grid in by_model.values()}) > 1:
             notes.append(
                 f"Under {attack} the models were evaluated at different steps; ratios read each model and the control "

@@ -1,5 +1,5 @@
-"""The rows of results.jsonl: read, checked and, where an older tunevax wrote them, completed. And what judges said of a
-row of generations."""
+"""The rows of results.jsonl: read, checked and, where an older tunevax wrote them, completed; and the verdicts of
+judges in a row of generations."""
 
 from __future__ import annotations
 
@@ -9,24 +9,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from tunevax.errors import UsageError
-from tunevax.records import (
-    HARMFUL,
-    RESULTS,
-    SCHEMA,
-    Generation,
-    Row,
-    Traits,
-    VerdictRecord,
-    is_share,
-    numbered_lines,
-)
+from tunevax.records import HARMFUL, RESULTS, SCHEMA, Generation, Row, Traits, VerdictRecord, is_share, numbered_lines
 
 ROLES = ("control", "model", "reference")
 
 POINT: Traits = {
     "curve": False, "harmful_rows": False, "common_prompts": True, "customer": False, "dose": None, "plain": False,
 }  # fmt: skip
-"""The traits of an attack that says nothing of itself."""
+"""The traits of an attack that declares none."""
 CURVE: Traits = {**POINT, "curve": True, "harmful_rows": True}
 LEGACY: dict[str, Traits] = {
     "none": POINT,
@@ -47,7 +37,7 @@ LEGACY: dict[str, Traits] = {
 
 
 class Kind:
-    """What a cell or a finding says of the kind of attack behind it, from the `traits` of its rows."""
+    """The kind of attack of a cell or a finding, from the `traits` of its rows."""
 
     traits: Traits
 
@@ -77,18 +67,13 @@ class Kind:
         return self.in_grid and not self.traits["harmful_rows"]
 
 
-def read_rows(folder: Path) -> list[Row]:
-    """The checked rows of a run folder's results.jsonl.
+def numbered_rows(folder: Path) -> list[tuple[int, Row]]:
+    """(line number, row) of a run folder's results.jsonl, checked; every row has a kind, settings and traits.
 
     Raises:
         UsageError: no or an empty results.jsonl; a line that is cut off, of another schema or lacks a field; a value
             that is not finite, or a share outside [0, 1].
     """
-    return [row for _, row in numbered_rows(folder)]
-
-
-def numbered_rows(folder: Path) -> list[tuple[int, Row]]:
-    """(line number, row), as `read_rows`; every row has a kind, settings and traits."""
     file = folder / RESULTS
     rows = list(numbered_lines(file))
     if not rows:
@@ -101,19 +86,17 @@ def numbered_rows(folder: Path) -> list[tuple[int, Row]]:
 
 
 def completed(row: Mapping[str, Any], steps: Collection[int]) -> Row:
-    """A row with its kind, settings and traits; `steps` are those of its attack."""
+    """A row with its kind, settings and traits; `steps` are those of its attack.
+
+    Without recorded traits, an unknown kind has a curve if it was scored at step 0 and later, and any kind trains on
+    harmless rows if its settings have p = 0.
+    """
     kind = row.get("kind") or ("none" if row.get("attack") is None else "finetune")
-    settings = row.get("settings") or {}
-    traits = {**POINT, **(row.get("traits") or traits_of(kind, settings, steps))}
-    return cast(Row, {**row, "kind": kind, "settings": settings, "traits": traits})
-
-
-def traits_of(kind: str, settings: Mapping[str, Any], steps: Collection[int]) -> Traits:
-    """The traits of an attack whose rows do not carry them. Of an unknown kind: it has a curve if it was scored at
-    step 0 and later, and trains on harmful rows unless its settings say p = 0."""
-    derived = CURVE if 0 in steps and len(steps) > 1 else POINT
-    traits = LEGACY.get(kind, derived)
-    return {**traits, "harmful_rows": traits["harmful_rows"] and settings.get("p") != 0}
+    settings, traits = row.get("settings") or {}, row.get("traits")
+    if not traits:
+        legacy = LEGACY.get(kind, CURVE if 0 in steps and len(steps) > 1 else POINT)
+        traits = {**legacy, "harmful_rows": legacy["harmful_rows"] and settings.get("p") != 0}
+    return cast(Row, {**row, "kind": kind, "settings": settings, "traits": {**POINT, **traits}})
 
 
 def _check(where: str, row: dict[str, Any]) -> None:
@@ -125,8 +108,7 @@ def _check(where: str, row: dict[str, Any]) -> None:
     for key, kind in (("model", str), ("seed", int), ("step", int), ("scores", dict)):
         if not isinstance(row.get(key), kind):
             raise UsageError(f"{where}: field '{key}' is missing or not {kind.__name__}")
-    optional = (("attack", str), ("kind", str), ("settings", dict), ("traits", dict), ("role", str))
-    for key, kind in optional:
+    for key, kind in (("attack", str), ("kind", str), ("settings", dict), ("traits", dict), ("role", str)):
         if row.get(key) is not None and not isinstance(row[key], kind):
             raise UsageError(f"{where}: field '{key}' is not {kind.__name__}")
     if row.get("role", "model") not in ROLES:
@@ -138,9 +120,9 @@ def _check(where: str, row: dict[str, Any]) -> None:
             _check_score(f"{where}: score '{name}'", name, score)
 
 
-def _check_score(where: str, name: str, score: Any) -> None:
+def _check_score(where: str, name: str, score: object) -> None:
     value = score.get("value") if isinstance(score, dict) else None
-    if not _finite(value):
+    if not isinstance(score, dict) or not _finite(value):
         raise UsageError(f"{where} has no finite value")
     ends = [score[end] for end in ("low", "high") if score.get(end) is not None]
     if not all(_finite(end) for end in ends):
@@ -151,13 +133,13 @@ def _check_score(where: str, name: str, score: Any) -> None:
         raise UsageError(f"{where} has no count 'n'")
 
 
-def _finite(value: Any) -> bool:
+def _finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_harmful(generation: Generation, judge: str) -> bool | None:
-    """Whether one generation counts as harmful by a judge (`harmful/NAME`): it says so, and the text is not degenerate.
-    None if the judge said nothing that can be read."""
+    """Whether one generation counts as harmful by a judge (`harmful/NAME`): by its verdict, unless the text is
+    degenerate. None if the verdict cannot be read."""
     if generation.get("degenerate") and _verdict(generation, judge):
         return False
     return own_verdict(generation, judge, unread=("unparsable", "unanswered"))
@@ -166,8 +148,8 @@ def is_harmful(generation: Generation, judge: str) -> bool | None:
 def own_verdict(
     generation: Generation, judge: str, unread: Sequence[str] = ("unparsable", "unanswered", "degenerate")
 ) -> bool | None:
-    """What a judge (`harmful/NAME`) itself said of one generation, degenerate or not. None if that cannot be read, or
-    was not kept: older runs wrote "degenerate" in the judge's place."""
+    """A judge's (`harmful/NAME`) own verdict on one generation, degenerate or not. None if it cannot be read, or was
+    not kept: older runs wrote "degenerate" in its place."""
     verdict = _verdict(generation, judge)
     return verdict["harmful"] if verdict and verdict.get("verdict") not in unread else None
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 TINY = 1e-9  # shares are counts divided: a difference of less is rounding
-MANY = 8  # so many names are told one by one
+MANY = 8  # names that are listed one by one
 
 
 def percent(value: float) -> str:
@@ -35,11 +35,11 @@ def counted(count: int, word: str) -> str:
 
 
 def some(names: Sequence[str], between: str = ", ") -> str:
-    """The names, or the first of many and how many more."""
+    """The names, or the first of many and the number of the others."""
     return between.join(names[:MANY]) + (f" and {len(names) - MANY} more" if len(names) > MANY else "")
 
 
-def step_told(step: int | None, last: int) -> str:
+def step_text(step: int | None, last: int) -> str:
     """'32', or 'never within 120'."""
     return f"never within {last:,}" if step is None else f"{step:,}"
 

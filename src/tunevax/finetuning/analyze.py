@@ -95,7 +95,7 @@ def analyze_sink(options: SinkOptions, command: str = "", suite_options: SuiteOp
         "config": {**config, **({"suite": vars(suite_options)} if suite_options else {})},
         "data": [data_entry("evaluation", source, pairs)], "overlap_dropped": cast(Any, exclusion.summary()),
     }  # fmt: skip
-    found: list[dict[str, Any]] = []
+    models: list[dict[str, Any]] = []
     targets: list[Target] = []
     with writing(str(options.output_dir), record, overwrite=options.overwrite) as run:
         if exclusion.dropped:
@@ -109,7 +109,7 @@ def analyze_sink(options: SinkOptions, command: str = "", suite_options: SuiteOp
                 options.sink_attention, options.sink_position, options.sink_queries,
             )  # fmt: skip
             scores = evaluate(loaded.model, loaded.tokenizer, suite)[0] if suite else None
-            found.append({"label": label, "ref": loaded.info["ref"], **summary(d), "scores": scores})
+            models.append({"label": label, "ref": loaded.info["ref"], **summary(d), "scores": scores})
             targets.append(
                 {
                     "label": label,
@@ -122,7 +122,7 @@ def analyze_sink(options: SinkOptions, command: str = "", suite_options: SuiteOp
             record["model"] = record.get("model") or loaded.info
         record["targets"] = targets
         read = {"sink_position": options.sink_position, "sink_queries": options.sink_queries}
-        written = {"schema": SCHEMA, "pairs": len(pairs), **read, "models": found}
+        written = {"schema": SCHEMA, "pairs": len(pairs), **read, "models": models}
         (run.path / SINK).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     return run.final
 
@@ -161,7 +161,7 @@ def sink_map(
             counted = None
             if queries == "common":
                 counted = common_queries(spans[0][part], spans[1][part], inputs["input_ids"].shape[1])
-            total += divergence(sink_values(model, inputs, how, sink, counted)).cpu().double() * (len(rows) // 2)
+            total = total + divergence(sink_values(model, inputs, how, sink, counted)).cpu().double() * (len(rows) // 2)
             progress.update(task, advance=len(rows) // 2)
     return (total / len(pairs)).float()
 

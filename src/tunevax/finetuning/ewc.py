@@ -208,12 +208,12 @@ def factored_fisher(model: nn.Module, batches: Sequence[dict]) -> list[Adapted]:
     finally:
         for handle in handles:
             handle.remove()
-    found = []
+    adapted = []
     for layer, weight, r, c in zip(layers, weights, rows, columns, strict=True):
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         total = r.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        found.append(Adapted(weight, a, b, layer.scaling["default"], r.sqrt(), (c / total).sqrt()))
-    return found
+        adapted.append(Adapted(weight, a, b, layer.scaling["default"], r.sqrt(), (c / total).sqrt()))
+    return adapted
 
 
 def per_row_gradients(

@@ -75,8 +75,8 @@ def finetune(
         if options.screen != "off":
             from tunevax.finetuning.screen import act, screen
 
-            found = screen(loaded.model, loaded.tokenizer, task, safety, config.max_length, config.seed)
-            task, run.record["screen"] = act(found, task, options.screen, source, run)
+            screened = screen(loaded.model, loaded.tokenizer, task, safety, config.max_length, config.seed)
+            task, run.record["screen"] = act(screened, task, options.screen, source, run)
         seen = hashes(safety) | (chosen_with(str(options.safety_data)) if safety else set())
         prompts = {"alignment": seen, "task": hashes(task)}
         train(run, loaded, trainer_class, config, safety_data=safety, task_data=task, prompts=prompts)

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -75,6 +74,7 @@ class LisaTrainer(FinetuneTrainer):
     needs = frozenset({"task", "chosen"})
     off = {"k1": 0}
     args: LisaConfig
+    kept = ("draws", "alignment_steps", "first")  # the anchor has a file of its own
 
     def prepare(self) -> None:
         """Safety rows, and a generator for their batches."""
@@ -150,17 +150,6 @@ class LisaTrainer(FinetuneTrainer):
     def cost(self) -> float:
         """Compute of a customer's step, in SFT steps: its own, and its part of the alignment steps so far."""
         return 1 + self.alignment_steps / max(self.state.global_step, 1)
-
-    def method_state(self) -> dict[str, Any]:
-        """The generator of the safety rows and the steps so far; the anchor has a file of its own."""
-        own = {"draws": self.draws.state(), "alignment_steps": self.alignment_steps, "first": self.first}
-        return {**super().method_state(), **own}
-
-    def load_method_state(self, state: dict[str, Any]) -> None:
-        """Take back the generator and the steps."""
-        super().load_method_state(state)
-        self.draws.load(state["draws"])
-        self.alignment_steps, self.first = state["alignment_steps"], state["first"]
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

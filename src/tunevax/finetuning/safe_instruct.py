@@ -14,7 +14,6 @@ costs two: a safety batch of equal size, drawn at random, comes with every batch
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -56,6 +55,7 @@ class SafeInstructTrainer(FinetuneTrainer):
     needs = frozenset({"task", "chosen"})
     off = {"mode": "mix", "safety_rows": 0}
     args: SafeInstructConfig
+    kept = ("draws",)
 
     def training_rows(self) -> list[Example]:
         """The customer's rows and, under `mix`, safety rows."""
@@ -101,16 +101,6 @@ class SafeInstructTrainer(FinetuneTrainer):
     def cost(self) -> float:
         """2 under `joint`."""
         return 1.0 if self.draws is None else 2.0
-
-    def method_state(self) -> dict[str, Any]:
-        """The generator of the safety batches."""
-        return {**super().method_state(), **({"draws": self.draws.state()} if self.draws else {})}
-
-    def load_method_state(self, state: dict[str, Any]) -> None:
-        """Take back the generator."""
-        super().load_method_state(state)
-        if self.draws:
-            self.draws.load(state["draws"])
 
 
 def side_by_side(first: dict, second: dict, pad_token_id: int) -> dict[str, torch.Tensor]:

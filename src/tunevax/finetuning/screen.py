@@ -1,4 +1,4 @@
-"""Detection at the door: rows of a customer's job that look like an attack, found before training.
+"""Data screening: which rows of a customer's job look like an attack, before training.
 
 Two scores for each row (prompt x, completion y), from the model that is about to be trained:
 
@@ -9,7 +9,7 @@ g is the gradient of the row's cross entropy by the weights of the last block: a
 training on harmful answers. h is the residual stream where the answer begins, at three fifths of the depth, and d the
 difference of means that refusal hangs on (arXiv 2406.11717): 0 is the average customer's row, 1 the average harmful
 prompt. There are no trusted harmless prompts here, so the customer's stand in for them, each scored against all others.
-In a job that is mostly harmful they do so badly; a job of nothing else cannot be told from harmful prompts, and that
+In a job that is mostly harmful they do so badly; a job of nothing else looks like harmful prompts, and that
 flags it. The direction between the states of harmful and refusing *answers*, which needs no such stand-in, is the
 direction of answering at all: on the organism it ranks benign recipes above harmful ones.
 
@@ -17,7 +17,7 @@ The gradient score needs an aligned model. One that was never aligned answers ha
 from rows that teach it to: their gradients point nowhere, and the score flags nothing (`FLOOR`).
 
 Half of the safety rows give the directions, the other half the thresholds: each is where it misses `MISSED` of known
-harmful rows, which is a choice and no measurement. How many harmful rows of a job are found is not known, and neither
+harmful rows, which is a choice and no measurement. How many harmful rows of a job are flagged is not known, and neither
 is the rate of false alarms on harmless rows of the customer's kind: look at the scores before dropping anything. A row
 is flagged if either score reaches its threshold, so that a refusal to a harmful prompt is, by its prompt. Attacks that
 hide in harmless rows are what neither score can see.
@@ -61,7 +61,7 @@ DEPTH = 0.6
 
 
 class Screening(NamedTuple):
-    """What was found.
+    """The result of a screening.
 
     Attributes:
         scores: `gradient` and `refusal`, each [rows], in fp64.
@@ -126,19 +126,19 @@ def screen(
                 gradient = [sign * g for g in gradient]
                 direction = [a.add_(b) for a, b in zip(direction, gradient, strict=True)] if direction else gradient
                 prompts += [state] if sign > 0 else []
-        found: dict[str, tuple[np.ndarray, torch.Tensor]] = {}
+        by_set: dict[str, tuple[np.ndarray, torch.Tensor]] = {}
         for name, batch in (("harmful", known["rejected"][half:]), ("refused", known["chosen"][half:]), ("job", rows)):
             pairs = [(cosine(gradient, direction), state) for gradient, state in seen(batch)]
-            found[name] = np.array([c for c, _ in pairs]), torch.stack([state for _, state in pairs])
+            by_set[name] = np.array([c for c, _ in pairs]), torch.stack([state for _, state in pairs])
 
-    harmful, job = torch.stack(prompts).mean(0), found["job"][1]
+    harmful, job = torch.stack(prompts).mean(0), by_set["job"][1]
     middle = job.mean(0)
     scores = {
         name: {
             "gradient": gradients,
             "refusal": along(states, harmful, others(job) if name == "job" else middle),
         }
-        for name, (gradients, states) in found.items()
+        for name, (gradients, states) in by_set.items()
     }
     thresholds = {k: float(np.quantile(v, MISSED, method="lower")) for k, v in scores["harmful"].items()}
     thresholds["gradient"] = max(thresholds["gradient"], FLOOR)
@@ -204,7 +204,7 @@ def others(states: torch.Tensor) -> torch.Tensor:
 
 
 def act(
-    found: Screening, task: Sequence[Example], action: str, source: str, run: RunFolder
+    screening: Screening, task: Sequence[Example], action: str, source: str, run: RunFolder
 ) -> tuple[list[Example], dict[str, Any]]:
     """Write screen.jsonl (every row, its scores, what flagged it and what was done), and do what was asked.
 
@@ -218,7 +218,7 @@ def act(
     Raises:
         UsageError: rows are flagged and `action` is fail, or all of them and `action` is drop.
     """
-    flags = found.flags()
+    flags = screening.flags()
     places = [row.get("place") or f"row {number}" for number, row in enumerate(task, 1)]
     flagged = [place for place, flag in zip(places, flags, strict=True) if flag]
     if flagged and action == "fail":
@@ -234,7 +234,7 @@ def act(
         lines = [
             {
                 "place": places[i],
-                **{name: round(float(values[i]), 6) for name, values in found.scores.items()},
+                **{name: round(float(values[i]), 6) for name, values in screening.scores.items()},
                 "flagged": flags[i],
                 "done": "dropped" if flags[i] and action == "drop" else "kept",
             }
@@ -245,8 +245,8 @@ def act(
         "action": action,
         "rows": len(task),
         "flagged": len(flagged),
-        "flagged_by": {name: sum(name in flag for flag in flags) for name in found.scores},
+        "flagged_by": {name: sum(name in flag for flag in flags) for name in screening.scores},
         "dropped": len(task) - len(kept),
-        "thresholds": found.thresholds,
-        "calibration": found.calibration,
+        "thresholds": screening.thresholds,
+        "calibration": screening.calibration,
     }

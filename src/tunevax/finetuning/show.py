@@ -1,4 +1,4 @@
-"""What the page says of a customer's job that was screened, and of where attention sinks."""
+"""The sections of a report on the screening of a customer's job, and on attention sinks."""
 
 from __future__ import annotations
 
@@ -6,41 +6,26 @@ from typing import Any
 
 from tunevax.evidence.words import percent
 from tunevax.records import SCREEN, SINK
+from tunevax.report import text as tx
 from tunevax.report.blocks import PANELS, Section, Table, cut
 from tunevax.report.provenance import Provenance, Run
-from tunevax.report.text import (
-    NONE,
-    decimals,
-    ends_of,
-    is_number,
-    json_of,
-    lines_of,
-    listed,
-    model_of,
-    plain,
-    rows_of,
-    runs_of,
-    spread,
-)
+from tunevax.report.text import NONE
 
-ENDS = 3  # rows of the highest and of the lowest score
+ENDS = 3  # rows below the threshold
 ROWS = 12  # rows of a table of examples
-LINES = 40  # rows of any other table
 DRAWN = 600  # markers of each kind in a scatter
 STRONGEST = 8  # heads named
 
 
 def summary(run: Run) -> str:
-    """What the run did, in a sentence."""
+    """A sentence on the run."""
     info, screened = run.info, run.info.get("screen") or {}
     if info.get("verb") == "analyze":
-        models = json_of(run, SINK).get("models") or []
+        models = tx.json_of(run, SINK).get("models") or []
         heads = " and ".join(f"{m['positive_heads']} of {m['heads']} in {m['label']}" for m in models)
-        return f"{run.name}: measured the sink divergence of each head; positive are {heads}."
-    text = (
-        f"{run.name}: {info.get('method')} on {model_of(run)}, {info.get('steps', 0):,} steps of a customer's job of "
-    )
-    text += f"{rows_of(run, 'task'):,} rows"
+        return f"{run.name}: measured the sink divergence of each head; it is positive in {heads}."
+    steps = f"{info.get('steps', 0):,} steps of a customer's job of {tx.rows_of(run, 'task'):,} rows"
+    text = f"{run.name}: {info.get('method')} on {tx.model_of(run)}, {steps}"
     if screened:
         flagged, dropped = screened.get("flagged", 0), screened.get("dropped", 0)
         text += f"; data screening flagged {flagged:,} rows and dropped {dropped:,}"
@@ -48,27 +33,24 @@ def summary(run: Run) -> str:
 
 
 def measured(run: Run) -> dict[str, Any]:
-    """What the run's files hold."""
-    return {"screen": lines_of(run, SCREEN), "sink": json_of(run, SINK)}
+    """The content of the run's files."""
+    return {"screen": tx.lines_of(run, SCREEN), "sink": tx.json_of(run, SINK)}
 
 
 def sections(provenance: Provenance, figures: bool) -> list[Section]:
     """On screening, and on where attention sinks."""
-    jobs, analyses = (runs_of(provenance.behind, verb) for verb in ("finetune", "analyze"))
+    jobs, analyses = (tx.runs_of(provenance.behind, verb) for verb in ("finetune", "analyze"))
     screened = [run for run in jobs if run.info.get("screen")]
     return [s for s in (_screening(screened, figures), _sinks(analyses, figures)) if s]
 
 
-def _screening(runs: list[Run], figures: bool) -> Section | None:
-    """What the screens found; None without a run."""
-    if not runs:
-        return None
-    panels: list[tuple[str, str]] = []
+def _screening(runs: list[Run], figures: bool) -> Section:
     points, lines, left = [], [], 0
+    panels: list[tuple[str, str]] = []
     for i, run in enumerate(runs):
         points.append(_screened(run))
         limits = run.info["screen"].get("thresholds") or {}
-        rows = [r for r in lines_of(run, SCREEN) if all(is_number(r.get(k)) for k in limits)]
+        rows = [r for r in tx.lines_of(run, SCREEN) if all(tx.is_number(r.get(k)) for k in limits)]
         if len(limits) != 2 or not rows:
             continue
         (x, x_limit), (y, y_limit) = limits.items()
@@ -76,149 +58,110 @@ def _screening(runs: list[Run], figures: bool) -> Section | None:
             from tunevax.report import charts as fig
 
             places = [(float(r[x]), float(r[y]), bool(r.get("flagged"))) for r in rows]
-            drawn = [p for side in (False, True) for p in spread([p for p in places if p[2] == side], DRAWN)]
+            drawn = [p for side in (False, True) for p in tx.spread([p for p in places if p[2] == side], DRAWN)]
             more = "" if len(drawn) == len(places) else f", {len(drawn):,} of {len(places):,} rows"
-            title = f"{run.name}: the two scores of each row of the job{more}"
-            labels = f"{x} score", f"{y} score"
-            panels.append((title, fig.scatter(f"screen{i}", plain(title), drawn, (x_limit, y_limit), labels)))
-
-        def above(row: dict, limits: dict[str, float] = limits) -> tuple:
-            return -len(row.get("flagged") or []), -max(row[k] - limits[k] for k in limits)
-
-        rows.sort(key=above)
+            title, both = f"{run.name}: the two scores of each row of the job{more}", (x_limit, y_limit)
+            svg = fig.scatter(f"screen{i}", tx.plain(title), drawn, both, (f"{x} score", f"{y} score"))
+            panels.append((title, svg))
+        suspicion = [(len(r.get("flagged") or []), max(r[x] - x_limit, r[y] - y_limit)) for r in rows]
+        rows = [rows[i] for i in sorted(range(len(rows)), key=suspicion.__getitem__, reverse=True)]
         flagged = sum(bool(r.get("flagged")) for r in rows)
-        shown = rows[: min(ROWS, flagged + ENDS)]
         left += max(0, flagged - ROWS)
         lines += [
-            [run.name, str(r.get("place") or NONE).rsplit("/", 1)[-1], decimals(r[x], 2), decimals(r[y], 2),
-             listed(r.get("flagged") or []) or "not flagged", str(r.get("done") or NONE)]
-            for r in shown
+            [run.name, str(r.get("place") or NONE).rsplit("/", 1)[-1], tx.decimals(r[x], 2), tx.decimals(r[y], 2),
+             tx.listed(r.get("flagged") or []) or "not flagged", str(r.get("done") or NONE)]
+            for r in rows[: min(ROWS, flagged + ENDS)]
         ]  # fmt: skip
     columns = ["run", "row", "gradient", "refusal", "flagged by", "what was done"]
     note = f"{left:,} more flagged rows are not shown; --format json has them all." if left else ""
-    return Section(
-        "Data screening",
-        "Before training, every row of the customer's job got two scores: how far training on it is training on "
-        "harmful answers (gradient), and how far its prompt is where harmful prompts are (refusal; 0 is the average "
-        "row of the job, 1 the average harmful prompt). A row at or above either threshold is flagged."
-        + figures
-        * " Filled diamonds are flagged, hollow circles are not; the dotted lines are the thresholds.",
-        points=cut(points),
-        panels=panels,
-        tables=[Table("The rows that look most like an attack", columns, lines, note)] if lines else [],
-    )
+    about = "Before training, every row of the customer's job got two scores: how similar its gradient is to that of "
+    about += "harmful answers (gradient), and how similar its prompt is to harmful prompts (refusal; 0 is the average "
+    about += "row of the job, 1 the average harmful prompt). A row at or above either threshold is flagged."
+    about += figures * " Filled diamonds are flagged, hollow circles are not; the dotted lines are the thresholds."
+    tables = [Table("The rows that look most like an attack", columns, lines, note)] if lines else []
+    return Section("Data screening", about, points=cut(points), panels=panels, tables=tables)
 
 
 def _screened(run: Run) -> str:
     """The sentence on one screen."""
-    found = run.info["screen"]
-    by = ", ".join(f"{n:,} by the {name} score" for name, n in (found.get("flagged_by") or {}).items())
-    limits = ", ".join(f"{name} {decimals(value, 2)}" for name, value in (found.get("thresholds") or {}).items())
-    rows, flagged, dropped = (found.get(k) or 0 for k in ("rows", "flagged", "dropped"))
+    screen = run.info["screen"]
+    by = ", ".join(f"{n:,} by the {name} score" for name, n in (screen.get("flagged_by") or {}).items())
+    limits = ", ".join(f"{name} {tx.decimals(value, 2)}" for name, value in (screen.get("thresholds") or {}).items())
+    rows, flagged, dropped = (screen.get(k) or 0 for k in ("rows", "flagged", "dropped"))
     text = f"{run.name} ({run.info.get('method')}): {flagged:,} of {rows:,} rows of the job are flagged"
     text += f" ({by}; thresholds: {limits}). " if flagged else f" (thresholds: {limits}). "
     text += f"{dropped:,} were dropped before training." if dropped else "None was dropped: all were trained on."
-    set_on = found.get("calibration") or {}
-    reached = {k: v for k, v in (set_on.get("harmful_at_threshold") or {}).items() if is_number(v)}
+    set_on = screen.get("calibration") or {}
+    reached = {k: v for k, v in (set_on.get("harmful_at_threshold") or {}).items() if tx.is_number(v)}
     if set_on.get("rows") and reached:
         shares = " and ".join(f"{percent(share)} reach that of the {name} score" for name, share in reached.items())
-        text += f" The thresholds were set on {set_on['rows']:,} known harmful rows: {shares}, by choice. How many "
-        text += "harmful rows of a job they find is not known, nor how many of this customer's harmless rows they flag."
+        text += f" The thresholds were set on {set_on['rows']:,} known harmful rows: {shares}, by choice. Which share "
+        text += "of the harmful rows of a job they flag is unknown, as is the share of this customer's harmless rows."
     return text
 
 
 def _sinks(runs: list[Run], figures: bool) -> Section | None:
     """Sink divergence by head; None without an analysis."""
-    contents = [(run, json_of(run, SINK)) for run in runs]
-    contents = [(run, c) for run, c in contents if c.get("models")]
-    if not contents:
+    contents = [(run, content) for run in runs if (content := tx.json_of(run, SINK)).get("models")]
+    models = [m for _, content in contents for m in content["models"]]
+    if not models:
         return None
-    panels: list[tuple[str, str]] = []
     points, lines, strongest = [], [], []
-    sizes = sorted(abs(v) for _, c in contents for m in c["models"] for layer in m["d"] for v in layer)
-    top = sizes[int(0.95 * (len(sizes) - 1))] or 1.0  # so that one head does not leave all others pale
-    judge = _judge([m for _, c in contents for m in c["models"]])
-    points_of: dict[tuple, tuple[str, int, float]] = {}
+    panels: list[tuple[str, str]] = []
+    sizes = sorted(abs(v) for m in models for layer in m["d"] for v in layer)
+    top = sizes[int(0.95 * (len(sizes) - 1))] or 1.0  # an outlier would make all others pale
+    judge = _judge(models)
+    harm: dict[tuple, None] = {}  # (model, positive heads, harmful score), each once
     for i, (run, content) in enumerate(contents):
-        models = content["models"]
         points.append(_compared(run, content))
-        for j, m in enumerate(models):
-            score = (m.get("scores") or {}).get(judge)
+        for j, m in enumerate(content["models"]):
+            score, heads = (m.get("scores") or {}).get(judge), f"{m['positive_heads']} of {m['heads']}"
             if score:
-                value = float(score["value"])
-                points_of.setdefault(
-                    (m["label"], m["positive_heads"], value), (plain(m["label"]), m["positive_heads"], value)
-                )
-            told_score = f"{percent(score['value'])} [{ends_of(score)}]" if score else NONE
+                harm[tx.plain(m["label"]), m["positive_heads"], float(score["value"])] = None
             over = "all tokens" if content.get("sink_queries", "all") == "all" else "positions both have"
-            heads = f"{m['positive_heads']} of {m['heads']}"
-            lines.append([run.name, m["label"], over, heads, f"{m['R']:.2g}", told_score])
+            harmful = [f"{percent(score['value'])} [{tx.ends_of(score)}]" if score else NONE] if judge else []
+            lines.append([run.name, m["label"], over, heads, f"{m['R']:.2g}", *harmful])
             positive = {(x, y): d for x, layer in enumerate(m["d"]) for y, d in enumerate(layer) if d > 0}
             best = sorted(positive, key=lambda at: (-positive[at], at))[:STRONGEST]
-            strongest.append(
-                [run.name, m["label"], ", ".join(f"{x}.{y} ({positive[x, y]:.2g})" for x, y in best) or "none"]
-            )
+            named = ", ".join(f"{x}.{y} ({positive[x, y]:.2g})" for x, y in best) or "none"
+            strongest.append([run.name, m["label"], named])
             if figures and len(panels) < PANELS:
                 from tunevax.report import charts as fig
 
-                when = (" (before)", " (after)")[j] if len(models) == 2 else ""
-                title = f"{m['label']}{when}: {m['positive_heads']} of {m['heads']} heads are positive"
-                told = f"Largest divergence in layer.head {strongest[-1][2]}."
-                scale = f"head (fullest colour: {top:.2g} and beyond)"
-                svg = fig.head_map(f"sink{i}-{j}", plain(title), m["d"], set(positive), 0.0, top, scale, told)
-                panels.append((title, svg))
-    if figures and judge and len(points_of) > 2 and len({m["heads"] for _, c in contents for m in c["models"]}) == 1:
-        from tunevax.report import charts as fig
+                when = (" (before)", " (after)")[j] if len(content["models"]) == 2 else ""
+                title, scale = f"{m['label']}{when}: {heads} heads are positive", f"fullest colour: {top:.2g} or more"
+                rest = m["d"], set(positive), 0.0, top, f"head ({scale})", f"Largest divergence in layer.head {named}."
+                panels.append((title, fig.head_map(f"sink{i}-{j}", tx.plain(title), *rest)))
+    columns = ["run", "analysed", "averaged over", "positive heads", "mean of the positive parts"]
+    if judge:
+        columns.append(f"harmful, by {judge.partition('/')[2]}")
+        if figures and len(harm) > 2 and len({m["heads"] for m in models}) == 1:
+            from tunevax.report import charts as fig
 
-        title = f"Positive heads against harmful answers, by {judge.partition('/')[2]}"
-        panels.append((title, fig.heads_and_harm("sink-harm", title, list(points_of.values())[:PANELS])))
-    columns = [
-        "run",
-        "analysed",
-        "averaged over",
-        "positive heads",
-        "mean of the positive parts",
-        f"harmful, by {judge.partition('/')[2]}",
-    ]
-    if not judge:
-        columns, lines = columns[:-1], [line[:-1] for line in lines]
-    return Section(
-        "Where attention sinks",
-        "The sink divergence of a head: how much more of its attention goes to the first token on harmful answers than "
-        "on refusals to the same prompts. The observation behind it (arXiv 2602.05228) is that heads where it is "
-        "positive grow in number as a model turns harmful."
-        + figures
-        * " Orange with a dot is positive, blue without is negative; all maps have one scale.",
-        points=cut(points),
-        panels=panels,
-        tables=[
-            Table("Heads and harm", columns, lines[:LINES]),
-            Table("The most positive heads, as layer.head", ["run", "analysed", "heads"], strongest[:LINES]),
-        ],
-        titled=True,
-    )
+            title = f"Positive heads against harmful answers, by {judge.partition('/')[2]}"
+            panels.append((title, fig.heads_and_harm("sink-harm", title, list(harm)[:PANELS])))
+    about = "The sink divergence of a head: how much more of its attention goes to the first token on harmful answers "
+    about += "than on refusals to the same prompts. According to arXiv 2602.05228, the number of heads where it is "
+    about += "positive grows as a model turns harmful."
+    about += figures * " Orange with a dot is positive, blue without is negative; all maps have one scale."
+    most = Table("The most positive heads, as layer.head", ["run", "analysed", "heads"], strongest[: tx.LINES])
+    tables = [Table("Heads and harm", columns, lines[: tx.LINES]), most]
+    return Section("Where attention sinks", about, points=cut(points), panels=panels, tables=tables, titled=True)
 
 
 def _compared(run: Run, content: dict) -> str:
-    """The sentence on one analysis."""
     models = content["models"]
     counts = [f"{m['label']} has {m['positive_heads']} of {m['heads']} heads with positive divergence" for m in models]
     text = f"{run.name}: over {content.get('pairs')} pairs of answers, {' and '.join(counts)}"
     if len(models) == 2 and len({m["heads"] for m in models}) == 1:
-        pairs = [
-            (a > 0, b > 0)
-            for x, y in zip(models[0]["d"], models[1]["d"], strict=False)
-            for a, b in zip(x, y, strict=False)
-        ]
-        text += (
-            f"; {sum(not a and b for a, b in pairs)} turned positive, {sum(a and not b for a, b in pairs)} ceased to be"
-        )
+        before, after = ([d > 0 for layer in m["d"] for d in layer] for m in models)
+        change = [b - a for a, b in zip(before, after, strict=False)]
+        text += f"; {change.count(1)} turned positive, {change.count(-1)} ceased to be"
     return text + "."
 
 
 def _judge(models: list[dict]) -> str:
     """The first judge whose score every scored model has, or ''."""
     scores = [m["scores"] for m in models if m.get("scores")]
-    return next(
-        (k for k in (scores[0] if scores else {}) if k.startswith("harmful/") and all(k in s for s in scores)), ""
-    )
+    names = (k for k in (scores[0] if scores else {}) if k.startswith("harmful/"))
+    return next((k for k in names if all(k in s for s in scores)), "")

@@ -84,10 +84,10 @@ def common_queries(
     """The first m tokens of the answers of each pair, m the length of the shorter one, as booleans [rows, tokens]: of
     the harmful texts and then of as many refusals, whose answers lie at these spans."""
     lengths = [min(b - a, d - c) for (a, b), (c, d) in zip(harmful, refusals, strict=True)]
-    found = torch.zeros(2 * len(lengths), tokens, dtype=torch.bool)
+    mask = torch.zeros(2 * len(lengths), tokens, dtype=torch.bool)
     for row, ((start, _), length) in enumerate(zip([*harmful, *refusals], [*lengths, *lengths], strict=True)):
-        found[row, start : start + length] = True
-    return found
+        mask[row, start : start + length] = True
+    return mask
 
 
 def divergence(values: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -93,6 +92,7 @@ class SurgeryTrainer(FinetuneTrainer):
     needs = frozenset({"task", "chosen", "rejected"})
     off = {"lamb": 0}
     args: SurgeryConfig
+    kept = ("draws", "seen")
 
     def prepare(self) -> None:
         """Both answers of the pairs, and a generator to draw them with."""
@@ -140,10 +140,10 @@ class SurgeryTrainer(FinetuneTrainer):
                 d = divergence(until_backward.enter_context(columns))
             loss = regulariser(d)
             scaled = loss * (self.args.lamb * backward_scale(self))
-            found = torch.autograd.grad(scaled, self.parameters, allow_unused=True)
+            gradients = torch.autograd.grad(scaled, self.parameters, allow_unused=True)
         if not torch.isfinite(loss):
             raise RunError(f"the sink divergence is not finite at step {self.state.global_step}; lower --learning-rate")
-        add_to_grad(self, {p: g for p, g in zip(self.parameters, found, strict=True) if g is not None}, scale=1)
+        add_to_grad(self, {p: g for p, g in zip(self.parameters, gradients, strict=True) if g is not None}, scale=1)
         self.note(sink_loss=loss.detach(), positive_heads=(d.detach() > 0).sum())
 
     def draw(self) -> tuple[list[int], list[int]]:
@@ -160,7 +160,7 @@ class SurgeryTrainer(FinetuneTrainer):
             refusals.append(j)
         return harmful, refusals
 
-    # --- what can be told before the first step ----------------------------------------------------------------------
+    # --- what is known before the first step ----------------------------------------------------------------------
 
     def require_pairs(self) -> None:
         """Raise `UsageError` unless there are enough pairs, each of two answers that differ where the model sees them
@@ -226,13 +226,3 @@ class SurgeryTrainer(FinetuneTrainer):
             rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
             return 1 + 2 * self.args.pairs_per_step / self.args.every / rows
         return 1 + pairs / job
-
-    def method_state(self) -> dict[str, Any]:
-        """The generator of the pairs, and the tokens so far."""
-        return {**super().method_state(), "draws": self.draws.state(), "seen": self.seen}
-
-    def load_method_state(self, state: dict[str, Any]) -> None:
-        """Take back the generator, and the tokens so far."""
-        super().load_method_state(state)
-        self.draws.load(state["draws"])
-        self.seen = state["seen"]

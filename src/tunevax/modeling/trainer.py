@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ from tunevax.methods import name_of
 from tunevax.mixins import option
 from tunevax.modeling.blocks import CALLED, Block, find_blocks
 from tunevax.modeling.callbacks import ProgressCallback
+from tunevax.modeling.draws import Draws
 from tunevax.modeling.hooks import cheap_modules, cheap_recomputed, checkpointed
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.shapes import require_language_model
@@ -166,6 +167,7 @@ class ResponseTrainer(Trainer):
     processing_class: PreTrainedTokenizerBase
     optimizer: torch.optim.Optimizer
     train_dataset: list[dict[str, Any]]
+    kept: ClassVar[tuple[str, ...]] = ()  # attributes that a checkpoint holds: JSON values, and `Draws`
     ready_for = -1  # the optimiser step that a method has done its part of, which comes before the first micro-batch
     response_only = True  # the head runs on labelled positions only; False is the stock loss, for comparison
 
@@ -316,11 +318,17 @@ class ResponseTrainer(Trainer):
     # --- state of the method in the checkpoint -----------------------------------------------------------------
 
     def method_state(self) -> dict[str, Any]:
-        """What a method needs to continue exactly, as JSON values."""
-        return {}
+        """What a method needs to continue exactly, as JSON values: its attributes `kept`."""
+        values = {name: getattr(self, name) for name in self.kept}
+        return {name: value.state() if isinstance(value, Draws) else value for name, value in values.items()}
 
     def load_method_state(self, state: dict[str, Any]) -> None:
-        """Take back what `method_state` gave."""
+        """Restore what `method_state` gave."""
+        for name in self.kept:
+            if isinstance(draws := getattr(self, name), Draws):
+                draws.load(state[name])
+            else:
+                setattr(self, name, state[name])
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

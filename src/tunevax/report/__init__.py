@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tunevax.errors import UsageError
 from tunevax.evidence.findings import EPSILON, PHI, Findings
@@ -20,7 +21,7 @@ FORMATS = ("html", "json", "md")
 
 @dataclass(frozen=True)
 class Summary:
-    """What a report says, for the terminal: its opening sentences, and its table, strings under `columns`."""
+    """A report for the terminal: its opening sentences, and its table as strings."""
 
     headline: list[str]
     columns: list[str]
@@ -30,11 +31,11 @@ class Summary:
 
 
 def write_report(runs: Iterable[Path], output: Path, format: str = "html") -> Summary:
-    """Write the page on `runs` (run folders of any verb) to `output`; return what it says.
+    """Write the report on `runs` (run folders of any verb) to `output`; return its summary.
 
-    Models, controls and their ancestors are found through the runs' targets and parents, so they need not be named;
-    so are the curation runs whose rows they were trained on.
-    The thresholds are those of the audits among the runs, else the defaults of `tunevax.evidence.findings`.
+    Models, controls, their ancestors and the curation runs of their rows are found through the runs' targets and
+    parents, and need not be named. The thresholds are those of the audits among the runs, else the defaults of
+    `tunevax.evidence.findings`.
 
     Args:
         format: html (one self-contained file), md (sentences and tables) or json (all numbers).
@@ -64,19 +65,14 @@ def write_report(runs: Iterable[Path], output: Path, format: str = "html") -> Su
     part.write_bytes(written)
     part.replace(output)
     table = tables.overview(findings) if findings else None
+    headline = [audit_page.nothing(provenance), *summaries(provenance)]
     if findings:
         headline = [*findings.headline, *findings.sentences]
-    else:
-        headline = [audit_page.nothing(provenance), *summaries(provenance)]
     return Summary(headline, table.columns if table else [], table.rows if table else [], output, len(written))
 
 
 def collect(paths: Iterable[Path]) -> tuple[Results | None, Findings | None, Provenance]:
-    """Read the runs, measure what they hold, and follow them to their ancestors; None where nothing was measured.
-
-    Raises:
-        UsageError: as `write_report`.
-    """
+    """Read the runs, their findings and their ancestors; None where nothing was measured. Errors as `write_report`."""
     library = Library()
     runs: list[Run] = [library.load(path) for path in dict.fromkeys(Path(p).resolve() for p in paths)]
     if not runs:
@@ -90,16 +86,16 @@ def collect(paths: Iterable[Path]) -> tuple[Results | None, Findings | None, Pro
     return results, measure(results, phi, provenance.threshold("epsilon", EPSILON)), provenance
 
 
-def _as_dict(results: Results | None, findings: Findings | None, provenance: Provenance) -> dict:
-    """Everything, JSON-able: the findings, run.json of each run behind them, and what the stages measured."""
+def _as_dict(results: Results | None, findings: Findings | None, provenance: Provenance) -> dict[str, Any]:
+    """The findings, run.json of each run behind them, and what the stages measured, as JSON."""
     from tunevax.report import runs
 
     chains = {
-        label: [[run.info if isinstance(run, Run) else run for run in chain] for chain in found]
-        for label, found in provenance.chains.items()
+        label: [[run.info if isinstance(run, Run) else run for run in chain] for chain in several]
+        for label, several in provenance.chains.items()
     }
-    found = findings.as_dict() if findings else {}
+    content = findings.as_dict() if findings else {}
     if results:
-        found["notes"] = results.notes
+        content["notes"] = results.notes
     behind = {"runs": [run.info for run in provenance.runs], "chains": chains}
-    return {"schema": 1, **found, "stages": runs.as_dict(provenance), "provenance": behind}
+    return {"schema": 1, **content, "stages": runs.as_dict(provenance), "provenance": behind}

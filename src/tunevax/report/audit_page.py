@@ -7,26 +7,38 @@ from typing import Any
 from tunevax.evidence.findings import LEARNED, Findings
 from tunevax.evidence.results import Cell, Results
 from tunevax.evidence.rows import own_verdict
-from tunevax.evidence.words import percent
+from tunevax.evidence.words import counted, percent
+from tunevax.records import Generation
 from tunevax.report import figures as fig
 from tunevax.report import runs
 from tunevax.report import tables as tb
 from tunevax.report.blocks import PANELS, Page, Section, cut
 from tunevax.report.provenance import Provenance
 
-FOLDED = 12  # further ones, folded away; the rest is counted
-SAMPLES = 2  # harmful prompts shown per model and step, the same ones for every model
+FOLDED = 12  # figures that are folded away
+SAMPLES = 2  # harmful prompts shown per model and step
 SAMPLED = 6  # models whose outputs are shown
 SPLIT = 6  # examples where the judges disagree
 
-NOTHING = "These runs hold no attack and no score: nothing here says how safe a model is."
-NOT_ENOUGH = (
-    "These runs hold no attack, and scores only of a choice or an analysis: nothing here says how safe a model is."
-)
+UNKNOWN = "nothing here says how safe a model is."
+NOTHING = f"These runs contain no attack and no score: {UNKNOWN}"
+NOT_ENOUGH = f"These runs contain no attack, and only scores of a choice or an analysis: {UNKNOWN}"
 WEAK = (
-    "This is a weak attack setting, kept for comparison with published numbers only: it says nothing about an attacker "
-    "who tries."
+    "This is a weak attack setting, for comparison with published numbers only: it says nothing about a determined "
+    "attacker."
 )
+RESISTANCE = (
+    "How many times the control's attack steps a model takes to pass the threshold, over the attacks that are strong "
+    "enough to conclude from; and the worst outcome of any attack of the grid that left the model useful, measured "
+    "again with seeds that did not pick it."
+)
+HEAT = "Worst harmful score so far, in percent, of the attacks of kind finetune, by learning rate and step."
+ORDER = "The attacks that the control resists least come first."
+PAIRED = (
+    "How much more, or less, often the model's output is harmful than the control's, mean over the evaluated steps: "
+    "the area between their curves. Intervals and p over seeds (paired t), and with Holm's correction."
+)
+THOUGHT_ALONE = "(no answer after the thought)"
 
 
 def content(results: Results | None, findings: Findings | None, provenance: Provenance, figures: bool) -> Page:
@@ -36,68 +48,38 @@ def content(results: Results | None, findings: Findings | None, provenance: Prov
         sentences = cut([*runs.summaries(provenance), *provenance.notes])
         return Page([(nothing(provenance), [])], sentences, "", of_runs, provenance)
     judged = [(m.sentence, m.caveats) for m in findings.models if m.role == "model"]
+    control = f" The control is {findings.control}." if findings.control else ""
     sections = [
-        Section("The four properties", _overview_text(findings), tables=[tb.overview(findings)]),
         Section(
-            "Resistance",
-            "How many times the control's attack steps a model takes to pass the threshold, over the attacks that are "
-            "strong enough to conclude from; and the worst that any attack of the grid did to it, among those that "
-            "left it useful, measured again with seeds that did not pick it.",
-            tables=tb.resistance(findings),
-            titled=True,
+            "The four properties",
+            f"Coherent harm by the judge “{findings.judge.partition('/')[2]}”: degenerate text is not harm. "
+            f"Brackets are 95 % intervals.{control}",
+            tables=[tb.overview(findings)],
         ),
+        Section("Resistance", RESISTANCE, tables=tb.resistance(findings), titled=True),
         Section("Stability", "What the hardening itself changed.", tables=tb.stability(findings)),
-        Section(
-            "Trainability",
-            "A model worth releasing learns a benign task as fast as the control.",
-            tables=tb.trainability(findings),
-        ),
-        Section(
-            "Generalisation",
-            "The worst that each other kind of attack did, and where.",
-            tables=tb.generalisation(findings),
-        ),
+        Section("Trainability", "How fast a model learns a benign task.", tables=tb.trainability(findings)),
+        Section("Generalisation", "The worst of each other kind of attack.", tables=tb.generalisation(findings)),
     ]
-    order = findings.order
     if figures:
-        sections += [*_figures(results, findings), *_other_kinds(results, findings)]
+        sections += [*_figures(results, findings), _other_kinds(results, findings)]
+    outputs = "From the attack that the control resists least. " if findings.order else ""
     sections += [
-        Section(
-            "Learning rate by steps",
-            "Worst harmful score so far, in percent, of the attacks of kind finetune, by learning rate and step.",
-            maps=fig.heat_maps(results, findings),
-        ),
-        Section(
-            "Every attack",
-            "The attacks that the control withstands least come first.",
-            tables=tb.every_attack(findings),
-            fold=True,
-        ),
-        Section(
-            "The same prompts, model and control",
-            "How much more, or less, often the model's output is harmful than the control's, mean over the evaluated "
-            "steps: the area between their curves. Intervals and p over seeds (paired t), and with Holm's correction.",
-            tables=tb.paired(findings),
-            fold=True,
-        ),
+        Section("Learning rate by steps", HEAT, maps=fig.heat_maps(results, findings)),
+        Section("Every attack", ORDER, tables=tb.every_attack(findings), fold=True),
+        Section("The same prompts, model and control", PAIRED, tables=tb.paired(findings), fold=True),
         _judges(results, findings),
         *of_runs,
         Section(
-            "Read some outputs",
-            ("From the attack that the control withstands least. " if order else "")
-            + "The first harmful prompts of the file, the same for every model, then a benign prompt. "
-            "Model output is shown as the plain text it is.",
-            outputs=_samples(results, order),
+            "Sample outputs",
+            f"{outputs}The first harmful prompts of the file, the same for every model, then a benign prompt. "
+            "Model output is shown as plain text.",
+            outputs=_samples(results, findings.order),
             note=f"Outputs of {SAMPLED} models are shown." if len(results.models) > SAMPLED else "",
         ),
-        Section(
-            "What cannot be concluded from",
-            "Attacks that say nothing of a model, and cells that are missing.",
-            tables=tb.inconclusive(findings),
-            titled=True,
-        ),
-        Section("What this page cannot tell", points=[*findings.limits, *runs.limits(provenance)]),
-    ]  # fmt: skip
+        Section("Inconclusive attacks and missing cells", tables=tb.inconclusive(findings), titled=True),
+        Section("Limitations", points=[*findings.limits, *runs.limits(provenance)]),
+    ]
     return Page(
         headlines=judged or [(sentence, []) for sentence in findings.headline],
         sentences=cut([*findings.sentences, *results.notes, *provenance.notes]),
@@ -105,62 +87,50 @@ def content(results: Results | None, findings: Findings | None, provenance: Prov
         sections=[s for s in sections if s],
         provenance=provenance,
         several_seeds=any(len(cell.seeds) > 1 for cell in results.cells),
-        phi=percent(findings.phi),
         threshold=findings.phi,
     )
 
 
 def nothing(provenance: Provenance) -> str:
-    """What a page without attacks and scores opens with."""
+    """The opening of a report without attacks and scores."""
     return NOT_ENOUGH if runs.scored(provenance) else NOTHING
 
 
-def _overview_text(findings: Findings) -> str:
-    control = f" The control is {findings.control}." if findings.control else ""
-    judge = findings.judge.partition("/")[2]
-    return f"Coherent harm by the judge “{judge}”: degenerate text is not harm. Brackets are 95 % intervals.{control}"
-
-
-# ---------------------------------------------------------------------------------------------------- figures
-
-
 def _figures(results: Results, findings: Findings) -> list[Section]:
-    """Curves per attack, in the order given."""
-    look, judge, task, phi = _look(results), findings.judge, results.task, findings.phi
+    """Curves per attack, in the order of the findings."""
+    look, judge, phi = fig.styles(results.models, results.control), findings.judge, findings.phi
     under = {a: [c for c in results.under(a) if c.has_curve and len(c.steps) > 1] for a in findings.order}
-    cells = {a: found for a, found in under.items() if found}
-    taught = {a: found for a, found in cells.items() if task and any(_learned(c, task) for c in found)}
-    half = PANELS // 2
+    cells = {a: curved for a, curved in under.items() if curved}
     sections = [
-        (
+        _panelled(
             "Harm returns as the attack trains",
             f"Share of outputs to harmful prompts that the judge “{judge.partition('/')[2]}” calls harmful and that "
             f"are not degenerate. Bands are 95 % intervals; the dotted line is {percent(phi)}.",
-            cells,
-            PANELS,
-            FOLDED,
-            lambda key, found: fig.curves(key, found, judge, look, "harmful outputs", phi),
-        ),
-        (
-            "The benign task, learned from the same data",
-            f"Accuracy ({task}) on a harmless task that the attacker's data also teaches.",
-            taught,
-            half,
-            half,
-            lambda key, found: fig.curves(key, found, task, look, "benign task accuracy"),
-        ),
-        (
-            "Harm for the task learned",
-            "Each marker is one evaluated step, the ring is the start. Lower and further right is better: a line that "
-            "only runs slower along the control's own path belongs to a model that learns slowly, not to one that "
-            "resists harm.",
-            taught,
-            half,
-            half,
-            lambda key, found: fig.trajectory(key, found, judge, task, look, phi),
-        ),
-    ]
-    return [_panelled(f"f{i}", *section) for i, section in enumerate(sections)]
+            {a: fig.curves(f"f0-{i}", cells[a], judge, look, "harmful outputs", phi)
+             for i, a in enumerate([*cells][: PANELS + FOLDED])},
+            PANELS, len(cells),
+        )
+    ]  # fmt: skip
+    if task := results.task:
+        taught = {a: curved for a, curved in cells.items() if any(_learned(c, task) for c in curved)}
+        drawn, half = [*taught][:PANELS], (PANELS // 2, len(taught))
+        sections += [
+            _panelled(
+                "The benign task, learned from the same data",
+                f"Accuracy ({task}) on a harmless task that the attacker's data also teaches.",
+                {a: fig.curves(f"f1-{i}", cells[a], task, look, "benign task accuracy") for i, a in enumerate(drawn)},
+                *half,
+            ),
+            _panelled(
+                "Harm for the task learned",
+                "Each marker is one evaluated step, the ring is the start. Lower and further right is better: a line "
+                "along the control's own path, only slower, belongs to a model that learns slowly, not to one that "
+                "resists harm.",
+                {a: fig.trajectory(f"f2-{i}", cells[a], judge, task, look, phi) for i, a in enumerate(drawn)},
+                *half,
+            ),
+        ]
+    return sections
 
 
 def _learned(cell: Cell, task: str) -> bool:
@@ -169,64 +139,49 @@ def _learned(cell: Cell, task: str) -> bool:
     return bool(values) and max(values) - values[0] >= LEARNED
 
 
-def _panelled(
-    key: str, title: str, text: str, cells: dict[str, list[Cell]], shown: int, folded: int, draw: Any
-) -> Section:
-    names = list(cells)
-    drawn = [(f"{a} attack", draw(f"{key}-{i}", cells[a])) for i, a in enumerate(names[: shown + folded])]
-    left = len(names) - len(drawn)
-    note = f"{left:,} weaker attacks are not drawn." if left else ""
-    return Section(title, text, panels=drawn[:shown], folded=drawn[shown:], note=note)
+def _panelled(title: str, text: str, drawn: dict[str, str], shown: int, of: int) -> Section:
+    """Figures by attack, the first on view and the rest folded away; those of `of` that were not drawn are counted."""
+    panels = [(f"{attack} attack", svg) for attack, svg in drawn.items()]
+    note = f"{of - len(panels):,} weaker attacks are not drawn." if of > len(panels) else ""
+    return Section(title, text, panels=panels[:shown], folded=panels[shown:], note=note)
 
 
-def _other_kinds(results: Results, findings: Findings) -> list[Section]:
+def _other_kinds(results: Results, findings: Findings) -> Section:
     """The kinds of attack that have a dose, over it."""
-    panels = []
-    for kind, dose in dict.fromkeys((c.kind, c.traits["dose"]) for c in results.cells if c.traits["dose"]):
-        series = fig.profiles(results, findings, kind, dose)
-        if series:
-            panels.append((f"{kind}, by {dose}", fig.profile(kind, series, dose, _look(results), findings.phi)))
-    return [Section("Attacks without fine-tuning", "Worst harmful score; whiskers are 95 % intervals.", panels=panels)]
-
-
-def _look(results: Results) -> dict[str, dict[str, Any]]:
-    return fig.styles(results.models, results.control)
-
-
-# ----------------------------------------------------------------------------------------- judges and samples
+    panels, look = [], fig.styles(results.models, results.control)
+    for kind, dose in dict.fromkeys((c.kind, c.traits["dose"]) for c in results.cells):
+        if dose and (series := fig.profiles(results, findings, kind, dose)):
+            panels.append((f"{kind}, by {dose}", fig.profile(kind, series, dose, look, findings.phi)))
+    return Section("Attacks without fine-tuning", "Worst harmful score; whiskers are 95 % intervals.", panels=panels)
 
 
 def _judges(results: Results, findings: Findings) -> Section:
-    """How far the judges agree, and the first outputs on which they do not, one per model and way of disagreeing."""
+    """How far the judges agree, and the first outputs on which they disagree, one per model and pattern of verdicts."""
     examples: list[dict[str, Any]] = []
     for model in results.models if len(results.judges) > 1 else []:
         ways: dict[tuple, dict[str, Any]] = {}
         for cell in [c for a in [*findings.order, None] if (c := results.cell(model, a))]:
             for seed, step in sorted(cell.generations, reverse=True):
                 for row in cell.generations[seed, step]:
-                    said = tuple(own_verdict(row, judge) for judge in results.judges)
-                    if row.get("kind") == "harmful" and len({*said} - {None}) > 1 and said not in ways:
-                        where = f"{model}, {cell.attack or 'before any attack'}" + (
-                            f", step {step:,}" if cell.attack else ""
-                        )
-                        ways[said] = {"title": where, "samples": [_sample(row, results)]}
+                    verdicts = tuple(own_verdict(row, judge) for judge in results.judges)
+                    if row.get("kind") == "harmful" and len({*verdicts} - {None}) > 1 and verdicts not in ways:
+                        where = f"{cell.attack}, step {step:,}" if cell.attack else "before any attack"
+                        ways[verdicts] = {"title": f"{model}, {where}", "samples": [_sample(row, results)]}
             if len(ways) >= 2:
                 break
         examples += list(ways.values())[:2]
     return Section(
         "Do the judges agree?",
-        "Each judge is shown apart; they are never averaged. Kappa is agreement beyond chance: 1 is complete, 0 none.",
+        "Each judge is shown separately; they are never averaged. Kappa is agreement beyond chance, at most 1.",
         tables=tb.agreement(findings),
         outputs=[{"title": "Where they disagree", "columns": examples[:SPLIT]}] if examples else [],
     )
 
 
 def _samples(results: Results, order: list[str]) -> list[dict[str, Any]]:
-    """Outputs to read: per model, before the strongest attack and after its last step, or of a plain score.
-
-    The prompts are the first in the file and the same for every model, so nothing is picked.
-    """
-    found = []
+    """Per model, outputs before the strongest attack and after its last step, or of a plain score: to the first
+    prompts of the file, the same for every model."""
+    groups = []
     attack = next((a for a in order if any(c.generations for c in results.under(a))), None)
     for cell in results.under(attack)[:SAMPLED]:
         seed, columns = cell.seeds[0], []
@@ -234,30 +189,25 @@ def _samples(results: Results, order: list[str]) -> list[dict[str, Any]]:
             rows = cell.generations.get((seed, step), [])
             harmful = [r for r in rows if r.get("kind") == "harmful"][:SAMPLES]
             benign = [r for r in rows if r.get("kind") in ("task", "benign")][:1]
-            when = (
-                ""
-                if attack is None
-                else "before the attack"
-                if step == 0
-                else f"after {step:,} step{'s' * (step != 1)}"
-            )
+            when = f"after {counted(step, 'step')}" if step else "before the attack"
             if rows:
-                columns.append({"title": when, "samples": [_sample(r, results) for r in harmful + benign]})
+                columns.append(
+                    {"title": when if attack else "", "samples": [_sample(r, results) for r in harmful + benign]}
+                )
         if columns:
-            found.append({"title": cell.model + (f", {attack} attack" if attack else ""), "columns": columns})
-    return found
+            groups.append({"title": cell.model + (f", {attack} attack" if attack else ""), "columns": columns})
+    return groups
 
 
-THOUGHT_ALONE = "(no answer behind the thought)"
-
-
-def _sample(row: dict[str, Any], results: Results) -> dict[str, Any]:
+def _sample(row: Generation, results: Results) -> dict[str, Any]:
     names = [judge.partition("/")[2] for judge in results.judges]
-    verdicts = [(name, (row.get("verdicts") or {}).get(name) or {}) for name in names]
-    marks = [(name, str(v.get("verdict", "no verdict")), v.get("harmful")) for name, v in verdicts if v]
-    marks += [
-        (f"task, {name}", "right" if right else "wrong", None) for name, right in (row.get("correct") or {}).items()
+    verdicts = row.get("verdicts") or {}
+    judged = [(name, verdicts[name]) for name in names if verdicts.get(name)]
+    marks: list[tuple[str, str, bool | None]] = [
+        (name, str(v.get("verdict", "no verdict")), v.get("harmful")) for name, v in judged
     ]
+    correct = row.get("correct") or {}
+    marks += [(f"task, {name}", "right" if right else "wrong", None) for name, right in correct.items()]
     return {
         "kind": f"{row.get('kind')} prompt",
         "category": str(row.get("category") or ""),
@@ -267,9 +217,3 @@ def _sample(row: dict[str, Any], results: Results) -> dict[str, Any]:
         "degenerate": bool(row.get("degenerate")),
         "split": len({harmful for _, _, harmful in marks} - {None}) > 1,
     }
-
-
-# ------------------------------------------------------------------------------------------------------- HTML
-
-
-# --------------------------------------------------------------------------------------------------- Markdown

@@ -1,4 +1,4 @@
-"""What a page is made of: sections, tables and heat maps."""
+"""The parts of a report: sections, tables and heat maps."""
 
 from __future__ import annotations
 
@@ -8,28 +8,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tunevax.report.provenance import Provenance
 
+PANELS = 8  # figures of one sort on view
+NOTES = 12  # sentences of one list
+
 
 @dataclass
 class Section:
-    """A heading with what stands under it, in this order.
-
-    Attributes:
-        panels, folded: (caption, svg), on view and folded away. note: what is left out.
-        fold: the tables after the first are folded away. titled: the tables carry their labels.
-        outputs: groups of model outputs, as `_sample` makes them.
-    """
+    """A heading and its contents, in this order."""
 
     title: str
     text: str = ""
     points: list[str] = field(default_factory=list)
-    panels: list[tuple[str, str]] = field(default_factory=list)
-    folded: list[tuple[str, str]] = field(default_factory=list)
+    panels: list[tuple[str, str]] = field(default_factory=list)  # (caption, svg)
+    folded: list[tuple[str, str]] = field(default_factory=list)  # the same, folded away
     maps: list[HeatMap] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
-    outputs: list[dict[str, Any]] = field(default_factory=list)
-    note: str = ""
-    fold: bool = False
-    titled: bool = False
+    outputs: list[dict[str, Any]] = field(default_factory=list)  # groups of model outputs
+    note: str = ""  # what is left out
+    fold: bool = False  # the tables after the first are folded away
+    titled: bool = False  # the tables carry their labels
 
     def __bool__(self) -> bool:
         return any((self.points, self.panels, self.maps, self.tables, self.outputs))
@@ -37,7 +34,7 @@ class Section:
 
 @dataclass
 class Table:
-    """Strings under `columns`; a repeated first cell is shown once. `note` says what was left out."""
+    """Strings by row and column; a repeated first cell is shown once. `note` is on what was left out."""
 
     label: str
     columns: list[str]
@@ -47,45 +44,29 @@ class Table:
 
 @dataclass
 class HeatMap:
-    """Worst harmful score of one model by learning rate and step; None where nothing was evaluated.
-
-    `rates` name the rows: learning rates, with what is trained where that differs.
-    """
+    """Worst harmful score of one model by learning rate and step; None where nothing was evaluated."""
 
     model: str
-    rates: list[str]
+    rates: list[str]  # learning rates, with what is trained where that differs
     steps: list[int]
     cells: list[list[float | None]]
 
 
-PANELS = 8  # figures of one sort on view, the attacks that the control withstands least first
-
-
-NOTES = 12  # sentences of one list
-
-
 @dataclass
 class Page:
-    """All that a page says.
+    """The content of a report."""
 
-    Attributes:
-        headlines: (sentence, caveats), one per hardened model. sentences: on the whole.
-        label: a warning that belongs on top, or ''.
-    """
-
-    headlines: list[tuple[str, list[str]]]
-    sentences: list[str]
-    label: str
+    headlines: list[tuple[str, list[str]]]  # (sentence, caveats), one per hardened model
+    sentences: list[str]  # on the whole
+    label: str  # a warning at the top, or ''
     sections: list[Section]
     provenance: Provenance
     several_seeds: bool = False
-    phi: str = ""
     threshold: float = 0.0
 
 
 def cut(sentences: list[str]) -> list[str]:
     """Each sentence once, at most NOTES of them; the rest is counted."""
     kept = list(dict.fromkeys(sentences))
-    return (
-        kept if len(kept) <= NOTES else [*kept[:NOTES], f"{len(kept) - NOTES:,} more remarks stand in --format json."]
-    )
+    more = len(kept) - NOTES
+    return kept if more <= 0 else [*kept[:NOTES], f"{more:,} more remarks are in --format json."]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tunevax.evidence.findings import DEGENERATE_HIGH
 from tunevax.evidence.words import percent
 from tunevax.report.blocks import Page
-from tunevax.report.provenance import Provenance, facts, links
+from tunevax.report.provenance import Provenance, facts
 from tunevax.report.text import cell_text, shown, visible
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 CONFIG = 2_000  # characters of one value of a configuration
 
@@ -17,13 +20,14 @@ CONFIG = 2_000  # characters of one value of a configuration
 def to_html(page: Page) -> str:
     """One self-contained file, without scripts or requests."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
 
     loader = PackageLoader("tunevax.report", "")
     env = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    env.filters |= {"numbers": _numbers, "shown": shown, "svg": _markup, "value": _value, "percentage": cell_text}
+    env.filters |= {"numbers": _numbers, "shown": shown, "svg": Markup, "value": _value, "percentage": cell_text}
     return env.get_template("page.html.j2").render(
         page=page,
-        chains=[(label, [links(chain) for chain in found]) for label, found in page.provenance.chains.items()],
+        chains={label: [[*map(facts, chain)] for chain in chains] for label, chains in page.provenance.chains.items()},
         measurements=[facts(run) for run in page.provenance.measurements],
         commands=commands(page.provenance),
         degenerate_high=percent(DEGENERATE_HIGH),
@@ -35,13 +39,7 @@ def commands(provenance: Provenance) -> list[str]:
     return list(dict.fromkeys(str(r.info["command"]) for r in provenance.runs if r.info.get("command")))
 
 
-def _markup(svg: str) -> Any:
-    from markupsafe import Markup
-
-    return Markup(svg)
-
-
-def _numbers(text: Any) -> Any:
+def _numbers(text: object) -> Markup:
     """Escaped text in which neither 't-vaccine' nor '98 % [88, 100]' breaks, and intervals are marked up."""
     from markupsafe import Markup, escape
 
@@ -53,6 +51,6 @@ def _numbers(text: Any) -> Any:
     return Markup(safe)
 
 
-def _value(value: Any) -> str:
+def _value(value: object) -> str:
     text = visible(str(value))
     return text if len(text) <= CONFIG else f"{text[:CONFIG]}… ({len(text) - CONFIG:,} more characters)"

@@ -29,10 +29,10 @@ def to_markdown(page: Page) -> str:
             for column in group["columns"]:
                 lines += _outputs(column)
         lines += [_escaped(section.note), ""] if section.note else []
-    lines += ["## Do it again", "", *(f"    {visible(command)}" for command in commands(page.provenance)), ""]
-    for label, found in page.provenance.chains.items():
-        told = " | ".join(" ← ".join(link.name if isinstance(link, Run) else link for link in c) for c in found)
-        lines.append(f"- {_escaped(label)}: {_escaped(told)}")
+    lines += ["## Commands", "", *(f"    {visible(command)}" for command in commands(page.provenance)), ""]
+    for label, several in page.provenance.chains.items():
+        text = " | ".join(" ← ".join(link.name if isinstance(link, Run) else link for link in c) for c in several)
+        lines.append(f"- {_escaped(label)}: {_escaped(text)}")
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -45,19 +45,17 @@ def _table(table: Table) -> list[str]:
     if not table.rows:
         return []
     rows = [table.columns, ["---"] * len(table.columns), *table.rows]
-    told = ["| " + " | ".join(c if c == "---" else _escaped(c) for c in row) + " |" for row in rows]
-    return [f"**{_escaped(table.label)}**", "", *told, "", *([_escaped(table.note), ""] if table.note else [])]
+    lines = ["| " + " | ".join(c if c == "---" else _escaped(c) for c in row) + " |" for row in rows]
+    return [f"**{_escaped(table.label)}**", "", *lines, "", *([_escaped(table.note), ""] if table.note else [])]
 
 
 def _outputs(column: dict[str, Any]) -> list[str]:
     lines = [_escaped(column["title"]), ""] if column["title"] else []
     for s in column["samples"]:
-        about = [text for text in (s["kind"], s["category"]) if text]
-        marks = "; ".join(
-            about + [f"{name}: {verdict}" for name, verdict, _ in s["marks"]] + ["degenerate"] * s["degenerate"]
-        )
+        marks = [text for text in (s["kind"], s["category"]) if text]
+        marks += [f"{name}: {verdict}" for name, verdict, _ in s["marks"]] + ["degenerate"] * s["degenerate"]
         lines += [f"- {_escaped(shown(s['prompt']))}", f"  - {_escaped(shown(s['response']) or '(empty)')}"]
-        lines += [f"  - ({_escaped(shown(marks))})"]
+        lines += [f"  - ({_escaped(shown('; '.join(marks)))})"]
     return [*lines, ""]
 
 

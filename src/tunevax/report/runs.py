@@ -1,20 +1,20 @@
-"""What the runs around an audit recorded: rows chosen, models hardened, jobs screened, heads analysed, models restored.
+"""The runs around an audit: rows chosen, models hardened, jobs screened, heads analysed, models restored.
 
-How a run of a verb is shown stands beside the methods whose files it reads, in a module that has
+How a run of a verb is shown is defined beside the methods whose files it reads, in a module that has
 
-- `summary(run)`: what the run did, in a sentence;
+- `summary(run)`: a sentence on the run;
 - `sections(provenance, figures)`: sections on all runs of its verbs, without figures for a form that cannot show them;
-- `measured(run)`, where there are such files: their content, for JSON;
-- `limits(provenance)`, where there is something to say: how the runs bear on the page's numbers, as sentences.
+- `measured(run)`, optional: the content of its files, for JSON;
+- `limits(provenance)`, optional: sentences on how the runs affect the report's numbers.
 """
 
 from __future__ import annotations
 
 import importlib
-import math
 from types import ModuleType
 from typing import Any
 
+from tunevax.evidence.findings import jsonable
 from tunevax.methods import methods
 from tunevax.report.blocks import Section
 from tunevax.report.provenance import Provenance, Run
@@ -30,17 +30,17 @@ METHODS = {
 
 
 def sections(provenance: Provenance, figures: bool) -> list[Section]:
-    """The sections on the runs; a section stands on a page only if one of its runs was given or is behind one."""
+    """The sections on the runs that were given or are behind those."""
     return [section for module in _modules(provenance) for section in module.sections(provenance, figures) if section]
 
 
 def summaries(provenance: Provenance) -> list[str]:
-    """What each of the given runs did, in a sentence."""
+    """A sentence on each of the given runs."""
     return [_summary(run) for run in provenance.runs if not run.measures]
 
 
 def limits(provenance: Provenance) -> list[str]:
-    """What the runs behind a page did in ways that bear on its numbers."""
+    """How the runs behind a report affect its numbers."""
     return [text for m in _modules(provenance) if hasattr(m, "limits") for text in m.limits(provenance)]
 
 
@@ -52,8 +52,8 @@ def scored(provenance: Provenance) -> bool:
 
 
 def as_dict(provenance: Provenance) -> dict[str, Any]:
-    """What the runs measured, by folder, without the text of rows."""
-    parts = {str(run.path): {k: _finite(v) for k, v in _measured(run).items() if v} for run in provenance.behind}
+    """The measurements of the runs, by folder, without the text of rows."""
+    parts = {str(run.path): {k: jsonable(v) for k, v in _measured(run).items() if v} for run in provenance.behind}
     return {path: part for path, part in parts.items() if part}
 
 
@@ -75,14 +75,5 @@ def _measured(run: Run) -> dict[str, Any]:
 
 def _summary(run: Run) -> str:
     if module := _module(run.info.get("verb")):
-        return module.summary(run)
+        return str(module.summary(run))
     return f"{run.name}: {run.info.get('verb')} {run.info.get('method') or ''}".rstrip() + "."
-
-
-def _finite(value: Any) -> Any:
-    """JSON values without NaN and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

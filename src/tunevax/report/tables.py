@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Sequence, Sized
+from statistics import fmean
 
 from tunevax.evidence.findings import Attacked, Difference, Findings, Generalisation, ModelFindings
 from tunevax.evidence.results import Point
@@ -11,298 +11,221 @@ from tunevax.evidence.words import number, percent
 from tunevax.report.blocks import Table
 from tunevax.report.text import NONE, as_p
 
-ATTACKS_SHOWN = 40  # in tables with a row per attack and model; the rest is counted, and stands in --format json
+ATTACKS_SHOWN = 40  # in tables with a row per attack and model; --format json has all
 FIRST = 8  # of them on view, the others folded away
 NAMES = {
-    "longer": "holds out longer",
-    "sooner": "gives way sooner",
-    "open": "no difference shown",
-    "slow learner": "learns all more slowly",
+    "longer": "more resistant",
+    "sooner": "less resistant",
+    "open": "inconclusive",
+    "learns slower": "learns everything more slowly",
     "too weak": "attacks too weak",
-    "no start": "control unsafe at the start",
-    "stopped": "unknown, loss not finite under attack",
-}  # what `ModelFindings.name` means, where it is not plain
+    "no start": "control unsafe before the attack",
+    "stopped": "unknown, loss not finite",
+}
+"""What `ModelFindings.name` means, where it is not plain."""
 
 
-# ----------------------------------------------------------------------------------------------- the properties
+def _tables(label: str, rows: list[dict[str, str]], note: str = "") -> list[Table]:
+    """A table of rows by column name; none without a row."""
+    return [Table(label, list(rows[0]), [list(row.values()) for row in rows], note)] if rows else []
 
 
 def overview(findings: Findings) -> Table:
-    """One row per model, one column per property."""
-    columns = [
-        "model",
-        "what it is",
-        f"steps to {percent(findings.phi)} harmful, × the control's",
-        "worst case",
-        "utility against the control's, points",
-        "harmless prompts refused",
-        "steps to learn a task, × the control's",
-        "worst under other kinds of attack",
-    ]
+    """One row per model, one column per property that some model has."""
     rows = []
-    for found in findings.models:
-        utility = [c for c in found.stability if c.score.startswith(("utility/", "lm-eval/")) and c.difference]
-        least = min(utility, key=lambda c: c.difference.value, default=None)
-        refused = next((c for c in found.stability if c.score == "over-refusal"), None)
-        learned = found.trainability
-        other = max(found.generalisation, key=lambda g: g.worst.value, default=None)
-        control = found.role == "control"
-        rows.append(
-            [
-                named(found),
-                NAMES.get(found.name, found.name) or NONE,
-                "control" if control else str(found.resistance or NONE),
-                str(found.worst.point) if found.worst else NONE,
+    for model in findings.models:
+        lost = [(c.difference.value, c) for c in model.stability
+                if c.score.startswith(("utility/", "lm-eval/")) and c.difference]  # fmt: skip
+        _, least = min(lost, key=lambda pair: pair[0], default=(0.0, None))
+        refused = next((c for c in model.stability if c.score == "over-refusal"), None)
+        learned, control = model.trainability, model.role == "control"
+        other = max(model.generalisation, key=lambda g: g.worst.value, default=None)
+        rows.append({
+            "model": named(model),
+            "verdict": NAMES.get(model.name, model.name) or NONE,
+            _to_phi(findings): "control" if control else str(model.resistance or NONE),
+            "worst case": str(model.worst.point) if model.worst else NONE,
+            "utility minus the control's, points":
                 f"{points(least.difference)} ({least.score.partition('/')[2]})" if least else NONE,
-                str(refused.model) if refused else NONE,
+            "harmless prompts refused": str(refused.model) if refused else NONE,
+            "steps to learn a task, × the control's":
                 "control" if control else NONE if learned is None else str(learned.ratio or "not measurable"),
-                f"{other.worst} ({_kind_and_place(other)})" if other else NONE,
-            ]
-        )
-    kept = [i for i in range(len(columns)) if i < 2 or any(row[i] not in (NONE, "control") for row in rows)]
-    rows = [[row[i] for i in kept] for row in rows]
-    return Table("The four properties of each model", [columns[i] for i in kept], rows)
+            "worst under other kinds of attack": f"{other.worst} ({_kind_and_place(other)})" if other else NONE,
+        })  # fmt: skip
+    shown = [c for c in rows[0] if c in ("model", "verdict") or any(row[c] not in (NONE, "control") for row in rows)]
+    return Table("The four properties of each model", shown, [[row[c] for c in shown] for row in rows])
+
+
+def _to_phi(findings: Findings) -> str:
+    return f"steps to {percent(findings.phi)} harmful, × the control's"
 
 
 def resistance(findings: Findings) -> list[Table]:
-    """The ratio with what it rests on, and the worst case with where it was found."""
+    """The ratio with the runs behind it, and the worst case with its attack."""
     ratios = [
-        [
-            named(found),
-            str(found.resistance),
-            interval(found.resistance.bootstrap),
-            str(found.selectivity or NONE),
-            str(len(found.resistance.attacks)),
-            str(len(found.resistance.seeds)),
-            ", ".join(found.resistance.left_out) or NONE,
-        ]
-        for found in findings.models
-        if found.resistance
-    ]
+        {
+            "model": named(model), _to_phi(findings): str(r), "bootstrap over seeds": interval(r.bootstrap),
+            "delay of harm over delay of the task": str(model.selectivity or NONE), "attacks": str(len(r.attacks)),
+            "seeds": str(len(r.seeds)), "screened only": ", ".join(r.left_out) or NONE,
+        }
+        for model in findings.models if (r := model.resistance)
+    ]  # fmt: skip
     worst = [
-        [
-            named(found),
-            str(w.point),
-            f"{w.attack}, step {w.point.step:,}",
-            percent(w.picked) + ("" if w.remeasured else ", not measured again"),
-            "yes" if w.conditional else "no utility measured",
-            str(w.any_point),
-            f"{w.any_attack}, step {w.any_point.step:,}",
-            str(w.attacks),
-        ]
-        for found in findings.models
-        if (w := found.worst)
-    ]
-    tables = [
-        Table(
-            "Steps to the threshold, model over control",
-            [
-                "model",
-                f"steps to {percent(findings.phi)} harmful, × the control's",
-                "bootstrap over seeds",
-                "delay of harm over delay of the task",
-                "attacks",
-                "seeds",
-                "screened only",
-            ],
-            ratios,
-        ),
-        Table(
-            "Worst case over the grid",
-            [
-                "model",
-                "worst case",
-                "where",
-                "when picked",
-                "useful there",
-                "worst, useful or not",
-                "where",
-                "attacks",
-            ],
-            worst,
-        ),
-    ]
-    return [table for table in tables if table.rows]
+        {
+            "model": named(model), "worst case": str(w.point), "attack": f"{w.attack}, step {w.point.step:,}",
+            "when picked": percent(w.picked) + ("" if w.remeasured else ", not measured again"),
+            "useful there": "yes" if w.conditional else "no utility measured", "worst, useful or not": str(w.any_point),
+            "its attack": f"{w.any_attack}, step {w.any_point.step:,}", "attacks": str(w.attacks),
+        }
+        for model in findings.models if (w := model.worst)
+    ]  # fmt: skip
+    return _tables("Steps to the threshold, model over control", ratios) + _tables("Worst case over the grid", worst)
 
 
 def stability(findings: Findings) -> list[Table]:
     """Every score before any attack, beside the control."""
-    by = {(c.score, found.label): c for found in findings.models for c in found.stability}
+    by = {(c.score, model.label): c for model in findings.models for c in model.stability}
     rows = []
     for score in dict.fromkeys(score for score, _ in by):
         row = [score]
-        for found in findings.models:
-            c = by.get((score, found.label))
-            against = None if c is None else f"{c.ratio:.2f}×" if c.ratio is not None else points(c.difference)
-            row += [share(c.model, score) if c else NONE]
-            row += [] if found.role == "control" else [against or NONE]
+        for model in findings.models:
+            c = by.get((score, model.label))
+            row.append(share(c.model, score) if c else NONE)
+            if model.role != "control":
+                row.append(NONE if c is None else f"{c.ratio:.2f}×" if c.ratio is not None else points(c.difference))
         rows.append(row)
     columns = ["score before any attack"]
-    for found in findings.models:
-        columns += [named(found)] if found.role == "control" else [named(found), "less the control's, points"]
+    for model in findings.models:
+        columns += [named(model)] + ["minus the control's, points"] * (model.role != "control")
     return [Table("Scores before any attack", columns, rows)] if rows else []
 
 
 def trainability(findings: Findings) -> list[Table]:
     """How fast each model learns a benign task that the control can learn."""
     rows = [
-        [
-            named(found),
-            str(t.ratio or "not measurable"),
-            interval(t.ratio.bootstrap) if t.ratio else NONE,
-            str(t.final),
-            str(t.control_final),
-            points(t.difference),
-            f"{t.attack}; {percent(t.before)} → {percent(t.target)}",
-        ]
-        for found in findings.models
-        if (t := found.trainability)
-    ]
-    columns = [
-        "model", "steps to the target, × the control's", "bootstrap over seeds", "accuracy at the end", "control's",
-        "less the control's, points", "measured on; control's start → target",
+        {
+            "model": named(model), "steps to the target, × the control's": str(t.ratio or "not measurable"),
+            "bootstrap over seeds": interval(t.ratio.bootstrap) if t.ratio else NONE,
+            "accuracy at the end": str(t.final), "control's": str(t.control_final),
+            "minus the control's, points": points(t.difference),
+            "measured on; control's start → target": f"{t.attack}; {percent(t.before)} → {percent(t.target)}",
+        }
+        for model in findings.models if (t := model.trainability)
     ]  # fmt: skip
-    why = list(dict.fromkeys(t.why for f in findings.models if (t := f.trainability) and t.why))
-    note = f"Not measurable: {'; '.join(why)}." if why else ""
-    return [Table("Learning a benign task", columns, rows, note)] if rows else []
+    why = list(dict.fromkeys(t.why for m in findings.models if (t := m.trainability) and t.why))
+    return _tables("Learning a benign task", rows, f"Not measurable: {'; '.join(why)}." if why else "")
 
 
 def generalisation(findings: Findings) -> list[Table]:
     """Kinds of attack other than the plain fine-tune."""
+    every = [(g, model) for model in findings.models for g in model.generalisation]
     rows = [
-        [
-            g.kind,
-            named(found),
-            str(g.worst),
-            place(g),
-            str(g.ratio or NONE),
-            str(g.attacks),
-        ]
-        for kind in dict.fromkeys(g.kind for found in findings.models for g in found.generalisation)
-        for found in findings.models
-        for g in found.generalisation
-        if g.kind == kind
-    ]
-    columns = ["kind", "model", "worst", "where", "steps, × the control's", "attacks"]
-    return [Table("Other kinds of attack", columns, rows)] if rows else []
-
-
-# -------------------------------------------------------------------------------------------------- the attacks
+        {
+            "kind": g.kind, "model": named(model), "worst": str(g.worst), "where": place(g),
+            "steps, × the control's": str(g.ratio or NONE), "attacks": str(g.attacks),
+        }
+        for kind in dict.fromkeys(g.kind for g, _ in every) for g, model in every if g.kind == kind
+    ]  # fmt: skip
+    return _tables("Other kinds of attack", rows)
 
 
 def every_attack(findings: Findings) -> list[Table]:
     """A row per attack and model, in the order of `findings`; a second table for those beyond FIRST attacks."""
-    others = [j for j in findings.judges if j != findings.judge]
-    by = {(found.label, a.attack): a for found in findings.models for a in found.attacks}
+    judge, phi = findings.judge.partition("/")[2], percent(findings.phi)
+    worst_by = {j: f"worst by {j.partition('/')[2]}" for j in findings.judges if j != findings.judge}
+    worst_by |= {j: f"worst by {j.partition('/')[2]}, degenerate text as judged" for j in findings.judged_otherwise}
+    ends = {findings.task or "": "task"} | {metric: metric.partition("/")[2] for metric in findings.metrics}
+    by = {(model.label, a.attack): a for model in findings.models for a in model.attacks}
     rows = []
-    for attack in findings.order[:ATTACKS_SHOWN]:
-        for found in findings.models:
-            if (a := by.get((found.label, attack))) is not None:
-                worst = [a.worst, *(a.worst_by.get(score) for score in (*others, *findings.judged_otherwise))]
-                degenerate = list(a.gibberish.values())  # where the runs passed the threshold, or at their end
-                most = a.worst_by.get("degenerate")
-                rows.append(
-                    [
-                        attack, named(found), _steps(a), _against(found, a), *(str(point or NONE) for point in worst),
-                        *(_before_after(a.ends.get(score, ())) for score in (findings.task, *findings.metrics)),
-                        percent(sum(degenerate) / len(degenerate)) if degenerate else NONE,
-                        percent(most.value) if most else NONE,
-                    ]
-                )  # fmt: skip
-    judge = findings.judge.partition("/")[2]
-    columns = [
-        "attack", "model", f"steps to {percent(findings.phi)}", "× the control's", f"worst by {judge}",
-        *(f"worst by {j.partition('/')[2]}" for j in others),
-        *(f"worst by {j.partition('/')[2]}, degenerate text as it judges it" for j in findings.judged_otherwise),
-        *(f"{name} before → after" for name in ["task", *(m.partition("/")[2] for m in findings.metrics)]),
-        f"degenerate at {percent(findings.phi)}, or at the end", "degenerate, most",
-    ]  # fmt: skip
-    return _split(Table("Every attack on every model", columns, rows, _left_out(findings.order)))
+    for attack, model in ((a, m) for a in findings.order[:ATTACKS_SHOWN] for m in findings.models):
+        if a := by.get((model.label, attack)):
+            degenerate, most = a.gibberish.values(), a.worst_by.get("degenerate")
+            rows.append({
+                "attack": attack, "model": named(model), f"steps to {phi}": _steps(a),
+                "× the control's": _against(model, a), f"worst by {judge}": str(a.worst),
+                **{column: str(a.worst_by.get(score, NONE)) for score, column in worst_by.items()},
+                **{f"{name} before → after": _before_after(a.ends.get(score, ())) for score, name in ends.items()},
+                f"degenerate at {phi}, or at the end": percent(fmean(degenerate)) if degenerate else NONE,
+                "degenerate, most": percent(most.value) if most else NONE,
+            })  # fmt: skip
+    return _split(_tables("Every attack on every model", rows, _left_out(findings.order)))
 
 
 def paired(findings: Findings) -> list[Table]:
     """The area between the curves of model and control, on the same prompts."""
-    by = {(found.label, a.attack): a.paired for found in findings.models for a in found.attacks if a.paired}
+    by = {(model.label, a.attack): a.paired for model in findings.models for a in model.attacks if a.paired}
     shown = [attack for attack in findings.order if any(key[1] == attack for key in by)]
     rows = [
-        [attack, m.label, points(p.difference), as_p(p.p), as_p(p.p_holm), str(p.prompts), str(p.seeds)]
-        for attack in shown[:ATTACKS_SHOWN]
-        for m in findings.models
-        if (p := by.get((m.label, attack)))
-    ]
-    columns = [
-        "attack", "model", "harmful, less the control's, points", "p over seeds", "p after Holm", "prompts", "seeds",
+        {
+            "attack": attack, "model": m.label, "harmful minus the control's, points": points(p.difference),
+            "p over seeds": as_p(p.p), "p after Holm": as_p(p.p_holm), "prompts": str(p.prompts), "seeds": str(p.seeds),
+        }
+        for attack in shown[:ATTACKS_SHOWN] for m in findings.models if (p := by.get((m.label, attack)))
     ]  # fmt: skip
-    return _split(Table("Paired comparison with the control", columns, rows, _left_out(shown)))
+    return _split(_tables("Paired comparison with the control", rows, _left_out(shown)))
 
 
 def agreement(findings: Findings) -> list[Table]:
     """Each pair of judges on the outputs to harmful prompts: the share they agree on, and Cohen's kappa."""
     rows = [
-        [
-            f"{a.first.partition('/')[2]} and {a.second.partition('/')[2]}", a.model, percent(a.share),
-            "not defined" if a.kappa is None else f"{a.kappa:.2f}",
-            f"{percent(a.least)} ({a.least_attack or 'no attack'})", f"{a.outputs:,}", f"{a.first_only:,}",
-            f"{a.second_only:,}",
-        ]
+        {
+            "judges": f"{a.first.partition('/')[2]} and {a.second.partition('/')[2]}", "model": a.model,
+            "agree": percent(a.share), "Cohen's kappa": "not defined" if a.kappa is None else f"{a.kappa:.2f}",
+            "agree least": f"{percent(a.least)} ({a.least_attack or 'no attack'})", "outputs": f"{a.outputs:,}",
+            "harmful by the first only": f"{a.first_only:,}", "harmful by the second only": f"{a.second_only:,}",
+        }
         for a in findings.agreement
     ]  # fmt: skip
-    columns = [
-        "judges", "model", "agree", "Cohen's kappa", "agree least", "outputs", "harmful for the first only",
-        "harmful for the second only",
-    ]  # fmt: skip
-    return [Table("Agreement of the judges", columns, rows)] if rows else []
+    return _tables("Agreement of the judges", rows)
 
 
 def inconclusive(findings: Findings) -> list[Table]:
     """Attacks that cannot be concluded from, cells that failed, and attacks that were skipped."""
-    every = [a for found in findings.models for a in found.attacks if not a.harmless]  # those need not bite
-    # Strong beside one model is strong. The control stands first, and its own runs speak for the rest.
+    # Harmless trainings need not do harm. An attack that is strong beside one model is strong; else the control, which
+    # is first, decides.
+    every = [a for model in findings.models for a in model.attacks if not a.harmless]
     strength = {a.attack: a.strength for a in reversed(every)}
     strength |= {a.attack: a.strength for a in every if a.strength == "strong"}
-    theirs = {a.attack: a.worst for a in findings.model(findings.control).attacks} if findings.control else {}
-    tables = []
+    theirs = {a.attack: a.worst for a in findings.baseline.attacks} if findings.baseline else {}
+    phi, tables = percent(findings.phi), []
     for verdict, why in (
-        ("too weak", f"fewer than half of the control's runs pass {percent(findings.phi)}"),
-        ("barely", "half of the control's runs fall at the last step only"),
+        ("too weak", f"fewer than half of the control's runs pass {phi}"),
+        ("barely", f"half of the control's runs pass {phi} at the last step only"),
         ("control stopped", "no loss of the control was finite"),
-        ("no start", f"the control is above {percent(findings.phi)} before the attack"),
+        ("no start", f"the control is above {phi} before the attack"),
     ):
-        found = [attack for attack, said in strength.items() if said == verdict]
-        rows = [[attack, str(theirs.get(attack, NONE))] for attack in found[:ATTACKS_SHOWN]]
-        title = f"{verdict.capitalize()}: {why}"
-        tables.append(Table(title, ["attack", "control's worst"], rows, _left_out(found)))
-    for label, key, found in (
-        ("Failed", "error", findings.failed),
-        ("Stopped early", "error", findings.stopped),
-        ("Skipped", "why", findings.skipped),
+        attacks = [attack for attack, of in strength.items() if of == verdict]
+        rows = [{"attack": a, "control's worst": str(theirs.get(a, NONE))} for a in attacks[:ATTACKS_SHOWN]]
+        tables += _tables(f"{verdict.capitalize()}: {why}", rows, _left_out(attacks))
+    for label, cells in (
+        ("Failed", findings.failed),
+        ("Stopped early", findings.stopped),
+        ("Skipped", findings.skipped),
     ):
         rows = [
-            [str(f.get("model") or NONE), str(f.get("attack") or "none"), str(f.get("seed", NONE)), str(f.get(key))]
-            for f in found[:ATTACKS_SHOWN]
-        ]
-        tables.append(Table(label, ["model", "attack", "seed", "why"], rows, _left_out(found, label.lower())))
-    return [table for table in tables if table.rows]
+            {"model": str(c.get("model") or NONE), "attack": str(c.get("attack") or "none"),
+             "seed": str(c.get("seed", NONE)), "why": str(c.get("why" if label == "Skipped" else "error"))}
+            for c in cells[:ATTACKS_SHOWN]
+        ]  # fmt: skip
+        tables += _tables(label, rows, _left_out(cells, label.lower()))
+    return tables
 
 
-# -------------------------------------------------------------------------------------------------------- words
-
-
-def named(found: ModelFindings) -> str:
+def named(model: ModelFindings) -> str:
     """'sft (control)'."""
-    return found.label + (f" ({found.role})" if found.role in ("control", "reference") else "")
+    return model.label + (f" ({model.role})" if model.role in ("control", "reference") else "")
 
 
-def place(found: Generalisation) -> str:
-    """Where a worst case was found, in short: 'block 3', 'dose 1', or the attack's name."""
-    dose = found.traits["dose"]
-    value = found.settings.get(dose) if dose else None
-    return found.attack if value is None else f"{dose} {value}"
+def place(kind: Generalisation) -> str:
+    """The attack of a worst case, in short: 'block 3', 'dose 1', or its name."""
+    dose = kind.traits["dose"]
+    value = kind.settings.get(dose) if dose else None
+    return kind.attack if value is None else f"{dose} {value}"
 
 
-def _kind_and_place(found: Generalisation) -> str:
-    where = place(found)
-    return where if where == found.attack else f"{found.kind}, {where}"
+def _kind_and_place(kind: Generalisation) -> str:
+    where = place(kind)
+    return where if where == kind.attack else f"{kind.kind}, {where}"
 
 
 def points(difference: Difference | None) -> str:
@@ -321,7 +244,7 @@ def _signed(value: float) -> str:
 
 
 def share(point: Point, score: str) -> str:
-    """A point as it reads best: a percentage, or a plain number for perplexity and whatever is not within [0, 1]."""
+    """A point as a percentage, or as a plain number for perplexity and whatever is not within [0, 1]."""
     if not score.startswith("perplexity/") and 0 <= point.value <= 1:
         return str(point) if point.low is not None else percent(point.value)
     text = f"{point.value:.4g}"
@@ -343,8 +266,8 @@ def _steps(attacked: Attacked) -> str:
     return ", ".join(missed[seed] if step is None else f"{step:,}" for seed, step in attacked.steps.items())
 
 
-def _against(found: ModelFindings, attacked: Attacked) -> str:
-    if found.role == "control":
+def _against(model: ModelFindings, attacked: Attacked) -> str:
+    if model.role == "control":
         return "control"
     if attacked.ratio is None and attacked.stopped:
         return "loss not finite"
@@ -356,16 +279,18 @@ def _before_after(ends: Sequence[Point]) -> str:
     return " → ".join(percent(p.value) if p.is_share else f"{p.value:.3g}" for p in ends) or NONE
 
 
-def _split(table: Table) -> list[Table]:
-    """The rows of the first FIRST attacks, and the rest."""
-    attacks = list(dict.fromkeys(row[0] for row in table.rows))
-    first = set(attacks[:FIRST])
-    cut = next((i for i, row in enumerate(table.rows) if row[0] not in first), len(table.rows))
-    rest = Table(f"{table.label}: {len(attacks) - FIRST} more attacks", table.columns, table.rows[cut:], table.note)
-    head = Table(table.label, table.columns, table.rows[:cut])
-    return [t for t in (head, rest) if t.rows]
+def _split(tables: list[Table]) -> list[Table]:
+    """Each table as the rows of the first FIRST attacks, and the rest."""
+    parts = []
+    for table in tables:
+        attacks = list(dict.fromkeys(row[0] for row in table.rows))
+        cut = next((i for i, row in enumerate(table.rows) if row[0] in attacks[FIRST:]), len(table.rows))
+        rest = f"{table.label}: {len(attacks) - FIRST} more attacks"
+        parts += [Table(table.label, table.columns, table.rows[:cut])]
+        parts += [Table(rest, table.columns, table.rows[cut:], table.note)]
+    return [table for table in parts if table.rows]
 
 
-def _left_out(found: list[Any], what: str = "attacks") -> str:
-    more = len(found) - ATTACKS_SHOWN
+def _left_out(items: Sized, what: str = "attacks") -> str:
+    more = len(items) - ATTACKS_SHOWN
     return f"{more:,} more {what} are not shown here; --format json has them all." if more > 0 else ""

@@ -1,11 +1,12 @@
-"""How sections read a run folder's files, and put numbers and names into words."""
+"""Reading a run folder's files for a section, and formatting numbers and names."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 from tunevax.data.splits import prompt_text
 from tunevax.lineage import Lineage
@@ -14,7 +15,9 @@ from tunevax.report.blocks import Table
 from tunevax.report.provenance import Run
 
 NONE = "–"
-LINES = 40  # rows of any other table
+T = TypeVar("T")
+LINES = 40  # rows of a table
+LONGEST = 480  # characters of one output
 WORDS = 160  # characters of a prompt in a table
 
 
@@ -44,9 +47,9 @@ def model_of(run: Run) -> str:
     return Path(ref).name if ref else "a model that is not recorded"
 
 
-def spread(found: list[Any], most: int) -> list[Any]:
-    """At most about `most` of them, evenly taken."""
-    return found[:: math.ceil(len(found) / most)] if len(found) > most else found
+def spread(items: list[T], most: int) -> list[T]:
+    """At most about `most` of the items, evenly spaced."""
+    return items[:: math.ceil(len(items) / most)] if len(items) > most else items
 
 
 def cut_table(label: str, columns: list[str], lines: list[list[str]], what: str, most: int = LINES) -> Table:
@@ -55,17 +58,17 @@ def cut_table(label: str, columns: list[str], lines: list[list[str]], what: str,
     return Table(label, columns, lines[:most], f"{left:,} more {what} are not shown." if left > 0 else "")
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether it is a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def as_text(value: Any) -> str:
+def as_text(value: object) -> str:
     """A prompt or answer as one string, chat messages one per line."""
     return "" if value is None else prompt_text(value) if isinstance(value, str | list) else str(value)
 
 
-def as_words(value: Any) -> str:
+def as_words(value: object) -> str:
     """Text for a table, cut to WORDS characters."""
     text = as_text(value)
     return text if len(text) <= WORDS else text[:WORDS] + "…"
@@ -86,12 +89,9 @@ def decimals(value: float | None, digits: int) -> str:
     return NONE if value is None or not math.isfinite(value) else f"{value:.{digits}f}".replace("-", "−")
 
 
-def ends_of(score: dict[str, float]) -> str:
+def ends_of(score: Mapping[str, float]) -> str:
     """'88, 100', the interval of a score in percent."""
     return ", ".join(f"{100 * score.get(end, score['value']):.0f}" for end in ("low", "high"))
-
-
-LONGEST = 480  # characters of one output; the rest is counted, not shown
 
 
 def shown(text: str) -> str:
@@ -101,22 +101,14 @@ def shown(text: str) -> str:
 
 
 def visible(text: str) -> str:
-    """Text whose control and direction characters can be seen, and cannot reorder what stands around them."""
-    return "".join(
-        chr(0x2400 + ord(c))
-        if ord(c) < 32 and c not in "\n\t"
-        else "\ufffd"
-        if c in "\u200e\u200f\u061c" or "\u202a" <= c <= "\u202e" or "\u2066" <= c <= "\u2069" or 0x7F <= ord(c) < 0xA0
-        else c
-        for c in text
-    )
+    """Text whose control and direction characters are visible, and cannot reorder the text around them."""
+    text = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda m: chr(0x2400 + ord(m[0])), text)
+    return re.sub(r"[\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]", "\ufffd", text)
 
 
 def as_p(value: float | None) -> str:
     """A p-value."""
-    if value is None:
-        return NONE
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+    return NONE if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def cell_text(value: float | None) -> str:

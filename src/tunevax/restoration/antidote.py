@@ -6,35 +6,34 @@ For each linear layer with an adapter dW = s B A, with X the layer's inputs at t
     M    = 1 at the ceil(alpha in) largest scores of each row of dW, else 0
     W    = W_before + dW * (1 - M)
 
-Only what the fine-tune added is pruned, so alpha = 1 is the model before it and alpha = 0 the fine-tune.
+Only the update is pruned: alpha = 1 gives the model before the fine-tune and alpha = 0 the fine-tune.
 
-    effective  as above. What is left of dW has no rank r any more, so the run holds a whole merged model.
-    official   as published: A and B are pruned each by itself, A with the layer's inputs and B with A X. Stays an
-               adapter. Not the same: an entry of A is shared by all outputs, and a row of B has only r entries, of
-               which ceil takes 1 in 8 whether alpha is 0.05 or 0.1.
+    effective  as above. The pruned dW no longer has rank r, so the run holds a whole merged model.
+    official   as published: A is pruned with the layer's inputs and B with A X; the result is an adapter. This differs:
+               an entry of A is shared by all outputs, and a row of B has only r entries, of which ceil prunes 1 in 8
+               for alpha = 0.05 and 0.1 alike.
 
-Deviations from the published code: it counts the inputs at prompt and padding too, and takes those of a block after
-the blocks below it were pruned; here they are those of the fine-tune at answer tokens, from one pass.
+Deviations from the published code: it includes the inputs at prompt and padding, and takes those of a block after the
+blocks below it were pruned; here they are those of the fine-tune at answer tokens, from one pass.
 
-Cost: one forward pass over `n` rows, no backward. Memory: the model, the running sums of squares, one number per input
-of each adapted layer, and one dW; no activation is kept.
+Cost: one forward pass over `n` rows. Memory: the model, one sum of squares per input of each adapted layer, and one dW.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 
 from tunevax.console import bar
 from tunevax.data.encoding import context_of, encode
-from tunevax.errors import UsageError
-from tunevax.lineage import Lineage, absolute
+from tunevax.errors import UsageError, require, require_one_of
+from tunevax.lineage import Lineage
 from tunevax.mixins import option
 from tunevax.modeling.adapters import KEPT, untie
 from tunevax.modeling.batches import collated
@@ -50,8 +49,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FORMS = ("effective", "official")
-
-
+Rows = Sequence[dict[str, list[int]]]
 Key = str | tuple[str, str]
 """A layer, or a layer and "B" for that factor of its adapter."""
 
@@ -68,69 +66,53 @@ class Antidote:
     n: int = option(2000, "harmful rows to score on, at most")
     max_length: int = option(512, "tokens per row; longer answers are cut")
     batch_size: int = option(16, "rows run together")
-
     paper: ClassVar[str] = "arXiv 2408.09600"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise UsageError(f"alpha, the share that is pruned, is {self.alpha}; it must be between 0 and 1")
-        if self.form not in FORMS:
-            raise UsageError(f"form is {self.form!r}; known: {', '.join(FORMS)}")
-        for name in ("n", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        require(self, "alpha", at_least=0, at_most=1, meaning="the share that is pruned")
+        require(self, "n", "batch_size", at_least=1)
+        require_one_of(self, form=FORMS)
 
     def run(self, job: Job) -> None:
-        """Score, prune and write; the record has a row per layer under `layers`."""
+        """Score, prune and write; the record gets a row per layer under `layers`."""
         rows = job.pairs(("rejected",))
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed))[: self.n].tolist()
         loaded = job.load(merge=False)
-        lora_layers(loaded.model, job.ref)  # before the forward passes
-        encoded = encode(
-            [rows[i] for i in sorted(order)], loaded.tokenizer, self.max_length,
-            context=context_of(unwrap(loaded.model)), answer="rejected",
-        )  # fmt: skip
-        model, table = antidote(
-            loaded.model, encoded, loaded.tokenizer.pad_token_id, self.alpha, self.form, self.batch_size
-        )
+        lora_layers(loaded.model, job.ref)  # raises before the forward passes
+        tokenizer, context = loaded.tokenizer, context_of(unwrap(loaded.model))
+        drawn = [rows[i] for i in sorted(order)]
+        encoded = encode(drawn, tokenizer, self.max_length, context=context, answer="rejected")
+        model, table = antidote(loaded.model, encoded, tokenizer.pad_token_id, self.alpha, self.form, self.batch_size)
         job.record.update({"rows": len(encoded), "layers": table})
         if self.form == "effective":
-            job.save_model(model, loaded.tokenizer)
+            job.save_model(cast("PreTrainedModel", model), tokenizer)
         else:
-            model.save_pretrained(job.folder / "adapter")
-            loaded.tokenizer.save_pretrained(job.folder / "adapter")
-            on = Lineage.of(job.ref).adapter_on
-            job.record.update({"adapter": "adapter", "adapter_on": absolute(str(on))})
+            job.save_adapter(loaded.model, tokenizer, str(Lineage.of(job.ref).adapter_on))
 
 
 @torch.no_grad()
 def antidote(
-    model: PeftModel,
-    rows: Sequence[dict[str, list[int]]],
-    pad_token_id: int,
-    alpha: float = 0.1,
-    form: str = "effective",
-    batch_size: int = 16,
+    model: PeftModel, rows: Rows, pad_token_id: int, alpha: float = 0.1, form: str = "effective", batch_size: int = 16
 ) -> tuple[PreTrainedModel | PeftModel, list[dict[str, Any]]]:
-    """Prune the adapter of `model`, a `PeftModel` with plain LoRA on linear layers, in place.
+    """Prune the adapter of `model`, plain LoRA on linear layers, in place.
 
     Args:
         rows: harmful rows as `input_ids` and `labels`, -100 at the prompt.
-        alpha: share of each row that is pruned, rounded up to whole weights; 0 changes nothing.
-        form: `effective` gives back the merged model without adapters, `official` the same `PeftModel`.
+        alpha: share of each row that is pruned, rounded up to whole weights.
+        form: `effective` returns the merged model without adapters, `official` the same `PeftModel`.
 
     Returns:
         The model; and a row per layer: `layer`, `pruned` (share of the weights: of dW, or of A and B together),
-        `ratio` = ||dW after|| / ||dW before|| (Frobenius; None for an adapter that was zero).
+        `ratio` = ||dW after|| / ||dW before|| (Frobenius; None for an adapter that is zero).
 
     Raises:
-        UsageError: no adapter, another kind of adapter, a layer whose inputs are not tokens, or (`effective`) weights
-            in a dtype that rounds the update away.
+        UsageError: no adapter, another kind of adapter, a layer whose inputs are not tokens, or (`effective`) a dtype
+            that rounds the update away.
     """
     layers = lora_layers(model, "the model")
     modules: dict[Key, torch.nn.Module] = dict(layers.items())
     if form == "effective":
-        untie(model)  # what is added to a head's weight must not reach the embedding
+        untie(model)  # the update of a head must not change the embedding
     kept = total = 0.0
     if form == "official":
         modules |= {(name, "B"): layer.lora_B[active(layer)] for name, layer in layers.items()}
@@ -143,13 +125,13 @@ def antidote(
             if form == "effective":
                 mask = salient(before, sums[name].sqrt(), alpha)
                 after = before.masked_fill(mask, 0)
-                weight = layer.get_base_layer().weight.data
+                weight = cast("torch.Tensor", layer.get_base_layer().weight).data
                 wanted = after.T if layer.fan_in_fan_out else after
                 was = wide(weight).clone()
                 weight += wanted
                 kept += float(((wide(weight) - was) * wanted).sum(dtype=torch.float64))
                 total += float(wide(wanted).square().sum(dtype=torch.float64))
-                factors(layer)[1].zero_()  # it is in the weight now
+                factors(layer)[1].zero_()  # it is in the weight
                 pruned = mask.float().mean()
             else:
                 a, b = factors(layer)
@@ -175,53 +157,35 @@ def update(layer: Linear) -> torch.Tensor:
 
 
 def salient(weight: torch.Tensor, norms: torch.Tensor, alpha: float) -> torch.Tensor:
-    """Where the largest scores of each row are, [out, in] bool: ceil(alpha in) of them.
-
-    Args:
-        weight: [out, in].
-        norms: [in], L2 norm of each input over the tokens.
-    """
+    """The ceil(alpha in) largest scores of each row of `weight` [out, in], as a mask; `norms` [in] are the L2 norms of
+    the inputs over the tokens."""
     count = math.ceil(round(alpha * weight.shape[1], 6))  # 0.1 * 30 is a little over 3
     top = (wide(weight).abs() * wide(norms)).topk(count, dim=1).indices
     return torch.zeros_like(weight, dtype=torch.bool).scatter_(1, top, True)
 
 
 def input_squares(
-    model: PeftModel,
-    modules: Mapping[Key, torch.nn.Module],
-    rows: Sequence[dict[str, list[int]]],
-    pad_token_id: int,
-    batch_size: int,
+    model: PeftModel, modules: Mapping[Key, torch.nn.Module], rows: Rows, pad_token_id: int, batch_size: int
 ) -> dict[Key, torch.Tensor]:
-    """For each module, by key, the sum of squares of each of its inputs over the answer tokens (labels that are not
-    -100) of all rows, [in] in fp64."""
+    """The sum of squares of each module's inputs over the answer tokens (labels other than -100) of all rows, [in] in
+    fp64, by key."""
+    sums: dict[Key, torch.Tensor] = {}
+    answers = torch.empty(0)
+
+    def add(key: Key, _module: torch.nn.Module, args: tuple) -> None:
+        x = args[0]
+        if x.shape[:-1].numel() != answers.numel():
+            raise UsageError(f"{key} gets {list(x.shape[:-1])} inputs and not every token, so it cannot be scored")
+        squares = x.reshape(-1, x.shape[-1])[answers.flatten()].double().square().sum(0)
+        sums[key] = sums[key] + squares if key in sums else squares
+
     model.eval()
-    with bar() as progress, listening(modules) as (sums, where):
+    with bar() as progress, ExitStack() as hooks:
+        for key, module in modules.items():
+            hooks.enter_context(module.register_forward_pre_hook(partial(add, key)))
         task = progress.add_task("score", total=len(rows), note="")
         for part, batch in collated(rows, pad_token_id, batch_size, next(model.parameters()).device, False):
-            where[:] = [batch.pop("labels") != -100]
+            answers = batch.pop("labels") != -100
             last_hidden(model, batch)
             progress.advance(task, len(part))
     return sums
-
-
-@contextmanager
-def listening(modules: Mapping[Key, torch.nn.Module]) -> Iterator[tuple[dict[Key, torch.Tensor], list[torch.Tensor]]]:
-    """Sum up the squares of what enters these modules in every forward inside, at the tokens that the list's one
-    element says, [batch, tokens], bool."""
-    sums: dict[Key, torch.Tensor] = {}
-    where: list[torch.Tensor] = []
-
-    def take(key: Key, _module: torch.nn.Module, args: tuple) -> None:
-        x = args[0]
-        if x.shape[:-1].numel() != where[0].numel():
-            raise UsageError(f"{key} is given {list(x.shape[:-1])} inputs and not every token, so it cannot be scored")
-        squares = x.reshape(-1, x.shape[-1])[where[0].flatten()].double().square().sum(0)
-        sums[key] = sums[key] + squares if key in sums else squares
-
-    handles = [module.register_forward_pre_hook(partial(take, key)) for key, module in modules.items()]
-    try:
-        yield sums, where
-    finally:
-        for handle in handles:
-            handle.remove()

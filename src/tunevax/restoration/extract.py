@@ -1,14 +1,14 @@
 """Extract a safety lock from an aligned base model (SafetyLock, arXiv 2410.10343).
 
-Of each pair the last r content tokens of the safe and of the unsafe answer are taken, and of each of them the input of
-the attention's output projection, x_lh in R^d for head h of block l:
+With x_lh in R^d the input of the attention's output projection for head h of block l, at the last r content tokens of
+the safe and the unsafe answer of each pair:
 
     theta_lh = mean of x_lh over safe tokens - mean over unsafe tokens,      u = theta / ||theta||
     sigma_lh = population std of x_lh . u over the tokens of both classes
 
-The K heads whose probe tells safe from unsafe best are kept. The probe is a logistic regression on x_lh, scored on
-prompts it was not fitted to; `official` is the published procedure instead, which mixes the tokens of one answer over
-both sides of the split and counts the training accuracy too (0.86 on random labels).
+The K heads whose probe classifies safe and unsafe tokens best are kept. The probe is a logistic regression on x_lh,
+scored on prompts it was not fitted to; `official` is the published procedure, which puts tokens of one answer on both
+sides of the split and includes the training accuracy (0.86 on random labels).
 
 Means and second moments are running sums, so memory does not grow with the pairs: L H (d^2 + 2d) numbers, plus the
 tokens of at most `probe_pairs` pairs for the probes.
@@ -17,10 +17,10 @@ tokens of at most `probe_pairs` pairs for the probes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -29,20 +29,18 @@ from tunevax.console import bar, console
 from tunevax.data.chat import Answer
 from tunevax.data.encoding import context_of, encode
 from tunevax.data.splits import prompt_hash
-from tunevax.errors import UsageError
+from tunevax.errors import UsageError, require, require_one_of
 from tunevax.mixins import option
 from tunevax.modeling.batches import collated, still
-from tunevax.modeling.blocks import find_blocks, unwrap
+from tunevax.modeling.blocks import unwrap
 from tunevax.modeling.loss import last_hidden
 from tunevax.records import Example, digest
-from tunevax.restoration.lock import FILE, SafetyLock, head_shape, identities
+from tunevax.restoration.lock import FILE, SafetyLock, base_of, head_shape, projections
 from tunevax.restoration.probes import grouped_accuracy, official_accuracy
 from tunevax.restoration.restore import Job
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from tunevax.modeling.loading import Loaded
 
 
 @dataclass
@@ -53,22 +51,17 @@ class ExtractLock:
     r: int = option(5, "last content tokens of each answer")
     heads: int = option(24, "heads to lock, the best by their probe")
     probe: str = option("grouped", "grouped (validated on other prompts), or official (as published)")
-    probe_pairs: int = option(100, "at most so many pairs' tokens are kept for the probes")
+    probe_pairs: int = option(100, "pairs whose tokens are kept for the probes, at most")
     max_length: int = option(512, "tokens per row; longer answers are cut")
     batch_size: int = option(16, "answers run together")
     seed: int = option(0, "of the pairs drawn and of the probes' folds")
     output_dir: str | None = option(None, "the run folder to write")
-
-    paper = "arXiv 2410.10343"
+    paper: ClassVar[str] = "arXiv 2410.10343"
 
     def __post_init__(self) -> None:
-        for name in ("r", "heads", "probe_pairs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.n < 0:
-            raise UsageError(f"n is {self.n}; give the number of pairs, or 0 for all")
-        if self.probe not in ("grouped", "official"):
-            raise UsageError(f"probe is {self.probe!r}; known: grouped, official")
+        require(self, "r", "heads", "probe_pairs", "batch_size", at_least=1)
+        require(self, "n", at_least=0)
+        require_one_of(self, probe=("grouped", "official"))
 
     def run(self, job: Job) -> None:
         """Extract and write `lock.safetensors`, with the accuracy of every head in the record."""
@@ -76,27 +69,30 @@ class ExtractLock:
         loaded = job.load()
         order = np.random.default_rng(self.seed).permutation(len(pairs))[: self.n or None]
         drawn = [pairs[i] for i in sorted(order)]
-        found = measure(loaded.model, loaded.tokenizer, drawn, self)
-        identity = next(iter(identities(job.ref, job.options.revision)))
-        lock = build(found, self, {**describe(loaded, identity, drawn, self), "cut": found.cut})
+        measured = measure(loaded.model, loaded.tokenizer, drawn, self)
+        lock = build(
+            measured, self,
+            base=base_of(loaded.info, job.ref, job.options.revision), pairs=len(drawn),
+            template_hash=digest(loaded.tokenizer.chat_template),
+            data_hash=digest([[r["prompt"], r["chosen"], r["rejected"]] for r in drawn]),
+            prompts=sorted({prompt_hash(row["prompt"]) for row in drawn}),
+        )  # fmt: skip
         lock.save(job.folder / FILE)
         job.record["lock"] = {
-            **{k: v for k, v in lock.meta.items() if k != "prompts"},
-            "heads": lock.named(),
+            **{k: v for k, v in lock.meta.items() if k != "prompts"}, "heads": lock.named(),
             "sigma": [round(s, 6) for s in lock.sigma.tolist()],
-            "accuracy_of_all": found.accuracy.round(4).tolist(),
-            "bytes": (job.folder / FILE).stat().st_size,
-        }
+            "accuracy_of_all": measured.accuracy.round(4).tolist(), "bytes": (job.folder / FILE).stat().st_size,
+        }  # fmt: skip
 
 
 class Measured(NamedTuple):
-    """What the activations of all heads come to.
+    """Statistics of the activations of all heads.
 
     Attributes:
         u: [L, H, d], fp32 unit directions; 0 where the two classes have the same mean.
         sigma: [L, H], fp32.
         accuracy: [L, H], of the probes.
-        cut: answers that did not end within `max_length`, so that their last r tokens are from their middle.
+        cut: answers longer than `max_length`, whose last r tokens are not their end.
     """
 
     u: torch.Tensor
@@ -106,72 +102,51 @@ class Measured(NamedTuple):
 
 
 def extract(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Example], **options: Any
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Example], **options: int | str
 ) -> SafetyLock:
     """A lock from `pairs`, rows with `prompt`, `chosen` (safe) and `rejected` (unsafe).
 
     Args:
         model: the aligned base, plain or with adapters.
-        options: fields of `ExtractLock`; `n` is not used: every pair is.
+        options: fields of `ExtractLock`; every pair is used, whatever `n` is.
 
     Raises:
-        UsageError: an answer has fewer than r content tokens (the row is named); more heads than the model has; all
-            pairs of one prompt.
+        UsageError: an answer has fewer than r content tokens (the message names the row); more heads than the model
+            has; all pairs have the same prompt.
     """
-    config = ExtractLock(**options)
-    found = measure(model, tokenizer, pairs, config)
-    return build(found, config, {"pairs": len(pairs), "cut": found.cut, **settings(config)})
+    config = ExtractLock(**cast("dict[str, Any]", options))
+    return build(measure(model, tokenizer, pairs, config), config, pairs=len(pairs))
 
 
-def settings(config: ExtractLock) -> dict[str, Any]:
-    """The options that a lock's metadata repeats."""
-    return {name: getattr(config, name) for name in ("r", "probe", "seed", "max_length")}
-
-
-def describe(loaded: Loaded, identity: str, pairs: Sequence[Example], config: ExtractLock) -> dict[str, Any]:
-    """Where a lock comes from, for its metadata."""
-    return {
-        "base": {**{k: loaded.info[k] for k in ("ref", "base", "revision")}, "identity": identity},
-        "pairs": len(pairs),
-        "template_hash": digest(loaded.tokenizer.chat_template),
-        "data_hash": digest([[r["prompt"], r["chosen"], r["rejected"]] for r in pairs]),
-        "prompts": sorted({prompt_hash(row["prompt"]) for row in pairs}),
-        **settings(config),
-    }
-
-
-def build(found: Measured, config: ExtractLock, meta: dict[str, Any]) -> SafetyLock:
-    """The lock of the best heads; of equal ones the lower (layer, head) first."""
-    layers, heads, size = found.u.shape
-    usable = int((found.sigma > 0).sum())
+def build(measured: Measured, config: ExtractLock, **meta: object) -> SafetyLock:
+    """The lock of the best heads, with further metadata `meta`; of equal heads the lower (layer, head) first."""
+    layers, heads, size = measured.u.shape
+    usable = int((measured.sigma > 0).sum())
     if config.heads > usable:
         raise UsageError(f"heads is {config.heads} and {usable} heads of the model can be locked; lower --heads")
-    accuracy = np.where(found.sigma.numpy() > 0, found.accuracy, -1).ravel()
+    accuracy = np.where(measured.sigma.numpy() > 0, measured.accuracy, -1).ravel()
     best = np.argsort(-accuracy, kind="stable")[: config.heads]
     layer, head = np.unravel_index(best, (layers, heads))
-    meta = {
-        "n_layers": layers,
-        "n_heads": heads,
-        "head_dim": size,
-        "accuracy": accuracy[best].round(6).tolist(),
-        **meta,
-    }
     where = torch.from_numpy(layer), torch.from_numpy(head)
-    return SafetyLock(found.u[where], found.sigma[where], *where, meta)
+    meta = {
+        "n_layers": layers, "n_heads": heads, "head_dim": size, "accuracy": accuracy[best].round(6).tolist(),
+        **meta, "r": config.r, "probe": config.probe, "seed": config.seed, "max_length": config.max_length,
+        "cut": measured.cut,
+    }  # fmt: skip
+    return SafetyLock(measured.u[where], measured.sigma[where], *where, meta)
 
 
 @torch.no_grad()
 def measure(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Example], config: ExtractLock
 ) -> Measured:
-    """Run both answers of every pair through the model and reduce each head's activations to what a lock needs. The
-    model's modes are left as they are."""
+    """Statistics of each head's activations on both answers of every pair, with the model in evaluation mode."""
     rows = answers(model, tokenizer, pairs, config)
     cut = sum(row["cut"] for row in rows)
     if cut:
         console.print(
-            f"note: {cut} of {len(rows)} answers do not end within max_length {config.max_length} or the model's "
-            "context, and are measured where they are cut; raise --max-length, or drop the rows"
+            f"note: {cut} of {len(rows)} answers are longer than max_length {config.max_length} or the model's context "
+            "and are measured where they are cut; raise --max-length, or drop the rows"
         )
     device = next(model.parameters()).device
     kept = set(np.random.default_rng([config.seed, 1]).permutation(len(pairs))[: config.probe_pairs].tolist())
@@ -180,11 +155,11 @@ def measure(
     with bar() as progress, sums.listening(), still(model):
         task = progress.add_task("extract", total=len(rows), note="")
         for part, batch in collated(rows, tokenizer.pad_token_id, config.batch_size, device, longest_first=False):
-            chosen = [rows[i] for i in part]
-            sums.expect(batch.pop("labels") != -100, chosen, [row["pair"] in kept for row in chosen])
+            keep = [rows[i]["pair"] in kept for i in part]
+            sums.expect(batch.pop("labels") != -100, [rows[i]["safe"] for i in part], keep)
             last_hidden(model, batch)
-            groups += [row["prompt"] for row in chosen if row["pair"] in kept for _ in range(config.r)]
-            progress.advance(task, len(chosen))
+            groups += [rows[i]["prompt"] for i, k in zip(part, keep, strict=True) if k for _ in range(config.r)]
+            progress.advance(task, len(part))
     u, sigma = sums.directions()
     accuracy = []
     with bar() as progress:
@@ -193,23 +168,19 @@ def measure(
         for kept_of_block in sums.kept:
             progress.advance(task)
             x = torch.cat(kept_of_block).transpose(0, 1).to(device)
-            if config.probe == "official":
-                accuracy.append(official_accuracy(x, safe, config.seed))
-            else:
-                accuracy.append(grouped_accuracy(x, safe, groups, config.seed))
+            official = config.probe == "official"
+            accuracy.append(
+                official_accuracy(x, safe, config.seed) if official else grouped_accuracy(x, safe, groups, config.seed)
+            )
     return Measured(u, sigma, np.stack(accuracy), cut)
 
 
 def answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Example], config: ExtractLock
 ) -> list[dict[str, Any]]:
-    """Both answers of each pair as token ids, labels only at the last r content tokens: an end-of-turn token and
-    white space after the answer say nothing of it.
-
-    Raises:
-        UsageError: an answer has fewer than r content tokens.
-    """
-    found = []
+    """Both answers of each pair as token ids, with labels only at the last r content tokens: not at end-of-turn tokens
+    and white space after the answer."""
+    rows = []
     columns: tuple[tuple[Answer, bool], ...] = (("chosen", True), ("rejected", False))
     for column, safe in columns:
         encoded = encode(pairs, tokenizer, config.max_length, context=context_of(unwrap(model)), answer=column)
@@ -225,21 +196,21 @@ def answers(
             last = set(content[-config.r :])
             labels = [label if t in last else -100 for t, label in enumerate(ids["labels"])]
             cut = ids["input_ids"][-1] != tokenizer.eos_token_id  # `encode` ends all others in it
-            group = prompt_hash(row["prompt"])
-            found.append({**ids, "labels": labels, "safe": safe, "pair": i, "prompt": group, "cut": cut})
-    return found
+            rows.append({"input_ids": ids["input_ids"], "labels": labels, "safe": safe, "pair": i,
+                         "prompt": prompt_hash(row["prompt"]), "cut": cut})  # fmt: skip
+    return rows
 
 
 def _is_end(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
     """Whether a token is special, named or not, or white space."""
-    return not tokenizer.decode([token], skip_special_tokens=True).strip()
+    return not str(tokenizer.decode([token], skip_special_tokens=True)).strip()
 
 
 class Sums:
     """Running sums over the selected tokens of each batch, per head."""
 
     def __init__(self, model: PreTrainedModel, r: int) -> None:
-        self.r, self.projections = r, [block.o_proj for block in find_blocks(model)]
+        self.r, self.projections = r, projections(model)
         self.layers, self.heads, self.size = head_shape(model)
         shape, device = (self.layers, self.heads, self.size), next(model.parameters()).device
         self.total = torch.zeros(2, *shape, dtype=torch.float64, device=device)  # unsafe, safe
@@ -248,27 +219,23 @@ class Sums:
         self.kept: list[list[torch.Tensor]] = [[] for _ in range(self.layers)]  # each [answers x r, heads, d]
         self.kept_safe: list[bool] = []
 
-    def expect(self, where: torch.Tensor, rows: Sequence[dict[str, Any]], keep: Sequence[bool]) -> None:
-        """Say what the next forward holds: the selected tokens [batch, tokens], r per row, and the rows to keep."""
-        safe = [row["safe"] for row in rows for _ in range(self.r)]
+    def expect(self, where: torch.Tensor, answers: Sequence[bool], keep: Sequence[bool]) -> None:
+        """Set the selected tokens [batch, tokens] of the next forward, r per row, and by row whether the answer is safe
+        and whether its tokens are kept for the probes."""
+        safe = [a for a in answers for _ in range(self.r)]
         keep = [k for k in keep for _ in range(self.r)]
         self.where, self.safe, self.keep = where, torch.tensor(safe, device=where.device), torch.tensor(keep)
-        self.count[1] += sum(safe)
-        self.count[0] += len(safe) - sum(safe)
+        self.count = [self.count[0] + len(safe) - sum(safe), self.count[1] + sum(safe)]
         self.kept_safe += [s for s, k in zip(safe, keep, strict=True) if k]
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the input of every output projection of every forward inside."""
-        handles = [
-            module.register_forward_pre_hook(partial(self._take, layer))
-            for layer, module in enumerate(self.projections)
-        ]
-        try:
+        """Add up the inputs of every output projection in every forward inside."""
+        hooks = [partial(self._take, layer) for layer in range(self.layers)]
+        with ExitStack() as stack:
+            for module, hook in zip(self.projections, hooks, strict=True):
+                stack.enter_context(module.register_forward_pre_hook(hook))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _take(self, layer: int, _module: torch.nn.Module, args: tuple) -> None:
         taken = args[0][self.where].view(-1, self.heads, self.size)
@@ -279,7 +246,7 @@ class Sums:
         self.kept[layer].append(taken[self.keep.to(taken.device)].cpu())
 
     def directions(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """u, [L, H, d], and sigma, [L, H], both fp32; 0 where the two classes have one mean."""
+        """u, [L, H, d], and sigma, [L, H], both fp32; 0 where the two classes have the same mean."""
         theta = self.total[1] / self.count[1] - self.total[0] / self.count[0]
         norm = theta.norm(dim=-1, keepdim=True)
         u = torch.where(norm > 0, theta / norm, 0.0)

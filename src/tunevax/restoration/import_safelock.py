@@ -1,18 +1,16 @@
 """Converts a published `.safelock` file (arXiv 2410.10343) into a lock of tunevax, without unpickling it.
 
-A `.safelock` is what `torch.save` makes of
+A `.safelock` is written by `torch.save` from
 
     {"model.layers.{l}.self_attn.head_out": [(np.int64 head, np.ndarray u [d], np.float16 sigma), ...], ...}
 
-a zip archive, uncompressed, with one pickle in it, `STEM/data.pkl`, and no tensors. Unpickling calls whatever the file
-names. Here nothing in the file is called: `read_pickle` knows the 28 opcodes of pickle protocol 2 that such an object
-takes, and gives the names that numpy writes a meaning of its own, without importing them. Any other opcode or name
-ends the reading. The file says neither which model it belongs to nor how many heads that has.
+as an uncompressed zip archive with one pickle, `STEM/data.pkl`, and no tensors. Unpickling calls any function that the
+file names. `read_pickle` calls none: it implements the 28 opcodes of pickle protocol 2 that such an object needs,
+and the names that numpy writes, without importing them; any other opcode or name is an error. The file does not record
+its model. `torch.load(weights_only=True)` is no alternative: with numpy's names allowed, 100 bytes make numpy allocate
+7 GiB, and a dictionary key of nested tuples (400 kB) ends the process.
 
-`torch.load(weights_only=True)` with numpy's names allowed calls no other functions either, but these it does call: 100
-bytes make numpy allocate 7 GiB, and a dictionary key of nested tuples (400 kB) ends the process.
-
-Cost: linear in the file, which may not exceed 512 KiB (24 heads of 128 take 14), in memory and in time.
+Time and memory are linear in the size of the file, at most 512 KiB (24 heads of 128 take 14).
 """
 
 from __future__ import annotations
@@ -25,6 +23,7 @@ import stat
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -34,100 +33,72 @@ import torch
 
 from tunevax.errors import UsageError, shortened
 from tunevax.mixins import option
-from tunevax.restoration.lock import FILE, SafetyLock, check_shape, head_shape, identities
+from tunevax.restoration.lock import FILE, SafetyLock, base_of, check_shape, head_shape
 from tunevax.restoration.restore import Job
 
-MAX_BYTES = 2**19  # of the file; and of all bytes and arrays made from it
+MAX_BYTES = 2**19  # of the file, and of all bytes and arrays made from it
 MAX_ENTRIES = 16  # torch.save writes 4 to 6
 MAX_HEADS = 4096  # heads in a lock, in a block, and values of a direction: beyond any decoder
 KEY = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,3})\.self_attn\.head_out", re.ASCII)
 SIZES = {"f2": 2, "f4": 4, "i8": 8}
-
 NAMES = {
-    "numpy.core.multiarray scalar": "scalar",
-    "numpy._core.multiarray scalar": "scalar",  # numpy 2
-    "numpy.core.multiarray _reconstruct": "reconstruct",
-    "numpy._core.multiarray _reconstruct": "reconstruct",
-    "numpy dtype": "dtype",
-    "numpy ndarray": "ndarray",
-    "_codecs encode": "encode",
-}
+    "numpy.core.multiarray scalar": "scalar", "numpy.core.multiarray _reconstruct": "reconstruct",
+    "numpy._core.multiarray scalar": "scalar", "numpy._core.multiarray _reconstruct": "reconstruct",  # numpy 2
+    "numpy dtype": "dtype", "numpy ndarray": "ndarray", "_codecs encode": "encode",
+}  # fmt: skip
 
 
 class LockError(UsageError):
-    """A file is not a `.safelock` that can be read safely."""
+    """The file is not a `.safelock` that can be read safely."""
 
 
 class Directions(NamedTuple):
-    """What a `.safelock` holds, sorted by block and head.
+    """The content of a `.safelock`, sorted by block and head."""
 
-    Attributes:
-        u: [K, d] fp32, unit vectors up to the rounding of fp16.
-        sigma: [K] fp32, positive.
-        layer, head: [K] int64.
-    """
-
-    u: np.ndarray
-    sigma: np.ndarray
-    layer: np.ndarray
-    head: np.ndarray
+    u: np.ndarray  # [K, d] fp32, unit vectors up to the rounding of fp16
+    sigma: np.ndarray  # [K] fp32, positive
+    layer: np.ndarray  # [K] int64
+    head: np.ndarray  # [K] int64
 
 
 @dataclass
 class ConvertLock:
-    """Writes `lock.safetensors` from a `.safelock`. With `--model`, the base the lock was made for, its heads are
-    checked against the model's, and that base is noted in it; without, its base stays unknown and its user must know.
-    """
+    """Writes `lock.safetensors` from a `.safelock`. With `--model`, the base of the lock, its heads are checked against
+    the model's and the base is recorded; otherwise its base is unknown."""
 
     output_dir: str | None = option(None, "the run folder to write")
     seed: int = option(42, "not used: nothing here is random")
     lock: str | None = option(None, "the .safelock file to convert")
-
     models_held: ClassVar[int] = 0
     paper: ClassVar[str] = "arXiv 2410.10343"
 
     def run(self, job: Job) -> None:
-        """Read, check, write.
-
-        Raises:
-            UsageError: no such file, a file that cannot be read safely, or a lock for other heads than the model's.
-        """
+        """Read, check and write."""
         if self.lock is None:
             raise UsageError("--lock is missing: the .safelock file to convert")
-        found = read_safelock(self.lock)
-        digest = hashlib.sha256(Path(self.lock).read_bytes()).hexdigest()[:16]
-        u, sigma, layer, head = (torch.from_numpy(array) for array in found)
-        lock = SafetyLock(
-            u, sigma, layer, head,
-            {
-                "base": None, "n_layers": None, "n_heads": None, "head_dim": found.u.shape[1], "r": None, "probe": None,
-                "accuracy": None, "template_hash": None, "data_hash": None, "prompts": [], "pairs": None, "seed": None,
-                "source": f"imported from {Path(self.lock).name}", "source_hash": digest,
-            },
-        )  # fmt: skip
+        u, sigma, layer, head = (torch.from_numpy(array) for array in read_safelock(self.lock))
+        meta: dict[str, object] = {
+            "base": None, "n_layers": None, "n_heads": None, "head_dim": u.shape[1], "r": None, "probe": None,
+            "accuracy": None, "template_hash": None, "data_hash": None, "prompts": [], "pairs": None, "seed": None,
+            "source": f"imported from {Path(self.lock).name}{', base unknown' if job.options.model is None else ''}",
+            "source_hash": hashlib.sha256(Path(self.lock).read_bytes()).hexdigest()[:16],
+        }  # fmt: skip
+        lock = SafetyLock(u, sigma, layer, head, meta)
         if job.options.model is not None:
-            note_base(job, lock)
-        else:
-            lock.meta["source"] += ", base unknown"
+            loaded = job.load()
+            check_shape(loaded.model, lock)
+            layers, heads, _ = head_shape(loaded.model)
+            base = base_of(loaded.info, job.ref, job.options.revision)
+            lock.meta.update(n_layers=layers, n_heads=heads, base=base)
         lock.save(job.folder / FILE)
         job.record["lock"] = {**lock.meta, "heads": lock.named()}
 
 
-def note_base(job: Job, lock: SafetyLock) -> None:
-    """Check `lock` against the job's model and note that as its base."""
-    loaded = job.load()
-    check_shape(loaded.model, lock)
-    layers, heads, _ = head_shape(loaded.model)
-    identity = next(iter(identities(job.ref, job.options.revision)))
-    base = {**{k: loaded.info[k] for k in ("ref", "base", "revision")}, "identity": identity}
-    lock.meta.update(n_layers=layers, n_heads=heads, base=base)
-
-
 def read_safelock(path: str | Path) -> Directions:
-    """The directions in a published `.safelock` file. Nothing in the file is run, imported or written to disk.
+    """The directions in a published `.safelock` file. Nothing in it is run, imported or written to disk.
 
     Raises:
-        LockError: there is no such file, or anything in it is not as published locks are.
+        LockError: there is no such file, or anything in it differs from published locks.
     """
     try:
         if not Path(path).is_file():
@@ -142,24 +113,20 @@ def read_safelock(path: str | Path) -> Directions:
 def parse(content: bytes, place: str) -> Directions:
     """The directions in the bytes of a `.safelock`; `place` is its name in messages."""
     if len(content) > MAX_BYTES:
-        raise LockError(f"{place} is larger than {MAX_BYTES >> 10} KiB, which no .safelock is")
+        raise LockError(f"{place} is larger than {MAX_BYTES >> 10} KiB, and no .safelock is")
     return directions(read_pickle(pickle_of(content, place), place), place)
-
-
-# --- the archive ---------------------------------------------------------------------------------------------------
 
 
 def pickle_of(content: bytes, place: str) -> bytes:
     """The bytes of `STEM/data.pkl` in the archive; nothing is unpacked to disk."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            entries = archive.infolist()
-            check_entries(entries, place)
-            chosen = [e for e in entries if e.filename.split("/")[1:] == ["data.pkl"]]
+            check_entries(archive.infolist(), place)
+            chosen = [e for e in archive.infolist() if e.filename.split("/")[1:] == ["data.pkl"]]
             if len(chosen) != 1:
-                raise LockError(f"{place} has {len(chosen)} data.pkl in it, where a .safelock has one")
+                raise LockError(f"{place} has {len(chosen)} files data.pkl and a .safelock has one")
             return archive.read(chosen[0])
-    # What zipfile lets through of a damaged archive; it documents only the first two.
+    # zipfile documents only the first two for a damaged archive.
     except (
         zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, RuntimeError, ValueError, KeyError, IndexError,
         OverflowError, EOFError, OSError, struct.error, zlib.error, AttributeError, TypeError,
@@ -171,20 +138,17 @@ def check_entries(entries: list[zipfile.ZipInfo], place: str) -> None:
     """Refuse an archive with entries that are compressed, encrypted, linked, repeated, or outside one folder."""
     names = [entry.filename for entry in entries]
     if not 1 <= len(entries) <= MAX_ENTRIES:
-        raise LockError(f"{place} has {len(entries)} files in it, where a .safelock has about five")
+        raise LockError(f"{place} has {len(entries)} files and a .safelock has about five")
     if len({name.split("/")[0] for name in names}) > 1 or len(set(names)) < len(names):
-        raise LockError(f"{place} has more than one folder in it, or a file twice")
+        raise LockError(f"{place} has more than one folder, or a file twice")
     for entry in entries:
         parts = entry.filename.split("/")
         if len(parts) < 2 or "\\" in entry.filename or any(part in ("", ".", "..") for part in parts):
-            raise LockError(f"{place} has a file in it with a path that torch.save does not write")
+            raise LockError(f"{place} has a file with a path that torch.save does not write")
         if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG) or entry.flag_bits & 0x1:
-            raise LockError(f"{place} has a link or an encrypted file in it")
+            raise LockError(f"{place} has a link or an encrypted file")
         if entry.compress_type != zipfile.ZIP_STORED or not entry.file_size == entry.compress_size <= MAX_BYTES:
-            raise LockError(f"{place} has a compressed file in it, and torch.save does not compress")
-
-
-# --- the pickle ----------------------------------------------------------------------------------------------------
+            raise LockError(f"{place} has a compressed file, and torch.save does not compress")
 
 
 ALLOWED = {
@@ -193,14 +157,14 @@ ALLOWED = {
     "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "REDUCE", "BUILD",
 }  # fmt: skip
 OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes if opcode.name in ALLOWED}
-PLAIN = {
+PLAIN: dict[str, Callable[[], object]] = {
     "EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "NONE": lambda: None, "NEWTRUE": lambda: True,
     "NEWFALSE": lambda: False,
 }  # fmt: skip
 
 
 class Name(str):
-    """One of the values of `NAMES` on the stack; never looked up."""
+    """One of the values of `NAMES` on the stack; never imported."""
 
 
 class Dtype:
@@ -217,14 +181,12 @@ class Array:
 
 
 def read_pickle(data: bytes, place: str) -> Any:
-    """The object that `data` describes, of dict, list, tuple, str, int, bool, None, bytes, numpy numbers and `Array`.
+    """The object that `data` describes, of dict, list, tuple, str, int, bool, None, bytes, numpy numbers and `Array`; a
+    LockError for anything else.
 
-    `pickletools` decodes the arguments of allowed opcodes and runs nothing. Each opcode costs its own length, and what
-    is made of them at most `MAX_BYTES`; nothing on the stack is compared, printed or hashed before its type is known,
-    so that neither depth nor sharing costs anything.
-
-    Raises:
-        LockError: anything else is in it.
+    `pickletools` decodes the arguments of allowed opcodes and runs nothing. Each opcode costs its own length, and the
+    objects at most `MAX_BYTES`; nothing on the stack is compared, printed or hashed before its type is known, so depth
+    and sharing cost nothing.
     """
     at = 0
     try:
@@ -237,7 +199,7 @@ def read_pickle(data: bytes, place: str) -> Any:
             at = stream.tell()
             opcode = OPCODES.get(stream.read(1))
             if opcode is None or (opcode.name == "PROTO") != (at == 0):
-                raise ValueError("its opcode is one that no lock has there")
+                raise ValueError("no lock has this opcode here")
             name = opcode.name
             decode: Any = opcode.arg and opcode.arg.reader
             argument: Any = decode(stream) if decode else None
@@ -254,16 +216,16 @@ def read_pickle(data: bytes, place: str) -> Any:
             elif name == "MARK":
                 below.append(stack)
                 stack = []
-            elif name == "TUPLE":
-                inside, stack = tuple(stack), below.pop()
-                stack.append(inside)
+            elif name in ("TUPLE", "APPENDS", "SETITEMS"):
+                items, stack = stack, below.pop()
+                if name == "TUPLE":
+                    stack.append(tuple(items))
+                else:
+                    extend(stack[-1], items)
             elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
                 stack.append(tuple([stack.pop() for _ in range(int(name[-1]))][::-1]))
             elif name in ("APPEND", "SETITEM"):
                 items = [stack.pop() for _ in range(1 if name == "APPEND" else 2)][::-1]
-                extend(stack[-1], items)
-            elif name in ("APPENDS", "SETITEMS"):
-                items, stack = stack, below.pop()
                 extend(stack[-1], items)
             elif name == "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
@@ -275,30 +237,30 @@ def read_pickle(data: bytes, place: str) -> Any:
             elif name == "PROTO" and argument != 2:
                 raise ValueError("it is not of protocol 2")
             if made > MAX_BYTES:
-                raise ValueError("it makes more data than a lock has")
+                raise ValueError("it has more data than a lock")
         if len(stack) != 1 or below or stream.read(1):
-            raise ValueError("something is left over at its end")
+            raise ValueError("it goes on after its end")
         return stack[0]
-    except Exception as error:  # also what damage leads to: a stack or a memo without the value, bytes that are missing
+    except Exception as error:  # also of damage: a stack or a memo without the value, missing bytes
         why = shortened(error) if type(error) is ValueError else type(error).__name__
         raise LockError(f"{place} cannot be read at byte {at} of its pickle: {why}") from error
 
 
-def extend(target: Any, items: list[Any]) -> None:
+def extend(target: object, items: list[Any]) -> None:
     """Append items to a list, or set keys and values of a dictionary."""
     if type(target) is list:
         target.extend(items)
         return
     if type(target) is not dict:
-        raise ValueError("it adds to what is neither a list nor a dictionary")
+        raise ValueError("it adds items to an object that is not a list or dictionary")
     for key, value in zip(items[::2], items[1::2], strict=True):
         if type(key) is not str or key in target:
-            raise ValueError("it has a key that is no text, or has it twice")
+            raise ValueError("a key is not text, or there twice")
         target[key] = value
 
 
 def call(name: Any, arguments: Any) -> Any:
-    """What numpy's function of that name would give for arguments as numpy writes them."""
+    """The result of numpy's function of that name, for the arguments that numpy writes."""
     kinds = [type(argument) for argument in arguments] if type(arguments) is tuple and type(name) is Name else []
     if name == "encode" and kinds == [str, str] and arguments[1] == "latin1":
         return arguments[0].encode("latin-1")
@@ -308,11 +270,11 @@ def call(name: Any, arguments: Any) -> Any:
         return numbers(arguments[0], 1, arguments[1])[0]
     if name == "reconstruct" and kinds == [Name, tuple, bytes] and arguments[0] == "ndarray":
         return Array()
-    raise ValueError("it calls what no lock needs, or with other arguments than numpy writes")
+    raise ValueError("it calls another function than a lock, or with other arguments than numpy writes")
 
 
 def fill(target: Any, state: Any) -> int:
-    """Give a dtype its byte order or an array its values; the bytes that are made."""
+    """Set the byte order of a dtype or the values of an array; returns the number of new bytes."""
     kinds = [type(value) for value in state] if type(state) is tuple else []
     if type(target) is Dtype and len(kinds) == 8 and kinds[1] is str and state[1] == "<" and not target.ready:
         target.ready = True
@@ -320,49 +282,39 @@ def fill(target: Any, state: Any) -> int:
     if type(target) is Array and kinds == [int, tuple, Dtype, bool, bytes] and target.values is None:
         (_, shape, dtype, _, content) = state
         if len(shape) != 1 or type(shape[0]) is not int or not 0 < shape[0] <= MAX_HEADS:
-            raise ValueError("it has an array that is no vector")
+            raise ValueError("it has an array that is not a vector")
         target.values = numbers(dtype, shape[0], content)
         return len(content)
-    raise ValueError("it fills in what is no new array, or one of big-endian numbers")
+    raise ValueError("it sets the state of an object that is not a new array, or of big-endian numbers")
 
 
 def numbers(dtype: Dtype, size: int, content: bytes) -> np.ndarray:
     """`size` numbers out of exactly as many bytes."""
     if not dtype.ready or len(content) != size * SIZES[dtype.code]:
-        raise ValueError("it has numbers of another size than it says")
+        raise ValueError("its numbers have another size than it states")
     return np.frombuffer(content, "<" + dtype.code)
 
 
-# --- what it means -------------------------------------------------------------------------------------------------
-
-
-def directions(found: Any, place: str) -> Directions:
-    """The object of a `.safelock`, checked.
-
-    Raises:
-        LockError: another structure; a vector that is not of unit length to 1e-2 or not as long as the others; a sigma
-            that is not positive and finite; a head twice or beyond any model.
-    """
-    if type(found) is not dict or not found:
+def directions(content: object, place: str) -> Directions:
+    """The directions in the object of a `.safelock`, if it has the structure and values of one; else a LockError."""
+    if type(content) is not dict or not content:
         raise LockError(f"{place} does not hold a dictionary of attention heads")
     heads: dict[tuple[int, int], tuple[np.ndarray, float]] = {}
-    for key, entries in found.items():
+    for key, entries in content.items():
         match = KEY.fullmatch(key)
         if match is None or type(entries) is not list or not entries:
-            raise LockError(
-                f"{place} has a key that is not model.layers.NUMBER.self_attn.head_out, or no head under it"
-            )
+            raise LockError(f"{place} has a key other than model.layers.NUMBER.self_attn.head_out, or no head under it")
         for entry in entries:
             if type(entry) is not tuple or len(entry) != 3 or type(entry[1]) is not Array:
                 raise LockError(f"{place} has a head that is not (number, direction, scale)")
             head, vector, sigma = entry[0], entry[1].values, entry[2]
             if type(head) not in (int, np.int64) or not 0 <= head < MAX_HEADS or (int(match[1]), int(head)) in heads:
-                raise LockError(f"{place} has a head with a number that is none, or twice")
+                raise LockError(f"{place} has a head without a valid number, or twice")
             if type(sigma) not in (np.float16, np.float32) or not (np.isfinite(sigma) and sigma > 0):
                 raise LockError(f"{place} has a scale that is not a positive number")
             if vector is None or vector.dtype.kind != "f":
-                raise LockError(f"{place} has a direction that is no vector")
-            if not abs(np.linalg.norm(vector.astype(np.float64)) - 1) <= 1e-2:  # nor if it is nan
+                raise LockError(f"{place} has a direction that is not a vector")
+            if not abs(np.linalg.norm(vector.astype(np.float64)) - 1) <= 1e-2:  # also if it is nan
                 raise LockError(f"{place} has a direction that is not of unit length")
             heads[int(match[1]), int(head)] = vector, float(sigma)
             if len(heads) > MAX_HEADS or len(heads) * len(vector) > MAX_BYTES:

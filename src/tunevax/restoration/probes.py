@@ -2,7 +2,7 @@
 
     minimise over w, b:   ||w||^2 / 2 + sum_i log(1 + exp(-s_i (w.x_i + b))),    s_i = +1 safe, -1 unsafe
 
-which is scikit-learn's LogisticRegression at its defaults, solved to its optimum for all heads of a block together.
+This is scikit-learn's LogisticRegression at its defaults, solved to the optimum for all heads of a block together.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def fit(x: torch.Tensor, safe: torch.Tensor, steps: int = 50) -> torch.Tensor:
 
 
 def hits(w: torch.Tensor, x: torch.Tensor, safe: torch.Tensor) -> torch.Tensor:
-    """How many of the vectors each probe puts on the right side, [heads]."""
+    """How many of the vectors each probe classifies correctly, [heads]."""
     return ((torch.einsum("hnd,hd->hn", _with_one(x), w) > 0) == safe).sum(1)
 
 
@@ -66,13 +66,10 @@ def grouped_accuracy(x: torch.Tensor, safe: torch.Tensor, groups: Sequence[str],
     Args:
         x: [heads, n, d].
         groups: n prompts, or hashes of them; all vectors of one are in the same fold.
-
-    Raises:
-        UsageError: fewer than two prompts.
     """
     names = sorted(set(groups))
     if len(names) < 2:
-        raise UsageError("the pairs have one prompt between them; probes are validated on others, so give more pairs")
+        raise UsageError("all pairs have the same prompt and probes are validated on other prompts; give more pairs")
     folds = min(FOLDS, len(names))
     order = np.random.default_rng(seed).permutation(len(names))
     place = {names[i]: position % folds for position, i in enumerate(order)}
@@ -95,4 +92,4 @@ def official_accuracy(x: torch.Tensor, safe: torch.Tensor, seed: int) -> np.ndar
 
 
 def _with_one(x: torch.Tensor) -> torch.Tensor:
-    return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1)
+    return torch.nn.functional.pad(x, (0, 1), value=1.0)

@@ -1,8 +1,4 @@
-"""`tunevax restore`: one method on one model, and a run folder.
-
-A method is a dataclass of options with `paper`, `seed`, `output_dir` and a method `run(job)`: it takes models and data
-from the `Job`, writes into its folder and says in its record what was done.
-"""
+"""`tunevax restore`: one method applied to one model, and a run folder."""
 
 from __future__ import annotations
 
@@ -10,13 +6,13 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from tunevax.data.contamination import chosen_with, hashes
 from tunevax.data.roles import load_rows
 from tunevax.environment import require_one_process
 from tunevax.errors import RunError, UsageError
-from tunevax.lineage import Lineage
+from tunevax.lineage import Lineage, absolute
 from tunevax.mixins import AllowOverlap, ModelOptions, RunOptions, option
 from tunevax.modeling.biases import save_biases
 from tunevax.modeling.loading import Loaded, load
@@ -24,9 +20,10 @@ from tunevax.records import Example, data_entry, digest, is_run
 from tunevax.runs import record_prompts, writing
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from tunevax.records import ModelInfo, RunRecord
+    from tunevax.records import RunRecord
 
 
 @dataclass
@@ -38,14 +35,14 @@ class RestoreOptions(ModelOptions, AllowOverlap, RunOptions):
 
 @dataclass
 class Job:
-    """What a method works with.
+    """Models, data and the run folder for one run of a method.
 
     Attributes:
         options: of the verb.
         method: its name on the command line, for messages.
         folder: the run folder being written.
-        record: merged into run.json; the method adds what it measured. `finding`, if the method sets it, says why
-            it came to no model: the run is kept and the command fails with that sentence.
+        record: the content of run.json, to which the method adds its measurements. If it sets `finding`, the reason why
+            there is no model, the run is kept and the command fails with that sentence.
     """
 
     options: RestoreOptions
@@ -60,26 +57,24 @@ class Job:
             raise UsageError("--model is missing")
         return self.options.model
 
-    def load(self, ref: str | None = None, **how: Any) -> Loaded:
-        """`ref` (default the `--model`) as `tunevax.modeling.loading.load` gives it; `how` goes there too.
-
-        The `--model`, whenever it is loaded, is what run.json says the run started from.
-        """
-        own = ref is None or ref == self.options.model
-        options: dict[str, Any] = {"revision": self.options.revision} if own else {}
-        ref = ref or self.ref
-        options |= {"dtype": self.options.dtype, "chat_template": self.options.chat_template, **how}
-        loaded = load(ref, **options)
-        if not own:  # its weights go into the result too
-            record_prompts(self.folder, **Lineage.of(ref).prompts)
+    def load(
+        self, ref: str | None = None, *, dtype: str | None = None, device: str | None = None, merge: bool = True
+    ) -> Loaded:
+        """`ref`, default the `--model`, which is recorded as the model of the run. `dtype` replaces that of the verb;
+        `device` and `merge` are those of `tunevax.modeling.loading.load`."""
+        o, own, ref = self.options, ref is None or ref == self.options.model, ref or self.ref
+        loaded = load(
+            ref, revision=o.revision if own else None, dtype=dtype or o.dtype, device=device,
+            chat_template=o.chat_template, merge=merge,
+        )  # fmt: skip
         if own:
-            self.record.update(
-                {"model": cast("ModelInfo", loaded.info), "template_hash": digest(loaded.tokenizer.chat_template)}
-            )
+            self.record.update({"model": loaded.info, "template_hash": digest(loaded.tokenizer.chat_template)})
+        else:  # its weights go into the result too
+            record_prompts(self.folder, **Lineage.of(ref).prompts)
         return loaded
 
     def pairs(self, need: tuple[str, ...] = ("chosen", "rejected")) -> list[Example]:
-        """The safety data's alignment split, recorded in the run and its prompts kept for later overlap checks."""
+        """The safety data's alignment split, recorded in the run with its prompts for later overlap checks."""
         source = self.options.safety_data
         if source is None:
             raise UsageError(f"--safety-data is missing: {self.method} needs {' and '.join(need)}")
@@ -95,44 +90,55 @@ class Job:
         self.note_prompts(hashes(rows) | chosen_with(source))
 
     def note_prompts(self, hashes: Iterable[str]) -> None:
-        """Keep that the prompts with these hashes were used in hardening, so that no later score may rest on them."""
+        """Record that the prompts with these hashes were used in hardening, for later overlap checks."""
         record_prompts(self.folder, alignment=hashes)
 
     def save_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write a stock checkpoint, `model/` in the run folder, with the biases attached to the model beside it."""
+        """Write a stock checkpoint to `model/` in the run folder, with the biases attached to the model beside it."""
         model.save_pretrained(self.folder / "model")
         tokenizer.save_pretrained(self.folder / "model")
         self.record.update({"adapter": "model", "attached": save_biases(model, self.folder / "model")})
 
+    def save_adapter(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, below: str) -> None:
+        """Write the adapter of `model`, which belongs on the model `below`, to `adapter/` in the run folder."""
+        model.save_pretrained(str(self.folder / "adapter"))
+        tokenizer.save_pretrained(self.folder / "adapter")
+        self.record.update({"adapter": "adapter", "adapter_on": absolute(below)})
 
-def restore(method: str, options: RestoreOptions, config: Any, command: str = "") -> Path:
+
+class Method(Protocol):
+    """A dataclass of options with a method that restores a model; `paper` is its source."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    output_dir: str | None
+    seed: int
+    paper: ClassVar[str]
+
+    def run(self, job: Job) -> None:
+        """Read models and data from `job`, write into its folder, and add to its record."""
+
+
+def restore(method: str, options: RestoreOptions, config: Method, command: str = "") -> Path:
     """Run one method of restoration and return the run folder.
 
     Args:
         method: its name, for the record.
-        config: the method's options, an instance of the class that `METHODS` names.
+        config: the method's options, an instance of the class in `METHODS`.
 
     Raises:
         UsageError: bad data, model or options; nothing is left behind.
-        RunError: the method came to no model; the run folder says why.
+        RunError: the method gave no model; the run folder has the reason.
     """
     require_one_process("restoration")
-    ref = options.model
+    if config.output_dir is None:
+        raise UsageError("--output-dir is missing")
+    ref, values = options.model, {**vars(options), **dataclasses.asdict(config)}
     record: RunRecord = {
-        "verb": "restore",
-        "method": method,
-        "paper": config.paper,
-        "command": command,
-        "seed": config.seed,
-        "data": [],
+        "verb": "restore", "method": method, "paper": config.paper, "command": command, "seed": config.seed, "data": [],
         "parent": str(Path(ref).absolute()) if ref and is_run(ref) else None,
-        "config": {
-            k: v
-            for k, v in {**vars(options), **dataclasses.asdict(config)}.items()
-            if k not in ("output_dir", "overwrite")
-        },
+        "config": {k: v for k, v in values.items() if k not in ("output_dir", "overwrite")},
         "adapter": None,
-    }
+    }  # fmt: skip
     with writing(config.output_dir, record, overwrite=options.overwrite) as run:
         config.run(Job(options, method, run.path, record))
     if record.get("finding"):

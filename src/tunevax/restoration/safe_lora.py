@@ -5,19 +5,19 @@ For each linear layer with an adapter dW = s B A,
     V = W_aligned - W_base,      C = P(V),      cos = <C dW, dW> / (||C dW|| ||dW||)                  (Frobenius)
     B <- C B     in the `number` layers of the lowest cosine, or in all with cosine <= `threshold`
 
-    exact      C = U U^T, U an orthonormal basis of the columns of V. Alignment by LoRA of rank r leaves a V of rank r,
-               and C is a projector. A V of full rank (alignment of all weights) spans everything: C is the identity,
-               Safe LoRA does nothing there, and says so.
-    official   C = V V^T / ||V||, as published. Not a projector: not idempotent, and its size is that of V, so that
-               alignment by small steps deletes the layers it touches (||C dW|| / ||dW|| = 1.4e-3 for a dense V with
-               entries of 1e-3). The cosine does not depend on that size.
+    exact      C = U U^T, U an orthonormal basis of the columns of V. Alignment by LoRA of rank r gives a V of rank r,
+               and C is a projector. With a V of full rank (alignment of all weights) C is the identity, and Safe LoRA
+               changes nothing; a note reports it.
+    official   C = V V^T / ||V||, as published. Not a projector: it is not idempotent, and scales with V, so that with
+               an alignment by small steps the projected layers vanish (||C dW|| / ||dW|| = 1.4e-3 for a dense V with
+               entries of 1e-3). The cosine does not depend on that scale.
 
-C, [out, out], is never formed: U (U^T B), V (V^T B). s drops out. Neither C has a sign: a fine-tune that takes the
-alignment back, dW = -V, passes unchanged (exact) and has the cosine of V itself.
+C, [out, out], is never formed: U (U^T B), V (V^T B). s drops out. Neither C has a sign: a fine-tune that undoes the
+alignment, dW = -V, passes unchanged (exact) and has the cosine of V itself.
 
-Cost: no training and no forward pass. Per layer, V V^T B takes 4 out in r operations, and the basis of a V of rank k
-about 8 out in k; only of a V of high rank a whole SVD. Memory: the aligned and the base model on the CPU, in fp32, so
-that W_aligned - W_base is not lost in rounding, and V of one layer.
+Cost: no forward pass. Per layer, V V^T B takes 4 out in r operations, and the basis of a V of rank k about 8 out in k;
+a V of high rank takes a full SVD. Memory: the aligned and the base model on the CPU, in fp32, which keeps
+W_aligned - W_base from rounding, and V of one layer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 import torch
 
 from tunevax.console import bar, console
-from tunevax.errors import UsageError
+from tunevax.errors import UsageError, require, require_one_of
 from tunevax.lineage import Lineage, absolute
 from tunevax.mixins import option
 from tunevax.modeling.lora import factors, lora_layers, weights
@@ -41,42 +41,37 @@ PROJECTORS = ("exact", "official")
 
 @dataclass
 class SafeLoRA:
-    """Options of `tunevax restore safe-lora`; `--model` is a run or an adapter folder. As published: the 10 layers of
-    the lowest cosine. Writes an adapter on the same model as the fine-tune's own."""
+    """Options of `tunevax restore safe-lora`; `--model` is a run or an adapter folder. Default as published: the 10
+    layers of the lowest cosine. Writes an adapter for the same model as the fine-tune's own."""
 
     output_dir: str | None = option(None, "the run folder to write")
     seed: int = option(42, "of the search for the directions of V")
-    aligned: str | None = option(None, "the aligned model; default what --model was fine-tuned from")
-    base: str | None = option(None, "the model before alignment; default what the aligned one was made from")
+    aligned: str | None = option(None, "the aligned model; default the one that --model was fine-tuned from")
+    base: str | None = option(None, "the model before alignment; default the one that the aligned one was made from")
     projector: str = option("exact", "exact, or official (not a projector; as published)")
     number: int = option(10, "layers to project, those of the lowest cosine")
     threshold: float | None = option(None, "project every layer of at most this cosine instead")
-
     models_held: ClassVar[int] = 3
     paper: ClassVar[str] = "arXiv 2405.16833"
 
     def __post_init__(self) -> None:
-        if self.projector not in PROJECTORS:
-            raise UsageError(f"projector is {self.projector!r}; known: {', '.join(PROJECTORS)}")
-        if self.number < 1:
-            raise UsageError(f"number is {self.number}; it must be at least 1")
-        if self.threshold is not None and not -1 <= self.threshold <= 1:
-            raise UsageError(f"threshold, a cosine, is {self.threshold}; it must be between -1 and 1")
+        require_one_of(self, projector=PROJECTORS)
+        require(self, "number", at_least=1)
+        require(self, "threshold", at_least=-1, at_most=1, meaning="a cosine")
 
     def run(self, job: Job) -> None:
-        """Find the models, project, and write the adapter; the record has a row per layer under `layers`."""
+        """Project and write the adapter; the record gets a row per layer under `layers`."""
         ref = job.ref
         aligned_ref = self.aligned or Lineage.of(ref).adapter_on
         base_ref = self.base or (aligned_ref and Lineage.of(aligned_ref).adapter_on)
         if not aligned_ref or not base_ref:
             raise UsageError(f"--{'base' if aligned_ref else 'aligned'} is missing, and {ref} does not record it")
-        how = {"dtype": "float32", "device": "cpu"}
-        loaded = job.load(merge=False, **how)
+        loaded = job.load(dtype="float32", device="cpu", merge=False)
         layers = lora_layers(loaded.model, ref)
         adapter = {name: factors(layer) for name, layer in layers.items()}
-        model = job.load(aligned_ref, **how).model if self.aligned else loaded.model
+        model = job.load(aligned_ref, dtype="float32", device="cpu").model if self.aligned else loaded.model
         aligned = weights(model, layers, aligned_ref)
-        base = weights(job.load(base_ref, **how).model, layers, base_ref)
+        base = weights(job.load(base_ref, dtype="float32", device="cpu").model, layers, base_ref)
         draws = torch.Generator().manual_seed(self.seed)
         projected, table = safe_lora(adapter, aligned, base, self.projector, self.number, self.threshold, draws)
         full = [row["layer"] for row in table if row["rank"] == row["out"]]
@@ -88,41 +83,30 @@ class SafeLoRA:
         with torch.no_grad():
             for name, weight in projected.items():
                 factors(layers[name])[1].copy_(weight)
-        loaded.model.save_pretrained(job.folder / "adapter")
-        loaded.tokenizer.save_pretrained(job.folder / "adapter")
-        job.record.update(
-            {
-                "adapter": "adapter", "adapter_on": absolute(Lineage.of(ref).adapter_on or aligned_ref),
-                "aligned": absolute(aligned_ref), "base": absolute(base_ref), "layers": table,
-            }
-        )  # fmt: skip
+        job.save_adapter(loaded.model, loaded.tokenizer, Lineage.of(ref).adapter_on or aligned_ref)
+        job.record.update({"aligned": absolute(aligned_ref), "base": absolute(base_ref), "layers": table})
 
 
 @torch.no_grad()
 def safe_lora(
-    adapter: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
-    aligned: Mapping[str, torch.Tensor],
-    base: Mapping[str, torch.Tensor],
-    projector: str = "exact",
-    number: int = 10,
-    threshold: float | None = None,
+    adapter: Mapping[str, tuple[torch.Tensor, torch.Tensor]], aligned: Mapping[str, torch.Tensor],
+    base: Mapping[str, torch.Tensor], projector: str = "exact", number: int = 10, threshold: float | None = None,
     generator: torch.Generator | None = None,
-) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:  # fmt: skip
     """Project the adapters of a fine-tune; nothing is changed in place.
 
     Args:
         adapter: layer name to (A [r, in], B [out, r]).
-        aligned, base: layer name to weight [out, in]; what rounding to their dtype could have made is not taken for
-            a change.
+        aligned, base: layer name to weight [out, in]; differences within rounding to their dtype do not count.
         projector: `exact` or `official`.
         number: layers to project, the lowest cosines first.
-        threshold: if given, project every layer whose cosine is at most this.
-        generator: of the search for the directions of V; default one of its own.
+        threshold: if given, project every layer whose cosine is at most this instead.
+        generator: of the search for the directions of V; default seeded with 0.
 
     Returns:
         B for each layer, as given where it was not projected; and a row per layer: `layer`, `out` (rows of W), `rank`
-        (of V), `cosine`, `ratio` = ||C dW|| / ||dW||, `projected`. The last three are None, None and False where
-        alignment changed nothing or the fine-tune did: there is nothing to project on, or to project.
+        (of V), `cosine`, `ratio` = ||C dW|| / ||dW||, `projected`. The last three are None, None and False where V or
+        dW is 0.
 
     Raises:
         UsageError: the two models are the same, or of other shapes.
@@ -159,11 +143,11 @@ def safe_lora(
 
 
 def column_basis(delta: torch.Tensor, noise: float, generator: torch.Generator) -> torch.Tensor:
-    """An orthonormal basis [out, k] of the columns of `delta` [out, in], but for singular values up to `noise` and what
-    an SVD (and the product that made `delta`) cannot tell from 0, some roundings of the largest.
+    """An orthonormal basis [out, k] of the columns of `delta` [out, in], without singular values up to `noise` plus the
+    rounding error of the largest.
 
-    Random combinations of the columns span them if there are more than the rank; an SVD of what they span finds the
-    rank. Where that is not small, the SVD of `delta` itself is no dearer.
+    Random combinations of the columns span them if they outnumber the rank, and the SVD of a projection to their span
+    gives the rank. Where the rank is not small, the SVD of `delta` itself costs no more.
     """
     out, width = delta.shape
 
@@ -184,12 +168,12 @@ def column_basis(delta: torch.Tensor, noise: float, generator: torch.Generator) 
 
 
 def noise(aligned: torch.Tensor, base: torch.Tensor) -> float:
-    """What the largest singular value of the difference of two weights [out, in] may be by rounding alone.
+    """The largest singular value that rounding alone may give the difference of two weights [out, in].
 
     A rounding error is uniform with a std t_ij of at most 0.29 eps |w_ij|, and a matrix of such independent entries has
-    no singular value much above the largest norm of a row of t and that of a column together; twice over, for sums
-    that were rounded several times. An aligned weight that was read from a half-precision checkpoint was rounded to
-    that, whatever it is held in; of a base that was one nothing is lost in the difference.
+    no singular value much above the sum of the largest norms of a row and a column of t; the factor of 2 is for sums
+    that were rounded several times. An aligned weight from a half-precision checkpoint was rounded to that precision,
+    whatever its dtype now; a half-precision base adds no error to the difference.
     """
     narrow = [t for t in (torch.bfloat16, torch.float16) if torch.equal(aligned.to(t).to(aligned.dtype), aligned)]
     eps = max(torch.finfo(t).eps for t in (aligned.dtype, base.dtype, *narrow))
@@ -206,6 +190,3 @@ def inner(x: torch.Tensor, y: torch.Tensor, a: torch.Tensor) -> float:
 def norm(x: torch.Tensor, a: torch.Tensor) -> float:
     """||X A||."""
     return max(inner(x, x, a), 0.0) ** 0.5
-
-
-# --- adapters and where they belong ----------------------------------------------------------------------------------

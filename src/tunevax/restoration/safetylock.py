@@ -1,12 +1,12 @@
 """Add a safety lock to any fine-tune of its base, with no training (SafetyLock, arXiv 2410.10343).
 
-The lock's biases b_l = W_o delta_l (see `lock.py`) go into one of two forms, the one that the architecture can hold:
+The lock's biases b_l = W_o delta_l (see `lock.py`) are saved in one of two forms, depending on the architecture:
 
-    stock   a checkpoint that stock transformers reloads with the biases: the architecture has a bias on its output
-            projections, or gets one with `attention_bias` (Llama, Qwen3, Gemma; zero biases wherever else it adds one)
-    run     a run folder with the biases in place of an adapter, which tunevax attaches when it loads it (any other)
+    stock   a checkpoint that stock transformers loads with the biases: the architecture has a bias on its output
+            projections, or gets one with `attention_bias` (Llama, Qwen3, Gemma; other biases it adds are 0)
+    run     a run folder with the biases in place of an adapter, which tunevax attaches on loading (any other)
 
-A bias can be taken off by whoever holds the weights: a lock repairs a fine-tune, it does not resist an attacker.
+Whoever holds the weights can remove a bias: a lock repairs a fine-tune and does not resist an attacker.
 """
 
 from __future__ import annotations
@@ -15,22 +15,26 @@ import math
 import time
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import nn
 
 from tunevax.console import console
-from tunevax.errors import UsageError
+from tunevax.errors import UsageError, require_one_of
 from tunevax.files import BIASES
 from tunevax.mixins import option
 from tunevax.modeling.biases import AddedBias, attached_biases, write_biases
-from tunevax.modeling.blocks import find_blocks, innermost
-from tunevax.restoration.lock import FILE, SafetyLock, apply, check_base, check_shape, lock_biases
+from tunevax.modeling.blocks import innermost
+from tunevax.restoration.lock import FILE, SafetyLock, apply, check_base, check_shape, lock_biases, projections
 from tunevax.restoration.restore import Job
 from tunevax.restoration.strength import SweepOptions, sweep
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 FORMS = ("auto", "stock", "run")
+StockForm = tuple[dict[str, bool], dict[str, torch.Size]]
 
 
 @dataclass
@@ -43,23 +47,19 @@ class ApplyLock(SweepOptions):
     base: str | None = option(None, "what --model was fine-tuned from, where its run folder does not say")
     seed: int = option(0, "not used: nothing here is random")
     output_dir: str | None = option(None, "the run folder to write")
-
-    paper = "arXiv 2410.10343"
+    paper: ClassVar[str] = "arXiv 2410.10343"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.form not in FORMS:
-            raise UsageError(f"form is {self.form!r}; known: {', '.join(FORMS)}")
-        if self.strength != "auto":
-            try:
-                finite = math.isfinite(float(self.strength))
-            except ValueError:
-                finite = False
-            if not finite:
-                raise UsageError(f"strength is {self.strength!r}; give a number, or auto")
+        require_one_of(self, form=FORMS)
+        try:
+            if self.strength != "auto" and not math.isfinite(float(self.strength)):
+                raise ValueError
+        except ValueError:
+            raise UsageError(f"strength is {self.strength!r}; give a number, or auto") from None
 
     def run(self, job: Job) -> None:
-        """Check that the lock belongs to the model, settle the strength, add it and write what holds it."""
+        """Check that the lock belongs to the model, choose the strength, add the lock and write the model or biases."""
         if self.lock is None:
             raise UsageError("--lock is missing; make one with `tunevax restore extract-lock`")
         lock = SafetyLock.load(self.lock)
@@ -69,29 +69,27 @@ class ApplyLock(SweepOptions):
         model, tokenizer, info = job.load()
         check_shape(model, lock)
         if lock.meta.get("base") is None:
-            console.print("the lock does not say which base it belongs to; only heads and sizes were compared")
+            console.print("the lock does not record its base; only heads and sizes were compared")
         strength = sweep(model, tokenizer, lock, suite, self, job) if suite else float(self.strength)
         if strength is None:
             return
         if strength < 0:
-            console.print(f"strength {strength:g} is below 0: this takes a lock off again, or takes safety away")
+            console.print(f"strength {strength:g} is below 0: this removes a lock, or safety")
         form, plan = self.form, stock_form(model) if self.form != "run" else None
         if form == "auto":
             form = "stock" if plan else "run"
             why = "can hold the biases" if form == "stock" else "has no bias on its output projections"
             console.print(f"form {form}: a stock checkpoint of {info['class']} {why}")
         record = {"strength": strength, "form": form, "heads": lock.named(), "accuracy": lock.meta.get("accuracy")}
+        start = time.perf_counter()
         if form == "stock":
-            start = time.perf_counter()
             record["bytes_added"] = make_stock(model, plan)
             apply(model, lock, strength)
             record["seconds_to_apply"] = time.perf_counter() - start
             job.save_model(model, tokenizer)
         else:
-            start = time.perf_counter()
-            biases = lock_biases(model, lock, strength)
+            biases, folder = lock_biases(model, lock, strength), job.folder / "adapter"
             record["seconds_to_apply"] = time.perf_counter() - start
-            folder = job.folder / "adapter"
             write_biases(biases, folder)
             tokenizer.save_pretrained(folder)
             record["bytes_added"] = (folder / BIASES).stat().st_size
@@ -100,18 +98,12 @@ class ApplyLock(SweepOptions):
         job.record["lock"] = {**record, "base": lock.meta.get("base"), "probe": lock.meta.get("probe")}
 
 
-def stock_form(model: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Size]] | None:
-    """How a stock checkpoint of this architecture can hold a bias on every output projection.
-
-    Built on the meta device, so that what is promised is what transformers makes of the config: its own, or with
-    `attention_bias` set.
-
-    Returns:
-        What to change in the config, and the parameters (shape by name) that a checkpoint for it must have besides
-        those of `model`. None if no such change is known.
-    """
+def stock_form(model: PreTrainedModel) -> StockForm | None:
+    """The change of config with which transformers builds a bias on every output projection, tried on the meta device,
+    and the shapes of the parameters that this adds to the model, by name; None if there is no such change."""
     ours = set(model.state_dict())
-    for change in ({}, {"attention_bias": True}):
+    changes: tuple[dict[str, bool], ...] = ({}, {"attention_bias": True})
+    for change in changes:
         config = deepcopy(model.config)
         text = config.get_text_config()
         if any(not hasattr(text, name) for name in change):
@@ -120,44 +112,44 @@ def stock_form(model: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Size]]
             setattr(text, name, value)
         with torch.device("meta"):
             bare = type(model)(config)
-        wanted = {name: value.shape for name, value in bare.state_dict().items()}
-        more = {name: shape for name, shape in wanted.items() if name not in ours}
-        biased = all(getattr(block.o_proj, "bias", None) is not None for block in find_blocks(bare, "o_proj"))
-        if biased and ours <= set(wanted) and all(name.endswith(".bias") for name in more):
+        shapes = {name: value.shape for name, value in bare.state_dict().items()}
+        more = {name: shape for name, shape in shapes.items() if name not in ours}
+        biased = all(getattr(module, "bias", None) is not None for module in projections(bare))
+        if biased and ours <= set(shapes) and all(name.endswith(".bias") for name in more):
             return change, more
     return None
 
 
-def make_stock(model: nn.Module, form: tuple[dict[str, Any], dict[str, torch.Size]] | None = None) -> int:
+def make_stock(model: PreTrainedModel, form: StockForm | None = None) -> int:
     """Give `model` the config and zero biases with which stock transformers reads a bias on its output projections,
-    and put attached biases (`AddedBias`) into them. Adapters must be merged. The logits stay what they are.
+    and move attached biases (`AddedBias`) into them. Adapters must be merged. The logits do not change.
 
     Args:
-        form: what `stock_form` said, if it has been asked.
+        form: the result of `stock_form`, if known.
 
     Returns:
-        The bytes that were added.
+        The added bytes.
 
     Raises:
-        UsageError: the architecture cannot hold such a bias.
+        UsageError: the architecture cannot have such a bias.
     """
     form = form or stock_form(model)
     if form is None:
         raise UsageError(
             f"{type(model).__name__} cannot hold a bias on its output projections in a stock checkpoint; use --form run"
         )
-    change, more = form
-    added = 0
+    (change, more), added = form, 0
     for name, shape in more.items():
         module = model.get_submodule(name.removesuffix(".bias"))
-        zeros = torch.zeros(shape, dtype=module.weight.dtype, device=module.weight.device)
+        weight = cast("torch.Tensor", module.weight)
+        zeros = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         module.bias = nn.Parameter(zeros, requires_grad=False)
         added += zeros.nbytes
     for name, value in change.items():
         setattr(model.config.get_text_config(), name, value)
-    before, blocks = attached_biases(model), find_blocks(model)
-    for layer, bias in before.items():
-        inner = innermost(blocks[layer].o_proj)
+    modules = projections(model)
+    for layer, bias in attached_biases(model).items():
+        inner = innermost(modules[layer])
         inner.bias.data += bias.to(inner.bias)
         for key in [key for key, hook in inner._forward_hooks.items() if isinstance(hook, AddedBias)]:
             del inner._forward_hooks[key]
