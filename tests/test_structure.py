@@ -11,32 +11,18 @@ SRC = Path(tunevax.__file__).parent
 MODULES = {
     ".".join(p.relative_to(SRC.parent).with_suffix("").parts).removesuffix(".__init__"): p for p in SRC.rglob("*.py")
 }
-METHODS = {"alignment", "finetuning", "curation", "restoration", "attacks"}
-FLOORS = (
-    "base",
-    "data",
-    "modeling",
-    "training",
-    "evidence",
-    "report",
-    "scoring",
-    "methods",
-    "planning",
-    "audit",
-    "cli",
-)
+METHODS = ("alignment", "finetuning", "curation", "restoration", "attacks")
+FLOORS = ("base", "data", "modeling", "training", "evidence", "report", "scoring", "stages", "planning", "audit", "cli")
 """From the lowest: what stands on one imports from its own and from lower ones."""
-TOP = {"tunevax.cli", "tunevax.demo", "tunevax.testing", "tunevax.__main__"}
+TOP = ("cli", "demo", "testing", "__main__")
 
 
 def floor_of(module: str) -> int:
     if module == "tunevax":
         return 0
-    folder = ({"organism": "data"} | {name: "methods" for name in METHODS}).get(module.split(".")[1], "")
-    if not folder:
-        known = module.split(".")[1] in FLOORS
-        folder = "cli" if ".".join(module.split(".")[:2]) in TOP else module.split(".")[1] if known else "base"
-    return FLOORS.index(folder)
+    top = module.split(".")[1]
+    folder = "stages" if top in METHODS else "cli" if top in TOP else top
+    return FLOORS.index(folder) if folder in FLOORS else 0
 
 
 def imported(tree: ast.AST) -> set[str]:
@@ -47,6 +33,8 @@ def imported(tree: ast.AST) -> set[str]:
             continue
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tunevax"):
             names |= {inner if (inner := f"{node.module}.{a.name}") in MODULES else node.module for a in node.names}
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
         names |= imported(node)
     return names & set(MODULES)
 

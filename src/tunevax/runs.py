@@ -23,7 +23,6 @@ from typing import cast
 from tunevax.environment import hardware, is_main_process, peak_memory, versions
 from tunevax.errors import DENIED, RunError, UsageError, not_written
 from tunevax.lineage import Lineage
-from tunevax.mixins import option
 from tunevax.records import LOG, PROMPTS, RUN, SCHEMA, RunRecord, is_run, read_prompts
 from tunevax.run_lock import RunLock, refuse_if_held
 
@@ -213,8 +212,9 @@ def _refuse_to_lose(run: RunFolder, place: Path) -> None:
                 continue
             for before in Lineage.of(ref.partition(":")[0]).history:
                 if Path(before.ref).expanduser().absolute().resolve().is_relative_to(place):
+                    needed = f"--{name.replace('_', '-')} {ref}"
                     raise UsageError(
-                        f"--overwrite would remove {run.final}, which {option} needs; choose another --output-dir"
+                        f"--overwrite would remove {run.final}, which {needed} needs; choose another --output-dir"
                     )
 
 

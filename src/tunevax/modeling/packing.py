@@ -14,17 +14,13 @@ import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import bitsandbytes as bnb
 import torch
 from torch import nn
 
 from tunevax.errors import UsageError, unknown
 from tunevax.modeling.blocks import find_blocks
 from tunevax.modeling.quantization import QUANTIZATIONS
-
-try:
-    import bitsandbytes as bnb
-except ImportError as error:
-    raise UsageError("--quantization needs bitsandbytes; pip install 'tunevax[quant]'") from error
 
 Packed = TypeVar("Packed", bound=nn.Linear)
 OUTLIERS = 6.0  # what an input feature must exceed to stay out of int8: the paper's, and transformers'

@@ -50,7 +50,10 @@ def require_quantization(kind: str | None, full_weights: bool = False) -> None:
             f"full_weights trains all weights, and those of an {kind} base are frozen; leave out --full-weights or "
             "--quantization"
         )
-    import tunevax.modeling.packing  # noqa: F401  raises where bitsandbytes is missing
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise UsageError("--quantization needs bitsandbytes; pip install 'tunevax[quant]'") from error
 
 
 def size_of(parameter: torch.Tensor) -> int:

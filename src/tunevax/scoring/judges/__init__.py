@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from tunevax.data.thoughts import split_thought
-from tunevax.methods import load_method
+from tunevax.methods import attribute, load_method
 
 METHODS = {
     "refusal-keywords": "tunevax.scoring.judges.keywords:refusal_keywords",
@@ -58,9 +58,7 @@ def load_judges(names: list[str]) -> dict[str, Judge]:
     def load(name: str) -> Judge:
         if not name.startswith("hf:"):
             return load_method(__name__, name, "judge", "hf:MODEL")
-        from tunevax.scoring.judges.hf import at_first_call
-
-        return at_first_call(name)
+        return attribute("tunevax.scoring.judges.hf:at_first_call")(name)
 
     judges = {name: on_answers(load(name)) for name in names}
     return dict(sorted(judges.items(), key=lambda item: not getattr(item[1], "leads", True)))
