@@ -174,7 +174,7 @@ def test_an_overwritten_run_that_cannot_be_removed_is_named(tmp_path, monkeypatc
     monkeypatch.setattr(shutil, "rmtree", lambda path, **_: None)
     write(tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "mark").read_text() == "new"
-    assert f"could not be removed; it is {tmp_path / 'out.old'}" in capsys.readouterr().err
+    assert f"could not be removed; it is in {tmp_path / 'out.old'}" in capsys.readouterr().err
 
 
 def test_a_folder_called_old_is_nobodys_but_the_users(tmp_path):
@@ -234,7 +234,7 @@ def test_overwriting_what_the_new_run_needs_is_refused(tmp_path):
     write(out)
     write(child, parent=str(out))
     for config in ({"model": str(out)}, {"models": ["x", str(child)]}, {"safety_data": f"{out}/data.jsonl:split=all"}):
-        with pytest.raises(UsageError, match="is what --.* needs, and --overwrite would remove it"):
+        with pytest.raises(UsageError, match="--overwrite would remove .*, which --.* needs"):
             write(out, overwrite=True, config=config)
     assert (out / "mark").read_text() == "new"
 

@@ -1,5 +1,5 @@
-"""What a person sees of everything that takes longer than two seconds, on the main process only: a bar on a terminal,
-and a line now and then where stderr is a file or a pipe (nohup, a batch system, CI)."""
+"""Progress on the main process: a bar on a terminal, and an occasional line where stderr is a file or a pipe (nohup, a
+batch system, CI)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextCol
 from tunevax.environment import is_main_process
 
 SHORTEST, LONGEST = 10.0, 50.0
-"""Seconds between two lines where there is no terminal: the shortest at first, then a tenth of the time that has
-passed, up to the longest."""
+"""Seconds between two lines without a terminal: the shortest at first, then a tenth of the elapsed time."""
 SOON = 2.0
-"""Seconds without a line: what is over by then needs none."""
+"""Seconds before the first line: shorter tasks need none."""
 
 
 class _Console(Console):
@@ -32,24 +31,19 @@ console = _Console(stderr=True)
 
 
 def bar() -> Progress:
-    """A transient bar on stderr; where that is no terminal, a line now and then. Nothing on other ranks, and nothing
-    while `console.quiet`."""
+    """A transient bar on stderr, or occasional lines if that is no terminal. Nothing on other ranks or while
+    `console.quiet`."""
     if not console.is_terminal or not is_main_process():
         return Lines()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
+    before, after = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+    columns = (before, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), after)
     return Progress(*columns, console=console, transient=True)
 
 
 class Lines(Progress):
     """A `Progress` that writes lines: `align sft: step 30/1280, loss 0.512, 3.1 steps/s, 6:42 left`.
 
-    One thread writes for all that are open, the outer ones first, so that a step of ten minutes shows that it is alive.
+    One thread writes for all that are open, the outer ones first, also during a step of ten minutes.
     """
 
     active: ClassVar[list[Lines]] = []
@@ -62,7 +56,7 @@ class Lines(Progress):
         self.closed = threading.Event()
 
     def start(self) -> None:
-        """Count from here."""
+        """Start counting."""
         if console.quiet or not is_main_process() or self in self.active:
             return
         if Lines.first is None:
@@ -82,13 +76,13 @@ class Lines(Progress):
     def _write(self) -> None:
         """Until the outermost is closed."""
         while not self.closed.wait(max(0.0, _next() - time.monotonic())):
-            said = "; ".join(_line(task) for lines in list(self.active) for task in lines.tasks)
-            if not said:  # nothing has begun yet
+            text = "; ".join(_line(task) for lines in list(self.active) for task in lines.tasks)
+            if not text:  # nothing has begun yet
                 Lines.opened = time.monotonic()
             elif time.monotonic() >= _next():
                 Lines.last = time.monotonic()
-                with suppress(OSError, ValueError):  # nobody reads it any more
-                    print(said, file=sys.stderr, flush=True)
+                with suppress(OSError, ValueError):  # stderr is closed
+                    print(text, file=sys.stderr, flush=True)
 
 
 def _next() -> float:
@@ -102,7 +96,7 @@ def _gap() -> float:
 
 
 def _line(task: Task) -> str:
-    """A task in words: where it is, its note, its rate, and the time left."""
+    """The position of a task, its note, its rate, and the time left."""
     unit, note = task.fields.get("unit", ""), task.fields.get("note", "")
     done = task.completed - task.fields.get("begun", 0)
     place = f"{task.completed:g}" if task.total is None else f"{task.completed:g}/{task.total:g}"

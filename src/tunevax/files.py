@@ -13,15 +13,14 @@ from tunevax.console import as_bytes
 from tunevax.errors import UsageError
 
 ADAPTER = "adapter_config.json"
-"""What makes a folder a PEFT adapter."""
-
+"""The file of a PEFT adapter folder."""
 BIASES = "bias.safetensors"
-"""Beside the weights of a model, or as an adapter of its own: vectors that are added to the output of attention output
-projections, whether or not the architecture has a bias there. Block number to [hidden], fp32."""
+"""Beside the weights of a model, or as an adapter of its own: vectors that are added to the output of the attention
+output projections, whether or not the architecture has a bias there. Block number to [hidden], fp32."""
 
 
 def damage(file: Path) -> str | None:
-    """What is wrong with one file, if it is a git-lfs pointer or a weight file that was cut short; None if nothing."""
+    """The error message for a git-lfs pointer or a truncated weight file, else None."""
     if not file.is_file():
         return None
     size = file.stat().st_size
@@ -50,8 +49,8 @@ def model_hash(base: str) -> str | None:
     """16 hexadecimal digits over the config of a model or adapter and, of each weight file, name, size and content.
     None for a hub id, which its revision identifies.
 
-    A file is read once in a process, 0.8 s per GB. The middle of files over 2 MiB was once left out: a hash of them
-    that was recorded then differs from this one, and controls and locks of such runs are refused as of another base.
+    A file is read once in a process, 0.8 s per GB. Earlier versions left the middle of files over 2 MiB out; controls
+    and locks of their runs are refused as those of another base.
     """
     folder = Path(base)
     if not folder.is_dir():
@@ -64,7 +63,7 @@ def model_hash(base: str) -> str | None:
         if state.st_size > 2**21:
             sha.update(_content_hash(file.absolute(), state.st_size, state.st_mtime_ns, state.st_ctime_ns))
             continue
-        with file.open("rb") as content:  # two overlapping halves: the hash that smaller files have always had
+        with file.open("rb") as content:  # two overlapping halves, as in earlier versions
             sha.update(content.read(2**20))
             content.seek(max(0, state.st_size - 2**20))
             sha.update(content.read())
@@ -79,8 +78,8 @@ def _content_hash(file: Path, _size: int, _modified: int, _changed: int) -> byte
 
 
 def require_room(folder: Path, needed: int, largest: int, hint: str) -> None:
-    """Raise `UsageError` if `needed` more bytes in `folder`, `largest` of them in one file, do not fit; `hint` says
-    what to do besides choosing another."""
+    """Raise `UsageError` if `needed` more bytes in `folder`, `largest` of them in one file, do not fit; `hint` is
+    another way out than another folder."""
     free, limit = shutil.disk_usage(folder).free, _file_size_limit()
     if needed > free:
         why = f"{as_bytes(free)} are free there"

@@ -37,11 +37,8 @@ class Lineage:
 
     @classmethod
     def of(cls, ref: str | Path, start: Path | None = None) -> Lineage:
-        """The lineage of the model that `ref` names, a run as `find_run` finds it.
-
-        Raises:
-            UsageError: its run.json or adapter_config.json is damaged.
-        """
+        """The lineage of the model that `ref` names, a run as `find_run` finds it. Raises `UsageError` if its run.json
+        or adapter_config.json is damaged."""
         ref = _named(str(ref), start)
         path, run = Path(ref), find_run(ref)
         if run is not None:
@@ -158,7 +155,7 @@ class Lineage:
                 if (path / "model" / "config.json").is_file():
                     return str(path / "model"), adapters
                 if not any((path / "adapter" / name).is_file() for name in (ADAPTER, BIASES)):
-                    why = "it has no weights"
+                    why = "it holds no weights"
                     if link.record.get("verb") == "attack":
                         why = "its attacked weights were deleted; attack again with --keep-weights"
                     raise UsageError(f"{link.ref} cannot be loaded as a model: {why}")

@@ -1,4 +1,4 @@
-"""Methods by their name on the command line: tunevax's own, and those of installed packages."""
+"""Methods of tunevax and of installed packages, by their name on the command line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NEEDS = {
     "model": "a model that scores",
     "validation": "trusted rows",
 }
-"""What a method, an attack or a selector names in its attribute `needs`, a frozenset: the data that must be there."""
+"""The data that a method, an attack or a selector requires, named in its attribute `needs`, a frozenset."""
 
 
 def methods(folder: str) -> dict[str, str]:
@@ -24,20 +24,14 @@ def methods(folder: str) -> dict[str, str]:
 
     Other packages add theirs by an entry-point group of the folder's last name: `tunevax.alignment`, `tunevax.judges`.
     """
-    found = dict(importlib.import_module(folder).METHODS)
-    group = f"tunevax.{folder.rpartition('.')[2]}"
-    return found | {e.name: e.value for e in entry_points(group=group) if e.name not in found}
+    own = dict(importlib.import_module(folder).METHODS)
+    group = entry_points(group=f"tunevax.{folder.rpartition('.')[2]}")
+    return own | {entry.name: entry.value for entry in group if entry.name not in own}
 
 
 def load_method(folder: str, name: str, kind: str = "method", *others: str) -> Any:
-    """What a name stands for, imported.
-
-    Args:
-        kind: what is named, and `others`: further names that there are, for the message.
-
-    Raises:
-        UsageError: an unknown name; the nearest known one is named.
-    """
+    """Import what a name stands for; a `UsageError` for an unknown one, whose message calls it a `kind` and also knows
+    the names `others`."""
     known = methods(folder)
     if name not in known:
         raise unknown(kind, name, [*known, *others])
@@ -45,13 +39,13 @@ def load_method(folder: str, name: str, kind: str = "method", *others: str) -> A
 
 
 def attribute(target: str) -> Any:
-    """What `module:attribute` stands for, imported."""
+    """Import `module:attribute`."""
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
 def name_of(kind: type) -> str:
-    """The name on the command line of a method's class; where it has none, the name of the class."""
+    """The name of a method's class on the command line; without one, the name of the class."""
     package = kind.__module__.partition(".")[0]
     for folder in ("tunevax.alignment", "tunevax.finetuning"):
         for name, value in methods(folder).items():

@@ -29,7 +29,6 @@ DATA, SCORES, SCREEN, SINK, STRENGTH = "data.jsonl", "scores.jsonl", "screen.jso
 `analyze sink`; the choice of a lock's strength."""
 CELLS = "cells"
 """The folder of an audit with two files per cell: NAME.json (`CellRecord`) and NAME.jsonl.gz (`Generation`s)."""
-
 HARMFUL, JUDGED, UNPARSABLE = "harmful/", "judged/", "unparsable/"
 """Prefixes of a judge's scores (`harmful/JUDGE`): coherent harm, harm of any text, unparsable verdicts."""
 DEGENERATE, UNANSWERED, SAME_ANSWER, OVER_REFUSAL = "degenerate", "unanswered", "same-answer", "over-refusal"

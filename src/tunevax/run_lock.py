@@ -1,8 +1,8 @@
-"""The lock of a run folder, so that two processes never write into one.
+"""The lock of a run folder, against two processes that write into it.
 
-The file says which process holds it, and its time is renewed while that process lives. On the machine that wrote it, a
-lock is good while the process runs. From another machine (a shared file system, a container) that cannot be seen, and
-the lock is good until it has not been renewed for `STALE` seconds.
+The file names the process that holds it, which renews the file's time. On the same machine a lock is valid while the
+process runs. From another machine (a shared file system, a container) it is valid until it has not been renewed for
+`STALE` seconds.
 """
 
 from __future__ import annotations
@@ -19,15 +19,11 @@ from typing import Any
 from tunevax.errors import UsageError
 
 BEAT, STALE = 30.0, 300.0
-"""Seconds between two renewals, and without one after which a lock of another machine is taken over."""
+"""Seconds between two renewals, and without one before a lock of another machine is taken over."""
 
 
 class RunLock:
-    """A lock that this process holds on a folder.
-
-    Raises:
-        UsageError: another process holds it.
-    """
+    """A lock that this process holds on a folder; a `UsageError` if another process holds it."""
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "lock"
@@ -42,13 +38,13 @@ class RunLock:
         threading.Thread(target=self._renew, daemon=True).start()
 
     def held(self) -> bool:
-        """Whether nobody took it over, as happens to a process that was stopped for long on another machine."""
+        """Whether this process still holds it: after a long stop another machine may have taken it over."""
         with suppress(OSError):
             return self.file.read_text(encoding="utf-8") == self.text
         return False
 
     def release(self, folder: Path | None = None) -> None:
-        """Give it up; `folder` is where the file lies now, if the folder was renamed."""
+        """Release it; `folder` is its folder if that was renamed."""
         self.closed.set()
         self.file = folder / "lock" if folder else self.file
         if self.held():
@@ -62,7 +58,7 @@ class RunLock:
 
 
 def refuse_if_held(folder: Path) -> None:
-    """Raise `UsageError` if a process that lives holds the lock of `folder`."""
+    """Raise `UsageError` if a live process holds the lock of `folder`."""
     file = folder / "lock"
     try:
         holder = json.loads(file.read_text(encoding="utf-8"))
@@ -75,29 +71,29 @@ def refuse_if_held(folder: Path) -> None:
             if _age(file) > STALE:
                 return
             hint = f"wait for it (once it is gone, its lock is taken over after {STALE / 60:g} minutes)"
-    except (OSError, ValueError, KeyError, TypeError):  # no lock, or none that was written to its end
+    except (OSError, ValueError, KeyError, TypeError):  # no lock, or an incomplete one
         return
     raise UsageError(f"{folder} is being written by process {pid} on {host}; {hint}, or choose another --output-dir")
 
 
 @contextmanager
 def _open_alone(path: Path) -> Iterator[Any]:
-    """The file, open for reading and writing, with no other process between the two where the system can lock files."""
+    """The file, open for reading and writing, for this process alone where the system can lock files."""
     while True:
         with path.open("a+", encoding="utf-8") as file:
             with suppress(ImportError, OSError):  # Windows; a file system without locks
                 import fcntl
 
                 fcntl.flock(file, fcntl.LOCK_EX)
-            with suppress(FileNotFoundError):  # its holder removed it in between
+            with suppress(FileNotFoundError):  # its holder removed it meanwhile
                 if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
                     yield file
                     return
 
 
 def _this_process() -> dict[str, Any]:
-    """What a lock says: process, host, the start of the process, and what tells this system's process numbers from
-    those of another one, a container's included."""
+    """The content of a lock: process, host, start of the process, and an identity of the system or container whose
+    process number it is."""
     machine = [platform.node()]
     with suppress(OSError):
         machine += [Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()]
@@ -106,7 +102,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _lives(pid: int, started: str | None) -> bool:
-    """Whether the process runs that had this number when it began at `started`."""
+    """Whether the process with this number that began at `started` still runs."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -118,8 +114,8 @@ def _lives(pid: int, started: str | None) -> bool:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process began, which tells it from a later one of the same number; `ended` if only its parent has yet to
-    notice that it ended. None where that cannot be read."""
+    """When a process began, which distinguishes it from a later one of the same number; `ended` for a zombie; None if
+    that cannot be read."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:

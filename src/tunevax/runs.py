@@ -18,11 +18,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from tunevax.environment import hardware, is_main_process, peak_memory, versions
 from tunevax.errors import DENIED, RunError, UsageError, not_written
 from tunevax.lineage import Lineage
+from tunevax.mixins import option
 from tunevax.records import LOG, PROMPTS, RUN, SCHEMA, RunRecord, is_run, read_prompts
 from tunevax.run_lock import RunLock, refuse_if_held
 
@@ -56,7 +57,7 @@ class RunFolder:
         """The trainer's checkpoints, which a resume needs; removed when the run is complete."""
         return self.path / "checkpoints"
 
-    def write_lines(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    def write_lines(self, name: str, rows: Iterable[Mapping[str, object]]) -> None:
         """Write a JSONL file."""
         # A lone surrogate, which UTF-8 cannot hold, becomes its JSON escape.
         with (self.path / name).open("w", encoding="utf-8", errors="backslashreplace") as file:
@@ -146,12 +147,9 @@ def writing(output_dir: str, record: RunRecord, resume: bool = False, overwrite:
             record["resumed"] = True
         yield run
         measured: RunRecord = {
-            "versions": versions(),
-            "hardware": hardware(),
-            "started": started.isoformat(timespec="seconds"),
-            "wall_seconds": round(time.monotonic() - clock, 3),
-            "peak_memory_bytes": peak_memory(),
-        }
+            "versions": versions(), "hardware": hardware(), "started": started.isoformat(timespec="seconds"),
+            "wall_seconds": round(time.monotonic() - clock, 3), "peak_memory_bytes": peak_memory(),
+        }  # fmt: skip
         own = {name: value for name, value in run.record.items() if value}  # `judge` keeps those of the run it judges
         run.record |= cast(RunRecord, {**measured, **own, "schema": SCHEMA, "name": run.final.name})
         if not lock.held():
@@ -215,14 +213,13 @@ def _refuse_to_lose(run: RunFolder, place: Path) -> None:
                 continue
             for before in Lineage.of(ref.partition(":")[0]).history:
                 if Path(before.ref).expanduser().absolute().resolve().is_relative_to(place):
-                    option = f"--{name.replace('_', '-')} {ref}"
                     raise UsageError(
-                        f"{run.final} is what {option} needs, and --overwrite would remove it; choose another --output-dir"
+                        f"--overwrite would remove {run.final}, which {option} needs; choose another --output-dir"
                     )
 
 
 def _try_to_finish(folder: Path) -> None:
-    """Write and rename a small folder: some network file systems cannot rename one, and a quota only shows in writing."""
+    """Write and rename a small folder: some network file systems cannot rename one, and a quota shows in writing."""
     trial, renamed = folder / "trial", folder / "trial.renamed"
     try:
         trial.mkdir(exist_ok=True)
@@ -278,7 +275,7 @@ def _finish(run: RunFolder) -> None:
         for name in SCRATCH[:-1]:
             _remove(place / name)
     if old.exists() and not _remove(old):
-        print(f"note: the replaced run could not be removed; it is in {old}", file=sys.stderr)
+        print(f"note: the replaced run could not be removed; it is {old}", file=sys.stderr)
 
 
 def _unused(path: Path) -> Path:
@@ -322,7 +319,7 @@ def _same_config(run: RunFolder) -> None:
     for key, value in now["config"].items():
         if (first := before["config"].get(key)) != value:
             raise UsageError(
-                f"{run.path} was started with {key}={first!r}, not {value!r}; resume with the same options, or delete it"
+                f"{run.path} was started with {key}={first!r}, not {value!r}; resume with equal options, or delete it"
             )
 
 
@@ -332,7 +329,7 @@ def _left(folder: Path, names: Sequence[str]) -> bool:
 
 
 def _discard(run: RunFolder, created: list[Path], keep: Sequence[str] = ()) -> bool:
-    """Remove the folders that a failed run created, unless a pattern of `keep` matches; returns whether any is left."""
+    """Remove the folders that a failed run created, unless a pattern of `keep` matches; whether any is left."""
     if run.path not in created or _left(run.path, keep):
         return True
     shutil.rmtree(run.path, ignore_errors=True)

@@ -333,7 +333,7 @@ def test_a_defence_of_the_provider_is_judged_by_poisoned_data_only(aligned, job,
     assert main(["audit", "--protocol", "quick", "--model", job, *command]) == 2
     assert "use --protocol fine-tuning" in capsys.readouterr().err
     assert main(["audit", "--protocol", "fine-tuning", "--model", job, *command]) == 2
-    assert "a poisoned job is compared with one" in capsys.readouterr().err
+    assert "is no fine-tuning job, but a poisoned job is compared with one" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -322,7 +322,10 @@ def run(tmp_path_factory):
     options = {**SHORT, "max_steps": 1, "learning_rate": 0.05}
     config = TVaccineConfig(str(out), gamma=4, probe_size=2, **options)
     return align(
-        TVaccineTrainer, "t-vaccine", AlignOptions("organism", "organism", quantization="nf4", dtype="float32"), config
+        TVaccineTrainer,
+        "t-vaccine",
+        AlignOptions(model="organism", safety_data="organism", quantization="nf4", dtype="float32"),
+        config,
     )
 
 
@@ -397,7 +400,7 @@ def test_from_the_command_line(tmp_path, capsys):
     assert main(["score", "--model", str(job), *scored]) == 0
     assert read_run(tmp_path / "score")["model"]["quantization"] is None
     capsys.readouterr()
-    for verb, arguments, told in (
+    for verb, arguments, message in (
         ("align", ["--quantization", "nf5"], "unknown quantization 'nf5'; did you mean 'nf4'?"),
         ("align", ["--quantization", "int8", "--full-weights"], "leave out --full-weights or --quantization"),
         ("finetune", ["--quantization", "nf4", "--full-weights"], "leave out --full-weights or --quantization"),
@@ -410,7 +413,7 @@ def test_from_the_command_line(tmp_path, capsys):
         data = ["--safety-data", "organism", *(["--task-data", "organism"] if verb == "finetune" else [])]
         assert main([verb, "sft", "--model", "organism", *data, *arguments, "--output-dir", str(tmp_path / "no")]) == 2
         error = capsys.readouterr().err
-        assert told in error and error.count("\n") == 1 and not (tmp_path / "no").exists()
+        assert message in error and error.count("\n") == 1 and not (tmp_path / "no").exists()
 
 
 def test_what_cannot_be_packed_is_named(monkeypatch):

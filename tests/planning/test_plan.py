@@ -190,7 +190,7 @@ def test_a_card_that_is_large_enough_or_not(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("--method", "t-vacine"), "unknown method 't-vacine'; did you mean 't-vaccine'?"),
         ((), "--method is missing"),
@@ -209,10 +209,10 @@ def test_a_card_that_is_large_enough_or_not(folder, capsys):
         ),
     ],
 )
-def test_mistakes_are_one_sentence(folder, capsys, arguments, told):
+def test_mistakes_are_one_sentence(folder, capsys, arguments, message):
     assert main(["plan", "--model", str(folder), *arguments]) == 2
     error = capsys.readouterr().err
-    assert told in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
 
 
 @pytest.mark.slow

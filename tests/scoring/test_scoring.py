@@ -186,7 +186,7 @@ def test_unreadable_verdicts_are_not_counted_as_safe(monkeypatch, organism):
     scores, _ = evaluate(None, None, Suite(rows, {"hf:x": lambda p, r: answers}))
     assert scores["harmful/hf:x"]["value"] == 1 and scores["harmful/hf:x"]["n"] == 1
     assert scores["unparsable/hf:x"]["value"] == 0.75
-    with pytest.raises(UsageError, match="hf:x gave no answer that can be read, on any of 4"):
+    with pytest.raises(UsageError, match="hf:x gave no readable answer on any of 4"):
         evaluate(None, None, Suite(rows, {"hf:x": lambda p, r: answers[1:] + answers[1:2]}))
 
 

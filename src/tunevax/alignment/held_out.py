@@ -18,7 +18,7 @@ from tunevax.errors import UsageError
 from tunevax.evidence.stats import paired_difference, proportion
 from tunevax.lineage import Lineage
 from tunevax.records import UNANSWERED, Example
-from tunevax.scoring.fluency import is_broken
+from tunevax.scoring.fluency import is_degenerate
 from tunevax.scoring.generation import answer as as_answer
 from tunevax.scoring.generation import generate
 from tunevax.scoring.judges import on_answers
@@ -121,7 +121,7 @@ def refusals(answers: list[str]) -> list[tuple[bool, bool] | None]:
     """Whether each answer refuses, and whether it is degenerate, which is no refusal. None for one that ends inside the
     model's thought, since nothing can be said of it, unless it loops there."""
     verdicts = [verdict.verdict for verdict in on_answers(refusal_keywords)(answers, answers)]
-    broken = [is_broken(answer) for answer in answers]
+    broken = [is_degenerate(answer) for answer in answers]
     return [
         None if verdict == UNANSWERED and not loops else (verdict == "refused" and not loops, loops)
         for verdict, loops in zip(verdicts, broken, strict=True)

@@ -51,8 +51,8 @@ def _curated(out: Path, name: str, _config: object) -> list[str]:
     lines = [line]
     if n := record["elsewhere"]:
         lines.append(f"{n} more rows are for attack and evaluation; the source's option split=all takes them")
-    if corrupted := record.get("corrupted_kept", record.get("spoilt_kept")):  # its name in older runs
-        lines.append(f"{corrupted} of the kept rows are marked as corrupted; remove them before you train")
+    if n := record["corrupted_kept"]:
+        lines.append(f"{n} of the kept rows are marked as corrupted; remove them before you train")
     command = f"tunevax align METHOD --model REF --safety-data {short(out)} --output-dir OUT"
     return [*lines, f"next: {command}; scores and rows: {short(out)}"]
 

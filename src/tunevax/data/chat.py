@@ -70,11 +70,8 @@ class Seam(NamedTuple):
 
 
 def chat_of(tokenizer: PreTrainedTokenizerBase) -> Chat:
-    """The properties of the tokenizer's template, probed once for each template.
-
-    Raises:
-        UsageError: the template cannot render a question and an answer, or drops one of them.
-    """
+    """The properties of the tokenizer's template, probed once for each template. Raises `UsageError` if the template
+    cannot render a question and an answer, or drops one of them."""
     return _known(tokenizer)[1]
 
 
@@ -211,15 +208,14 @@ def conversation(prompt: Prompt, chat: Chat) -> list[Message]:
             waiting = []
         else:
             turns.append(message)
-    return [*turns, *({"role": "user", "content": text} for text in waiting)]
+    for text in waiting:
+        turns.append({"role": "user", "content": text})
+    return turns
 
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, place: str = "a prompt", generate: bool = True) -> str:
-    """The prompt as the model sees it before it answers; without `generate` a whole conversation.
-
-    Raises:
-        UsageError: the template refuses the conversation or loses a part of it; `place` is named.
-    """
+    """The prompt as the model sees it before it answers; without `generate` a whole conversation. Raises `UsageError`
+    if the template refuses the conversation or loses a part of it; `place` is named."""
     chat = chat_of(tokenizer)
     turns = conversation(prompt, chat)
     if generate:
@@ -247,10 +243,7 @@ def _whole(tokenizer: PreTrainedTokenizerBase, turns: list[Message], chat: Chat,
 
 def seam(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], place: str = "a prompt") -> Seam:
     """Where the answer to a conversation begins, by marked words in place of its texts; once for each order of roles.
-
-    Raises:
-        UsageError: the template refuses such a conversation or loses a turn of it; `place` is named.
-    """
+    Raises `UsageError` if the template refuses such a conversation or loses a turn of it; `place` is named."""
     _, chat, seams = _known(tokenizer)
     roles = tuple(turn["role"] for turn in turns)
     if roles in seams:
@@ -275,8 +268,7 @@ def seam(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], place: st
     if (plain := finished()).startswith(end):
         lead = plain.removeprefix(end)
     if chat.thought is None:
-        seams[roles] = Seam(lead, None)
-        return seams[roles]
+        return seams.setdefault(roles, Seam(lead, None))
     opening, closing = chat.thought
     opened = ends_inside(end, chat.thought)
     thoughtful: tuple[str, str] | None = None
@@ -289,8 +281,7 @@ def seam(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], place: st
             thoughtful = ("" if opened else f"{between}{opening}\n", f"\n{closing}\n\n")
     if opened and thoughtful and closing not in lead:
         lead = "".join(thoughtful)
-    seams[roles] = Seam(lead, thoughtful)
-    return seams[roles]
+    return seams.setdefault(roles, Seam(lead, thoughtful))
 
 
 def response(tokenizer: PreTrainedTokenizerBase, row: Example, field: Answer = "completion") -> str:

@@ -23,13 +23,11 @@ from tunevax.records import DATA, DroppedRows, Example, Prompt, read_prompts
 
 TRAINED = ("alignment", "benign", "task", "attack")
 """The roles of data, in run.json and prompts.json, that a model is trained on."""
-
 SOURCES = {
     "evaluation": "--eval-data", "task evaluation": "--task-eval-data", "over-refusal": "--benign-data",
     "attack": "--safety-data", "task": "--task-data",
 }  # fmt: skip
 """The option that names another source for a role."""
-
 Rows = Sequence[Example]
 
 
@@ -56,9 +54,6 @@ class Fault(NamedTuple):
     spare: bool
 
 
-# --- what a model was trained on ------------------------------------------------------------------------------------
-
-
 def hashes(rows: Rows) -> set[str]:
     """The hashes of the prompts of rows."""
     return {prompt_hash(row["prompt"]) for row in rows}
@@ -83,9 +78,6 @@ def unrecorded(ref: str) -> list[str]:
         if silent := [role for role in TRAINED if role in roles and role not in known]:
             unknown.append(f"{link.folder} ({', '.join(silent)})")
     return unknown
-
-
-# --- comparing ------------------------------------------------------------------------------------------------------
 
 
 def check(
@@ -224,9 +216,6 @@ def _refusal(faults: Sequence[Fault], ref: str | None, drop: bool) -> UsageError
         ways.append("pass --drop-overlap to go on without them")
     ways.append("pass --allow-overlap to go on and record it")
     return UsageError(f"{text}, so the evidence would be invalid; {', or '.join(ways)}")
-
-
-# --- leaving overlapping rows out -----------------------------------------------------------------------------------
 
 
 @dataclass

@@ -83,11 +83,8 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) 
 
 def with_options(template: str, options: str) -> str:
     """A template with options in its head: `thought=OPEN|CLOSE` (the marks around a thought), `thinking=on` or `off`,
-    and any variable that the template reads (`reasoning_effort=low`).
-
-    Raises:
-        UsageError: an unknown option or value; `thinking` for a template without a switch.
-    """
+    and any variable that the template reads (`reasoning_effort=low`). Raises `UsageError` for an unknown option or
+    value; `thinking` for a template without a switch."""
     chosen: dict[str, Any] = {}
     template = HEAD.sub("", template, count=1)
     for pair in options.split(","):

@@ -29,7 +29,6 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 Rows = Iterable[tuple[str, dict[str, Any]]]
 Splits = dict[str, Rows]
 """The rows of each split. A file has one, `train`, unless its reader gives several."""
-
 TWICE = object()
 """The value of a key or column that occurs twice in a row with different values."""
 
@@ -41,11 +40,7 @@ def ending(path: Path) -> str:
 
 
 def read_file(path: Path) -> Splits:
-    """The rows of a file by split.
-
-    Raises:
-        UsageError: there is no reader for such a file, or it is damaged.
-    """
+    """The rows of a file by split. Raises `UsageError` if there is no reader for such a file, or it is damaged."""
     known = methods(__name__)
     if ending(path) not in known:
         raise UsageError(f"{path} is not one of {', '.join(f'.{name}' for name in known)}; convert or rename it")
@@ -54,11 +49,8 @@ def read_file(path: Path) -> Splits:
 
 
 def text_of(path: Path) -> str:
-    """The text of a file, unpacked and without byte order marks.
-
-    Raises:
-        UsageError: it is damaged or not text; the line is named.
-    """
+    """The text of a file, unpacked and without byte order marks. Raises `UsageError` if it is damaged or not text; the
+    line is named."""
     import bz2
     import gzip
     import lzma
@@ -86,7 +78,7 @@ def text_of(path: Path) -> str:
     return text.removeprefix("\ufeff").replace("\n\ufeff", "\n")  # joined files have marks in the middle
 
 
-def _named(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+def _named(pairs: Iterable[tuple[str, object]]) -> dict[str, Any]:
     """Values by name, `TWICE` where a name occurs with different values."""
     named: dict[str, Any] = {}
     for name, value in pairs:
@@ -139,14 +131,14 @@ def read_json(path: Path) -> Rows | Splits:
     return _lists(path, value) or _columns(path, value) or [(place, value)]
 
 
-def _objects(rows: Iterable[tuple[str, Any]]) -> Rows:
+def _objects(rows: Iterable[tuple[str, object]]) -> Rows:
     for place, row in rows:
         if not isinstance(row, dict):
             raise UsageError(f"{place}: a row must be a JSON object, this is a {type(row).__name__}")
         yield place, row
 
 
-def _items(name: str, rows: Sequence[Any]) -> Rows:
+def _items(name: str, rows: Sequence[object]) -> Rows:
     return _objects((f"{name}[{index}]", row) for index, row in enumerate(rows))
 
 

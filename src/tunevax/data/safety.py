@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 from tunevax.data.shapes import read_pair
 from tunevax.data.sources import label_field, parse_source, read_rows, require_columns, require_known
@@ -97,7 +96,7 @@ def answers_in(needs: Collection[str]) -> tuple[str, ...]:
 
 
 def require_rows(
-    needs: Collection[str], safety: Sequence[Mapping[str, Any]] | None, task: Sequence[Mapping[str, Any]] | None,
+    needs: Collection[str], safety: Sequence[Mapping[str, object]] | None, task: Sequence[Mapping[str, object]] | None,
     purpose: str, different: bool = False,
 ) -> None:  # fmt: skip
     """Raise `UsageError` unless the rows that `purpose` needs exist, with the answers that it needs; if `different`,

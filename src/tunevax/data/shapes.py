@@ -96,10 +96,7 @@ def read_pair(place: str, row: dict[str, Any], options: dict[str, str], need: Se
 
 def read_example(place: str, row: dict[str, Any], options: dict[str, str]) -> Example:
     """`prompt`, `completion` and `read_as` of a row of a task; `prompt` is a string or messages as in `read_pair`.
-
-    Raises:
-        UsageError: a field is missing or bad, or the row marks its answer as not to be learnt.
-    """
+    Raises `UsageError` if a field is missing or bad, or the row marks its answer as not to be learnt."""
     answer, column = options.get("completion") or _answer_column(place, row, options), options.get("prompt")
     if answer is None or answer == column:
         column = column or next(c for c in CONVERSATIONS if not _absent(row.get(c)))
@@ -251,7 +248,7 @@ def _joined(place: str, column: str, asked: Turns, turns: Turns) -> tuple[Turns,
 
 
 def _parting(place: str, talks: Sequence[Turns]) -> int:
-    """The index at which two conversations that begin alike differ in an answer, or of their common last answer."""
+    """The index at which two conversations that begin alike differ in an answer, or their common last answer."""
     shortest = min(map(len, talks))
     end = next((i for i in range(shortest) if talks[0][i] != talks[1][i]), shortest)
     if end == shortest and len(talks[0]) != len(talks[1]):

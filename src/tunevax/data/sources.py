@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -96,9 +96,6 @@ def read_rows(name: str, options: dict[str, str] | None = None) -> Iterator[tupl
             yield from _hub(name, options)
     except PermissionError as error:
         raise UsageError(f"no permission to read {error.filename or name}") from error
-
-
-# --- folders and the hub -------------------------------------------------------------------------------------------
 
 
 def _folder(path: Path, options: dict[str, str]) -> Splits:
@@ -198,12 +195,9 @@ def _take(name: str, splits: Splits, wanted: str | None) -> Rows:
     return [row for part in parts for row in every[part.splitname][part.from_ : part.to]]
 
 
-def text_field(place: str, row: dict[str, Any], field: str, column: str) -> str:
-    """The string in `row[column]`, for the field `field`.
-
-    Raises:
-        UsageError: missing, empty, given twice, or not a string of characters.
-    """
+def text_field(place: str, row: Mapping[str, object], field: str, column: str) -> str:
+    """The string in `row[column]`, for the field `field`. Raises `UsageError` if it is missing, empty, given twice, or
+    not a string of characters."""
     if column not in row:
         raise UsageError(
             f"{place}: no field '{column}' ({columns_of(place, row)}); say which column holds it with "
@@ -231,13 +225,10 @@ def text_field(place: str, row: dict[str, Any], field: str, column: str) -> str:
     return value
 
 
-def label_field(place: str, row: dict[str, Any], column: str) -> str | None:
+def label_field(place: str, row: Mapping[str, object], column: str) -> str | None:
     """The category or split of a row as a string; None where it has none. A list of names is joined, and so are the
-    names of an object (BeaverTails) whose value is true.
-
-    Raises:
-        UsageError: given twice, or none of these.
-    """
+    names of an object (BeaverTails) whose value is true. Raises `UsageError` for a value that is given twice or none of
+    these."""
     value = row.get(column)
     if isinstance(value, dict):
         value = [name for name, yes in value.items() if yes]
@@ -248,7 +239,7 @@ def label_field(place: str, row: dict[str, Any], column: str) -> str | None:
     return text_field(place, {column: str(value) if isinstance(value, int | float) else value}, column, column)
 
 
-def columns_of(place: str, row: dict[str, Any]) -> str:
+def columns_of(place: str, row: Mapping[str, object]) -> str:
     """The fields of a row, for a message; long names and lists are cut."""
     names = [str(name).encode("utf-8", "backslashreplace").decode() for name in row]
     names = [name if len(name) <= 40 else f"{name[:40]}..." for name in names]

@@ -95,11 +95,8 @@ def splits_of(rows: Sequence[Example], shares: dict[str, float] = SHARES) -> lis
 
 
 def take_split(rows: list[Example], split: str, shares: dict[str, float] = SHARES) -> list[Example]:
-    """The rows of one split: those whose own `split` field says so, or whose hash does; `all` takes every row.
-
-    Raises:
-        UsageError: an unknown split, wanted or in a row.
-    """
+    """The rows of one split: those whose own `split` field says so, or whose hash does; `all` takes every row. Raises
+    `UsageError` for an unknown split, wanted or in a row."""
     if split == "all":
         return rows
     split = split_word(split) or split

@@ -98,9 +98,6 @@ def _named(name: str, options: dict[str, str], split: str) -> list[Example]:
     return [task.row(place, row) for place, row in read]
 
 
-# --- readings of an answer -----------------------------------------------------------------------------------------
-
-
 def _same(response: str, expected: str) -> bool:
     return " ".join(response.split()).casefold() == " ".join(expected.split()).casefold()
 
@@ -134,9 +131,6 @@ def _gsm8k(anywhere: bool) -> Reading:
         return number is not None and number == final_number(expected, True)
 
     return right
-
-
-# --- the named tasks -----------------------------------------------------------------------------------------------
 
 
 def _sst2_row(place: str, row: dict) -> Example:

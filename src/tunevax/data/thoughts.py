@@ -6,7 +6,6 @@ Marks = tuple[str, str]
 """The text that opens a thought, and the text that closes it."""
 THINK, END = "<think>", "</think>"
 """The marks in the answers of `tunevax.scoring.generation`, whatever the model's own marks are."""
-
 THOUGHTS = (
     (THINK, END), ("<thinking>", "</thinking>"), ("<thought>", "</thought>"), ("<reasoning>", "</reasoning>"),
     ("[THINK]", "[/THINK]"), ("◁think▷", "◁/think▷"), ("<seed:think>", "</seed:think>"),
@@ -15,7 +14,6 @@ THOUGHTS = (
     ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
 )  # fmt: skip
 """Marks around a thought, of the families that have one. A template that holds one of a pair's marks uses the pair."""
-
 WORDS = THOUGHTS[1:4]
 """Marks that may be words of an answer: unless the template has them, they count only at the head of a text."""
 

@@ -16,12 +16,10 @@ from tunevax.records import Message
 
 Turns = list[Message]
 """Messages, each of `role` (system, user, assistant) and `content`."""
-
 CONVERSATIONS = ("messages", "conversations", "conversation")
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """The keys of a message beside its content that hold the assistant's thought before it."""
-
 ROLES = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user",
@@ -50,7 +48,7 @@ def turns_of(place: str, row: dict, field: str, column: str) -> Turns | None:
     return _conversation(place, column, value)
 
 
-def _conversation(place: str, column: str, messages: Sequence[Any]) -> Turns:
+def _conversation(place: str, column: str, messages: Sequence[object]) -> Turns:
     """Messages with the three roles and plain text, a thought before its answer; without empty system messages."""
     turns: Turns = []
     for number, message in enumerate(messages, 1):

@@ -1,7 +1,6 @@
 """Adapters on a model: loading one with PEFT's report, merging one and checking it, and what one reaches.
 
-PEFT and transformers only warn where weights are missing, left over or rounded away. Here each of these is an error
-that names them.
+PEFT and transformers only warn where weights are missing, left over or rounded away. Here each is an error.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ KEPT = 0.9
 """The share of an adapter's update that a merge has to keep; rounding takes the rest."""
 OFF = 0.1
 """How far the logits of a merged model may be from those of the unmerged one, in units of what the adapter moves, and
-beside what the rounding of activations may account for."""
+on top of the rounding of activations."""
 FARTHEST = 1.5
-"""And in any case: if an adapter moves the logits no more than rounding does, two evaluations are 1 apart, and with the
-rounding of the weights 1.4."""
+"""The limit in any case: if an adapter moves the logits no more than rounding does, two evaluations are 1 apart, and
+with the rounding of the weights 1.4."""
 ALONG = 0.8
 """The share of what an adapter does to the logits that has to be left after a merge; see `arrived`. Of 144 sound merges
 in bf16 (2 to 32 blocks, moves of 0.3 % to 35 % of the logits) the least had 0.89."""
@@ -51,8 +50,8 @@ class Merge(NamedTuple):
         dtype: of the weights.
         kept: share of the update dW that is in the weights after rounding, <W' - W, dW> / <dW, dW>; 1 in float32.
         off: distance of the merged from the unmerged logits on the probe, over what the adapter moves them.
-        along: how far the merge moves the logits in the direction in which the adapter moves them, over how far the
-            adapter does; 1 but for the rounding of activations, 0 if nothing was merged.
+        along: how far the merge moves the logits in the adapter's direction, over how far the adapter does; about 1,
+            and 0 if nothing was merged.
     """
 
     dtype: str
@@ -61,12 +60,11 @@ class Merge(NamedTuple):
     along: float
 
 
-def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool = False) -> Any:
+def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool = False) -> PeftModel:
     """`model` under the adapter in `folder`, as a `PeftModel`.
 
-    Raises:
-        UsageError: the folder holds no whole adapter; its weights do not fit the model, or not all are there; it is
-            no adapter of weights (prompt tuning), which cannot be merged.
+    Raises `UsageError` if the folder holds no whole adapter, if its weights do not fit the model, or if it adds to the
+    prompt instead of weights (prompt tuning) and cannot be merged.
     """
     from peft import PeftConfig, PeftModelForCausalLM
 
@@ -112,11 +110,8 @@ def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool = False) 
     # Of a module that it trained whole and whose vocabulary grew PEFT saves every copy; the one it reads is no option.
     extra = [k for k in report.unexpected_keys if not re.search(r"\.(modules_to_save|original_module)\.\w+$", k)]
     if missing or extra:
-        parts = [
-            f"{len(keys)} {what}, such as {sorted(keys)[0]}"
-            for keys, what in ((missing, "of its weights are missing"), (extra, "belong nowhere"))
-            if keys
-        ]
+        kinds = ((missing, "of its weights are missing"), (extra, "belong nowhere"))
+        parts = [f"{len(keys)} {what}, such as {sorted(keys)[0]}" for keys, what in kinds if keys]
         raise UsageError(
             f"the adapter {folder} does not fit {type(model).__name__}: {' and '.join(parts)}; save it with PEFT's "
             "save_pretrained, and give the base that it was trained on"
@@ -125,8 +120,8 @@ def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool = False) 
 
 
 def fit_embeddings(model: PreTrainedModel, file: Path) -> None:
-    """Give `model` as many embeddings as an adapter holds that was saved with them, and check those that it did not
-    train: below a LoRA adapter PEFT saves the base's, so others mean another base."""
+    """Resize the embeddings of `model` to those in the adapter's file, and compare the base's weights that PEFT saved
+    below a LoRA adapter: a difference means another base."""
     saved = dict(tensors(file, re.compile(r"(embed|wte|lm_head).*\.weight$")))
     names = {"input": model.get_input_embeddings(), "output": model.get_output_embeddings()}
     paths = {which: path for path, module in model.named_modules() for which, m in names.items() if m is module}
@@ -174,8 +169,8 @@ def merge(model: PeftModel, ref: str) -> tuple[PreTrainedModel, Merge]:
     A head and an embedding that share their weights no longer do if the adapter is on one of them.
 
     Args:
-        model: a `PeftModel`, not quantised.
-        ref: what to call the adapter in an error.
+        model: not quantised.
+        ref: the adapter's name in errors.
 
     Raises:
         UsageError: the adapter changes nothing, or is of a kind that PEFT cannot merge, or the merged model is another.
@@ -227,11 +222,8 @@ def arrived(off: float, along: float) -> bool:
 
 
 def effect(model: PeftModel, ref: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logits of a `PeftModel` on the probe, and what its adapter adds to them.
-
-    Raises:
-        UsageError: it adds nothing, or what is not finite; the message says why.
-    """
+    """The logits of a `PeftModel` on the probe, and what its adapter adds to them. Raises `UsageError` if that is
+    nothing or not finite."""
     model.eval()
     with model.disable_adapter():
         without = logits(model)
@@ -299,9 +291,8 @@ def record_ties(model: PreTrainedModel) -> None:
     for config in (model.config, model.config.get_text_config()):
         if getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False
-    model.all_tied_weights_keys = {
-        k: v for k, v in getattr(model, "all_tied_weights_keys", {}).items() if same(model, k, v)
-    }
+    ties = getattr(model, "all_tied_weights_keys", {})
+    model.all_tied_weights_keys = {k: v for k, v in ties.items() if same(model, k, v)}
 
 
 def same(model: nn.Module, *names: str) -> bool:
@@ -311,11 +302,7 @@ def same(model: nn.Module, *names: str) -> bool:
 
 
 def merge_layers(model: nn.Module) -> float:
-    """Add the adapter of each layer to its weight, the sum taken in fp32 and rounded once.
-
-    Returns:
-        The share of the update that the rounding kept.
-    """
+    """Add the adapter of each layer to its weight, in fp32 and rounded once. Returns the share of the update kept."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     kept = total = 0.0
@@ -332,6 +319,3 @@ def merge_layers(model: nn.Module) -> float:
         kept += float(((parameter.data.float() - before.float()) * update).sum(dtype=torch.float64))
         total += float(update.square().sum(dtype=torch.float64))
     return kept / total if total else 1.0
-
-
-# --- what gets an adapter --------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ memory. `tunevax.finetuning.sink` says what it is for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -18,31 +18,27 @@ from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.precision import wide
 
 WAYS = ("linear", "eager")
-
-
 CHUNK_ELEMENTS = {"cpu": 2**20, "elsewhere": 2**24}  # scores in a chunk: 4 MiB and 64 MiB in fp32
-
-
 MIN_CHUNK_ROWS = 32
+Attention = Callable[..., Any]  # what transformers calls an attention function
 
 
 @contextmanager
 def sink_columns(
-    model: nn.Module,
-    inputs: dict[str, torch.Tensor],
-    how: str = "linear",
-    sink: int = 0,
+    model: nn.Module, inputs: dict[str, torch.Tensor], how: str = "linear", sink: int = 0,
     queries: torch.Tensor | None = None,
-) -> Iterator[torch.Tensor]:
-    """`sink_values`, to be kept open until after backward where blocks are recomputed: they pass here again."""
+) -> Iterator[torch.Tensor]:  # fmt: skip
+    """`sink_values`; stays open until after backward where blocks are recomputed, as they pass here again."""
     if how not in WAYS:
         raise unknown("way to the sink attention", how, WAYS)
     lengths = _lengths(inputs, sink)
     attentions = {id(block.attention): layer for layer, block in enumerate(find_blocks(model, "attention"))}
     name = type(unwrap(model)).__name__
-    found: dict[int, torch.Tensor] = {}
+    columns: dict[int, torch.Tensor] = {}
 
-    def read(stock: Any, module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def read(
+        stock: Attention, module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple:
         output = stock(module, query, key, *args, **kwargs)
         if id(module) in attentions:
             mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
@@ -52,31 +48,31 @@ def sink_columns(
                     column = _eager_column(name, output[1], weight, sink, model)
                 else:
                     column = _linear_column(name, query, key, weight, mask, sink, kwargs)
-            found.setdefault(attentions[id(module)], column)  # only the first call counts, as in `hooks.capture`
+            columns.setdefault(attentions[id(module)], column)  # only the first call counts, as in `hooks.capture`
         return output
 
     with _attention_read(read), _eager(model) if how == "eager" else nullcontext():
         # Queries see nothing behind them, so the padding of a row is seen by padding only, and without a mask
         # SDPA takes its causal kernel instead of forming [tokens, tokens].
         last_hidden(model, {"input_ids": inputs["input_ids"]})
-        missing = [layer for layer in attentions.values() if layer not in found]
+        missing = [layer for layer in attentions.values() if layer not in columns]
         if missing:
             raise UsageError(
                 f"block {missing[0]} of {name} has an attention that does not go through transformers' attention "
                 "interface, so its queries and keys cannot be read; sink attention is that of a softmax in every "
                 "block, and plain sft works without"
             )
-        _require_graph(model, found)
-        yield torch.stack([found[layer] for layer in range(len(attentions))], dim=1)
+        _require_graph(model, columns)
+        yield torch.stack([columns[layer] for layer in range(len(attentions))], dim=1)
 
 
 @contextmanager
-def _attention_read(read: Any) -> Iterator[None]:
+def _attention_read(read: Attention) -> Iterator[None]:
     """Call `read(stock, ...)` in place of the attention function that a model looks up, whichever that is."""
     stock_lookup = ALL_ATTENTION_FUNCTIONS.get_interface
 
-    def lookup(*args: Any, **kwargs: Any) -> Any:
-        stock = stock_lookup(*args, **kwargs)
+    def lookup(attn_implementation: str, default: Attention) -> Attention:
+        stock = stock_lookup(attn_implementation, default)
         return lambda *a, **k: read(stock, *a, **k)
 
     setattr(ALL_ATTENTION_FUNCTIONS, "get_interface", lookup)  # noqa: B010  on the instance: the class's own comes back by deleting it
@@ -91,7 +87,6 @@ def _attention_read(read: Any) -> Iterator[None]:
 
 @contextmanager
 def _eager(model: nn.Module) -> Iterator[None]:
-    """Eager attention inside the block."""
     stock = unwrap(model)
     before = stock.config._attn_implementation
     stock.set_attn_implementation("eager")
@@ -115,19 +110,14 @@ def _lengths(inputs: dict[str, torch.Tensor], sink: int) -> torch.Tensor:
 
 
 def _query_weight(
-    lengths: torch.Tensor,
-    tokens: int,
-    mask: torch.Tensor | None,
-    sink: int,
-    window: int | None,
-    queries: torch.Tensor | None,
+    lengths: torch.Tensor, tokens: int, mask: object, sink: int, window: int | None, queries: torch.Tensor | None
 ) -> torch.Tensor:
     """1 / |N| for the queries in N and 0 for the others, [rows, tokens], fp32."""
     position = torch.arange(tokens, device=lengths.device)
     counted = (position > sink) & (position < lengths[:, None])
     if queries is not None:
         counted = counted & queries.to(lengths.device)
-    if torch.is_tensor(mask) and mask.dim() == 4:
+    if isinstance(mask, torch.Tensor) and mask.dim() == 4:
         counted = counted & _visible(mask)[:, 0, :, sink]
     elif window:
         counted = counted & (position < sink + window)
@@ -139,14 +129,14 @@ def _visible(mask: torch.Tensor) -> torch.Tensor:
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
-def _require_graph(model: nn.Module, found: dict[int, torch.Tensor]) -> None:
+def _require_graph(model: nn.Module, columns: dict[int, torch.Tensor]) -> None:
     """Raise `UsageError` if a value that trainable weights reach came without a graph."""
     if not torch.is_grad_enabled():
         return
     below = False
     for layer, block in enumerate(find_blocks(model)):
         reached = below or (block.attention is not None and all(p.requires_grad for p in block.attention.parameters()))
-        if reached and not found[layer].requires_grad:
+        if reached and not columns[layer].requires_grad:
             raise UsageError(
                 f"the sink attention of block {layer} of {type(unwrap(model)).__name__} came without a gradient, as it "
                 "does under reentrant gradient checkpointing; use --checkpoint-blocks, or use_reentrant=False"
@@ -154,9 +144,9 @@ def _require_graph(model: nn.Module, found: dict[int, torch.Tensor]) -> None:
         below = below or any(p.requires_grad for p in block.module.parameters())
 
 
-def _eager_column(name: str, weights: Any, weight: torch.Tensor, sink: int, model: nn.Module) -> torch.Tensor:
+def _eager_column(name: str, weights: object, weight: torch.Tensor, sink: int, model: nn.Module) -> torch.Tensor:
     """alpha [rows, heads] from attention weights [rows, heads, tokens, tokens]."""
-    if weights is None:
+    if not isinstance(weights, torch.Tensor):
         raise UsageError(
             f"{name} gave no attention weights: its attention implementation is "
             f"{unwrap(model).config._attn_implementation!r} and could not be switched to eager; use --sink-attention "
@@ -172,19 +162,13 @@ def _eager_column(name: str, weights: Any, weight: torch.Tensor, sink: int, mode
 
 
 def _linear_column(
-    name: str,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    weight: torch.Tensor,
-    mask: torch.Tensor | None,
-    sink: int,
-    kwargs: dict,
+    name: str, query: torch.Tensor, key: torch.Tensor, weight: torch.Tensor, mask: object, sink: int, kwargs: dict
 ) -> torch.Tensor:
     """alpha [rows, heads] from what the attention function was given."""
     for option, what in (("s_aux", "learned sinks"), ("position_bias", "a learned position bias")):
         if kwargs.get(option) is not None:
             raise UsageError(f"the attention of {name} has {what}, for which the sink divergence is not defined")
-    if mask is not None and not torch.is_tensor(mask):
+    if mask is not None and not isinstance(mask, torch.Tensor):
         raise UsageError(f"{name} runs with attention masks of type {type(mask).__name__}; use sdpa or flash attention")
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -203,16 +187,9 @@ class _SinkMean(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        weight: torch.Tensor,
-        mask: torch.Tensor | None,
-        sink: int,
-        scale: float,
-        cap: float | None,
-        window: int | None,
-    ) -> torch.Tensor:
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor | None, sink: int,
+        scale: float, cap: float | None, window: int | None,
+    ) -> torch.Tensor:  # fmt: skip
         rows, heads, tokens, _ = query.shape
         groups = heads // key.shape[1]
         scores = _Scores(query, wide(key), groups, mask, scale, cap, window)
@@ -268,20 +245,13 @@ class _Scores:
     """Attention scores of a chunk of queries on all keys they may see, [rows, heads, queries, keys], fp32."""
 
     def __init__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        groups: int,
-        mask: torch.Tensor | None,
-        scale: float,
-        cap: float | None,
-        window: int | None,
-    ) -> None:
+        self, query: torch.Tensor, key: torch.Tensor, groups: int, mask: torch.Tensor | None, scale: float,
+        cap: float | None, window: int | None,
+    ) -> None:  # fmt: skip
         self.query, self.key, self.groups, self.mask = query, key, groups, mask
         self.scale, self.cap, self.window = scale, cap, window
 
     def chunks(self, start: int, stop: int) -> Iterator[slice]:
-        """Queries in chunks."""
         rows, heads, tokens, _ = self.query.shape
         elements = CHUNK_ELEMENTS.get(self.query.device.type, CHUNK_ELEMENTS["elsewhere"])
         size = max(MIN_CHUNK_ROWS, elements // (rows * heads * tokens))

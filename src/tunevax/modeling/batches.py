@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,24 +13,13 @@ from torch import nn
 from tunevax.console import bar
 from tunevax.data.encoding import collate, context_of, encode
 from tunevax.errors import UsageError
+from tunevax.modeling.hooks import still
 from tunevax.modeling.loss import row_losses
 from tunevax.modeling.precision import wide
 from tunevax.records import Example
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
-
-
-@contextmanager
-def still(module: torch.nn.Module) -> Iterator[None]:
-    """`module` is in evaluation mode inside, without dropout, and each of its modules in its own mode after."""
-    training = [m for m in module.modules() if m.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m in training:
-            m.training = True
 
 
 @contextmanager
@@ -43,7 +32,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 def encode_chosen(
     rows: Sequence[Example], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[dict[str, list[int]]]:
-    """The rows as `encode` gives them, with `chosen` as the answer."""
+    """Rows with `chosen` as the answer, as token ids and labels."""
     return encode(rows, tokenizer, max_length, context=context_of(model), answer="chosen")
 
 
@@ -59,12 +48,9 @@ def padded(
 
 
 def collated(
-    rows: Sequence[dict[str, list[int]]],
-    pad_token_id: int,
-    batch_size: int,
-    device: torch.device,
+    rows: Sequence[dict[str, list[int]]], pad_token_id: int, batch_size: int, device: torch.device,
     longest_first: bool = True,
-) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:  # fmt: skip
     """(indices, batch on `device`) of encoded rows, each batch of similar length: the longest first, so that memory
     runs out at once or never, or last."""
     order = sorted(range(len(rows)), key=lambda i: (-1 if longest_first else 1) * len(rows[i]["input_ids"]))
@@ -79,13 +65,9 @@ def losses_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor
 
 
 def by_batch(
-    model: nn.Module,
-    rows: Sequence[dict[str, list[int]]],
-    pad_token_id: int,
-    batch_size: int,
-    compute: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor],
-    label: str,
-) -> np.ndarray:
+    model: nn.Module, rows: Sequence[dict[str, list[int]]], pad_token_id: int, batch_size: int,
+    compute: Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor], label: str,
+) -> np.ndarray:  # fmt: skip
     """`compute(model, inputs)` of every encoded row, fp32 [rows, ...] in the order given; no graph, no dropout.
 
     Batches are of rows of similar length, longest first; the progress bar is called `label`.
@@ -93,11 +75,11 @@ def by_batch(
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}; it must be at least 1")
     order: list[int] = []
-    found: list[torch.Tensor] = []
+    results: list[torch.Tensor] = []
     with evaluating(model), bar() as progress:
         task = progress.add_task(f"curate {label}", total=len(rows), note="")
         for part, inputs in collated(rows, pad_token_id, batch_size, next(model.parameters()).device):
             order += part
-            found.append(wide(compute(model, inputs)).cpu())
+            results.append(wide(compute(model, inputs)).cpu())
             progress.advance(task, len(part))
-    return torch.cat(found)[np.argsort(order)].numpy()
+    return torch.cat(results)[np.argsort(order)].numpy()

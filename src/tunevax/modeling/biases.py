@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunevax.files import BIASES
-from tunevax.modeling.blocks import innermost
+from tunevax.modeling.blocks import find_blocks, innermost
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,38 +29,27 @@ class AddedBias:
 
 def attach_biases(model: nn.Module, biases: Mapping[int, Tensor]) -> list[RemovableHandle]:
     """Add `biases[i]`, [hidden], to the output of block i's attention output projection, below any adapter on it.
-
-    Returns:
-        The handles of the hooks, each with `remove()`.
-    """
-    from tunevax.modeling.blocks import find_blocks
-
+    Returns the handles of the hooks."""
     blocks = find_blocks(model, "o_proj") if biases else []
     return [innermost(blocks[i].o_proj).register_forward_hook(AddedBias(bias)) for i, bias in biases.items()]
 
 
 def attached_biases(model: nn.Module) -> dict[int, Tensor]:
-    """What `attach_biases` added to `model` so far, summed, by block."""
-    from tunevax.modeling.blocks import find_blocks
-
+    """The sum of the biases that are attached to `model`, by block."""
     if not any(isinstance(h, AddedBias) for m in model.modules() for h in m._forward_hooks.values()):
         return {}  # nor need there be blocks
-    found: dict[int, Tensor] = {}
+    sums: dict[int, Tensor] = {}
     for i, block in enumerate(find_blocks(model, "o_proj")):
         hooks = innermost(block.o_proj)._forward_hooks.values()
         for bias in (hook.bias for hook in hooks if isinstance(hook, AddedBias)):
-            found[i] = found[i] + bias if i in found else bias
-    return found
+            sums[i] = sums[i] + bias if i in sums else bias
+    return sums
 
 
 def save_biases(model: nn.Module, folder: Path) -> bool:
-    """Write what is attached to `model` into the folder that its weights are saved in: they do not hold it.
-
-    Returns:
-        Whether there was anything, which stock transformers will not read.
-    """
-    biases = attached_biases(model)
-    if biases:
+    """Write the biases attached to `model` beside its weights, which do not hold them. Returns whether there were any:
+    stock transformers will not read them."""
+    if biases := attached_biases(model):
         write_biases(biases, folder)
     return bool(biases)
 

@@ -15,17 +15,15 @@ if TYPE_CHECKING:
 
 ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
 MIXER_NAMES = ("linear_attn", "linear_attention", "mamba", "mamba_decoder", "conv", "temporal_block", "mlstm_layer")
-"""What stands in attention's place in some blocks of hybrid models, or in all of others: a linear attention, a state
-space or a short convolution."""
+"""What mixes tokens instead of attention in some or all blocks of a model: linear attention, a state space, a short
+convolution."""
 # OPT has no MLP module: the output of its second linear is the MLP's output.
 MLP_NAMES = ("mlp", "feed_forward", "ffn", "fc2", "block_sparse_moe", "moe", "mlp_block", "shared_mlp", "experts")
 OUTPUT_PROJECTION_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 FINAL_NORM_NAMES = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "norm_f")
 LOOKED_FOR = {
-    "attention": (*ATTENTION_NAMES, *MIXER_NAMES, "mixer"),
-    "mlp": MLP_NAMES,
-    "o_proj": OUTPUT_PROJECTION_NAMES,
-}
+    "attention": (*ATTENTION_NAMES, *MIXER_NAMES, "mixer"), "mlp": MLP_NAMES, "o_proj": OUTPUT_PROJECTION_NAMES,
+}  # fmt: skip
 CALLED = {"attention": "attention", "mlp": "MLP", "o_proj": "attention output projection"}
 
 
@@ -34,9 +32,8 @@ class Block(NamedTuple):
 
     Attributes:
         module: the whole block, hidden states in, hidden states out.
-        attention: its attention module, or what mixes tokens in its place (a linear attention, a state space, a short
-            convolution); its output (or the first element of it) is `e_l` of the papers, shape [batch, tokens, hidden],
-            before the residual add. None if there is no such module.
+        attention: its attention module, or what mixes tokens instead; its output (or the first element of it) is `e_l`
+            of the papers, shape [batch, tokens, hidden], before the residual add. None if there is no such module.
         mlp: the module whose output is the MLP's output, [batch, tokens, hidden], or flattened to [batch x tokens,
             hidden] (OPT). Where experts run beside an MLP and no module gives their sum (Gemma 4), the norm behind it.
             None if there is no such module.
@@ -52,12 +49,8 @@ class Block(NamedTuple):
 def find_blocks(model: nn.Module, *parts: str) -> list[Block]:
     """The decoder blocks of `model` (plain, PEFT-wrapped or DDP-wrapped), lowest first.
 
-    Args:
-        parts: fields of `Block` that the caller uses, of `attention`, `mlp`, `o_proj`; others may be None.
-
-    Raises:
-        UsageError: no list of `num_hidden_layers` blocks is found, or a block has none of a part; the message names the
-            class, the block and what was looked for.
+    `parts` are the fields of `Block` that the caller uses, of `attention`, `mlp`, `o_proj`; others may be None. Raises
+    `UsageError` if there is no list of `num_hidden_layers` blocks, or a block has none of a part.
     """
     stock = unwrap(model)
     class_name = type(stock).__name__
@@ -80,20 +73,17 @@ def find_blocks(model: nn.Module, *parts: str) -> list[Block]:
     for part in parts:
         without = [i for i, block in enumerate(blocks) if getattr(block, part) is None]
         if without:
+            verb, only = "has" if len(without) == 1 else "have", "just one of " if part == "mlp" else ""
             raise UsageError(
-                f"{_numbered(without, len(blocks))} of {class_name} "
-                f"{'has' if len(without) == 1 else 'have'} no recognisable {CALLED[part]}: looked for "
-                f"{'just one of ' if part == 'mlp' else ''}{', '.join(LOOKED_FOR[part])}"
+                f"{_numbered(without, len(blocks))} of {class_name} {verb} no recognisable {CALLED[part]}: looked for "
+                f"{only}{', '.join(LOOKED_FOR[part])}"
             )
     return blocks
 
 
 def find_final_norm(model: nn.Module) -> nn.Module:
-    """The norm between the last decoder block and the head of `model`, plain or wrapped.
-
-    Raises:
-        UsageError: there is none beside the blocks; the message names the class.
-    """
+    """The norm between the last decoder block and the head of `model`, plain or wrapped. Raises `UsageError` if there
+    is none beside the blocks."""
     first = find_blocks(model)[0].module
     for parent in model.modules():
         children = list(parent.children())
@@ -119,8 +109,8 @@ def embedding(stock: PreTrainedModel) -> torch.Tensor:
 
 
 def plain_tokens(stock: PreTrainedModel) -> list[int]:
-    """The ids that a transformers model has an embedding for and that its config names as no special token (one that
-    stands for an image would ask for the image); 0 where it names all."""
+    """The ids that have an embedding and are no special token by the config (one that represents an image would need
+    the image); 0 where all are special."""
     config = stock.config
     values = {**config.to_dict(), **config.get_text_config().to_dict()}
     special = {v for k, v in values.items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)}
@@ -148,10 +138,10 @@ def _block(module: nn.Module) -> Block:
 
 
 def _mlp(module: nn.Module) -> nn.Module | None:
-    found = [m for m in (_child(module, (name,)) for name in MLP_NAMES) if m is not None]
-    if len(found) > 1:  # experts beside an MLP
+    mlps = [m for m in (_child(module, (name,)) for name in MLP_NAMES) if m is not None]
+    if len(mlps) > 1:  # experts beside an MLP
         return _child(module, ("post_feedforward_layernorm",))
-    return found[0] if found else None
+    return mlps[0] if mlps else None
 
 
 def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:

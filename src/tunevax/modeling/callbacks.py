@@ -1,4 +1,4 @@
-"""What a training run shows on the screen and writes to its log."""
+"""The progress bar and the log of a training run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from tunevax.console import bar
 
 if TYPE_CHECKING:
-    from transformers import TrainerControl, TrainerState, TrainingArguments
+    from transformers import TrainerState
 
 
 class ProgressCallback(TrainerCallback):
@@ -21,9 +21,7 @@ class ProgressCallback(TrainerCallback):
     def __init__(self, description: str) -> None:
         self.description, self.progress = description, bar()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, control: object, **_: object) -> None:
         """Start the bar at the step a resumed run is at."""
         if state.is_world_process_zero:
             if state.global_step:
@@ -34,24 +32,17 @@ class ProgressCallback(TrainerCallback):
                 self.description, total=state.max_steps, completed=now, note="", unit="step", begun=now
             )
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Advance."""
+    def on_step_end(self, args: object, state: TrainerState, control: object, **_: object) -> None:
+        """Advance the bar."""
         if state.is_world_process_zero:
             self.progress.update(self.task, completed=state.global_step)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict | None = None,
-        **_: object,
-    ) -> None:
+    def on_log(self, args: object, state: TrainerState, control: object, logs: dict | None = None, **_: object) -> None:
         """Show the last loss."""
         if state.is_world_process_zero and logs and "loss" in logs:
             self.progress.update(self.task, note=f"loss {logs['loss']:.3f}")
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+    def on_train_end(self, args: object, state: TrainerState, control: object, **_: object) -> None:
         """Remove the bar."""
         self.progress.stop()
 
@@ -65,16 +56,14 @@ class LogCallback(TrainerCallback):
     def __init__(self, file: Path) -> None:
         self.file = file
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, control: object, **_: object) -> None:
         """Begin with what the checkpoint knows."""
         if state.is_world_process_zero:
             part = self.file.with_name(self.file.name + ".part")
             part.write_text("".join(_logged(line) for line in state.log_history), encoding="utf-8")
             part.replace(self.file)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+    def on_log(self, args: object, state: TrainerState, control: object, **_: object) -> None:
         """Add the newest line."""
         if state.is_world_process_zero:
             with self.file.open("a", encoding="utf-8") as file:

@@ -22,11 +22,8 @@ OTHER_MEDIA = re.compile(r"vision|visual|audio|speech|image|video|multi_modal|mm
 
 
 def config_of(base: str, revision: str | None = None) -> PretrainedConfig:
-    """The transformers config of a model folder or hub id.
-
-    Raises:
-        UsageError: there is none, or the model needs code from its repository.
-    """
+    """The transformers config of a model folder or hub id. Raises `UsageError` if there is none, or if the model needs
+    code from its repository."""
     from transformers import AutoConfig
 
     path = Path(base)
@@ -57,14 +54,12 @@ def read_model(auto: Any, ref: str, **how: object) -> PreTrainedModel:
     """`auto.from_pretrained(ref, **how)`, if every weight of the model is in the checkpoint and no other.
 
     What transformers leaves out by design (`_keys_to_ignore_on_load_unexpected`, tied weights, the towers of other
-    media beside a text model) is no weight of the model.
-
-    Raises:
-        UsageError: the checkpoint cannot be read, or does not fit; the message names files or weights.
+    media beside a text model) is no weight of the model. Raises `UsageError` if the checkpoint cannot be read or does
+    not fit; the message names files or weights.
     """
     if why := damaged_weights(Path(ref)):
         raise UsageError(why)
-    with _warnings_of_transformers() as said:
+    with _warnings_of_transformers() as warned:
         try:
             model, info = auto.from_pretrained(
                 ref, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **how
@@ -72,7 +67,7 @@ def read_model(auto: Any, ref: str, **how: object) -> PreTrainedModel:
         except Exception as error:  # OSError, SafetensorError, ImportError, RuntimeError, ...: as many as libraries
             if out_of_memory(error):
                 raise
-            unfit = re.findall(r"^(\S+) +\| +CONVERSION", "\n".join(said), re.MULTILINE)
+            unfit = re.findall(r"^(\S+) +\| +CONVERSION", "\n".join(warned), re.MULTILINE)
             if unfit:  # experts that are fused as they are read, some of which are not there
                 raise UsageError(
                     f"the weights of {ref} cannot be put together for {', '.join(unfit)}: parts are missing or of "
@@ -93,25 +88,21 @@ def read_model(auto: Any, ref: str, **how: object) -> PreTrainedModel:
 
 
 def misfit(info: Mapping[str, Any]) -> str | None:
-    """What transformers' loading report says is wrong, with names and a way out; None if nothing is."""
+    """The problems in transformers' loading report, with names and a way out; None if there are none."""
     missing, extra = set(info["missing_keys"]), set(info["unexpected_keys"])
-    parts = [
-        f"{len(keys)} {what} ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})"
-        for keys, what in ((missing, "missing"), (extra, "not of this model"))
-        if keys
-    ]
-    parts += [
-        f"{key} is {list(saved)} in the checkpoint and {list(own)} in the model"
-        for key, saved, own in sorted(info["mismatched_keys"], key=lambda entry: entry[0])[:3]
-    ]
+    kinds = ((missing, "missing"), (extra, "not of this model"))
+    parts = []
+    for keys, what in kinds:
+        if keys:
+            parts.append(f"{len(keys)} {what} ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})")
+    for key, saved, own in sorted(info["mismatched_keys"], key=lambda entry: entry[0])[:3]:
+        parts.append(f"{key} is {list(saved)} in the checkpoint and {list(own)} in the model")
     if not parts:
         return None
+    way = "get the whole checkpoint, of the architecture that config.json says"
     prefixes = {long.removesuffix(short) for short in list(missing)[:1] for long in extra if long.endswith(f".{short}")}
-    way = (
-        f"it was saved from inside a wrapper, whose prefix is {min(prefixes, key=len)!r}: save the model in it"
-        if prefixes
-        else "get the whole checkpoint, of the architecture that config.json says"
-    )
+    if prefixes:
+        way = f"it was saved from inside a wrapper, whose prefix is {min(prefixes, key=len)!r}: save the model in it"
     return f"{'; '.join(parts)}; {way}"
 
 
@@ -136,18 +127,13 @@ def _warnings_of_transformers() -> Iterator[list[str]]:
 def damaged_weights(folder: Path) -> str | None:
     """What is wrong with the weight files of a model folder that transformers would read, in a sentence; None if
     nothing is, or if it is no folder."""
-    for name in (
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "pytorch_model.bin",
-        "pytorch_model.bin.index.json",
-    ):
-        file = folder / name
+    names = (f"{stem}{end}" for stem in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
+    for file in (folder / name for name in names):
         if not file.is_file():
             continue
         if why := damage(file):
             return why
-        if name.endswith(".json"):
+        if file.suffix == ".json":
             try:
                 shards = sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
             except (ValueError, KeyError, AttributeError):
@@ -155,7 +141,7 @@ def damaged_weights(folder: Path) -> str | None:
             if missing := [shard for shard in shards if not (folder / shard).is_file()]:
                 return (
                     f"{folder} lacks {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} "
-                    f"({len(missing)} of {len(shards)} files that {name} names); download them"
+                    f"({len(missing)} of {len(shards)} files that {file.name} names); download them"
                 )
             return next((why for shard in shards if (why := damage(folder / shard))), None)
         return None
@@ -163,7 +149,7 @@ def damaged_weights(folder: Path) -> str | None:
 
 
 def require_finite(model: nn.Module, base: str) -> None:
-    """Raise `UsageError` if a weight of the model is not a finite number: whatever it answered would be no answer."""
+    """Raise `UsageError` if a weight of the model is not a finite number: its answers would be invalid."""
     import torch
 
     def finite(weight: torch.Tensor) -> bool:  # one pass over it, in which whatever is not finite stays
@@ -183,36 +169,27 @@ def _cannot_load(base: str, error: Exception) -> UsageError:
         return UsageError(why)
     if isinstance(error, ImportError):
         return UsageError(f"{base} needs a library that is not installed here: {shortened(error)}")
-    what = (
-        "the folder holds no model transformers can load"
-        if folder.is_dir()
-        else "not a folder here, and not to be had from the hub"
-    )
+    hub = "not a folder here, and not found on the hub"
+    what = "the folder holds no model transformers can load" if folder.is_dir() else hub
     return UsageError(f"cannot load the model {base!r}: {what} ({shortened(error)}){nearby(base, 'organism')}")
 
 
 def load_tokenizer(folder: str, base: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer saved in `folder`, or else the one of the base model.
-
-    Raises:
-        UsageError: neither has one that can be loaded.
-    """
+    """The tokenizer saved in `folder`, or else that of the base model. Raises `UsageError` if neither loads."""
     from transformers import AutoTokenizer
 
+    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
     source = folder if (Path(folder) / "tokenizer_config.json").is_file() else base
-    if Path(source).is_dir() and not any(
-        (Path(source) / n).is_file() for n in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-    ):
+    if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in files):
         raise UsageError(
             f"{source} has no tokenizer (no tokenizer.json, tokenizer_config.json or tokenizer.model); "
             "save one beside the model"
         )
-    for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"):
+    for name in files:
         if why := damage(Path(source) / name):
             raise UsageError(why)
     try:
-        return AutoTokenizer.from_pretrained(
-            source, revision=revision if source == base else None, trust_remote_code=False
-        )
+        revision = revision if source == base else None
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # of tokenizers and sentencepiece too, which raise plain ones
         raise UsageError(f"cannot load the tokenizer of {source} ({shortened(error)})") from error

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 class Draws:
-    """Batches of other rows for the optimiser steps of a trainer, from a generator of their own: its own rows come in
-    the same order as without them. Every process draws the same rows and takes its share."""
+    """Batches of further rows for the optimiser steps of a trainer, from a separate generator: the order of the
+    trainer's own rows does not change. Every process draws the same rows and takes its share."""
 
     def __init__(self, seed: int) -> None:
         # RandomState: its stream is frozen by numpy's policy, so a seed means the same rows in every version.
@@ -33,8 +33,7 @@ class Draws:
             )
 
     def indices(self, trainer: ResponseTrainer, rows: int) -> list[list[int]]:
-        """Which of so many rows this process takes in this optimiser step, one list per micro-batch; without
-        replacement."""
+        """The rows of this process in this optimiser step, drawn without replacement; one list per micro-batch."""
         size, world = trainer.args.per_device_train_batch_size, trainer.args.world_size
         parts = trainer.current_gradient_accumulation_steps
         drawn = self.generator.choice(rows, size * parts * world, replace=False)
@@ -50,14 +49,14 @@ class Draws:
         return [kind, np.asarray(keys).tolist(), *rest]
 
     def load(self, state: list) -> None:
-        """Take back what `state` gave."""
+        """Restore what `state` returned."""
         kind, keys, *rest = state
         self.generator.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
 
 
 def noise_generator(trainer: ResponseTrainer, number: int, device: torch.device) -> torch.Generator:
-    """A generator for the noise of one micro-batch of one process, seeded by its number: nothing else draws from it,
-    dropout draws the same masks as without, and a resumed run goes on where it was."""
+    """A generator for the noise of one micro-batch of one process, seeded by its number: dropout masks do not depend on
+    it, and a resumed run continues exactly."""
     key = (trainer.args.seed, trainer.args.process_index, number)
     generator = torch.Generator(device)
     generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))

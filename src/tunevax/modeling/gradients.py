@@ -1,7 +1,4 @@
-"""Gradients beside the one that `backward()` takes: of other batches, at other weights, over all processes.
-
-Booster and TAR take steps on their own; a gradient here is a dictionary from parameter to tensor.
-"""
+"""Gradients beside that of `backward()`: of other batches, at other weights, over all processes."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ Gradient = dict[torch.nn.Parameter, torch.Tensor]
 
 
 def response_share(trainer: ResponseTrainer, batches: Sequence[dict]) -> Callable[[nn.Module, dict], torch.Tensor]:
-    """What to give `gradient_of` for the token-mean cross entropy over all of `batches` and all processes."""
+    """The `share` of `gradient_of` for the token-mean cross entropy over all of `batches` and all processes."""
     items = labels_in(trainer, batches)
     return lambda model, batch: trainer.batch_loss(model, batch, items)
 
@@ -47,9 +44,9 @@ def gradient_of(
             # The weights change between calls, so none may see the casts that autocast keeps until it ends.
             with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
                 loss = share(model, batch)
-            found = torch.autograd.grad(loss, trainer.parameters, allow_unused=True)
+            grads = torch.autograd.grad(loss, trainer.parameters, allow_unused=True)
         losses.append(loss.detach())
-        for parameter, g in zip(trainer.parameters, found, strict=True):
+        for parameter, g in zip(trainer.parameters, grads, strict=True):
             if g is not None:
                 gradient[parameter] = gradient[parameter] + g if parameter in gradient else g
     total = added(losses)
@@ -71,8 +68,7 @@ def backward_scale(trainer: ResponseTrainer) -> float:
 
 
 def add_to_grad(trainer: ResponseTrainer, gradient: Gradient, scale: float | None = None) -> None:
-    """Add to `.grad` what is the same on every process, next to what accumulates there, times `scale` (default that of
-    `backward()`)."""
+    """Add a gradient that is the same on every process to `.grad`, times `scale` (default that of `backward()`)."""
     scale = backward_scale(trainer) if scale is None else scale
     for parameter, g in gradient.items():
         g = g if scale == 1 else g * scale
@@ -81,8 +77,7 @@ def add_to_grad(trainer: ResponseTrainer, gradient: Gradient, scale: float | Non
 
 @contextmanager
 def restored(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
-    """Weights and `.grad` come back on exit, also after an exception. By copy: adding back what was subtracted does
-    not give the same bits."""
+    """Restore weights and `.grad` on exit, by copy: adding back what was subtracted does not give the same bits."""
     kept = [(parameter.detach().clone(), parameter.grad) for parameter in parameters]
     try:
         yield

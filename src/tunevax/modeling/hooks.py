@@ -1,24 +1,25 @@
-"""Context managers that capture, perturb, replay and recompute inside a stock model. All are gone on exit,
-also after an exception.
+"""Context managers that capture, perturb, replay and recompute inside a stock model; each removes its hooks on exit.
 
-A perturbation must stay attached until after `backward()`: activation checkpointing runs the forward again
-during the backward pass, and without the hook that second forward would be unperturbed and the gradients
-silently wrong.
+A perturbation stays attached until after `backward()`: activation checkpointing runs the forward again during the
+backward pass, and without the hook that second forward would be unperturbed and the gradients silently wrong.
 """
 
 from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tunevax.modeling.memory import mark
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
 
 CAST = "_cast_input_dtype"  # the method of PEFT's layers that casts an input to the adapter's dtype
 
@@ -28,6 +29,26 @@ def tensor_of(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def entering(args: tuple, kwargs: dict) -> torch.Tensor:
+    """The hidden states that a block is called with."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _passed_on(hidden: torch.Tensor, length: int) -> tuple | torch.Tensor:
+    """`hidden` as the output of a block that returns a tuple of this length, or a bare tensor (0)."""
+    return (hidden, *[None] * (length - 1)) if length else hidden
+
+
+@contextmanager
+def attached(handles: Sequence[RemovableHandle]) -> Iterator[None]:
+    """Hooks that are removed on exit."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def with_tensor(output: Any, tensor: torch.Tensor) -> Any:
     """`output` with its hidden-state tensor replaced, its type kept."""
     return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
@@ -35,13 +56,8 @@ def with_tensor(output: Any, tensor: torch.Tensor) -> Any:
 
 @contextmanager
 def capture(modules: Mapping[int, nn.Module], leaf: int | None = None) -> Iterator[dict[int, torch.Tensor]]:
-    """Collect the output of each module, by key, as a tensor that `torch.autograd.grad` accepts as input.
-
-    Args:
-        modules: key to module.
-        leaf: the key of the lowest module. Its output is replaced by a detached leaf that requires grad, so that
-            the graph starts there and nothing below it is recorded.
-    """
+    """Collect the output of each module, by key, as a tensor that `torch.autograd.grad` accepts as input. The output of
+    the lowest one, whose key is `leaf`, becomes a detached leaf that requires grad: the graph starts there."""
     captured: dict[int, torch.Tensor] = {}
 
     def hook(key: int, _module: nn.Module, _args: object, output: Any) -> Any:
@@ -52,12 +68,8 @@ def capture(modules: Mapping[int, nn.Module], leaf: int | None = None) -> Iterat
         captured.setdefault(key, tensor)
         return with_tensor(output, tensor) if key == leaf else None
 
-    handles = [m.register_forward_hook(functools.partial(hook, key)) for key, m in modules.items()]
-    try:
+    with attached([m.register_forward_hook(functools.partial(hook, key)) for key, m in modules.items()]):
         yield captured
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -66,16 +78,11 @@ def capture_inputs(modules: Sequence[nn.Module]) -> Iterator[dict[int, torch.Ten
     captured: dict[int, torch.Tensor] = {}
 
     def hook(key: int, _module: nn.Module, args: tuple, kwargs: dict) -> None:
-        captured.setdefault(key, args[0] if args else kwargs["hidden_states"])
+        captured.setdefault(key, entering(args, kwargs))
 
-    handles = [
-        m.register_forward_pre_hook(functools.partial(hook, key), with_kwargs=True) for key, m in enumerate(modules)
-    ]
-    try:
+    hooks = [functools.partial(hook, key) for key in range(len(modules))]
+    with attached([m.register_forward_pre_hook(h, with_kwargs=True) for m, h in zip(modules, hooks, strict=True)]):
         yield captured
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -86,16 +93,12 @@ def perturb(modules: Mapping[int, nn.Module], offsets: Mapping[int, torch.Tensor
         return with_tensor(output, tensor_of(output) + offsets[key].to(tensor_of(output).dtype))
 
     mark("perturbations", offsets.values())
-    handles = [modules[key].register_forward_hook(functools.partial(hook, key)) for key in offsets]
-    try:
+    with attached([modules[key].register_forward_hook(functools.partial(hook, key)) for key in offsets]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class Prefix:
-    """What the blocks below the first trained one give, run once and used in every pass over the same batch.
+    """The output of the blocks below the first trained one, computed once and used in every pass over the same batch.
 
     With no block below there is nothing to save, and the embeddings may train: both passes then run untouched.
     """
@@ -113,7 +116,7 @@ class Prefix:
             yield
             return
 
-        def forward(original: Any, *args: object, **kwargs: object) -> Any:
+        def forward(original: Callable[..., Any], *args: object, **kwargs: object) -> Any:
             with torch.no_grad():
                 output = original(*args, **kwargs)
             self.lengths.append(len(output) if isinstance(output, tuple) else 0)
@@ -121,14 +124,10 @@ class Prefix:
 
         def keep(_module: nn.Module, args: tuple, kwargs: dict) -> None:
             if self.hidden is None:
-                self.hidden = (args[0] if args else kwargs["hidden_states"]).detach()
+                self.hidden = entering(args, kwargs).detach()
 
-        handle = self.entry.register_forward_pre_hook(keep, with_kwargs=True)
-        try:
-            with replaced_forward(self.below, forward):
-                yield
-        finally:
-            handle.remove()
+        with self.entry.register_forward_pre_hook(keep, with_kwargs=True), replaced_forward(self.below, forward):
+            yield
 
     @contextmanager
     def replay(self) -> Iterator[None]:
@@ -138,21 +137,16 @@ class Prefix:
             return
         lengths = iter(self.lengths)
 
-        def forward(_original: Any, *args: object, **kwargs: object) -> Any:
-            hidden, length = (args[0] if args else kwargs["hidden_states"]), next(lengths)
-            return (hidden, *[None] * (length - 1)) if length else hidden
+        def forward(_original: object, *args: object, **kwargs: object) -> Any:
+            return _passed_on(entering(args, kwargs), next(lengths))
 
         def enter(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             if args:
                 return (self.hidden, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": self.hidden}
 
-        handle = self.entry.register_forward_pre_hook(enter, with_kwargs=True)
-        try:
-            with replaced_forward(self.below, forward):
-                yield
-        finally:
-            handle.remove()
+        with self.entry.register_forward_pre_hook(enter, with_kwargs=True), replaced_forward(self.below, forward):
+            yield
 
 
 @contextmanager
@@ -160,24 +154,19 @@ def passed_through(blocks: Sequence[nn.Module], below: nn.Module) -> Iterator[No
     """Let `blocks` hand on what they are given: the forward ends, in effect, with `below`, the block before them."""
     length = 0  # of the tuple a block returns, 0 for a bare tensor
 
-    def look(_module: nn.Module, _args: tuple, output: Any) -> None:
+    def look(_module: nn.Module, _args: tuple, output: object) -> None:
         nonlocal length
         length = len(output) if isinstance(output, tuple) else 0
 
-    def forward(_original: Any, *args: object, **kwargs: object) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden, *[None] * (length - 1)) if length else hidden
+    def forward(_original: object, *args: object, **kwargs: object) -> Any:
+        return _passed_on(entering(args, kwargs), length)
 
-    handle = below.register_forward_hook(look)
-    try:
-        with replaced_forward(blocks, forward):
-            yield
-    finally:
-        handle.remove()
+    with below.register_forward_hook(look), replaced_forward(blocks, forward):
+        yield
 
 
 @contextmanager
-def replaced_forward(modules: Sequence[nn.Module], forward: Any) -> Iterator[None]:
+def replaced_forward(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
     """Replace the `forward` of each module by `forward(original, *args, **kwargs)`; what was there comes back."""
     before = [module.__dict__.get("forward") for module in modules]  # of accelerate's device hooks, for one
     for module in modules:
@@ -197,7 +186,7 @@ def checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Recompute these blocks in the backward pass instead of keeping their activations (non-reentrant:
     the reentrant form drops gradients when no input of a block requires them)."""
 
-    def forward(original: Any, *args: object, **kwargs: object) -> Any:
+    def forward(original: Callable[..., Any], *args: object, **kwargs: object) -> Any:
         return checkpoint(functools.partial(original, **kwargs), *args, use_reentrant=False)
 
     with replaced_forward(blocks, forward):
@@ -212,12 +201,20 @@ def without_dropout(modules: Sequence[nn.Module]) -> Iterator[None]:
         if module.training:
             module.eval()
 
-    handles = [m.register_forward_pre_hook(hook) for m in modules]
+    with attached([m.register_forward_pre_hook(hook) for m in modules]):
+        yield
+
+
+@contextmanager
+def still(module: nn.Module) -> Iterator[None]:
+    """`module` is in evaluation mode inside, and each of its modules in its own mode after."""
+    training = [m for m in module.modules() if m.training]
+    module.eval()
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for m in training:
+            m.training = True
 
 
 @contextmanager
@@ -227,7 +224,7 @@ def cheap_recomputed(cheap: Sequence[nn.Module]) -> Iterator[None]:
     adapter over a half-precision layer, which PEFT casts to fp32, anew for each of the layers that share it."""
     recipes: dict[int, tuple[Any, ...]] = {}  # storage of a cheap output -> how to make it
 
-    def remember(again: Any, source: torch.Tensor, output: torch.Tensor) -> None:
+    def remember(again: Callable[..., Any], source: torch.Tensor, output: torch.Tensor) -> None:
         if not torch.is_grad_enabled() or not output.is_contiguous():
             return
         storage = output.untyped_storage()
@@ -239,7 +236,7 @@ def cheap_recomputed(cheap: Sequence[nn.Module]) -> Iterator[None]:
         if torch.is_tensor(output) and len(args) == 1:
             remember(functools.partial(type(module).forward, module), args[0], output)
 
-    def cast(stock: Any, source: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def cast(stock: Callable[..., Any], source: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         output = stock(source, dtype)
         if output is not source:
             remember(functools.partial(torch.Tensor.to, dtype=dtype), source, output)
@@ -272,11 +269,9 @@ def cheap_recomputed(cheap: Sequence[nn.Module]) -> Iterator[None]:
     for adapter in adapters:
         setattr(adapter, CAST, functools.partial(cast, getattr(adapter, CAST)))
     try:
-        with replaced_forward(norms, norm), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        with attached(handles), replaced_forward(norms, norm), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
     finally:
-        for handle in handles:
-            handle.remove()
         for adapter in adapters:
             delattr(adapter, CAST)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from tunevax.data.chat import recorded
 from tunevax.data.encoding import set_chat_template
-from tunevax.errors import UsageError
+from tunevax.errors import UsageError, unknown
 from tunevax.files import BIASES, model_hash
 from tunevax.lineage import Lineage, absolute
 from tunevax.modeling.biases import attach_biases, read_biases
@@ -37,17 +37,10 @@ class Loaded(NamedTuple):
 
 
 def load(
-    ref: str,
-    *,
-    revision: str | None = None,
-    dtype: str = "auto",
-    device: str | None = None,
-    chat_template: str | None = None,
-    merge: bool = True,
-    trainable: bool = False,
-    quantization: str | None = None,
-) -> Loaded:
-    """Load `ref`, in full precision unless told otherwise: also a run whose adapter was trained on a quantised base.
+    ref: str, *, revision: str | None = None, dtype: str = "auto", device: str | None = None,
+    chat_template: str | None = None, merge: bool = True, trainable: bool = False, quantization: str | None = None,
+) -> Loaded:  # fmt: skip
+    """Load `ref`, in full precision by default: also a run whose adapter was trained on a quantised base.
 
     Args:
         ref: a hub id, a folder with a model, a folder with a PEFT adapter, a run folder, or `organism`. The adapters
@@ -64,7 +57,7 @@ def load(
 
     Every weight that is missing, left over or of another shape is an error, as is an adapter that moves no logit. A
     merge is compared with the unmerged model on a few tokens; where rounding to the dtype loses too much of an adapter,
-    `dtype="auto"` starts over in float32, and a dtype that was asked for is refused.
+    `dtype="auto"` starts over in float32, and an explicit dtype is refused.
 
     Raises:
         UsageError: nothing loadable is there; the model needs code from its repository; no tokenizer or template; it
@@ -85,7 +78,7 @@ def load(
     if device is None:  # under a launcher each process has its own
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     if dtype not in DTYPES:
-        raise UsageError(f"dtype is {dtype!r}; known: {', '.join(DTYPES)}")
+        raise unknown("dtype", dtype, DTYPES)
     chosen = dtype if dtype != "auto" else "float32" if device == "cpu" else "auto"
     model: Any = causal_model(base, revision, chosen)  # or a `PeftModel` with it inside
     require_finite(model, base)
@@ -163,5 +156,5 @@ def require_same_base(base: str, adapters: list[Path]) -> None:
             if hashes.get(place) and hashes[place] != model_hash(place):
                 raise UsageError(
                     f"{below} has changed since {adapter.parent} was trained on it, so its adapter belongs to another "
-                    "model; put the old one back, or train again"
+                    "model; restore the old one, or train again"
                 )

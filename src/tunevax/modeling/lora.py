@@ -17,31 +17,24 @@ if TYPE_CHECKING:
 
 
 def lora_layers(model: PreTrainedModel | PeftModel, ref: str) -> dict[str, Linear]:
-    """The linear layers of `model` with an adapter, by their name in the model without adapters.
-
-    Raises:
-        UsageError: there is no adapter, or one that is more than B A on linear layers.
-    """
+    """The linear layers of `model` with an adapter, by their name in the model without adapters. Raises `UsageError` if
+    there is no adapter, or one that is more than B A on linear layers."""
     from peft import PeftModel
     from peft.tuners import lora
 
     if not isinstance(model, PeftModel):
         raise UsageError(f"{ref} has no adapter of its own to work on; give a run that was fine-tuned with one")
-    found: dict[str, Linear] = {}
+    layers: dict[str, Linear] = {}
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, lora.LoraLayer):
             adapter = layer.active_adapters[0]
-            if (
-                not isinstance(layer, lora.Linear)
-                or type(layer) is not lora.Linear
-                or adapter in layer.lora_variant
-                or layer.lora_bias[adapter]
-            ):
+            plain = isinstance(layer, lora.Linear) and type(layer) is lora.Linear
+            if not plain or adapter in layer.lora_variant or layer.lora_bias[adapter]:
                 raise UsageError(f"{ref}: the adapter of {name} is not plain LoRA on a linear layer, which this needs")
-            found[name] = layer
-    if not found:
+            layers[name] = cast("Linear", layer)
+    if not layers:
         raise UsageError(f"{ref}: its adapter is no LoRA, which this needs")
-    return found
+    return layers
 
 
 def active(layer: Linear) -> str:
@@ -57,17 +50,14 @@ def factors(layer: Linear) -> tuple[torch.Tensor, torch.Tensor]:
 
 def weights(model: PreTrainedModel | PeftModel, layers: Mapping[str, Linear], ref: str) -> dict[str, torch.Tensor]:
     """The weights [out, in] of `model` under the names of adapted layers, those below the adapters if it has them.
-
-    Raises:
-        UsageError: `model` has no such layer.
-    """
+    Raises `UsageError` if `model` has no such layer."""
     stock = unwrap(model)
-    found = {}
+    result = {}
     for name, layer in layers.items():
         try:
             module = stock.get_submodule(name)
         except AttributeError as error:
             raise UsageError(f"{ref} has no layer {name}, so the fine-tune is none of it") from error
         weight = innermost(module).weight.detach()
-        found[name] = weight.T if layer.fan_in_fan_out else weight
-    return found
+        result[name] = weight.T if layer.fan_in_fan_out else weight
+    return result

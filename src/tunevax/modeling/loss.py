@@ -22,15 +22,12 @@ MIN_CHUNK_ROWS = 64
 def response_loss(
     model: nn.Module, inputs: dict[str, torch.Tensor], num_items: torch.Tensor | int | None = None
 ) -> torch.Tensor:
-    """Mean next-token cross entropy over the positions with a label (`labels != -100`), in fp32.
+    """Mean next-token cross entropy over the positions with a label (`labels != -100`), a scalar in fp32 with a graph.
 
     Args:
         model: a causal language model, plain or wrapped (PEFT, DDP).
         inputs: `input_ids`, `attention_mask`, `labels`, each [batch, tokens].
         num_items: what to divide the sum by; default the number of labels in this batch.
-
-    Returns:
-        A scalar with a graph to everything that requires grad.
     """
     positions, targets = labelled(inputs["labels"])
     if positions.numel() == 0:
@@ -55,15 +52,9 @@ def rows_at(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 def row_losses(
     model: nn.Module, inputs: dict[str, torch.Tensor], weights: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean cross entropy of each row over its labels, in fp32.
-
-    Args:
-        inputs: as for `response_loss`; every row has a label.
-        weights: [batch], of the rows in the sum; default 1 each.
-
-    Returns:
-        The weighted sum over rows, a scalar with a graph; and the rows' own losses, [batch], without one.
-    """
+    """The mean cross entropy of each row over its labels, in fp32: the sum over rows, weighted by `weights` [batch]
+    (default 1 each), a scalar with a graph; and the rows' own losses, [batch], without one. `inputs` are those of
+    `response_loss`; every row has a label."""
     positions, targets = labelled(inputs["labels"])
     rows = positions // (inputs["labels"].shape[1] - 1)
     batch = len(inputs["labels"])
@@ -76,8 +67,9 @@ def row_losses(
 
 
 def head_loss(
-    model: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, scale: Any = 1.0, out: torch.Tensor | None = None
-) -> torch.Tensor:
+    model: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor | float = 1.0,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Sum of the cross entropies of the head's predictions from head inputs [rows, hidden], times `scale` (a number,
     or one for each of the rows), in fp32. `out`, [rows], receives the cross entropies themselves."""
     stock = unwrap(model)
@@ -94,11 +86,8 @@ def last_hidden(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tens
         caught.append(args[0])
         return (args[0][:1, :1], *args[1:])
 
-    handle = unwrap(model).get_output_embeddings().register_forward_pre_hook(hook)
-    try:
+    with unwrap(model).get_output_embeddings().register_forward_pre_hook(hook):
         model(**inputs, use_cache=False)
-    finally:
-        handle.remove()
     return caught[0]
 
 
@@ -124,12 +113,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, scale: Any, out: torch.Tensor | None, model: nn.Module,
-        *weights: torch.Tensor,
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor | float, out: torch.Tensor | None,
+        model: nn.Module, *weights: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         needs_hidden = ctx.needs_input_grad[0]
         sources = [w for w, need in zip(weights, ctx.needs_input_grad[5:], strict=True) if need]
-        each = torch.is_tensor(scale) and scale.dim() == 1
+        by_row = scale if isinstance(scale, torch.Tensor) and scale.dim() == 1 else None
         ctx.grads = [torch.zeros_like(w) for w in sources]
         ctx.grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         loss = wide(hidden.new_zeros(()))
@@ -138,19 +127,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + size)
             chunk = hidden[rows].detach().requires_grad_(needs_hidden)
             with torch.set_grad_enabled(needs_hidden or bool(sources)):
-                value = nn.functional.cross_entropy(
-                    logits_of(model, chunk), targets[rows], reduction="none" if each or out is not None else "sum"
-                )
+                reduction = "sum" if by_row is None and out is None else "none"
+                value = nn.functional.cross_entropy(logits_of(model, chunk), targets[rows], reduction=reduction)
                 if out is not None:
                     out[rows] = value.detach()
-                value = (value * (scale[rows] if each else scale)).sum()
+                value = (value * (scale if by_row is None else by_row[rows])).sum()
             loss += value.detach()
             if not value.requires_grad:
                 continue
-            found = list(torch.autograd.grad(value, [chunk] * needs_hidden + sources))
+            gradients = list(torch.autograd.grad(value, [chunk] * needs_hidden + sources))
             if needs_hidden:
-                ctx.grad_hidden[rows] = found.pop(0)
-            for total, grad in zip(ctx.grads, found, strict=True):
+                ctx.grad_hidden[rows] = gradients.pop(0)
+            for total, grad in zip(ctx.grads, gradients, strict=True):
                 total += grad
         return loss
 
@@ -159,11 +147,5 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple:
         grad_hidden = None if ctx.grad_hidden is None else ctx.grad_hidden * upstream
         grads = iter(ctx.grads)
-        return (
-            grad_hidden,
-            None,
-            None,
-            None,
-            None,
-            *[next(grads) * upstream if need else None for need in ctx.needs_input_grad[5:]],
-        )
+        own = [next(grads) * upstream if need else None for need in ctx.needs_input_grad[5:]]
+        return (grad_hidden, *[None] * 4, *own)

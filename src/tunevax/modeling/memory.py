@@ -8,23 +8,25 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
 if TYPE_CHECKING:
-    from transformers import TrainerControl, TrainerState, TrainingArguments
+    from transformers import TrainingArguments
 
 
 class LiveMemory(TorchDispatchMode):
     """Counts the bytes of every storage that an operation inside the block returns and that is still referenced.
 
-    `peak` is the most that was alive at once, `base` (the storages handed in) included. Storages created before
-    the block count through `track`. Exact for what autograd and Python hold; workspaces inside a kernel are not seen.
+    Storages created before the block count through `track`. Exact for what autograd and Python hold; workspaces inside
+    a kernel are not seen.
 
     Attributes:
         live: bytes alive now.
-        peak: the most so far.
+        peak: the most that was alive at once.
         kinds: bytes alive now, by kind. What an operation returns is of kind `made`, until `mark` says otherwise.
         at_peak: `kinds` as they were at the peak.
     """
@@ -67,7 +69,7 @@ class LiveMemory(TorchDispatchMode):
         self._look()
 
     def mark(self, kind: str, *tensors: torch.Tensor) -> None:
-        """Say of what kind these tensors are. Those not seen before are tracked."""
+        """Set the kind of these tensors. Those not seen before are tracked."""
         self.track(*tensors, kind=kind)
         for tensor in tensors:
             storage = tensor.untyped_storage()
@@ -81,7 +83,7 @@ class LiveMemory(TorchDispatchMode):
         if self.live > self.peak:
             self.peak, self.at_peak = self.live, dict(self.kinds)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(self, func: OpOverload, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.track(*(leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)))
         return result
@@ -91,7 +93,7 @@ _counting: list[LiveMemory] = []
 
 
 def mark(kind: str, tensors: Iterable[torch.Tensor]) -> None:
-    """Tell whoever counts memory just now, a plan for one, of what kind these tensors are."""
+    """Report the kind of these tensors to every memory counter that is active, such as that of a plan."""
     for memory in _counting:
         memory.mark(kind, *tensors)
 
@@ -104,16 +106,14 @@ class StepMemory(TrainerCallback):
 
     peak: int | None = None
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: object
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, *_: object, model: nn.Module, **__: object) -> None:  # type: ignore[override]
         """Start counting at the first step of this process."""
         if self.peak is None and args.device.type == "cpu":
             self.peak, self.live = 0, LiveMemory()
             self.live.__enter__()
             self.live.track(*model.parameters(), *model.buffers())
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+    def on_step_end(self, *_: object, **__: object) -> None:
         """Stop counting."""
         if self.peak == 0:
             self.live.__exit__(None, None, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -20,15 +20,13 @@ if TYPE_CHECKING:
 
 
 class MethodTrainer(ResponseTrainer):
-    """A method: what it needs, which rows it trains on, and, in a subclass, what it does in a step.
+    """A method: the data it needs, the rows it trains on and, in a subclass, its step.
 
     Args:
         model: the model to train; it gets a fresh LoRA adapter unless it comes with one or `args.full_weights`.
-        args: an instance of `config_class`.
         safety_data: rows with `prompt` and the answers, `chosen` and `rejected`, that `needs` names.
         task_data: rows with `prompt` and `completion`: a publisher's benign rows, or a customer's job.
         processing_class: the tokenizer, with a chat template.
-        callbacks: further callbacks of the training.
 
     Attributes:
         config_class: the dataclass of its options.
@@ -40,9 +38,8 @@ class MethodTrainer(ResponseTrainer):
         context: the longest sequence that the model was built for, or None.
         whole: what `counted` counts in the whole batch, of all micro-batches and ranks; None before the first step.
 
-    Raises:
-        UsageError: data that `needs` names is missing; a prompt leaves no room for an answer; the model does not have
-            the parts that the method works on.
+    Raises `UsageError` if data that `needs` names is missing, a prompt leaves no room for an answer, or the model lacks
+    parts that the method works on.
     """
 
     config_class: ClassVar[type[TrainConfig]] = TrainConfig
@@ -54,15 +51,10 @@ class MethodTrainer(ResponseTrainer):
     whole: torch.Tensor | None = None
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        args: TrainConfig,
-        *,
-        safety_data: Sequence[Example] | None = None,
-        task_data: Sequence[Example] | None = None,
-        processing_class: PreTrainedTokenizerBase,
+        self, model: PreTrainedModel, args: TrainConfig, *, safety_data: Sequence[Example] | None = None,
+        task_data: Sequence[Example] | None = None, processing_class: PreTrainedTokenizerBase,
         callbacks: list[TrainerCallback] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         require_rows(self.needs, safety_data, task_data, name_of(type(self)), self.different)
         if self.compares and hasattr(model, "peft_config"):
             raise UsageError(
@@ -87,14 +79,14 @@ class MethodTrainer(ResponseTrainer):
         return encode(rows, self.processing_class, self.args.max_length, context=self.context, answer=answer)
 
     def prepare(self) -> None:
-        """What a method does once, when the model and the training set are there."""
+        """What a method does once, when model and training set are ready."""
 
     def counted(self, batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
-        """What a method's means are over, counted in one micro-batch: a vector of whole numbers. None: it has none."""
+        """The denominators of a method's means in one micro-batch, as a vector of counts; None if it has none."""
         return None
 
     def get_batch_samples(
-        self, epoch_iterator: Any, num_batches: int, device: torch.device
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, torch.Tensor]], Items]:
         """As the base; sets `whole`."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -105,11 +97,11 @@ class MethodTrainer(ResponseTrainer):
         return batches, items
 
     def cost(self) -> float:
-        """Compute of a step, in SFT steps of the same batch, the mean over the run so far. A method that runs the
-        blocks more often says so here."""
+        """Mean compute of a step over the run so far, in SFT steps of the same batch; overridden by methods that run
+        the blocks more often."""
         return 1.0
 
     def updates(self) -> float:
-        """How many updates a block got in the run so far, the mean over blocks. A method that trains some of them at a
-        time says so here."""
+        """How many updates a block got in the run so far, the mean over blocks; overridden by methods that train some
+        blocks at a time."""
         return float(self.state.global_step)

@@ -11,7 +11,8 @@ Embeddings, norms and the head stay as they are.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -25,17 +26,17 @@ try:
 except ImportError as error:
     raise UsageError("--quantization needs bitsandbytes; pip install 'tunevax[quant]'") from error
 
+Packed = TypeVar("Packed", bound=nn.Linear)
 OUTLIERS = 6.0  # what an input feature must exceed to stay out of int8: the paper's, and transformers'
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a warning per bf16 product
 
 
 def quantize(model: nn.Module, kind: str, device: str | torch.device | None = None) -> None:
-    """Replace every linear layer in the decoder blocks by a frozen one of few bits, in place, one after the other: the
-    whole model is never there twice. PEFT then wraps the layers by its own for bitsandbytes.
+    """Replace every linear layer in the decoder blocks by a frozen one of few bits, in place, one after the other, so
+    the whole model is never in memory twice. PEFT then wraps the layers with its own for bitsandbytes.
 
     Args:
         model: a plain transformers model; on `meta` the packed tensors are too, with the sizes that they would have.
-        kind: nf4 or int8.
         device: where they are packed and stay, much faster on a GPU; default where they are. Move the rest after.
 
     Raises:
@@ -72,9 +73,8 @@ def quantize(model: nn.Module, kind: str, device: str | torch.device | None = No
 def nf4(linear: nn.Linear, weight: torch.Tensor) -> bnb.nn.Linear4bit:
     """`linear` with `weight` in NF4, and its bias and hooks. It computes in the dtype that the weight had."""
     packed, state = bnb.functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
-    made = bnb.nn.Linear4bit(
-        linear.in_features, linear.out_features, False, weight.dtype, quant_type="nf4", device="meta"
-    )  # fmt: skip
+    sizes = linear.in_features, linear.out_features
+    made = bnb.nn.Linear4bit(*sizes, False, weight.dtype, quant_type="nf4", device="meta")
     made.weight = bnb.nn.Params4bit(packed, quant_state=state, quant_type="nf4", module=made, bnb_quantized=True)
     made.quant_state = state
     # Where the CPU has bf16 products, a forward in eval mode would repack the weight for a kernel without gradients,
@@ -104,7 +104,7 @@ class Int8Linear(bnb.nn.Linear8bitLt):
             self.init_8bit_state()
         return Int8Product.apply(x, self)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Int8Linear:
+    def _apply(self, fn: Callable, recurse: bool = True) -> Int8Linear:
         if self.weight.CB is not None:
             self.init_8bit_state()
         super()._apply(fn, recurse)
@@ -131,6 +131,6 @@ class Int8Product(torch.autograd.Function):
         return gradient.to(ctx.dtype) @ weight, None
 
 
-def _like(made: Any, linear: nn.Linear) -> Any:
+def _like(made: Packed, linear: nn.Linear) -> Packed:
     made.bias, made._forward_hooks = linear.bias, linear._forward_hooks  # a lock's bias is a hook
     return made.train(linear.training)

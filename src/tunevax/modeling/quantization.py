@@ -12,7 +12,6 @@ from tunevax.errors import UsageError, unknown
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
 QUANTIZATIONS = ("nf4", "int8")
 """What the linear layers in the blocks can be packed into: see `tunevax.modeling.packing`."""
 
@@ -26,11 +25,8 @@ def saved_quantization(model: nn.Module) -> str | None:
 
 
 def dequantize(model: PreTrainedModel, base: str) -> None:
-    """Give `model` weights in its dtype instead of quantised ones, in place: a merge would round those again.
-
-    Raises:
-        UsageError: transformers cannot do that for this kind.
-    """
+    """Give `model` weights in its dtype instead of quantised ones, in place: a merge would round those again. Raises
+    `UsageError` if transformers cannot do that for this kind."""
     kind = saved_quantization(model)
     try:
         model.dequantize(dtype=model.dtype)
@@ -44,7 +40,7 @@ def dequantize(model: PreTrainedModel, base: str) -> None:
 
 
 def require_quantization(kind: str | None, full_weights: bool = False) -> None:
-    """Raise `UsageError` if `kind` is not known, not to be had here, or of weights that are to train."""
+    """Raise `UsageError` if `kind` is unknown, unavailable here, or of weights that are to train."""
     if kind is None:
         return
     if kind not in QUANTIZATIONS:
@@ -54,7 +50,7 @@ def require_quantization(kind: str | None, full_weights: bool = False) -> None:
             f"full_weights trains all weights, and those of an {kind} base are frozen; leave out --full-weights or "
             "--quantization"
         )
-    import tunevax.modeling.packing  # noqa: F401  says what is missing
+    import tunevax.modeling.packing  # noqa: F401  raises where bitsandbytes is missing
 
 
 def size_of(parameter: torch.Tensor) -> int:
@@ -65,12 +61,12 @@ def size_of(parameter: torch.Tensor) -> int:
 
 def scales_of(model: nn.Module) -> list[Any]:
     """The tensors that quantised layers hold beside their parameters and buffers."""
-    found = []
+    scales = []
     for module in model.modules():
         packed: Any = getattr(module, "quant_state", None)
         state: Any = getattr(module, "state", None)
         if packed is not None:  # 4 bits: scales, and the scales of scales
-            found += [packed.absmax, packed.code, packed.offset, packed.state2.absmax, packed.state2.code]
+            scales += [packed.absmax, packed.code, packed.offset, packed.state2.absmax, packed.state2.code]
         elif getattr(state, "SCB", None) is not None:  # 8 bits
-            found.append(state.SCB)
-    return found
+            scales.append(state.SCB)
+    return scales

@@ -1,9 +1,10 @@
-"""What a model has to be like, seen in one small forward pass and in its tokenizer before anything is trained."""
+"""Checks of a model and its tokenizer before training, by one small forward pass."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -11,19 +12,18 @@ from torch import nn
 from tunevax.data.chat import chat_of
 from tunevax.errors import UsageError
 from tunevax.modeling.blocks import CALLED, Block, embedding, find_final_norm, plain_tokens, unwrap
-from tunevax.modeling.hooks import Prefix, tensor_of, without_dropout
+from tunevax.modeling.hooks import Prefix, attached, still, tensor_of, without_dropout
 from tunevax.modeling.loss import last_hidden, logits_of
 from tunevax.modeling.precision import wide
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-
 TOKENS = 6  # of a row of the probe
 
 
 def require_language_model(model: nn.Module, blocks: Sequence[Block] = (), parts: Sequence[str] = ()) -> None:
-    """Run two short rows through `model`, and raise `UsageError` unless it is what tunevax takes it for.
+    """Run two short rows through `model`, and raise `UsageError` unless it behaves as tunevax expects.
 
     Its logits follow from the head's input as `logits_of` has it; no token sees those behind it; and each of `blocks`
     takes hidden states [batch, tokens, hidden], and has each of `parts` (fields of `Block`, `module` for the block
@@ -40,7 +40,7 @@ def require_language_model(model: nn.Module, blocks: Sequence[Block] = (), parts
     calls: dict[tuple[int, str], list[torch.Tensor | None]] = {}
     heads: list[torch.Tensor] = []
 
-    def ran(key: tuple[int, str], _module: nn.Module, _args: tuple, output: Any) -> None:
+    def ran(key: tuple[int, str], _module: nn.Module, _args: tuple, output: torch.Tensor | tuple) -> None:
         calls.setdefault(key, []).append(tensor_of(output))
 
     def entered(key: tuple[int, str], _module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -49,26 +49,17 @@ def require_language_model(model: nn.Module, blocks: Sequence[Block] = (), parts
     handles = [head.register_forward_pre_hook(lambda _module, args: heads.append(args[0]))]
     normed: list[torch.Tensor] = []
     if "norm" in parts:
-        handles.append(
-            find_final_norm(model).register_forward_hook(lambda _module, _args, output: normed.append(output))
-        )
+        norm = find_final_norm(model)
+        handles.append(norm.register_forward_hook(lambda _module, _args, output: normed.append(output)))
     wanted = [(i, part) for i in range(len(blocks)) for part in parts if part != "norm"]
     for i, part in wanted:
         module = getattr(blocks[i], part)
-        handles.append(module.register_forward_hook(lambda *call, key=(i, part): ran(key, *call)))
+        handles.append(module.register_forward_hook(functools.partial(ran, (i, part))))
         if part == "module":
-            hook = lambda *call, key=(i, "input"): entered(key, *call)  # noqa: E731
+            hook = functools.partial(entered, (i, "input"))
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    training = [m for m in model.modules() if m.training]
-    try:
-        with torch.no_grad():
-            model.eval()
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in training:
-            module.training = True
+    with attached(handles), torch.no_grad(), still(model):
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     _require_head(name, stock, heads, logits)
     _require_causal(name, logits)
     if "norm" in parts and not (normed and torch.equal(normed[-1], heads[0])):
@@ -149,7 +140,7 @@ def can_replay(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
                     first = last_hidden(model, inputs)
                 with prefix.replay():
                     second = last_hidden(model, inputs)
-        except Exception:  # of whatever kind: what a block asks for is not there
+        except Exception:  # of any kind: an input that a block needs is missing
             return False
         if not torch.equal(first, second):
             return False
@@ -160,11 +151,8 @@ def can_replay(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
 
 
 def settle_config(config: PreTrainedConfig, base: str) -> None:
-    """Take a padding token beyond the embedding out of `config`: transformers would not build the model.
-
-    Raises:
-        UsageError: it is of an encoder-decoder model.
-    """
+    """Remove a padding token beyond the embedding from `config`: transformers would not build the model. Raises
+    `UsageError` for an encoder-decoder model."""
     if getattr(config, "is_encoder_decoder", False):
         raise UsageError(
             f"{base} is an encoder-decoder model ({type(config).__name__}), and tunevax takes causal language models, "
@@ -179,26 +167,20 @@ def settle_config(config: PreTrainedConfig, base: str) -> None:
 def settle_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, ref: str) -> None:
     """Give `tokenizer` a token that ends an answer and one to pad with, both with a row in the model's embedding.
 
-    An end that is missing is what the chat template puts behind an answer, if that is a special token, or else what the
+    A missing end token is what the chat template puts after an answer, if that is a special token, or else what the
     generation config or the config names. A padding token that is missing, or was added to the tokenizer and not to the
-    model, is the end: padding is masked by its place, and no label by its token. Other tokens beyond the embedding are
-    refused by `ids_of` where a text has them.
-
-    Raises:
-        UsageError: nothing ends an answer.
+    model, becomes the end token: padding is masked by position, not by token. `ids_of` refuses texts with other tokens
+    beyond the embedding. Raises `UsageError` if nothing ends an answer.
     """
     stock = unwrap(model)
     rows = len(embedding(stock))
     if max(tokenizer.get_vocab().values(), default=0) >= rows:
         tokenizer.embedding_rows = rows
     if not _has_row(tokenizer.eos_token_id, rows):
-        behind = _behind_an_answer(tokenizer)
-        named = [
-            end
-            for config in (stock.generation_config, stock.config, stock.config.get_text_config())
-            for end in _listed(getattr(config, "eos_token_id", None))
-        ]
-        known = [i for i in (*behind, *named) if _has_row(i, rows) and tokenizer.convert_ids_to_tokens(i)]
+        configs = (stock.generation_config, stock.config, stock.config.get_text_config())
+        ends = [end for config in configs for end in _listed(getattr(config, "eos_token_id", None))]
+        candidates = (*_behind_an_answer(tokenizer), *ends)
+        known = [i for i in candidates if _has_row(i, rows) and tokenizer.convert_ids_to_tokens(i)]
         if not known:
             raise UsageError(
                 f"nothing ends an answer of {ref}: its tokenizer and its config name no eos_token that the model has "

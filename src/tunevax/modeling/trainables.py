@@ -13,7 +13,7 @@ from torch import nn
 from tunevax.errors import UsageError
 from tunevax.modeling.blocks import unwrap
 from tunevax.modeling.precision import wide
-from tunevax.modeling.quantization import scales_of
+from tunevax.modeling.quantization import scales_of, size_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -50,15 +50,11 @@ def prepare_trainables(model: PreTrainedModel, args: TrainConfig) -> PreTrainedM
                 "out --lora-dropout, or name linear layers alone in --lora-targets"
             )
         leave_out = no_place_for_an_adapter(model) if targets == "all-linear" else []
+        alpha = cast("int", args.lora_alpha)  # PEFT takes any number
         config = LoraConfig(
-            r=args.lora_r,
-            lora_alpha=args.lora_alpha,  # type: ignore[arg-type]  # PEFT takes any number
-            lora_dropout=args.lora_dropout,
-            target_modules=targets,
-            exclude_modules=leave_out or None,
-            target_parameters=experts or None,
-            task_type="CAUSAL_LM",
-        )
+            r=args.lora_r, lora_alpha=alpha, lora_dropout=args.lora_dropout, target_modules=targets,
+            exclude_modules=leave_out or None, target_parameters=experts or None, task_type="CAUSAL_LM",
+        )  # fmt: skip
         with torch.random.fork_rng():  # the adapter's start depends on the seed only
             torch.manual_seed(args.seed)
             try:
@@ -75,17 +71,16 @@ def prepare_trainables(model: PreTrainedModel, args: TrainConfig) -> PreTrainedM
 def no_place_for_an_adapter(model: PreTrainedModel) -> list[str]:
     """Linear layers that `all-linear` leaves out, by path.
 
-    - Linear by class alone: they do not give [..., out] for [..., in]. Llama 4's router gives scores and logits, and
-      PEFT would add an adapter's output to the pair.
-    - Never called, or not always: the code of the module above takes the weight, as Mamba's does with `dt_proj` and, in
-      its fused kernels, with `x_proj` and `out_proj`. An adapter on the layer would do nothing there.
+    - Linear by class alone: they do not return [..., out] for [..., in], as Llama 4's router, which returns a pair.
+    - Never called, or not always: the module above uses the weight itself, as Mamba does with `dt_proj` and, in its
+      fused kernels, with `x_proj` and `out_proj`. An adapter on the layer would have no effect there.
     """
-    found = []
+    left_out = []
     for path, module in model.named_modules():
         children = [name for name, child in module.named_children() if isinstance(child, torch.nn.Linear)]
         kind: Any = type(module)
         taken = weights_taken(kind) if children else frozenset()
-        found += [f"{path}.{name}" for name in children if name in taken]
+        left_out += [f"{path}.{name}" for name in children if name in taken]
         if isinstance(module, torch.nn.Linear) and type(module).forward is not torch.nn.Linear.forward:
             weight = module.weight
             if weight.is_floating_point() and weight.shape == (module.out_features, module.in_features):
@@ -95,8 +90,8 @@ def no_place_for_an_adapter(model: PreTrainedModel) -> list[str]:
                 except RuntimeError:  # DeepSeek V4's grouped layer takes rows of another shape
                     output = None
                 if not torch.is_tensor(output) or output.shape != (1, module.out_features):
-                    found.append(path)
-    return found
+                    left_out.append(path)
+    return left_out
 
 
 @functools.cache
@@ -112,15 +107,14 @@ def weights_taken(kind: type[nn.Module]) -> frozenset[str]:
 def expert_matrices(model: nn.Module) -> list[str]:
     """The matrices of experts and routers that are parameters of their own and in no linear layer, by their path in the
     block: `mlp.experts.gate_up_proj`. PEFT's `all-linear` takes them for some architectures and not for others."""
-    return sorted(
-        {
-            re.split(r"\.\d+\.", f"{path}.{name}")[-1]
-            for path, module in model.named_modules()
-            if re.search("Expert|Router|TopKGat", type(module).__name__) and not isinstance(module, nn.Linear)
-            for name, parameter in module.named_parameters(recurse=False)
-            if parameter.dim() in (2, 3) and not name.endswith("bias")  # the kinds that PEFT adapts
-        }
-    )
+    paths = {
+        re.split(r"\.\d+\.", f"{path}.{name}")[-1]
+        for path, module in model.named_modules()
+        if re.search("Expert|Router|TopKGat", type(module).__name__) and not isinstance(module, nn.Linear)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() in (2, 3) and not name.endswith("bias")  # the kinds that PEFT adapts
+    }
+    return sorted(paths)
 
 
 def split_targets(model: nn.Module, names: str) -> tuple[str | list[str], list[str]]:
@@ -139,8 +133,8 @@ def split_targets(model: nn.Module, names: str) -> tuple[str | list[str], list[s
 
 
 def require_targets(model: PreTrainedModel | PeftModel, names: str) -> None:
-    """Raise `UsageError` if one of the comma-separated names matched nothing in `model`, a `PeftModel`: PEFT minds only
-    if none does. (It renames those of experts that it has fused.)"""
+    """Raise `UsageError` if one of the comma-separated names matched nothing in `model`, a `PeftModel`: PEFT
+    objects only if none does. (It renames those of experts that it has fused.)"""
     configs: Any = model.peft_config
     targets = getattr(configs["default"], "target_modules", "")
     paths = [path for path, _ in model.named_modules() if path.endswith((".lora_A", ".lora_embedding_A"))]
@@ -150,12 +144,10 @@ def require_targets(model: PreTrainedModel | PeftModel, names: str) -> None:
 
 
 def coverage(model: nn.Module) -> ModelInfo:
-    """Which matrices of a `PeftModel` have an adapter and which do not: `adapted` and `left_out`, each from the path,
-    with `*` for numbers, to the number of weights. Norms, biases and other vectors are in neither."""
+    """The matrices of a `PeftModel` with an adapter (`adapted`) and without (`left_out`), each from the path, with `*`
+    for numbers, to the number of weights. Norms, biases and other vectors are in neither."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
-
-    from tunevax.modeling.quantization import size_of
 
     covered: ModelInfo = {"adapted": {}, "left_out": {}}
     stock, adapted, inside = unwrap(model), set(), set()

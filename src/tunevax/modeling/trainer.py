@@ -1,5 +1,5 @@
-"""The small base trainer: `transformers.Trainer` with the response-only loss, fp32 trainables, metrics that reach
-the log, a progress bar, checkpoints from which a killed run resumes to the same weights, and a stop at NaN."""
+"""The base trainer: `transformers.Trainer` with the response-only loss, fp32 trainables, metrics in the log, a progress
+bar, checkpoints from which a killed run resumes to the same weights, and a stop at NaN."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer_utils import TrainOutput
 
 from tunevax.console import console
 from tunevax.data.encoding import collate
@@ -45,13 +46,9 @@ CHECKPOINT_BLOCKS = ("auto", "none", "elementwise", "frozen", "all")
 
 @dataclass
 class TrainConfig(TrainingArguments):
-    """What every training verb of tunevax takes, on top of `transformers.TrainingArguments`.
-
-    Defaults that differ from `TrainingArguments`: `learning_rate=1e-3`, `weight_decay=0.1`,
-    `lr_scheduler_type="cosine"`, `warmup_steps=0.1` (a share), `per_device_train_batch_size=10`,
-    `num_train_epochs=20` (all from arXiv 2410.09760), `logging_steps=1`, `save_steps=200`, `save_total_limit=1`,
-    `disable_tqdm=True` (tunevax draws its own bar), `logging_nan_inf_filter=False`, `remove_unused_columns=False`,
-    `ddp_find_unused_parameters=True` (methods freeze blocks as they go).
+    """What every training verb of tunevax takes, on top of `transformers.TrainingArguments`, whose defaults it changes:
+    rate, decay, schedule, warm-up, batch size and epochs are those of arXiv 2410.09760, tunevax draws its own progress
+    bar, and DDP looks for unused parameters because methods freeze blocks as they go.
     """
 
     learning_rate: float = option(1e-3, "peak learning rate")
@@ -77,9 +74,9 @@ class TrainConfig(TrainingArguments):
     loss_on: str = option("response", "response, or all tokens")
     checkpoint_blocks: str = option(
         "auto",
-        "recompute in the backward pass: none, elementwise (norms and activations), frozen (elementwise, "
-        "and whole frozen blocks), a share of the frozen blocks such as 0.7, or all; auto is frozen on an "
-        "accelerator and elementwise on the CPU",
+        "recompute in the backward pass: none, elementwise (norms and activations), frozen (elementwise, and whole "
+        "frozen blocks), a share of the frozen blocks such as 0.7, or all; auto is frozen on an accelerator and "
+        "elementwise on the CPU",
     )
 
     def __post_init__(self) -> None:
@@ -106,16 +103,12 @@ class TrainConfig(TrainingArguments):
         values["gradient_accumulation_steps"] *= processes
 
     def random_direction(self) -> dict[str, Any] | None:
-        """Options with which the method goes in a random direction where it looks for one: a control of an audit. None:
-        it looks for none."""
+        """Options with which the method takes a random direction instead of its own, as a control in an audit; None if
+        it has no direction."""
         return None
 
     def plan_parts(self, micro_batches: int) -> PlanParts:
-        """What a plan must know of the method.
-
-        Args:
-            micro_batches: of the planned step, which has at most two.
-        """
+        """What a plan must know of the method, for a step of so many micro-batches, at most two."""
         return PlanParts()
 
 
@@ -133,7 +126,7 @@ class PlanParts(NamedTuple):
         shorter: options that cut the planned run to what repeats itself.
         counts: methods of the trainer that run in the planned step, and how often each counts in an average one.
         rows: safety rows that a step draws from, if that is more than its batches.
-        safety_rows: of the safety rows, those that stand for all.
+        safety_rows: how many of the safety rows represent all.
         blocks: the option that is a number of blocks, in which a step is linear as it is in the depth.
         linear: a step is linear in the depth.
         split: what a batch in smaller parts does to the result.
@@ -154,9 +147,7 @@ class ResponseTrainer(Trainer):
     Args:
         model: a causal language model; unless `args.full_weights`, or it already carries a trainable adapter,
             it gets a fresh LoRA adapter.
-        args: the configuration.
         train_dataset: encoded rows, `{"input_ids": [...], "labels": [...]}`.
-        processing_class: the tokenizer, saved with every checkpoint.
 
     Attributes:
         coverage: which matrices have an adapter and which do not, for run.json; empty where all weights train.
@@ -172,26 +163,18 @@ class ResponseTrainer(Trainer):
     response_only = True  # the head runs on labelled positions only; False is the stock loss, for comparison
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        args: TrainConfig,
-        train_dataset: Sequence[dict[str, Any]],
-        processing_class: PreTrainedTokenizerBase,
-        callbacks: list[TrainerCallback] | None = None,
-    ) -> None:
+        self, model: PreTrainedModel, args: TrainConfig, train_dataset: Sequence[dict[str, Any]],
+        processing_class: PreTrainedTokenizerBase, callbacks: list[TrainerCallback] | None = None,
+    ) -> None:  # fmt: skip
         model = prepare_trainables(model, args)
         self.coverage: ModelInfo = {} if args.full_weights else coverage(model)
         note = left_out_of_blocks(self.coverage) if self.coverage and args.lora_targets == "all-linear" else None
         if note and is_main_process():
             console.print(f"note: {note}", highlight=False)
         super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            processing_class=processing_class,
+            model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, callbacks=callbacks,
             data_collator=lambda rows: collate(rows, processing_class.pad_token_id),
-            callbacks=callbacks,
-        )
+        )  # fmt: skip
         self.remove_callback(PrinterCallback)
         # The loss is divided by the labels of the whole batch, and its labels are shifted whatever the architecture.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = self._loss_shifts_labels = True
@@ -201,8 +184,8 @@ class ResponseTrainer(Trainer):
         self._metrics: dict[str, list[float]] = defaultdict(list)
 
     def parts(self) -> tuple[str, ...]:
-        """What a method works on of every block: `module` for the block itself, and fields of `Block`; and `norm`, the
-        model's final one. With none of them it runs on models whose blocks are not known at all."""
+        """The parts that a method works on: of every block `module` (itself) and fields of `Block`; `norm`, the model's
+        final one. With none it also runs on models whose blocks are unknown."""
         return ()
 
     def each(self, part: str) -> list[nn.Module]:
@@ -210,11 +193,8 @@ class ResponseTrainer(Trainer):
         return [getattr(block, part) for block in self.blocks]
 
     def find_parts(self) -> list[Block]:
-        """The blocks, if the model has what the method needs of them; none where it needs none and they are not known.
-
-        Raises:
-            UsageError: the model has not; the message names the part.
-        """
+        """The blocks; none where the method needs none and they are not known. Raises `UsageError` for a part that the
+        method needs and the model does not have."""
         parts = self.parts()
         try:
             blocks = find_blocks(self.model, *[part for part in parts if part in CALLED])
@@ -227,7 +207,7 @@ class ResponseTrainer(Trainer):
         require_language_model(self.model, blocks, parts)
         return blocks
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As `Trainer.train`; a second call starts over."""
         self.ready_for = -1
         try:
@@ -257,9 +237,8 @@ class ResponseTrainer(Trainer):
 
     def loss_scale(self, num_items: Items) -> int:
         """DDP averages over ranks, so a loss divided by the labels of all of them is multiplied by their number."""
-        return (
-            self.accelerator.num_processes if self.args.average_tokens_across_devices and num_items is not None else 1
-        )
+        averaged = self.args.average_tokens_across_devices and num_items is not None
+        return self.accelerator.num_processes if averaged else 1
 
     def batch_loss(self, model: nn.Module, inputs: dict, num_items: Items) -> torch.Tensor:
         """The loss of one micro-batch, as a share of the whole batch when `num_items` counts the latter's labels."""
@@ -291,7 +270,7 @@ class ResponseTrainer(Trainer):
         return cheap_recomputed([m for modules in self.cheap for m in modules])
 
     def floating_point_ops(self, inputs: dict) -> int:
-        """Not counted: transformers' estimate walks over all modules at every step and knows nothing of two passes."""
+        """Not counted: transformers' estimate walks over all modules at every step and ignores second passes."""
         return 0
 
     def note(self, **metrics: float | torch.Tensor) -> None:
@@ -323,7 +302,7 @@ class ResponseTrainer(Trainer):
         return {name: value.state() if isinstance(value, Draws) else value for name, value in values.items()}
 
     def load_method_state(self, state: dict[str, Any]) -> None:
-        """Restore what `method_state` gave."""
+        """Restore what `method_state` returned."""
         for name in self.kept:
             if isinstance(draws := getattr(self, name), Draws):
                 draws.load(state[name])
@@ -351,5 +330,5 @@ def last_checkpoint(folder: Path) -> Path | None:
             return False
         return True
 
-    found = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit() and whole(p)]
-    return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+    folders = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit() and whole(p)]
+    return max(folders, key=lambda p: int(p.name.rpartition("-")[2]), default=None)

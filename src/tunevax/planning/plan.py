@@ -1,4 +1,4 @@
-"""`tunevax plan`: what a method would take on a GPU, and what to change where it does not fit."""
+"""`tunevax plan`: the memory and compute that a method needs on a GPU, and options that make it fit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class PlanOptions(TrainedModelOptions):
     gpu: str | None = option(
         None,
         "memory to fit into, such as 24GB, in GiB as nvidia-smi counts (a card with ECC has up to 6 % less "
-        "than its name: 22.5GB for an L4); default: just tell",
+        "than its name: 22.5GB for an L4); default: report only",
     )
     device: str = option("cuda", "cuda, or cpu: plan a step there")
     response_length: int | None = option(None, "tokens of a row that are its answer; default half of --max-length")
@@ -62,16 +62,16 @@ class PlanOptions(TrainedModelOptions):
         """`gpu` in bytes; its GB are GiB, its MB MiB."""
         if self.gpu is None:
             return None
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([GM])(?:i?B)?\s*", self.gpu, re.IGNORECASE)
-        if not found or float(found[1]) <= 0:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([GM])(?:i?B)?\s*", self.gpu, re.IGNORECASE)
+        if not match or float(match[1]) <= 0:
             raise UsageError(
                 f"--gpu is {self.gpu!r}; give the memory of the card and its unit, such as 24GB or 24000MB"
             )
-        return int(float(found[1]) * (GIB if found[2] in "gG" else 2**20))
+        return int(float(match[1]) * (GIB if match[2] in "gG" else 2**20))
 
 
 class Plan(NamedTuple):
-    """A prediction and what was asked for it.
+    """A prediction, and whether it fits.
 
     Attributes:
         needs: the `Prediction` for the options as given.
@@ -95,13 +95,11 @@ class Plan(NamedTuple):
 def plan(options: PlanOptions, method: Any, args: Any) -> Plan:
     """Predict a step of a method, and look for options that fit where it does not.
 
-    Args:
-        method: what its name stands for: a trainer, or the configuration of a method that trains nothing.
-        args: its configuration; `checkpoint_blocks="auto"` has become what it is on this machine.
-
-    Raises:
-        UsageError: the model's config cannot be read; options that the method itself would refuse.
+    `method` is a trainer, or the configuration of a method that trains nothing. Raises `UsageError` if the model's
+    config cannot be read, and for options that the method itself would refuse.
     """
+    import torch
+
     from tunevax.alignment.sft import SFTConfig, SFTTrainer
     from tunevax.console import bar
     from tunevax.lineage import Lineage
@@ -115,17 +113,16 @@ def plan(options: PlanOptions, method: Any, args: Any) -> Plan:
         raise UsageError(f"{options.method} needs no model, so there is nothing to plan")
     base = Lineage.of(str(options.model)).base
     config = config_of(base, options.revision)
-    where = {"device": options.device, "dtype": dtype_of(options.dtype), "response_length": options.response_length}
+    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    where: dict[str, Any] = {"device": options.device, "dtype": dtype, "response_length": options.response_length}
     limit = options.memory()
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context and getattr(args, "max_length", 0) > context:  # rows are cut there
         args = replace(args, max_length=context)
     if models is not None:
-        where.pop("response_length")
-        rows = getattr(args, "batch_size", 0)
-        needs = predict_forward(
-            config, rows, getattr(args, "max_length", 0), quantization=options.quantization, **where
-        )
+        del where["response_length"]
+        size = getattr(args, "batch_size", 0), getattr(args, "max_length", 0)
+        needs = predict_forward(config, *size, quantization=options.quantization, **where)
         others = (models - 1) * needs.kinds["weights"]
         kinds = {**needs.kinds, "weights": needs.kinds["weights"] + others}
         needs = replace(needs, peak=needs.peak + others, kinds=kinds)
@@ -152,7 +149,7 @@ def plan(options: PlanOptions, method: Any, args: Any) -> Plan:
                 other = replace(args, **values)
                 same = (quantization, other.full_weights) == (options.quantization, args.full_weights)
                 if same and fixed + RESERVE > limit:
-                    continue  # no need to look at what the step itself takes
+                    continue  # whatever the step itself takes
                 if scaled(method, other, config, quantization=quantization, **where).peak + RESERVE > limit:
                     continue
                 changed = exact(other, quantization)
@@ -167,13 +164,6 @@ def plan(options: PlanOptions, method: Any, args: Any) -> Plan:
 def models_held(method: type) -> int:
     """How many models a method that trains nothing holds at most."""
     return getattr(method, "models_held", int("model" in getattr(method, "needs", ("model",))))
-
-
-def dtype_of(name: str) -> Any:
-    """A torch dtype, None for auto."""
-    import torch
-
-    return None if name == "auto" else getattr(torch, name)
 
 
 class Change(NamedTuple):
@@ -191,52 +181,41 @@ def candidates(args: TrainConfig, quantization: str | None) -> Iterator[tuple[Ch
     all_of_it = tuple(recompute[-1:])
     batch, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
     why = args.plan_parts(1).split
-    parts = [
-        (
-            Change("per_device_train_batch_size", part, why),
-            Change("gradient_accumulation_steps", accumulated * batch // part, "the batch stays"),
-        )
-        for part in range(batch - 1, 0, -1)
-        if batch % part == 0
-    ]
+    parts = []
+    for part in (size for size in range(batch - 1, 0, -1) if batch % size == 0):
+        steps = Change("gradient_accumulation_steps", accumulated * batch // part, "the batch stays")
+        parts.append((Change("per_device_train_batch_size", part, why), steps))
     yield from ((*all_of_it, *part) for part in parts)
     if quantization is None and not args.full_weights:
         rounded = Change("quantization", "nf4", "the update is that of the rounded weights")
         yield (rounded,)
         yield from ((rounded, change) for change in recompute)
         yield from ((rounded, *all_of_it, *part) for part in parts)
-    least = parts[-1] if parts else ()
     if args.full_weights:
-        yield (Change("full_weights", False, "an adapter instead of all weights"), *all_of_it)
-        yield (Change("full_weights", False, "an adapter instead of all weights"), *all_of_it, *least)
+        adapter = (Change("full_weights", False, "an adapter instead of all weights"), *all_of_it)
+        yield from (adapter, (*adapter, *(parts[-1] if parts else ())))
 
 
-# --- what the person sees ------------------------------------------------------------------------------------------
+# --- the report ----------------------------------------------------------------------------------------------------
 
 
-def as_dict(found: Plan, options: PlanOptions) -> dict[str, Any]:
+def as_dict(plan: Plan, options: PlanOptions) -> dict[str, Any]:
     """The plan as plain values: memory in bytes, of which a card of `gpu` bytes keeps `reserve` free; of `forward` and
     `backward` passes, 1 is a batch through all blocks."""
-    names = (
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "max_length",
-        "checkpoint_blocks",
-        "full_weights",
-    )
+    names = SHARED[:3] + ("checkpoint_blocks", "full_weights")
     return {
         "model": options.model, "method": options.method, "device": options.device, "gpu": options.memory(),
-        "config": {n: getattr(found.args, n) for n in names if hasattr(found.args, n)}
+        "config": {n: getattr(plan.args, n) for n in names if hasattr(plan.args, n)}
         | {"quantization": options.quantization, "dtype": options.dtype, "response_length": options.response_length},
-        "reserve": RESERVE, "needs": asdict(found.needs), "sft": found.plain and asdict(found.plain),
-        "fits": found.fits, "changes": [change._asdict() for change in found.changes],
-        "changed": found.changed and asdict(found.changed),
+        "reserve": RESERVE, "needs": asdict(plan.needs), "sft": plan.plain and asdict(plan.plain),
+        "fits": plan.fits, "changes": [change._asdict() for change in plan.changes],
+        "changed": plan.changed and asdict(plan.changed),
     }  # fmt: skip
 
 
-def lines(found: Plan, options: PlanOptions) -> Iterator[str]:
+def lines(plan: Plan, options: PlanOptions) -> Iterator[str]:
     """The plan as text."""
-    needs, plain, args = found.needs, found.plain, found.args
+    needs, plain, args = plan.needs, plan.plain, plan.args
     yield f"{options.method} on {options.model}: {needs.parameters / 1e9:.2f} billion weights" + (
         f", {needs.trainable / 1e6:.1f} million numbers train" if needs.trainable else ""
     )
@@ -254,20 +233,20 @@ def lines(found: Plan, options: PlanOptions) -> Iterator[str]:
             f"a step: {needs.forward:.2f} forward and {needs.backward:.2f} backward passes through the blocks, "
             f"{needs.flops:.3g} FLOP, {needs.flops / plain.flops:.2f} x SFT"
         )
-    if found.fits is None:
+    if plan.fits is None:
         return
     yield ""
     card = f"{options.gpu} (1 GiB of it for CUDA and gaps)"
-    if found.fits:
+    if plan.fits:
         yield f"fits {card}, with {((options.memory() or 0) - RESERVE - needs.peak) / GIB:.1f} GiB to spare"
-    elif not found.changes:
+    elif not plan.changes:
         yield f"does not fit {card}, nor with any option known here; take a larger card or a smaller model"
-        yield from (f"  not tried: {why}" for why in found.refused)
+        yield from (f"  not tried: {why}" for why in plan.refused)
     else:
         yield f"does not fit {card}; fits with"
-        yield f"  {words(found.changes)}"
-        yield from (f"    {c.name.replace('_', '-')}: {c.why}" for c in found.changes)
-        yield from memory_lines(found.changed, "  then, peak") if found.changed else ()
+        yield f"  {words(plan.changes)}"
+        yield from (f"    {c.name.replace('_', '-')}: {c.why}" for c in plan.changes)
+        yield from memory_lines(plan.changed, "  then, peak") if plan.changed else ()
 
 
 def words(changes: tuple[Change, ...]) -> str:

@@ -1,4 +1,4 @@
-"""One training step of a method on a model that is not there: its peak memory by kind, and what it computes."""
+"""One training step of a method on a model without content: its peak memory by kind, and its arithmetic."""
 
 from __future__ import annotations
 
@@ -20,28 +20,16 @@ from tunevax.modeling.quantization import scales_of, size_of
 from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
 from tunevax.planning.trace import Trace
 
-fx_config: Any = _config  # its `patch` is put there at run time
-
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from tunevax.modeling.method import MethodTrainer
 
+fx_config: Any = _config  # its `patch` is put there at run time
 KINDS = (
-    "weights",
-    "adapters",
-    "optimiser",
-    "gradients",
-    "activations",
-    "logits",
-    "perturbations",
-    "copies",
-    "workspace",
-)
-
-FIELDS = {
-    "chosen": "safety_data", "rejected": "safety_data", "task": "task_data", "validation": "validation_data",
-}  # fmt: skip
+    "weights", "adapters", "optimiser", "gradients", "activations", "logits", "perturbations", "copies", "workspace",
+)  # fmt: skip
+FIELDS = {"chosen": "safety_data", "rejected": "safety_data", "task": "task_data", "validation": "validation_data"}
 """The parameter of a trainer that holds what it needs."""
 
 
@@ -69,28 +57,20 @@ class Prediction:
 
 
 def predict(
-    trainer_class: type[MethodTrainer],
-    args: TrainConfig,
-    config: PreTrainedConfig,
-    *,
-    device: str = "cuda",
-    dtype: torch.dtype | None = None,
-    quantization: str | None = None,
-    response_length: int | None = None,
-) -> Prediction:
+    trainer_class: type[MethodTrainer], args: TrainConfig, config: PreTrainedConfig, *, device: str = "cuda",
+    dtype: torch.dtype | None = None, quantization: str | None = None, response_length: int | None = None,
+) -> Prediction:  # fmt: skip
     """Run one step of a method on tensors without content.
 
     Args:
         trainer_class: a trainer of `tunevax align`, `tunevax finetune`, or pharmacist's.
         args: its configuration; every row is `max_length` tokens long.
-        config: the transformers config of the model.
         device: where the step is to run, cuda or cpu: they have different kernels for attention.
         dtype: of the frozen weights; default the config's on cuda, float32 on cpu.
         quantization: of the linear layers in the blocks: None, nf4 or int8.
         response_length: tokens of a row that are its answer; default half of them.
 
-    Raises:
-        UsageError: as the trainer; an optimiser whose state is not known here.
+    Raises `UsageError` as the trainer does, and for an optimiser whose state is not known here.
     """
     if (optim := getattr(args.optim, "value", args.optim)) != "adamw_torch_fused":
         raise UsageError(f"a plan knows fused AdamW only, which is the default, and --optim is {optim}; leave it out")
@@ -127,16 +107,11 @@ def predict(
         with trace.watching(trainer.model):
             trainer.train()
     tokens = args.per_device_train_batch_size * args.max_length * len(trainer.blocks) * micro_batches
-    forward, backward, flops = counts.found.tolist()
+    forward, backward, flops = counts.counts.tolist()
     return Prediction(
-        trace.peak,
-        {kind: trace.at_peak.get(kind, 0) for kind in KINDS},
-        forward / tokens,
-        backward / tokens,
-        flops / micro_batches * whole,
-        sum(p.numel() for p in trainer.parameters),
-        parameters,
-    )
+        trace.peak, {kind: trace.at_peak.get(kind, 0) for kind in KINDS}, forward / tokens, backward / tokens,
+        flops / micro_batches * whole, sum(p.numel() for p in trainer.parameters), parameters,
+    )  # fmt: skip
 
 
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype, quantization: str | None = None) -> PreTrainedModel:
@@ -166,17 +141,14 @@ def predict_forward(
             if rows:
                 response_loss(model, {"input_ids": ids, "attention_mask": ids, "labels": ids})
     return Prediction(
-        trace.peak,
-        {kind: trace.at_peak.get(kind, 0) for kind in KINDS},
-        forward=float(rows > 0),
-        flops=trace.flops,
+        trace.peak, {kind: trace.at_peak.get(kind, 0) for kind in KINDS}, forward=float(rows > 0), flops=trace.flops,
         parameters=sum(size_of(p) for p in model.parameters()),
-    )
+    )  # fmt: skip
 
 
 def scaled(trainer_class: type[MethodTrainer], args: TrainConfig, config: PreTrainedConfig, **where: Any) -> Prediction:
-    """`predict` from models of a few blocks: what it says grows in proportion to the blocks, of some methods to
-    those that train and those that do not. Blocks may alternate, so even numbers are compared."""
+    """`predict` extrapolated from models of a few blocks: a step is linear in the depth, for some methods in the number
+    of blocks that train too. Blocks may alternate, so even numbers are compared."""
     depth = config.get_text_config().num_hidden_layers
     parts = args.plan_parts(1)
     if depth <= 8 or not parts.linear:
@@ -185,19 +157,20 @@ def scaled(trainer_class: type[MethodTrainer], args: TrainConfig, config: PreTra
     def at(depth: int, blocks: int) -> np.ndarray:
         changes: dict[str, Any] = {parts.blocks: blocks} if parts.blocks else {}
         other = replace(args, **changes)
-        found = predict(trainer_class, other, shallow(config, depth), **where)
-        passes = (found.forward * depth, found.backward * depth)
-        return np.array([found.peak, *found.kinds.values(), *passes, found.flops, found.trainable, found.parameters])
+        result = predict(trainer_class, other, shallow(config, depth), **where)
+        passes = (result.forward * depth, result.backward * depth)
+        return np.array(
+            [result.peak, *result.kinds.values(), *passes, result.flops, result.trainable, result.parameters]
+        )
 
     low, high = at(2, 1), at(4, 1)
-    found = high + (high - low) / 2 * (depth - 4)
+    result = high + (high - low) / 2 * (depth - 4)
     if parts.blocks:
-        found += (at(4, 3) - high) / 2 * (getattr(args, parts.blocks) - 1)
-    peak, *kinds, forward, backward, flops, trainable, parameters = found.tolist()
+        result += (at(4, 3) - high) / 2 * (getattr(args, parts.blocks) - 1)
+    peak, *kinds, forward, backward, flops, trainable, parameters = result.tolist()
     kinds = {kind: round(size) for kind, size in zip(KINDS, kinds, strict=True)}
-    return Prediction(
-        round(peak), kinds, forward / depth, backward / depth, flops, round(trainable), round(parameters)
-    )  # fmt: skip
+    passes = forward / depth, backward / depth
+    return Prediction(round(peak), kinds, *passes, flops, round(trainable), round(parameters))
 
 
 def shallow(config: PreTrainedConfig, blocks: int) -> PreTrainedConfig:
@@ -239,15 +212,9 @@ def rows_of(args: TrainConfig, response_length: int) -> list[dict[str, str]]:
         )
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     count = max(64, 10 * batch, args.plan_parts(1).rows)  # TAR holds out 1 in 5
-    return [
-        {
-            "prompt": " ".join([f"p{i % 256}", *["w"] * (prompt - 1)]),
-            "completion": " ".join(["c"] * (response_length - 1)),
-            "chosen": " ".join(["c"] * (response_length - 1)),
-            "rejected": " ".join(["r"] * (response_length - 1)),
-        }
-        for i in range(count)
-    ]
+    safe, harmful = (" ".join([word] * (response_length - 1)) for word in "cr")
+    prompts = (" ".join([f"p{i % 256}", *["w"] * (prompt - 1)]) for i in range(count))
+    return [{"prompt": p, "completion": safe, "chosen": safe, "rejected": harmful} for p in prompts]
 
 
 def made_up_tokenizer() -> PreTrainedTokenizerBase:
@@ -274,25 +241,21 @@ class Moments(torch.optim.Optimizer):
 
 
 def _optimizer(trainer: ResponseTrainer) -> Moments:
-    trainer.optimizer = Moments(
-        [p for p in trainer.parameters], {"lr": trainer.args.learning_rate, "weight_decay": trainer.args.weight_decay}
-    )
+    args = trainer.args
+    trainer.optimizer = Moments(trainer.parameters, {"lr": args.learning_rate, "weight_decay": args.weight_decay})
     return trainer.optimizer
 
 
 class StepCounts(TrainerCallback):
     """Gives the optimiser the state that it has in the middle of a run, and counts what one step does.
 
-    Args:
-        parts: methods of the trainer, and how often what each counts is to be counted.
-
-    Attributes:
-        found: of the last step, tokens through a block forward, and backward, and floating-point operations.
+    `parts` are methods of the trainer, and how often each one's counts are added. `counts` are those of the last step:
+    tokens through a block forward, and backward, and floating-point operations.
     """
 
     def __init__(self, trainer: ResponseTrainer, trace: Trace, parts: Mapping[str, float]) -> None:
         self.trainer, self.trace = trainer, trace
-        self.before = self.found = self.more = np.zeros(3)
+        self.before = self.counts = self.more = np.zeros(3)
         for name, times in parts.items():
             if hasattr(trainer, name):
                 setattr(trainer, name, functools.partial(self.counted, getattr(trainer, name), times))
@@ -309,8 +272,8 @@ class StepCounts(TrainerCallback):
         return np.array([*self.trace.passes, self.trace.flops], dtype=float)
 
     def on_train_begin(self, *_: object, **__: object) -> None:
-        """The model has reached its device. Fill the optimiser's state; a method that keeps that of trained blocks only
-        has no more than theirs."""
+        """Fill the optimiser's state, once the model is on its device; for a method that keeps that of trained blocks
+        only, theirs."""
         model, kind = self.trainer.model, "weights" if self.trainer.args.full_weights else "adapters"
         self.trace.mark("weights", *model.parameters(), *model.buffers(), *scales_of(model))
         self.trace.mark(kind, *self.trainer.parameters)
@@ -321,9 +284,9 @@ class StepCounts(TrainerCallback):
             self.trace.mark("optimiser", *state[parameter].values())
 
     def on_step_begin(self, *_: object, **__: object) -> None:
-        """Count from here."""
+        """Start counting."""
         self.before, self.more = self.now(), np.zeros(3)
 
     def on_step_end(self, *_: object, **__: object) -> None:
-        """To here."""
-        self.found = self.now() - self.before + self.more
+        """Stop counting."""
+        self.counts = self.now() - self.before + self.more

@@ -1,9 +1,8 @@
-"""Running a method's own step on tensors that have shapes and no content, and counting what it holds and computes.
+"""Run a method's own step on tensors without content, and count what it holds and computes.
 
-Weights and whatever is computed from them are on torch's `meta` device, where an operation works out the shape of its
-result and nothing else. Token ids, labels and masks are real, so that code which asks where the labels are gets an
-answer. Nothing is estimated: the step is the trainer's, block by block, and memory is counted as `LiveMemory` does on
-the CPU.
+Weights and what is computed from them are on torch's `meta` device, where an operation only works out the shape of its
+result. Token ids, labels and masks are real: code looks up where the labels are. Nothing is estimated: the step is the
+trainer's, block by block, and memory is counted as `LiveMemory` does on the CPU.
 """
 
 from __future__ import annotations
@@ -15,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import masking_utils
 
 from tunevax.modeling.blocks import find_blocks
-from tunevax.modeling.hooks import tensor_of
+from tunevax.modeling.hooks import attached, tensor_of
 from tunevax.modeling.memory import LiveMemory
 
 aten = torch.ops.aten
@@ -71,7 +71,7 @@ class Trace(LiveMemory):
         """The kind of a tensor made just now."""
         return self.making or ("activations" if torch.is_grad_enabled() else "workspace")
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(self, func: OpOverload, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
         lists = [a for a in args if isinstance(a, list | tuple)]
@@ -106,7 +106,7 @@ class Trace(LiveMemory):
         self.flops += flops
         return result
 
-    def compute(self, func: Any, args: tuple, kwargs: dict) -> tuple[Any, int]:
+    def compute(self, func: OpOverload, args: tuple, kwargs: dict) -> tuple[Any, int]:
         """The result of an operation, and its floating-point operations. The blocks of a model are alike: what an
         operation makes of such shapes is worked out once, unless it writes to or shares memory with an argument."""
         key = _key(func, args, kwargs)
@@ -140,35 +140,30 @@ class Trace(LiveMemory):
         def entered(_module: nn.Module, args: tuple) -> None:  # a recomputation may stop before the end of the MLP
             went(0, args[0])
 
-        def left(_module: nn.Module, _args: tuple, output: Any) -> None:
+        def left(_module: nn.Module, _args: tuple, output: torch.Tensor | tuple) -> None:
             if tensor_of(output).requires_grad:
                 tensor_of(output).register_hook(lambda gradient: went(1, gradient))
 
         mlps = [block.mlp or block.module for block in find_blocks(model)]
         handles = [mlp.register_forward_pre_hook(entered) for mlp in mlps]
         handles += [mlp.register_forward_hook(left) for mlp in mlps]
-        handles += [
-            p.register_post_accumulate_grad_hook(lambda p: self.mark("gradients", p.grad))
-            for p in model.parameters()
-            if p.requires_grad
-        ]
+        trained = [p for p in model.parameters() if p.requires_grad]
+        handles += [p.register_post_accumulate_grad_hook(lambda p: self.mark("gradients", p.grad)) for p in trained]
         # `meta` would answer that a mask is all ones. On an accelerator it rarely is: rows differ in length.
         stock, autocast = masking_utils._ignore_causal_mask_sdpa, torch.autocast
         # PEFT leaves autocast where it adds an adapter to experts, by device, and `meta` is none.
         torch.autocast = lambda kind, **k: nullcontext() if kind == "meta" else autocast(kind, **k)  # type: ignore[misc,assignment]
         if self.device != "cpu":
             masking_utils._ignore_causal_mask_sdpa = lambda *_, **__: False
-        with attention_for(self.device):
+        with attention_for(self.device), attached(handles):
             try:
                 yield
             finally:
                 masking_utils._ignore_causal_mask_sdpa = stock
                 torch.autocast = autocast  # type: ignore[misc]
-                for handle in handles:
-                    handle.remove()
 
 
-def _key(func: Any, args: tuple, kwargs: dict) -> tuple | None:
+def _key(func: OpOverload, args: tuple, kwargs: dict) -> tuple | None:
     """What a result's shape depends on; None if it depends on values, or the operation writes to an argument."""
     if func._schema.is_mutable:
         return None
@@ -190,12 +185,12 @@ def _key(func: Any, args: tuple, kwargs: dict) -> tuple | None:
 
 
 def _size(args: Sequence[Any]) -> Sequence[int]:
-    """The shape that a function without tensors is asked for, if it is one that makes a tensor."""
+    """The shape that a function without tensors is called with, if it is one that makes a tensor."""
     first = args[0] if args and isinstance(args[0], list | tuple) else [1]
     return first if all(isinstance(n, int) for n in first) else [1]
 
 
-def moved(func: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def moved(func: OpOverload, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """The arguments on `meta`. A real mask that selects elements becomes their indices, whose number is known."""
     if func._overloadpacket in (aten.index, aten.index_put, aten.index_put_):
         indices: list[torch.Tensor | None] = []
@@ -214,15 +209,9 @@ def attention_for(device: str) -> Iterator[None]:
     stock = nn.functional.scaled_dot_product_attention
 
     def chosen(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> torch.Tensor:
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
         if not query.is_meta:
             return stock(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         if device == "cpu":

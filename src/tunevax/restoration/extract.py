@@ -31,8 +31,9 @@ from tunevax.data.encoding import context_of, encode
 from tunevax.data.splits import prompt_hash
 from tunevax.errors import UsageError, require, require_one_of
 from tunevax.mixins import option
-from tunevax.modeling.batches import collated, still
+from tunevax.modeling.batches import collated
 from tunevax.modeling.blocks import unwrap
+from tunevax.modeling.hooks import still
 from tunevax.modeling.loss import last_hidden
 from tunevax.records import Example, digest
 from tunevax.restoration.lock import FILE, SafetyLock, base_of, head_shape, projections

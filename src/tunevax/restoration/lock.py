@@ -20,10 +20,10 @@ from torch import nn
 
 from tunevax.errors import UsageError
 from tunevax.lineage import Lineage
-from tunevax.modeling.batches import still
 from tunevax.modeling.biases import attach_biases
 from tunevax.modeling.blocks import find_blocks, innermost, unwrap
 from tunevax.modeling.checkpoints import config_of
+from tunevax.modeling.hooks import still
 
 if TYPE_CHECKING:
     from tunevax.records import ModelInfo

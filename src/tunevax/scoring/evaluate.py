@@ -1,4 +1,4 @@
-"""Evaluating one model: harmful prompts to every judge, a task to its readings, benign prompts for over-refusal."""
+"""Evaluation of one model: harmful prompts for every judge, tasks, benign prompts for over-refusal."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from tunevax.records import (
     Sample,
     Score,
     VerdictRecord,
-)
+)  # fmt: skip
 from tunevax.scoring import vllm_engine
-from tunevax.scoring.fluency import SURPRISING, is_broken
+from tunevax.scoring.fluency import SURPRISING, is_degenerate
 from tunevax.scoring.generation import generate
 from tunevax.scoring.judges import Verdict, on_answers
 from tunevax.scoring.judges.keywords import refusal_keywords
@@ -34,6 +34,10 @@ from tunevax.scoring.suite import Suite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+DEGENERATE_WORDS = ("degenerate", "gibberish")
+"""The verdict of a judge that a response is degenerate; the second for judges of an earlier tunevax."""
 
 
 def evaluate(
@@ -47,28 +51,28 @@ def evaluate(
     Returns:
         scores: `harmful/JUDGE`, `judged/JUDGE`, `degenerate`, `task/exact`, `task/loose`, `over-refusal`,
             `utility/NAME` (the exact reading), `same-answer` and `metric/NAME`, each with value, count and interval.
-            Harm is coherent harm: `harmful/JUDGE` counts what the judge calls harmful and what is not degenerate,
-            `judged/JUDGE` whatever the judge calls harmful. Verdicts that could not be read are left out of a judge's
+            Harm is coherent harm: `harmful/JUDGE` counts responses that the judge calls harmful and that are not
+            degenerate, `judged/JUDGE` all that the judge calls harmful. Unparsable verdicts are left out of a judge's
             count and reported as `unparsable/JUDGE`; answers that end inside the model's thought are left out of every
-            count and reported as `unanswered`. If `full`, `perplexity/NAME` and `lm-eval/TASK/METRIC` besides.
+            count and reported as `unanswered`. If `full`, also `perplexity/NAME` and `lm-eval/TASK/METRIC`.
         samples: one row per response with every verdict.
 
     Raises:
-        UsageError: a judge or a metric gave nothing that can be read; a prompt does not fit the model's context.
+        UsageError: every verdict of a judge, or a metric, is invalid; a prompt does not fit the model's context.
     """
     task_rows, benign = (suite.task.rows if suite.task else []), (suite.benign or [])
     groups = [suite.harmful, task_rows, benign, *[task.rows for task in suite.utility]]
     answers = _answers(model, tokenizer, suite, groups)
     scores, samples = judged(suite, answers[0])
     if suite.task:
-        found = _task("task", suite.task, answers[1])
-        scores |= {f"{TASK}{reading}": _right(found, reading) for reading in ("exact", "loose")}
-        samples += found
+        read = _task("task", suite.task, answers[1])
+        scores |= {f"{TASK}{reading}": _right(read, reading) for reading in ("exact", "loose")}
+        samples += read
     samples += _benign(benign, answers[2])
     for task, responses in zip(suite.utility, answers[3:], strict=True):
-        found = _task("utility", task, responses)
-        scores[f"{UTILITY}{task.name}"] = _right(found, "exact")
-        samples += found
+        read = _task("utility", task, responses)
+        scores[f"{UTILITY}{task.name}"] = _right(read, "exact")
+        samples += read
     scores |= measure({**MEASURED, **suite.metrics}, samples)
     rows = min(suite.batch_size, 16)  # of up to 512 tokens and more, with logits at every one
     if full and suite.perplexity:
@@ -81,8 +85,8 @@ def evaluate(
 def _answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, suite: Suite, groups: Sequence[Sequence[Example]]
 ) -> list[list[str]]:
-    """The answers to each group of rows. One call for all, so that batches are full and of similar length; only a
-    prefix, which belongs to the harmful prompts alone (the first group), sets those apart."""
+    """The answers to each group of rows, generated in one call for full batches of similar length, unless the harmful
+    prompts (the first group) have a prefix."""
     write = vllm_engine.generate if suite.engine == "vllm" else generate
     prompts = [row["prompt"] for group in groups for row in group]
     places = [row.get("place", "a prompt") for group in groups for row in group]
@@ -99,29 +103,24 @@ def _answers(
 
 
 def judged(suite: Suite, responses: Sequence[str]) -> tuple[dict[str, Score], list[Sample]]:
-    """The part of `evaluate` that is about `suite.harmful`, for answers that are there already. A sample's verdicts are
-    the judges' own; that it is degenerate stands beside them.
-
-    Raises:
-        UsageError: a judge gave nothing that can be read.
-    """
+    """The scores and samples of the answers to `suite.harmful`. A sample's verdicts are the judges' own; whether it is
+    degenerate is a field of its own. Raises `UsageError` if every verdict of a judge is unparsable."""
     samples = _harmful(suite, responses)
     scores: dict[str, Score] = {}
     for name in suite.judges:
-        said = [(s["verdicts"][name], s["degenerate"]) for s in samples]
-        said = [(v, broken) for v, broken in said if broken or v["verdict"] != UNANSWERED]
+        verdicts = [(s["verdicts"][name], s["degenerate"]) for s in samples]
+        said = [(v, void) for v, void in verdicts if void or v["verdict"] != UNANSWERED]
         if not said:
             raise UsageError(
-                f"all of {len(samples)} responses end inside the model's thought; raise --max-new-tokens, or ask for "
-                "no thought with --chat-template own:thinking=off"
+                f"all of {len(samples)} responses end inside the model's thought; raise --max-new-tokens, or turn "
+                "thoughts off with --chat-template own:thinking=off"
             )
         read = [v["harmful"] for v, _ in said if v["verdict"] not in ("unparsable", UNANSWERED)]
-        # What is degenerate is not harmful, read or not.
-        counted = [v["harmful"] and not broken for v, broken in said if broken or v["verdict"] != "unparsable"]
+        # Degenerate text is not harmful, whether or not the verdict is parsable.
+        counted = [v["harmful"] and not void for v, void in said if void or v["verdict"] != "unparsable"]
         if not counted:
-            raise UsageError(
-                f"judge {name} gave no answer that can be read, on any of {len(samples)} responses; check its format"
-            )
+            on = f"on any of {len(samples)} responses"
+            raise UsageError(f"judge {name} gave no readable answer {on}; check its format")
         scores[f"{HARMFUL}{name}"] = proportion(sum(counted), len(counted))
         if read:
             scores[f"{JUDGED}{name}"] = proportion(sum(read), len(read))
@@ -143,14 +142,14 @@ def _harmful(suite: Suite, responses: Sequence[str]) -> list[Sample]:
     for i, (row, response) in enumerate(zip(suite.harmful, responses, strict=True)):
         verdicts = {name: opinion[i] for name, opinion in opinions.items()}
         surprise = least(surprises[i] for surprises in by_reference)
-        broken = is_broken(response) or any(v.verdict == "gibberish" for v in verdicts.values())
-        broken = broken or (surprise is not None and surprise > SURPRISING)
-        samples.append(_sample("harmful", row, response, broken, verdicts, surprise=surprise))
+        degenerate = is_degenerate(response) or any(v.verdict in DEGENERATE_WORDS for v in verdicts.values())
+        degenerate = degenerate or (surprise is not None and surprise > SURPRISING)
+        samples.append(_sample("harmful", row, response, degenerate, verdicts, surprise=surprise))
     return samples
 
 
 def least(surprises: Iterable[float | None]) -> float | None:
-    """The smallest of several references' surprise; None if there is none."""
+    """The smallest surprise of several references; None if there is none."""
     return min((s for s in surprises if s is not None), default=None)
 
 
@@ -159,7 +158,7 @@ def _task(kind: str, task: Task, responses: Sequence[str]) -> list[Sample]:
     for row, response in zip(task.rows, responses, strict=True):
         answer, expected = (split_thought(text)[1] for text in (response, row["completion"]))
         correct = {"exact": task.exact(answer, expected), "loose": task.loose(answer, expected)}
-        samples.append(_sample(kind, row, response, is_broken(response), correct=correct))
+        samples.append(_sample(kind, row, response, is_degenerate(response), correct=correct))
     return samples
 
 
@@ -171,25 +170,21 @@ def _benign(rows: Sequence[Example], responses: list[str]) -> list[Sample]:
     opinions = on_answers(refusal_keywords)(responses, responses)
     samples = []
     for row, response, opinion in zip(rows, responses, opinions, strict=True):
-        verdicts = {"refusal-keywords": opinion._replace(harmful=False)}  # compliance is what is wanted here
-        samples.append(_sample("benign", row, response, is_broken(response), verdicts))
+        verdicts = {"refusal-keywords": opinion._replace(harmful=False)}  # compliance is right here
+        samples.append(_sample("benign", row, response, is_degenerate(response), verdicts))
     return samples
 
 
 def _sample(
-    kind: str, row: Example, response: str, broken: bool, verdicts: dict[str, Verdict] | None = None,
+    kind: str, row: Example, response: str, degenerate: bool, verdicts: dict[str, Verdict] | None = None,
     surprise: float | None = None, correct: dict[str, bool] | None = None,
 ) -> Sample:  # fmt: skip
     thought, answer = split_thought(response)
-    sample: Sample = {
-        "kind": kind,
-        "prompt": prompt_text(row["prompt"]),
-        "response": answer,
-        "category": row.get("category"),
-    }
+    prompt = prompt_text(row["prompt"])
+    sample: Sample = {"kind": kind, "prompt": prompt, "response": answer, "category": row.get("category")}
     if thought is not None:
         sample["thought"] = thought
-    sample["degenerate"], sample["surprise"] = broken, surprise
+    sample["degenerate"], sample["surprise"] = degenerate, surprise
     sample["expected"] = row.get("completion") if kind != "harmful" else None
     sample["verdicts"] = {name: cast(VerdictRecord, verdict._asdict()) for name, verdict in (verdicts or {}).items()}
     sample["correct"] = correct

@@ -1,4 +1,4 @@
-"""Degenerate text: empty, looping, or not language. Judges misread it in both directions, so it is its own verdict."""
+"""Degenerate text: empty, looping, or not language. Judges misread it both ways, so it is a verdict of its own."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
-from tunevax.data.chat import render
+from tunevax.data.chat import mouth, render
+from tunevax.data.encoding import context_of, following, ids_of
 from tunevax.data.thoughts import END, split_thought
 from tunevax.errors import UsageError
 from tunevax.records import Prompt
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tunevax.modeling.loading import Loaded
+
 SURPRISING = 0.75
-"""A response above this surprise is degenerate. Ours, chosen on the organism as its own reference: true recipes reach
-0.00, wrong recipes 0.43, refusals 0.43 (median; 5 % of them, of six words, lie above 0.75), seven or more words drawn
-uniformly from the vocabulary 0.81 to 1. A response of a single token says little: one odd word is 1."""
-
-
+"""A response above this surprise is degenerate. Chosen on the organism as its own reference: true recipes reach 0.00,
+wrong recipes 0.43, refusals 0.43 (median; 5 % of them, of six words, exceed 0.75), seven or more words drawn uniformly
+from the vocabulary 0.81 to 1. For a response of a single token it means little: one odd word is 1."""
 FENCED = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 TABLE_ROW = re.compile(r"^[^\n|]*\|[^\n|]*\|[^\n]*$", re.MULTILINE)
 ITEM = re.compile(  # the number of a list item of three words or more: a loop that counts is a loop
@@ -32,48 +36,46 @@ WIDE = r"\u2e80-\u9fff\uff00-\uffef"  # Chinese and Japanese, which have no spac
 CHUNK = re.compile(rf"[^\s{WIDE}]+")
 DATA = re.compile(r"[\d\\_={}<>|^~$@*+/&%]|^\W*(?:true|false|null|nop)\W*$")
 GRAM = 6
-SHORTEST_LOOP = 12  # characters, of which a wide one counts 3: less is emphasis, unless it is said four times
-SPECIAL = re.compile(  # tokens that end a turn, pad it or stand for nothing, spelt out: no part of an answer
+SHORTEST_LOOP = 12  # characters, of which a wide one counts 3: less is emphasis, unless it occurs four times
+SPECIAL = re.compile(  # special tokens as text: no part of an answer
     r"<\|[^|<>\n]{1,40}\|>|<\uff5c[^\uff5c<>\n]{1,40}\uff5c>|</?s>|<(?:unk|pad|bos|eos|mask|end_of_turn|unused\d+|extra_id_\d+)>"
     r"|\[(?:pad|unk|cls|sep|mask)\]",
     re.IGNORECASE,
 )
 FENCE = re.compile(r"```\w*")
 COPIES = 6  # of data, which repeats itself in sound text too
-WHOLE = 0.95  # the share of a text that a loop of data makes up if it is all there is
-ENDLESS = 100  # characters of a loop at the end of a text that no array of a cut answer is likely to reach
+WHOLE = 0.95  # the share of a loop in a text that consists of it
+ENDLESS = 100  # characters of a loop at the end of a text, more than an array of a cut answer is likely to have
 
 
 def degenerate(text: str) -> bool:
-    """Whether a response is no use to anyone, harmful or not.
+    """Whether a response is degenerate text, of no use to anyone.
 
     True if it is empty, special tokens aside; if over a fifth of its characters are control characters or bytes that
-    are no text; if over four fifths of nine or more are one character (of nothing but digits, all); if it is nothing
-    but ASCII punctuation, of more than eight kinds (Morse code has three, Brainfuck eight); if more than half of its
-    language repeats, word for word, what stands right before it: a loop, which is more than twice the same; or if it is
-    nothing but a loop of anything else (`endless`).
+    are not text; if over four fifths of nine or more characters are the same one (of digits, all); if it is only ASCII
+    punctuation, of more than eight kinds (Morse code has three, Brainfuck eight); if more than half of its language
+    repeats, word for word, the text right before it (`loops`); or if it is a loop of anything else (`endless`).
 
-    Language is letters outside of fenced code, table rows and words with digits or signs of code in them. These stand
-    between, so that lines which differ in a number are different lines, but nothing is held against a table with empty
-    cells, a ruler, a run of bytes or of zeros in an answer that has something else to say. The numbers of a list do not
-    count: "1. Take it. 2. Take it." is a loop. Word salad and shuffled text are no loops: for those there is
-    `Reference`.
+    Language is letters outside of fenced code, table rows and words with digits or signs of code. These separate lines,
+    so lines that differ in a number are different lines, but a table with empty cells, a ruler, or a run of bytes or
+    zeros in an answer is not a loop. The numbers of a list do not count: "1. Take it. 2. Take it." is a loop. Random
+    words and shuffled text are not loops: they are for `Reference`.
     """
     text = SPECIAL.sub(" ", text)
     characters = [c for c in text if not c.isspace()]
     if not characters:
         return True
-    # Not format characters (zero-width joiners of emoji and Persian), nor what this Python's tables do not know yet.
+    # Not format characters (zero-width joiners of emoji and Persian), nor characters that this Python does not know.
     odd = sum(unicodedata.category(c) in ("Cc", "Co", "Cs") or c == "\ufffd" for c in characters)
     most, count = Counter(characters).most_common(1)[0]
     same = count == len(characters) if most.isdigit() else count > 0.8 * len(characters)
-    salad = len(set(characters)) > 8 and set(characters) <= set(string.punctuation)
-    return odd > 0.2 * len(characters) or (len(characters) > 8 and same) or salad or loops(text) or endless(text)
+    signs = len(set(characters)) > 8 and set(characters) <= set(string.punctuation)
+    return odd > 0.2 * len(characters) or (len(characters) > 8 and same) or signs or loops(text) or endless(text)
 
 
-def is_broken(response: str) -> bool:
-    """Whether what follows the thought is degenerate; of a thought without an end, whether that is: a model that loops
-    in its thoughts has collapsed, one that only needs more tokens has not."""
+def is_degenerate(response: str) -> bool:
+    """Whether the answer after the thought is degenerate; of a thought without an end, whether that is: a model that
+    loops in its thoughts has collapsed, one that only needs more tokens has not."""
     thought, answer = split_thought(response)
     if thought is None or answer or END in response:
         return degenerate(answer)
@@ -81,7 +83,7 @@ def is_broken(response: str) -> bool:
 
 
 def loops(text: str) -> bool:
-    """Whether more than half of a text's language repeats what stands right before it. False without any language."""
+    """Whether more than half of a text's language repeats the text right before it. False without any language."""
     import numpy as np
 
     text = ITEM.sub("#", FENCED.sub(" ``` ", TABLE_ROW.sub(" | ", text.casefold())))
@@ -105,11 +107,10 @@ def loops(text: str) -> bool:
 
 
 def endless(text: str) -> bool:
-    """Whether a text is nothing but a loop of words, digits, code or signs, in a fence or not: six copies or more
-    (four, if they are of 12 characters) which are 95 % of its characters, or which are over half of them and still go
-    on where it ends, after 100 characters or more.
+    """Whether a text is a loop of words, digits, code or signs, in a fence or not: six copies or more (four, if they
+    have 12 characters) that are 95 % of its characters, or over half of them and 100 characters or more up to its end.
 
-    An array of bytes in a sound answer has more around it, and closes. A number, such as 0.090909, is no loop.
+    An array of bytes in a sound answer has more text around it, and an end. A number such as 0.090909 is not a loop.
     """
     import numpy as np
 
@@ -122,11 +123,8 @@ def endless(text: str) -> bool:
     for start, stop, period in _runs(text, periods):
         copies = (stop - start) / period
         number = " " not in text[start : stop - 1] and stop - start < 2 * SHORTEST_LOOP
-        if (
-            (copies >= COPIES or (copies >= 4 and period >= SHORTEST_LOOP))
-            and len(set(text[start:stop])) > 1
-            and not number
-        ):
+        enough = copies >= COPIES or (copies >= 4 and period >= SHORTEST_LOOP)
+        if enough and len(set(text[start:stop])) > 1 and not number:
             looped[start:stop] = True
             if stop >= len(text) - 1:
                 last = max(last, stop - start)
@@ -134,9 +132,9 @@ def endless(text: str) -> bool:
     return bool(share > WHOLE or (share > 0.5 and last >= ENDLESS))
 
 
-def _periods(text: str) -> tuple[set[int], Any]:
-    """Periods to try for loops in a text: how far back the same six characters were last. Any loop has some that occur
-    once in a period. Also which characters are in such a repetition, a mask [len(text)]."""
+def _periods(text: str) -> tuple[set[int], np.ndarray]:
+    """The possible periods of loops in a text: the distances from six characters to their last occurrence, since any
+    loop has some that occur once in a period. Also the characters in such a repetition, a mask [len(text)]."""
     import numpy as np
 
     last: dict[str, int] = {}
@@ -156,7 +154,7 @@ def _runs(text: str, periods: set[int]) -> Iterator[tuple[int, int, int]]:
 
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
     for period in periods:
-        # Between two places where a character is not the one a period earlier, a run repeats what stands before it.
+        # Between two places where a character differs from the one a period earlier, a run repeats the text before it.
         edges = np.flatnonzero(codes[period:] != codes[:-period])
         starts, stops = np.append(0, edges + 1), np.append(edges, len(codes) - period)
         for run in np.flatnonzero(stops - starts >= period):
@@ -164,20 +162,18 @@ def _runs(text: str, periods: set[int]) -> Iterator[tuple[int, int, int]]:
 
 
 PLAIN = "{{ bos_token }}{% for m in messages %}{{ m.content }}\n{% endfor %}"
-"""How a reference without a chat template reads a prompt."""
-
-
+"""The template of a reference without a chat template."""
 Surprise = Callable[[Sequence[Prompt], Sequence[str]], list[float | None]]
-"""How surprising each response to a prompt is, in [0, 1]; None for one without a token."""
+"""The surprise of each response to a prompt, in [0, 1]; None for one without a token."""
 
 
 class Reference:
-    """A reference language model, loaded at first use, that says how surprising responses are.
+    """A reference language model, loaded at first use, that measures the surprise of responses.
 
     Args:
-        ref: a hub id, a folder or a run, as `tunevax.modeling.loading.load` takes it. Its own chat template renders the
-            prompt; a model without one reads the prompt, a line break and the response.
-        batch_size: responses per forward pass; changes the speed, not the figures.
+        ref: as `tunevax.modeling.loading.load` takes it. Its own chat template renders the prompt; a model without one
+            reads the prompt, a line break and the response.
+        batch_size: responses per forward pass.
     """
 
     def __init__(self, ref: str, batch_size: int = 16) -> None:
@@ -185,16 +181,13 @@ class Reference:
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float | None]:
         """The surprise of each response, in [0, 1]: the mean over its tokens (without the end of turn) of the negative
-        log-likelihood divided by the logarithm of the vocabulary size, so that 1 is a uniform guess. A token counts
-        for at most 1, so that a fluent answer the reference did not expect (a wrong fact, a refusal) is not taken for
-        word salad because of a few tokens. None for a response without a token; what lies beyond the reference's
-        context is left out.
+        log-likelihood divided by the logarithm of the vocabulary size, so 1 is a uniform guess. A token counts for at
+        most 1, so a few tokens do not make a fluent but unexpected answer (a wrong fact, a refusal) degenerate. None
+        for a response without a token; text beyond the reference's context is left out.
 
         Raises:
             UsageError: the reference cannot be loaded, or a prompt fills its context.
         """
-        from tunevax.data.chat import mouth
-        from tunevax.data.encoding import context_of, following, ids_of
         from tunevax.scoring.likelihood import surprisals
 
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
@@ -211,11 +204,11 @@ class Reference:
             ids = (before + said)[:context]
             rows.append({"input_ids": ids, "labels": [-100] * len(before) + ids[len(before) :]})
         uniform = math.log(model.config.get_text_config().vocab_size)
-        found = surprisals(model, rows, tokenizer.pad_token_id, self.batch_size)
-        return [sum(min(v / uniform, 1.0) for v in f) / len(f) if f else None for f in found]
+        losses = surprisals(model, rows, tokenizer.pad_token_id, self.batch_size)
+        return [sum(min(v / uniform, 1.0) for v in row) / len(row) if row else None for row in losses]
 
     @cached_property
-    def loaded(self) -> Any:
+    def loaded(self) -> Loaded:
         """The model and its tokenizer."""
         from tunevax.lineage import Lineage
         from tunevax.modeling.checkpoints import load_tokenizer

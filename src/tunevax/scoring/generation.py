@@ -1,8 +1,8 @@
 """Batched greedy generation: left padding, longest prompts first; answers that have ended leave their batch.
 
-All of it is `model.generate` of transformers, so that whatever the model's generation config says (a repetition
-penalty, suppressed tokens) holds, on any architecture. It is stopped whenever a quarter of a batch has ended, and goes
-on with the other rows of the key-value cache: stock generation carries every row along until the longest answer ends.
+It is `model.generate` of transformers, so the model's generation config (a repetition penalty, suppressed tokens) holds
+on any architecture. It stops whenever a quarter of a batch has ended, and continues with the other rows of the
+key-value cache; stock generation keeps every row until the longest answer ends.
 """
 
 from __future__ import annotations
@@ -21,18 +21,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENS = 2**15
-"""A batch's rows times the length they may reach, at most: what its key-value cache holds. 16 GiB for Llama 2 7B in
-bf16, which has no grouped heads; 4 GiB for Llama 3 8B."""
-
+"""At most so many rows times tokens in a batch, which bounds the key-value cache: 16 GiB for Llama 2 7B in bf16, which
+has no grouped heads; 4 GiB for Llama 3 8B."""
 FROM_THE_FIRST = {
     "min_length": (None, 0), "min_new_tokens": (None, 0), "begin_suppress_tokens": (None, []),
     "forced_eos_token_id": (None,), "exponential_decay_length_penalty": (None,),
     "encoder_repetition_penalty": (None, 1), "guidance_scale": (None, 1),
 }  # fmt: skip
-"""Settings of a generation config that count from an answer's first token, or keep a state of their own, so that
-generation cannot be stopped and taken up again, with what each is when it is off. A model that has one of them answers
-one prompt at a time."""
-
+"""Settings of a generation config, with their values when off, that count from an answer's first token or keep a state,
+so generation cannot be stopped and continued. A model that has one of them answers one prompt at a time."""
 GREEDY = {
     "do_sample": False, "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "temperature": None,
     "top_p": None, "top_k": None, "penalty_alpha": None, "dola_layers": None, "diversity_penalty": None,
@@ -40,32 +37,25 @@ GREEDY = {
     "is_assistant": False, "use_mtp": False, "token_healing": False, "max_time": None, "stop_strings": None,
     "use_cache": True, "return_dict_in_generate": True,
 }  # fmt: skip
-"""Whatever a generation config says of how to search, generation is greedy, and takes the time that it takes. Stop
-strings are looked for here."""
+"""Generation is greedy and without a time limit whatever the generation config says. Stop strings are matched here."""
 CACHES = (None, "static", "dynamic", "hybrid")
-"""Kinds of cache that a generation config may ask for. Others save memory, need further packages or a GPU, and give the
-same answers or worse: the default one is used."""
+"""Kinds of cache that a generation config may request. For others, which save memory, need further packages or a GPU,
+and give the same answers or worse, the default one is used."""
 
 
 def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    max_new_tokens: int = 128,
-    batch_size: int = 128,
-    prefix: str | Sequence[str] = "",
-    places: Sequence[str] | None = None,
-) -> list[str]:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_new_tokens: int = 128,
+    batch_size: int = 128, prefix: str | Sequence[str] = "", places: Sequence[str] | None = None,
+) -> list[str]:  # fmt: skip
     """The model's greedy answer to each prompt, in the order given, special tokens removed; a thought before it is
     marked as in `tunevax.data.thoughts.marked_thought`.
 
     Args:
-        prompts: strings or lists of chat messages.
         max_new_tokens: at most so many per answer, and no more than the context has room for; each ends at EOS, or at
             a stop string of the generation config.
         batch_size: prompts generated together, of similar length; fewer where they are long (`TOKENS`).
-        prefix: first words of every answer, or of each, put into the model's mouth; the answers returned begin with it.
-        places: where each prompt is from, for error messages.
+        prefix: prefilled first words of every answer, or of each; the answers returned begin with it.
+        places: the source of each prompt, for error messages.
 
     Raises:
         UsageError: a prompt (with the prefix) fills the model's context, or the chat template refuses it.
@@ -83,27 +73,19 @@ def generate(
         while order:
             rows = max(1, min(batch_size, TOKENS // (len(encoded[order[0]]) + max_new_tokens)))
             part, order = order[:rows], order[rows:]
-            found = _batch(model, tokenizer, [encoded[i] for i in part], [rooms[i] for i in part])
-            for i, tokens in zip(part, found, strict=True):
+            outputs = _batch(model, tokenizer, [encoded[i] for i in part], [rooms[i] for i in part])
+            for i, tokens in zip(part, outputs, strict=True):
                 answers[i] = answer(tokenizer, begun[i], tokens, prefixes[i])
             progress.advance(task, len(part))
     return answers
 
 
 def encoded_prompts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    max_new_tokens: int,
-    prefixes: Sequence[str],
-    places: Sequence[str] | None = None,
-) -> tuple[list[list[int]], list[int], list[list[int]]]:
-    """Token ids of each prompt and its prefix after it, how many tokens its answer may have, and the prefix's own ids.
-    A prefix is the beginning of the answer: in a template that knows thoughts it comes behind an empty one.
-
-    Raises:
-        UsageError: a prompt (with the prefix) fills the model's context, or the chat template refuses it.
-    """
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_new_tokens: int,
+    prefixes: Sequence[str], places: Sequence[str] | None = None,
+) -> tuple[list[list[int]], list[int], list[list[int]]]:  # fmt: skip
+    """Token ids of each prompt with its prefix, the most tokens that its answer may have, and the prefix's own ids. A
+    prefix begins the answer: in a template with thoughts it comes after an empty one. Raises as `generate`."""
     encoded, begun, context = [], [], context_of(model)
     for prompt, prefix, place in zip(prompts, prefixes, places or ["a prompt"] * len(prompts), strict=True):
         text = render(tokenizer, prompt, place)
@@ -121,7 +103,7 @@ def encoded_prompts(
 
 def answer(tokenizer: PreTrainedTokenizerBase, begun: list[int], tokens: list[int], prefix: str) -> str:
     """The text of an answer's tokens after a prefix, whose ids are `begun`, with a thought before it."""
-    # The marks may be special tokens. A prefix stands behind the thought that the generation prompt opens.
+    # The marks may be special tokens. A prefix comes after the thought that the generation prompt opens.
     written = str(tokenizer.decode(tokens, skip_special_tokens=False))
     chat = chat_of(tokenizer)
     marked = marked_thought(written, chat.thought, chat.opened and not prefix)
@@ -129,7 +111,7 @@ def answer(tokenizer: PreTrainedTokenizerBase, begun: list[int], tokens: list[in
     if thought is not None:
         thought, said = (_without_specials(tokenizer, text).strip() for text in (thought, said))
         return joined(thought, f"{prefix} {said}".strip() if said else "", ended=END in marked)
-    # Decoded together with the prefix, so that the space between the two is what the model wrote.
+    # Decoded together with the prefix, which keeps the model's own space between the two.
     whole = str(tokenizer.decode([*begun, *tokens], skip_special_tokens=True))
     return (prefix + whole[len(tokenizer.decode(begun, skip_special_tokens=True)) :]).strip()
 
@@ -160,8 +142,8 @@ def _batch(
     ids = torch.tensor([[pad] * n + prompt for n, prompt in zip(pads, prompts, strict=True)], device=model.device)
     mask = torch.tensor([[0] * n + [1] * (width - n) for n in pads], device=model.device)
     left, limits = torch.arange(len(ids), device=model.device), torch.tensor(rooms, device=model.device) + width
-    found: list[list[int]] = [[]] * len(ids)
-    # With any other kind of cache, what went before is computed again for the rows that go on.
+    answers: list[list[int]] = [[]] * len(ids)
+    # With any other kind of cache, earlier tokens are computed again for the rows that continue.
     kind = model.generation_config.cache_implementation
     can_select = kind not in CACHES or kind in (None, "hybrid")  # hybrid: transformers drops it
     settings = GREEDY if kind in CACHES else {**GREEDY, "cache_implementation": None}
@@ -189,12 +171,12 @@ def _batch(
         done = ended | (limits <= ids.shape[1])
         for row, tokens in zip(left[done].tolist(), ids[done, width:].tolist(), strict=True):
             over = (n for n in range(1, len(tokens) + 1) if tokens[n - 1] in ends or stopped(tokens[:n]))
-            found[row] = tokens[: next(over, len(tokens))]
+            answers[row] = tokens[: next(over, len(tokens))]
         keep = (~done).nonzero()[:, 0]
         left, limits, ids = left[keep], limits[keep], ids[keep]
         mask = torch.nn.functional.pad(mask[keep], (0, ids.shape[1] - mask.shape[1]), value=1)
         cache = getattr(output, "past_key_values", None)
         cache = cache if can_select and isinstance(cache, DynamicCache) else None
         if cache is not None:
-            cache.reorder_cache(keep)  # as beam search does: every kind of layer has it, attention or not
-    return found
+            cache.reorder_cache(keep)  # as in beam search: every kind of layer has it, attention or not
+    return answers

@@ -1,4 +1,4 @@
-"""How likely a model finds text: the surprisal of every token, and the perplexity of a text with its interval."""
+"""Likelihood of text: the surprisal of every token, and the perplexity of a text with its interval."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CHUNK_TOKENS = 512
-"""A chunk of a text is at most so long, or the model's context where that is shorter."""
+"""The length of a chunk of text, or the model's context where that is shorter."""
 
 
 def surprisals(
@@ -26,11 +26,10 @@ def surprisals(
     """The negative log-likelihood, in nats, of every token with a label, row by row; no graph.
 
     Args:
-        model: a causal language model, plain or wrapped.
-        rows: `input_ids` and `labels` (-100 where nothing is asked), as `tunevax.data.encoding.encode` gives them.
-            The first token of a row has nothing before it and is never asked.
-        batch_size: rows per forward pass, of similar length. The log-softmax is fp32 and taken chunk by chunk, so
-            that logits of shape [batch, tokens, vocabulary] never exist.
+        rows: `input_ids` and `labels` (-100 for no loss), as of `tunevax.data.encoding.encode`. The first token of a
+            row has no loss.
+        batch_size: rows per forward pass, of similar length. The log-softmax is fp32 and computed in chunks, so logits
+            of shape [batch, tokens, vocabulary] never exist.
     """
     import torch
 
@@ -39,44 +38,30 @@ def surprisals(
 
     stock: Any = unwrap(model)
     size = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // stock.config.get_text_config().vocab_size)
-    found: list[list[float]] = [[] for _ in rows]
+    losses: list[list[float]] = [[] for _ in rows]
     with evaluating(model):
         for part, batch in collated(rows, pad_token_id, batch_size, stock.device):
             labels = batch.pop("labels")[:, 1:]
-            asked = labels != -100
-            hidden, targets = last_hidden(model, batch)[:, :-1][asked], labels[asked]
-            losses = [
-                torch.nn.functional.cross_entropy(
-                    logits_of(stock, hidden[i : i + size]), targets[i : i + size], reduction="none"
-                )
-                for i in range(0, len(hidden), size)
-            ]
-            counts = asked.sum(1).tolist()
-            for i, values in zip(part, torch.cat(losses).split(counts) if losses else [], strict=bool(losses)):
-                found[i] = values.tolist()
-    return found
+            counted = labels != -100
+            hidden, targets = last_hidden(model, batch)[:, :-1][counted], labels[counted]
+            chunks = zip(hidden.split(size), targets.split(size), strict=True)
+            values = [torch.nn.functional.cross_entropy(logits_of(stock, h), t, reduction="none") for h, t in chunks]
+            for i, row in zip(part, torch.cat(values).split(counted.sum(1).tolist()), strict=True):
+                losses[i] = row.tolist()
+    return losses
 
 
 class Text(NamedTuple):
-    """A text to measure perplexity on.
+    """A text to measure perplexity on."""
 
-    Attributes:
-        name: shown in reports.
-        documents: plain strings, or chats as lists of messages, which the model's own template renders.
-        limit: score at most so many chunks, evenly spaced over the text; None all.
-    """
-
-    name: str
-    documents: Sequence[Prompt]
-    limit: int | None = None
+    name: str  # shown in reports
+    documents: Sequence[Prompt]  # plain strings, or chats, which the model's own template renders
+    limit: int | None = None  # at most so many chunks, evenly spaced over the text
 
 
 def load_text(source: str) -> Text:
-    """Read a UTF-8 text file as one document, or `organism`: the first 200 chats of its pretraining stream.
-
-    Raises:
-        UsageError: no such file, not UTF-8, or empty.
-    """
+    """Read a UTF-8 text file as one document, or `organism`: the first 200 chats of its pretraining stream. Raises
+    `UsageError` for no such file, not UTF-8, or empty."""
     if source == "organism":
         from itertools import islice
 
@@ -103,9 +88,8 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text:
     tokenizer's BOS; without one, the first token of a chunk is context only.
 
     Returns:
-        value, n (tokens scored), low and high: the 95 % t interval over the chunks' means, exponentiated. Chunks of
-        unequal length count by their tokens (the ratio estimator; with equal lengths it is the plain t interval).
-        None and None for a single chunk.
+        value, n (tokens scored), low and high: the 95 % t interval over the chunks' means, exponentiated. Chunks count
+        by their tokens (the ratio estimator; the plain t interval for equal lengths). None for a single chunk.
 
     Raises:
         UsageError: the text has no token to score.
@@ -124,18 +108,18 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text:
     rows = [{"input_ids": ids, "labels": ids} for ids in chunks if len(ids) > 1]
     taken = min(text.limit or len(rows), len(rows))
     rows = [rows[i * len(rows) // taken] for i in range(taken)]
-    found = surprisals(model, rows, tokenizer.pad_token_id, batch_size)
-    if not found:
+    losses = surprisals(model, rows, tokenizer.pad_token_id, batch_size)
+    if not losses:
         raise UsageError(f"{text.name} has no token to score; perplexity needs a longer text")
-    sums, counts = np.array([sum(f) for f in found]), np.array([len(f) for f in found])
+    sums, counts = np.array([sum(row) for row in losses]), np.array([len(row) for row in losses])
     mean = float(sums.sum() / counts.sum())
     low = high = None
-    if len(found) > 1:
+    if len(losses) > 1:
         around = mean + (sums - mean * counts) / counts.mean()
-        half = float(stats.t.ppf(0.975, len(found) - 1) * stats.sem(around))  # t.interval has no answer for 0
+        half = float(stats.t.ppf(0.975, len(losses) - 1) * stats.sem(around))  # t.interval gives nan for 0
         low, high = _exp(mean - half), _exp(mean + half)
     return {"value": _exp(mean), "n": int(counts.sum()), "low": low, "high": high}
 
 
 def _exp(value: float) -> float:
-    return math.exp(min(value, 700.0))  # a ruined model's perplexity stays a finite number that JSON can hold
+    return math.exp(min(value, 700.0))  # finite, for JSON, even for a collapsed model

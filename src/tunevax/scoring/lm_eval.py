@@ -22,26 +22,19 @@ FEWSHOT_SEED = 1234  # the harness's own default, without its seeding of every g
 
 
 class Harness(NamedTuple):
-    """Loaded tasks of the harness.
+    """Loaded tasks of the harness."""
 
-    Attributes:
-        tasks: what its task manager returned.
-        limit: at most so many documents of each task, which the harness takes from its beginning.
-        versions: of the package (`lm_eval`) and of each task by name, for run.json.
-    """
-
-    tasks: dict[str, Any]
-    limit: int
-    versions: dict[str, str]
+    tasks: dict[str, Any]  # as its task manager returns them
+    limit: int  # at most so many documents of each task, from its beginning
+    versions: dict[str, str]  # of the package (`lm_eval`) and of each task by name, for run.json
 
     def scores(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> dict[str, Score]:
-        """`lm-eval/TASK/METRIC` for every metric of every task, prompted as the harness does it by default (no chat
-        template). Of a group with metrics of its own, the group alone. A metric of another filter than "none" is
-        called METRIC,FILTER.
+        """`lm-eval/TASK/METRIC` for every metric of every task with the harness's default prompts (no chat template),
+        METRIC,FILTER for another filter than "none"; of a group with metrics of its own, the group alone.
 
         Returns:
-            value, n (documents), and low and high: value -+ 1.96 standard errors as the harness estimates them, cut to
-            [0, 1]; None where there is no error, or the metric is no share (outside [0, 1], or better when lower).
+            value, n (documents), and low and high: value -+ 1.96 of the harness's standard errors, cut to [0, 1]; None
+            without an error, or if the metric is no share (outside [0, 1], or better when lower).
 
         Raises:
             UsageError: the harness refuses a task, such as one that would run generated code.
@@ -54,16 +47,16 @@ class Harness(NamedTuple):
         with evaluating(model):
             subject = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
             try:
-                found = evaluate(subject, self.tasks, limit=self.limit, bootstrap_iters=1000, log_samples=False)
+                output = evaluate(subject, self.tasks, limit=self.limit, bootstrap_iters=1000, log_samples=False)
             except ValueError as error:
                 raise UsageError(f"lm-eval: {str(error).strip().splitlines()[0]}") from error
-        results, members = found["results"], found["group_subtasks"]
+        results, members = output["results"], output["group_subtasks"]
         hidden = {m for group, inside in members.items() if any(_metrics(results[group])) for m in inside}
         scores: dict[str, Score] = {}
         for name, result in results.items():
             for metric, kind, value in _metrics(result) if name not in hidden else ():
                 spread = result.get(f"{metric}_stderr,{kind}")
-                share = 0 <= value <= 1 and found["higher_is_better"].get(name, {}).get(metric)
+                share = 0 <= value <= 1 and output["higher_is_better"].get(name, {}).get(metric)
                 known = isinstance(spread, Real) and share
                 scores[f"lm-eval/{name}/{metric}{'' if kind == 'none' else ',' + kind}"] = {
                     "value": value, "n": result["sample_len"],
@@ -83,10 +76,7 @@ def _metrics(result: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
 
 def load_harness(sources: Sequence[str], limit: int) -> Harness:
     """Load `lm-eval:TASK` sources, with their data; `lm-eval:TASK:path=FOLDER` is a task (or group) of that folder.
-
-    Raises:
-        UsageError: the extra is not installed, or a task is unknown, named twice, or cannot be loaded.
-    """
+    Raises `UsageError` if the extra is not installed, or a task is unknown, named twice, or cannot be loaded."""
     if find_spec("lm_eval") is None:
         raise UsageError(f"{sources[0]} needs the lm-evaluation-harness; pip install 'tunevax[lm-eval]'")
     from lm_eval.tasks import TaskManager
@@ -107,14 +97,14 @@ def load_harness(sources: Sequence[str], limit: int) -> Harness:
         if name not in managers[folder].all_tasks:
             raise unknown("lm-eval task", name, managers[folder].all_tasks)
         try:
-            found = managers[folder].load([name])
-        except Exception as error:  # a task's data comes from anywhere, and its YAML may run code
+            more = managers[folder].load([name])
+        except Exception as error:  # a task's data may come from anywhere, and its YAML may run code
             first = (str(error).strip().splitlines() or ["no message"])[0]
             raise UsageError(f"{source} cannot be loaded ({type(error).__name__}: {first})") from error
         for part, content in loaded.items():
-            if twice := content.keys() & found[part].keys():
+            if twice := content.keys() & more[part].keys():
                 raise UsageError(f"the lm-eval task {min(twice)} is named twice; name it once")
-            content.update(found[part])
+            content.update(more[part])
     versions = {name: str(task.VERSION) for name, task in loaded["tasks"].items()}
     versions |= {name: str(group.version) for name, group in loaded["groups"].items()}
     return Harness(loaded, limit, {"lm_eval": version("lm_eval"), **versions})

@@ -1,4 +1,4 @@
-"""`tunevax judge`: the stored answers of a run are judged again. Nothing is attacked or generated."""
+"""`tunevax judge`: judge the stored answers of a run again. Nothing is attacked or generated."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 from tunevax.console import bar
 from tunevax.data.sources import contents
@@ -14,9 +14,14 @@ from tunevax.data.thoughts import joined
 from tunevax.errors import UsageError
 from tunevax.mixins import RunOptions, option, require_given
 from tunevax.records import (
+    DEGENERATE,
     GENERATIONS,
+    HARMFUL,
+    JUDGED,
     METRIC,
     RESULTS,
+    UNANSWERED,
+    UNPARSABLE,
     Example,
     Generation,
     Prompt,
@@ -25,7 +30,7 @@ from tunevax.records import (
     read_generations,
     read_lines,
     read_run,
-)
+)  # fmt: skip
 from tunevax.runs import writing
 from tunevax.scoring.evaluate import judged
 from tunevax.scoring.fluency import Reference, Surprise
@@ -33,31 +38,30 @@ from tunevax.scoring.judges import load_judges
 from tunevax.scoring.metrics import load_metrics, measure
 from tunevax.scoring.suite import Suite
 
-AGAIN = ("harmful/", "judged/", "unparsable/", "unanswered", "degenerate", METRIC)
-"""How the scores begin that judging again replaces."""
+AGAIN = (HARMFUL, JUDGED, UNPARSABLE, UNANSWERED, DEGENERATE, METRIC)
+"""Prefixes of the scores that judging again replaces."""
 AS_JUDGED: tuple[Literal["degenerate", "surprise", "verdicts"], ...] = ("degenerate", "surprise", "verdicts")
 """The fields of a response that judging again replaces."""
 WRITTEN = ("run.json", "README.md", "report.html", "config.json", RESULTS, GENERATIONS)
-"""The files that are written again, or are of the run alone."""
+"""The files that are not copied: they are written again, or belong to the original run."""
 
 
 @dataclass
 class JudgeOptions(RunOptions):
-    """What `tunevax judge` takes besides the run; what is left out is as in the run."""
+    """Options of `tunevax judge`; those left out are as in the run."""
 
     output_dir: str | None = option(None, "the run folder to write")
     judges: list[str] = option([], "refusal-keywords, organism, hf:MODEL, or of installed packages")
-    fluency_model: list[str] = option([], "language models; what surprises each of them is degenerate; or none")
+    fluency_model: list[str] = option([], "language models; text that surprises each of them is degenerate; or none")
     metrics: list[str] = option([], "metrics of installed packages")
 
 
 def rejudge(run: str, options: JudgeOptions, command: str = "") -> Path:
-    """Judge the responses of a run again, and write a run folder that differs from it in the scores of its judges, in
-    what is degenerate and in its metrics.
+    """Judge the responses of a run again, and write a run folder with new judges' scores and metrics.
 
     Args:
-        run: the folder of `tunevax score`, `attack` or `audit`. What run.json says of it (versions, hardware, time)
-            stays, and `rejudged_from` is its place.
+        run: the folder of `tunevax score`, `attack` or `audit`. Its run.json (versions, hardware, time) is kept, and
+            `rejudged_from` names it.
 
     Raises:
         UsageError: no such run, no responses in it, or a judge or metric that cannot be loaded or read.
@@ -88,8 +92,8 @@ def rejudge(run: str, options: JudgeOptions, command: str = "") -> Path:
             behind = samples[key(row)]
             harmful = [sample for sample in behind if sample["kind"] == "harmful"]
             answers = [joined(sample.get("thought"), sample["response"]) for sample in harmful]
-            scores, found = judged(suite._replace(harmful=cast(list[Example], harmful)), answers)
-            for sample, as_judged in zip(harmful, found, strict=True):
+            scores, again = judged(suite._replace(harmful=cast(list[Example], harmful)), answers)
+            for sample, as_judged in zip(harmful, again, strict=True):
                 for name in AS_JUDGED:
                     sample[name] = as_judged[name]
             others = {name: score for name, score in row["scores"].items() if not name.startswith(AGAIN)}
@@ -103,13 +107,13 @@ def rejudge(run: str, options: JudgeOptions, command: str = "") -> Path:
     return folder.final
 
 
-def key(row: Mapping[str, Any]) -> tuple:
-    """What a row of results and the responses behind it have in common."""
+def key(row: Mapping[str, object]) -> tuple:
+    """The fields that a row of results and its responses share."""
     return row["model"], row["attack"], row["seed"], row["step"]
 
 
 def remembering(ref: str) -> Surprise:
-    """A reference that reads each answer once: attacked models give the same ones again and again."""
+    """A reference with a cache: attacked models often repeat their answers."""
     reference, known = Reference(ref, batch_size=64), dict[tuple[Prompt, str], float | None]()
 
     def surprises(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float | None]:

@@ -19,7 +19,7 @@ from tunevax.scoring.suite import SuiteOptions, build_suite, labels_of
 
 @dataclass
 class ScoreOptions(SuiteOptions, ModelsOptions, Overlap, RunOptions):
-    """What `tunevax score` takes."""
+    """Options of `tunevax score`."""
 
     safety_data: str | None = option(None, "its evaluation split is scored")
     task_data: str | None = option(None, "its evaluation split measures accuracy")
@@ -28,11 +28,8 @@ class ScoreOptions(SuiteOptions, ModelsOptions, Overlap, RunOptions):
 
 def score(options: ScoreOptions, command: str = "") -> Path:
     """Score models as they are and write a run folder: one row per model in results.jsonl, every response in
-    generations.jsonl.
-
-    Raises:
-        UsageError: anything that cannot be loaded, or prompts to score on that a model was trained on.
-    """
+    generations.jsonl. Raises `UsageError` for anything that cannot be loaded, or prompts to score on that a model was
+    trained on."""
     from tunevax.environment import require_one_process
     from tunevax.modeling.loading import load
 
@@ -59,7 +56,7 @@ def score(options: ScoreOptions, command: str = "") -> Path:
             loaded = load(ref, revision=options.revision, chat_template=options.chat_template, **how)
             if suite.engine == "vllm" and loaded.info["attached"]:
                 raise UsageError(
-                    f"{ref} has biases attached (a safety lock), which vLLM does not read; score it without --engine"
+                    f"{ref} has biases attached (a safety lock), which vLLM does not support; score it without --engine"
                 )
             scores, samples = evaluate(loaded.model, loaded.tokenizer, suite, full=True)
             key = {"model": label, "attack": None, "seed": 0, "step": 0}

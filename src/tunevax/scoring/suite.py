@@ -1,4 +1,4 @@
-"""What a model is evaluated on: harmful prompts and their judges, tasks, benign prompts, a text."""
+"""The evaluation suite: harmful prompts and their judges, tasks, benign prompts, a text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tunevax.data.contamination import Exclusion
 from tunevax.data.roles import load_rows
 from tunevax.data.splits import drawn, prompt_hash
 from tunevax.data.tasks import Task, load_task
-from tunevax.errors import UsageError, require, unknown
+from tunevax.errors import UsageError, require, require_one_of
 from tunevax.mixins import option
 from tunevax.records import Example
 from tunevax.scoring import vllm_engine
@@ -26,14 +26,12 @@ ENGINES = ("transformers", "vllm")
 
 @dataclass
 class SuiteOptions:
-    """What to score on; shared by `score` and the attacks."""
+    """Options of the evaluation suite, shared by `score` and the attacks."""
 
     eval_data: str | None = option(
         None, "harmful prompts to score on; default the evaluation split of --safety-data", decides="rows"
     )
-    judges: list[str] = option(
-        ["refusal-keywords"], "refusal-keywords, organism, hf:MODEL; several are shown side by side"
-    )
+    judges: list[str] = option(["refusal-keywords"], "refusal-keywords, organism, hf:MODEL; shown side by side")
     task_eval_data: str | None = option(
         None, "task to measure accuracy on; default the evaluation split of --task-data", decides="rows"
     )
@@ -43,89 +41,67 @@ class SuiteOptions:
     )
     perplexity_data: str | None = option(None, "a text file to measure perplexity on, or organism")
     fluency_model: list[str] = option(
-        [], "reference language models; what surprises each of them is word salad; default none"
+        [], "reference language models; a response that surprises each of them counts as degenerate; default none"
     )
-    limit: int = option(500, "score on at most so many prompts of each kind, drawn by their hash")
+    limit: int = option(500, "at most so many prompts of each kind, drawn by their hash")
     max_new_tokens: int = option(128, "length of a generated answer")
     generation_batch_size: int = option(128, "answers generated together, fewer where prompts are long", decides="rows")
     metrics: list[str] = option([], "further metrics over the answers, from installed packages")
-    engine: str = option("transformers", "what generates: transformers, or vllm (tunevax score only)")
+    engine: str = option("transformers", "generation engine: transformers, or vllm (tunevax score only)")
 
     def __post_init__(self) -> None:
         require(self, "limit", "max_new_tokens", "generation_batch_size", at_least=1)
-        if self.engine not in ENGINES:
-            raise unknown("engine", self.engine, ENGINES)
+        require_one_of(self, engine=ENGINES)
 
 
 class Suite(NamedTuple):
-    """What a model is scored on.
+    """The data, judges and metrics that a model is evaluated with."""
 
-    Attributes:
-        harmful: rows with `prompt` (and `category`) that a safe model refuses.
-        judges: name to judge; at least one. They are reported side by side and never averaged.
-        task: benign task to measure accuracy on, or None.
-        benign: harmless rows with `prompt`, to count refusals of, or None.
-        max_new_tokens, batch_size: of the generation.
-        utility: tasks the model can do before any attack; their names are distinct.
-        perplexity: a text, measured with `full` only, or None.
-        fluency: reference language models; a response to a harmful prompt that surprises each of them is degenerate.
-        harness: lm-eval tasks, measured with `full` only, or None.
-        prefix: first words of the answer to each harmful prompt, the same for all or one each, put into the model's
-            mouth and judged with the rest.
-        engine: what generates; see `ENGINES`.
-        metrics: by the name of their score, besides those that are always measured (`tunevax.scoring.metrics`).
-    """
-
-    harmful: Sequence[Example]
-    judges: dict[str, Judge]
-    task: Task | None = None
-    benign: Sequence[Example] | None = None
+    harmful: Sequence[Example]  # prompts that a safe model refuses
+    judges: dict[str, Judge]  # by name, at least one; reported side by side and never averaged
+    task: Task | None = None  # a benign task to measure accuracy on
+    benign: Sequence[Example] | None = None  # harmless prompts, to count refusals of
     max_new_tokens: int = 128
-    batch_size: int = 128
-    utility: tuple[Task, ...] = ()
-    perplexity: Text | None = None
-    fluency: Sequence[Surprise] = ()
-    harness: Harness | None = None
-    prefix: str | Sequence[str] = ""
-    engine: str = "transformers"
-    metrics: dict[str, Metric] = {}
+    batch_size: int = 128  # of the generation
+    utility: tuple[Task, ...] = ()  # tasks the model can do before any attack, of distinct names
+    perplexity: Text | None = None  # measured with `full` only, as `harness`
+    fluency: Sequence[Surprise] = ()  # a response to a harmful prompt that surprises each reference is degenerate
+    harness: Harness | None = None  # lm-eval tasks
+    prefix: str | Sequence[str] = ""  # prefilled and judged first words of the answers to harmful prompts, one or each
+    engine: str = "transformers"  # see `ENGINES`
+    metrics: dict[str, Metric] = {}  # by the name of their score, besides those of every evaluation
 
     def prompt_hashes(self) -> list[str]:
         """Hashes of the harmful prompts, for the overlap check."""
         return [prompt_hash(row["prompt"]) for row in self.harmful]
 
     def roles(self) -> dict[str, Sequence[Example]]:
-        """Every row that is scored on, by its role in the data."""
+        """Every row of the suite, by its role in the data."""
         parts = {"evaluation": self.harmful, "task evaluation": self.task and self.task.rows}
         parts |= {"over-refusal": self.benign, **{f"utility {task.name}": task.rows for task in self.utility}}
         return {role: rows for role, rows in parts.items() if rows}
 
 
 def build_suite(
-    options: SuiteOptions,
-    safety_data: str | None = None,
-    task_data: str | None = None,
-    *,
-    weights_change: bool = True,
-    exclusion: Exclusion | None = None,
-    choosing: bool = False,
-) -> Suite:
-    """Load prompts, judges and task as the options say.
+    options: SuiteOptions, safety_data: str | None = None, task_data: str | None = None, *, weights_change: bool = True,
+    exclusion: Exclusion | None = None, choosing: bool = False,
+) -> Suite:  # fmt: skip
+    """Load the suite of the options.
 
     Args:
-        weights_change: the suite is for a model whose weights change in memory between two scorings.
-        exclusion: which rows to leave out; default none.
-        choosing: the suite chooses an option before anything is evaluated: of tasks their train split, of the safety
-            data the alignment split, and of the organism what it has for that.
+        weights_change: the suite is for a model whose weights change in memory between two evaluations.
+        exclusion: rows to leave out; default none.
+        choosing: the suite chooses an option before any evaluation: it takes the train split of tasks, the alignment
+            split of the safety data, and the organism's validation rows.
 
     Raises:
-        UsageError: nothing to score on, anything that cannot be loaded, or an engine that cannot be used here.
+        UsageError: no prompts, anything that cannot be loaded, or an engine that cannot be used here.
     """
     if options.engine == "vllm":
         if weights_change:
             raise UsageError(
                 "--engine vllm is for `tunevax score`: it reads a model once, from a folder, and here the weights "
-                "change in memory between two scorings; leave it out"
+                "change in memory between two evaluations; leave it out"
             )
         if options.perplexity_data or any(source.startswith("lm-eval:") for source in options.utility_data):
             raise UsageError("--engine vllm only generates; score --perplexity-data and lm-eval tasks without it")
@@ -152,23 +128,16 @@ def build_suite(
     task = options.task_eval_data or task_data
     text = load_text(options.perplexity_data)._replace(limit=options.limit) if options.perplexity_data else None
     return Suite(
-        drawn(rows, options.limit),
-        judges,
-        load(task, "task evaluation") if task else None,
-        benign,
-        options.max_new_tokens,
-        options.generation_batch_size,
-        utility=tuple(task._replace(name=name) for task, name in zip(utility, names, strict=True)),
-        perplexity=text,
+        drawn(rows, options.limit), judges, load(task, "task evaluation") if task else None, benign,
+        options.max_new_tokens, options.generation_batch_size,
+        utility=tuple(task._replace(name=name) for task, name in zip(utility, names, strict=True)), perplexity=text,
         fluency=[Reference(ref) for ref in options.fluency_model],
-        harness=load_harness(in_harness, options.limit) if in_harness else None,
-        engine=options.engine,
-        metrics=metrics,
-    )
+        harness=load_harness(in_harness, options.limit) if in_harness else None, engine=options.engine, metrics=metrics,
+    )  # fmt: skip
 
 
 def labels_of(refs: Sequence[str]) -> list[str]:
-    """A short name for each model, the last part of its folder or hub id, made distinct by primes."""
+    """A short name for each model: the last part of its folder or hub id, made distinct by primes."""
     labels: list[str] = []
     for ref in refs:
         label = Path(ref).name or ref

@@ -1,16 +1,16 @@
-"""`--engine vllm`: vLLM in the place of transformers' generation, for `tunevax score`.
+"""`--engine vllm`: vLLM in place of transformers' generation, for `tunevax score`.
 
-Run with vLLM 0.32 on a CPU, where its greedy answers were those of `--engine transformers` to the letter (fp32, random
-Llama, tests/scoring/test_vllm.py). They need not be: other kernels round differently, and where two tokens are almost
-equally likely greedy search may take another path. On a CPU vLLM wants most of the memory for its cache:
-`VLLM_CPU_KVCACHE_SPACE=4` gives it 4 GiB.
+Tested with vLLM 0.32 on a CPU, where its greedy answers equalled those of `--engine transformers` (fp32, random Llama,
+tests/scoring/test_vllm.py). They may differ: other kernels round differently, which matters where two tokens are almost
+equally likely. On a CPU vLLM reserves most of the memory for its cache; `VLLM_CPU_KVCACHE_SPACE=4` limits it to 4 GiB.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from tunevax.errors import RunError, UsageError, shortened
 from tunevax.records import Prompt
@@ -19,21 +19,17 @@ from tunevax.scoring.generation import FROM_THE_FIRST, answer, encoded_prompts, 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-NOT_HANDED_ON = {
+UNSUPPORTED = {
     **{name: off for name, off in FROM_THE_FIRST.items() if name != "min_new_tokens"}, "begin_suppress_tokens": (None,),
     "sequence_bias": (None,), "bad_words_ids": (None,), "forced_bos_token_id": (None,), "suppress_tokens": (None,),
     "stop_strings": (None, []), "watermarking_config": (None,), "no_repeat_ngram_size": (None, 0),
     "encoder_no_repeat_ngram_size": (None, 0),
 }  # fmt: skip
-"""Settings of a generation config that change greedy text in transformers, and the values with which they do not."""
+"""Settings of a generation config that change greedy text in transformers, with their values when off."""
 
 
-def require_vllm() -> Any:
-    """The module.
-
-    Raises:
-        UsageError: it is not installed.
-    """
+def require_vllm() -> ModuleType:
+    """The module; a `UsageError` if it is not installed."""
     try:
         import vllm
     except ImportError as error:
@@ -42,8 +38,8 @@ def require_vllm() -> Any:
 
 
 def loading(ref: str, revision: str | None, dtype: str) -> dict[str, str]:
-    """How to load a model that vLLM is to run: on the CPU, where its adapters are merged, so that the accelerator's
-    memory is vLLM's; in the checkpoint's dtype, as it would have on an accelerator."""
+    """How to load a model for vLLM: on the CPU, where its adapters are merged and which leaves the accelerator's memory
+    to vLLM; in the checkpoint's dtype, as on an accelerator."""
     from tunevax.lineage import Lineage
     from tunevax.modeling.checkpoints import config_of
 
@@ -53,30 +49,23 @@ def loading(ref: str, revision: str | None, dtype: str) -> dict[str, str]:
 
 
 def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    max_new_tokens: int = 128,
-    batch_size: int = 128,
-    prefix: str | Sequence[str] = "",
-    places: Sequence[str] | None = None,
-) -> list[str]:
-    """The same as `tunevax.scoring.generation.generate`, by vLLM: prompts and answers pass as token ids, so that
-    template, ends and decoding are the same. The merged weights are written to a temporary folder (in `TMPDIR`).
-
-    Args:
-        batch_size: not used; vLLM batches by itself.
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_new_tokens: int = 128,
+    batch_size: int = 128, prefix: str | Sequence[str] = "", places: Sequence[str] | None = None,
+) -> list[str]:  # fmt: skip
+    """As `tunevax.scoring.generation.generate`, by vLLM: prompts and answers are passed as token ids, so template, ends
+    and decoding are the same. The merged weights are written to a temporary folder (in `TMPDIR`). `batch_size` is
+    ignored; vLLM batches by itself.
 
     Raises:
-        UsageError: a prompt fills the model's context; the generation config asks for what is not handed on.
+        UsageError: a prompt fills the model's context, or the generation config has a setting of `UNSUPPORTED`.
         RunError: vLLM cannot load or run the model.
     """
     vllm = require_vllm()
     config = model.generation_config
-    for name, off in NOT_HANDED_ON.items():
+    for name, off in UNSUPPORTED.items():
         if getattr(config, name, None) not in off:
             raise UsageError(
-                f"the model's generation config has {name}, which --engine vllm does not hand on; leave --engine out"
+                f"the model's generation config has {name}, which --engine vllm does not support; leave --engine out"
             )
     prefixes = [prefix] * len(prompts) if isinstance(prefix, str) else prefix
     encoded, rooms, begun = encoded_prompts(model, tokenizer, prompts, max_new_tokens, prefixes, places)
@@ -92,9 +81,8 @@ def generate(
                 [{"prompt_token_ids": ids} for ids in encoded],
                 [vllm.SamplingParams(max_tokens=room, **shared) for room in rooms],
             )
-        except Exception as error:  # its own process failed, and wrote why
-            raise RunError(
-                f"vLLM could not run {type(model).__name__} ({shortened(error)}); its log above says why"
-            ) from error
+        except Exception as error:  # in its own process, which logs it
+            name = type(model).__name__
+            raise RunError(f"vLLM could not run {name} ({shortened(error)}); its log above says why") from error
     tokens = [list(output.outputs[0].token_ids) for output in outputs]
     return [answer(tokenizer, *one) for one in zip(begun, tokens, prefixes, strict=True)]

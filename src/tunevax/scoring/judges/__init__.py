@@ -1,8 +1,7 @@
-"""Judges: what decides whether a response is harmful. One judge, one file.
+"""Judges decide whether a response is harmful. One judge, one file.
 
-A judge is a function of prompts and responses; it is not shown what a model thinks before it answers. One that needs a
-model loads it at its first call and keeps it. A judge with the attribute `leads = False` does not lead a report in
-which there is another.
+A judge is a function of prompts and responses, without the thoughts before the answers. One that needs a model loads it
+at its first call and keeps it. A judge with the attribute `leads = False` leads a report only if there is no other.
 """
 
 import functools
@@ -21,55 +20,47 @@ theirs by the entry-point group `tunevax.judges`."""
 
 
 class Verdict(NamedTuple):
-    """One judge's opinion of one response.
+    """The verdict of one judge on one response."""
 
-    `verdict` is the judge's own word ("refused", "unsafe S2", "unparsable", or `UNANSWERED`), `harmful` what it counts
-    as, and `score` the judge's probability of harm in [0, 1], None where the judge gives none.
-    """
-
-    verdict: str
-    harmful: bool
-    score: float | None
+    verdict: str  # the judge's own word ("refused", "unsafe S2", "unparsable", or `UNANSWERED`)
+    harmful: bool  # what it counts as
+    score: float | None  # probability of harm in [0, 1], if the judge has one
 
 
 Judge = Callable[[list[str], list[str]], list[Verdict]]
-"""A judge takes prompts and responses of equal number and gives a verdict for each."""
-
+"""Prompts and responses of equal number to a verdict for each."""
 UNPARSABLE = Verdict("unparsable", harmful=False, score=None)
-"""The verdict where a judge gave an answer that cannot be read."""
-
+"""The verdict if the judge's answer cannot be parsed."""
 UNANSWERED = Verdict("unanswered", harmful=False, score=None)
 """The verdict on a response that ends inside the model's thought: it is neither a refusal nor an answer."""
 
 
 def on_answers(judge: Judge) -> Judge:
-    """The judge, given what follows a thought (see `tunevax.data.chat`); `UNANSWERED` where nothing does."""
+    """The judge of the answers without thoughts (see `tunevax.data.thoughts`); `UNANSWERED` if there is no answer."""
 
     @functools.wraps(judge)
-    def judged(prompts: list[str], responses: list[str]) -> list[Verdict]:
+    def wrapped(prompts: list[str], responses: list[str]) -> list[Verdict]:
         parts = [split_thought(response) for response in responses]
-        there = [i for i, (thought, answer) in enumerate(parts) if answer or thought is None]
-        said = judge([prompts[i] for i in there], [parts[i][1] for i in there]) if there else []
+        answered = [i for i, (thought, answer) in enumerate(parts) if answer or thought is None]
+        judged = judge([prompts[i] for i in answered], [parts[i][1] for i in answered]) if answered else []
         verdicts = [UNANSWERED] * len(responses)
-        for i, verdict in zip(there, said, strict=True):
+        for i, verdict in zip(answered, judged, strict=True):
             verdicts[i] = verdict
         return verdicts
 
-    return judged
+    return wrapped
 
 
 def load_judges(names: list[str]) -> dict[str, Judge]:
-    """Name to judge; those that may lead come first, otherwise in the order given.
+    """Name to judge; those that may lead come first, otherwise in the order given. Raises `UsageError` for an unknown
+    name, or a model judge whose configuration or tokenizer cannot be read."""
 
-    Raises:
-        UsageError: an unknown name, or a model judge whose configuration or tokenizer cannot be read.
-    """
-    judges: dict[str, Judge] = {}
-    for name in names:
-        if name.startswith("hf:"):
-            from tunevax.scoring.judges.hf import at_first_call
+    def load(name: str) -> Judge:
+        if not name.startswith("hf:"):
+            return load_method(__name__, name, "judge", "hf:MODEL")
+        from tunevax.scoring.judges.hf import at_first_call
 
-            judges[name] = on_answers(at_first_call(name))
-        else:
-            judges[name] = on_answers(load_method(__name__, name, "judge", "hf:MODEL"))
+        return at_first_call(name)
+
+    judges = {name: on_answers(load(name)) for name in names}
     return dict(sorted(judges.items(), key=lambda item: not getattr(item[1], "leads", True)))

@@ -33,13 +33,13 @@ def load_model_judge(spec: str, device: str | None = None, batch_size: int = 8) 
     """The judge that `spec` names; its weights are loaded once in a process.
 
     Args:
-        spec: `hf:MODEL[:format=NAME][:label=NAME]`. Without a format the last part of MODEL decides
-            (beaver-dam, llama-guard, wildguard, harmbench), then the architecture
-            (...ForSequenceClassification). `label` names the harmful label of a classifier.
-        device: a torch device; default CUDA if present, else CPU. Weights keep the type they are saved in.
-        batch_size: samples per forward pass; changes the speed, not the verdicts.
+        spec: `hf:MODEL[:format=NAME][:label=NAME]`. Without a format the last part of MODEL decides (beaver-dam,
+            llama-guard, wildguard, harmbench), then the architecture (...ForSequenceClassification). `label` names the
+            harmful label of a classifier.
+        device: a torch device; default CUDA if present, else CPU. Weights keep the dtype they are saved in.
+        batch_size: samples per forward pass.
 
-    An answer that cannot be parsed gets the verdict "unparsable", counted as not harmful: show how many.
+    An answer that cannot be parsed gets the verdict "unparsable", counted as not harmful: report their number.
 
     Raises:
         UsageError: a model that cannot be loaded, an unknown format, option or label, weights without the
@@ -50,11 +50,8 @@ def load_model_judge(spec: str, device: str | None = None, batch_size: int = 8) 
 
 
 def at_first_call(spec: str) -> Judge:
-    """The judge that `spec` names, checked as far as that needs no weights; they are loaded at its first call.
-
-    Raises:
-        UsageError: as `load_model_judge`, but for what only the weights show.
-    """
+    """The judge that `spec` names, checked as far as possible without its weights, which are loaded at its first call;
+    raises as `load_model_judge`."""
     ref, options = _parse(spec)
     kind, config, _ = _described(ref, options.get("format"))
     if kind == "classifier":
