@@ -322,7 +322,10 @@ def run(tmp_path_factory):
     options = {**SHORT, "max_steps": 1, "learning_rate": 0.05}
     config = TVaccineConfig(str(out), gamma=4, probe_size=2, **options)
     return align(
-        TVaccineTrainer, "t-vaccine", AlignOptions("organism", "organism", quantization="nf4", dtype="float32"), config
+        TVaccineTrainer,
+        "t-vaccine",
+        AlignOptions(model="organism", safety_data="organism", quantization="nf4", dtype="float32"),
+        config,
     )
 
 
