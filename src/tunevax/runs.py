@@ -214,7 +214,8 @@ def _refuse_to_lose(run: RunFolder, place: Path) -> None:
             for before in Lineage.of(ref.partition(":")[0]).history:
                 if Path(before.ref).expanduser().absolute().resolve().is_relative_to(place):
                     raise UsageError(
-                        f"--overwrite would remove {run.final}, which {option} needs; choose another --output-dir"
+                        f"--overwrite would remove {run.final}, which --{name.replace('_', '-')} {ref} needs; "
+                        "choose another --output-dir"
                     )
 
 
