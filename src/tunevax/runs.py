@@ -23,7 +23,6 @@ from typing import cast
 from tunevax.environment import hardware, is_main_process, peak_memory, versions
 from tunevax.errors import DENIED, RunError, UsageError, not_written
 from tunevax.lineage import Lineage
-from tunevax.mixins import option
 from tunevax.records import LOG, PROMPTS, RUN, SCHEMA, RunRecord, is_run, read_prompts
 from tunevax.run_lock import RunLock, refuse_if_held
 
