@@ -275,7 +275,7 @@ def _finish(run: RunFolder) -> None:
         for name in SCRATCH[:-1]:
             _remove(place / name)
     if old.exists() and not _remove(old):
-        print(f"note: the replaced run could not be removed; it is {old}", file=sys.stderr)
+        print(f"note: the replaced run could not be removed; it is in {old}", file=sys.stderr)
 
 
 def _unused(path: Path) -> Path:

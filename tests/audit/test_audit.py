@@ -191,7 +191,7 @@ def test_a_kill_while_failed_cells_run_again_loses_nothing(finished, models, tmp
     shutil.rmtree(out / "cells")
     capsys.readouterr()
     assert main(command(models, out)) == 2
-    assert "is by an older tunevax, which kept no cells to go on from; choose another" in capsys.readouterr().err
+    assert "is by an older tunevax, which kept no cells to continue from; choose another" in capsys.readouterr().err
 
 
 @pytest.mark.slow
