@@ -108,7 +108,7 @@ def test_a_reader_that_leaves_stops_the_display_and_not_the_run(monkeypatch):
 
         flush = write
 
-    monkeypatch.setattr(console, "file", Gone())
+    monkeypatch.setattr(console, "_file", Gone())
     console.print("x")
     assert console.quiet
     monkeypatch.setattr(console, "quiet", False)
