@@ -108,10 +108,10 @@ def test_a_reader_that_leaves_stops_the_display_and_not_the_run(monkeypatch):
 
         flush = write
 
+    monkeypatch.setattr(console, "quiet", False)  # restored, whatever the broken pipe makes of it
     monkeypatch.setattr(console, "_file", Gone())
     console.print("x")
     assert console.quiet
-    monkeypatch.setattr(console, "quiet", False)
 
 
 def test_what_is_over_soon_gets_no_line_and_neither_does_nothing(fast, capsys, monkeypatch):
