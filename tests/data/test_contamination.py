@@ -321,9 +321,9 @@ def test_every_cell_of_an_audit_leaves_out_the_same(tmp_path):
         planned()
     found = planned(drop_overlap=True)
     assert not any(n for t in found.targets for pair, n in t["overlap"].items() if pair.endswith("evaluation"))
-    lab = Worker(found.options, found.exclusion, found.suite)
+    worker = Worker(found.options, found.exclusion, found.suite)
     cells = cells_of(found, found.grid, True, True)
-    contexts = [lab.context(cell, str(tmp_path), None) for cell in cells]
+    contexts = [worker.context(cell, str(tmp_path), None) for cell in cells]
     for context in contexts:
         assert rows["evaluation"][0] not in context.suite.harmful and context.suite.harmful
         asked = {row["prompt"] for row in (*context.suite.harmful, *context.suite.task.rows)}

@@ -3,9 +3,13 @@
 import html
 import json
 import re
+import sys
+from importlib.metadata import EntryPoint
+from types import ModuleType
 
 import pytest
 
+from tunevax import methods as library
 from tunevax.cli import main
 from tunevax.organism.world import World
 from tunevax.records import read_lines
@@ -159,3 +163,16 @@ def test_same_folders_same_bytes(runs, tmp_path):
         assert page_of(runs.values(), tmp_path, form) == page_of(runs.values(), tmp_path, form)
     ids = re.findall(r'\bid="([^"]+)"', page_of(runs.values(), tmp_path))
     assert len(ids) == len(set(ids))
+
+
+def test_a_package_shows_the_runs_of_its_own_verb(tmp_path, monkeypatch):
+    module = ModuleType("shown_elsewhere")
+    module.summary = lambda run: f"{run.name}: distilled."
+    module.sections = lambda provenance, figures: []
+    monkeypatch.setitem(sys.modules, "shown_elsewhere", module)
+    entry = EntryPoint("distill", "shown_elsewhere", "tunevax.runs")
+    monkeypatch.setattr(library, "entry_points", lambda group: [entry] if group == entry.group else [])
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text(json.dumps({"schema": 1, "verb": "distill", "name": "student"}))
+    assert "student: distilled." in text_of(page_of([run], tmp_path))

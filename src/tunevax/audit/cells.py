@@ -50,21 +50,21 @@ def cells_of(plan: AuditPlan, chosen: Sequence[Setting], first_seed: bool, other
     scoring = {**decided_by, "data": [e["hash"] for e in plan.data], "tunevax": __version__}
     if plan.exclusion.active:
         scoring["dropped"] = digest(plan.exclusion.summary())
-    runs: list[tuple[Setting | None, dict[str, Any], Traits]] = []
+    runs: list[tuple[Setting | None, dict[str, Any], Traits, dict[str, Any]]] = []
     if first_seed:
         seed = plan.protocol.seeds[0]
-        runs.append((None, {"kind": "none", "attack": None, "attack_hash": None, "settings": {}, "seed": seed}, {}))
+        runs.append((None, {"kind": "none", "attack": None, "attack_hash": None, "settings": {}, "seed": seed}, {}, {}))
     for setting in chosen:
+        values = {k: contents(v) for k, v in setting.values.items()}
         for i, seed in enumerate(setting.seeds):
             if first_seed if i == 0 or setting.named else others:
                 config = build(setting.kind, setting.values, seed, None)
                 hashed = config.setting_hash(setting.kind, drawn_from, evaluation)
                 key = {"kind": setting.kind, "attack": setting.name, "settings": setting.shown, "seed": seed}
-                runs.append((setting, {**key, "attack_hash": hashed}, config.traits))
+                runs.append((setting, {**key, "attack_hash": hashed}, config.traits, values))
     cells: list[AuditCell] = []
     for target in plan.targets:
-        for attack, key, traits in runs:
-            values = {k: contents(v) for k, v in attack.values.items()} if attack else {}
+        for attack, key, traits, values in runs:
             name = digest([target["hash"], target["label"], target["role"], key, values, scoring])
             shown = {"traits": traits} if traits else {}
             cells.append(AuditCell(target, attack, {**key, **shown, "cell": name}, name))

@@ -26,7 +26,7 @@ METHODS = {
     "restore": "tunevax.restoration.show",
     "align": "tunevax.alignment.show",
 }
-"""By verb, the module that shows its runs. Other packages add theirs by the entry-point group `tunevax.report.runs`."""
+"""By verb, the module that shows its runs. Other packages add theirs by the entry-point group `tunevax.runs`."""
 
 
 def sections(provenance: Provenance, figures: bool) -> list[Section]:
