@@ -12,6 +12,8 @@ from pathlib import Path
 from tunevax.console import as_bytes
 from tunevax.errors import UsageError
 
+GGUF = ".gguf"
+"""The ending of a file that holds a whole model, as llama.cpp and Ollama use it."""
 ADAPTER = "adapter_config.json"
 """The file of a PEFT adapter folder."""
 BIASES = "bias.safetensors"
@@ -40,34 +42,43 @@ def damage(file: Path) -> str | None:
                 return f"{file} is cut short or no safetensors file ({size} bytes); download it again"
             if 8 + length + end > size:
                 return f"{file} is cut short: {size} of {8 + length + end} bytes; download it again"
+        elif file.suffix == GGUF and not start.startswith(b"GGUF"):
+            return f"{file} is no GGUF file (it does not begin with GGUF); download it again"
         elif file.suffix == ".bin" and not start.startswith(b"\x80") and not zipfile.is_zipfile(file):
             return f"{file} is cut short or no PyTorch file ({size} bytes); download it again"
     return None
 
 
 def model_hash(base: str) -> str | None:
-    """16 hexadecimal digits over the config of a model or adapter and, of each weight file, name, size and content.
-    None for a hub id, which its revision identifies.
+    """16 hexadecimal digits over the config of a model or adapter and, of each weight file, name, size and content;
+    over a GGUF file, which has both. None for a hub id, which its revision identifies.
 
     A file is read once in a process, 0.8 s per GB. Earlier versions left the middle of files over 2 MiB out; controls
     and locks of their runs are refused as those of another base.
     """
-    folder = Path(base)
-    if not folder.is_dir():
+    path = Path(base)
+    if path.suffix == GGUF and path.is_file():
+        return _content_of(path).hex()[:16]
+    if not path.is_dir():
         return None
     sha = hashlib.sha256()
     names = ("config.json", "adapter_config.json", "*.safetensors", "*.bin")
-    for file in sorted(file for name in names for file in folder.glob(name)):
+    for file in sorted(file for name in names for file in path.glob(name)):
         state = file.stat()
         sha.update(f"{file.name} {state.st_size}".encode())
         if state.st_size > 2**21:
-            sha.update(_content_hash(file.absolute(), state.st_size, state.st_mtime_ns, state.st_ctime_ns))
+            sha.update(_content_of(file))
             continue
         with file.open("rb") as content:  # two overlapping halves, as in earlier versions
             sha.update(content.read(2**20))
             content.seek(max(0, state.st_size - 2**20))
             sha.update(content.read())
     return sha.hexdigest()[:16]
+
+
+def _content_of(file: Path) -> bytes:
+    state = file.stat()
+    return _content_hash(file.absolute(), state.st_size, state.st_mtime_ns, state.st_ctime_ns)
 
 
 @lru_cache(maxsize=1024)

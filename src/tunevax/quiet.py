@@ -10,7 +10,7 @@ import warnings
 SETTINGS = {
     "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "DATASETS_VERBOSITY": "error",
     "HF_HUB_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "VLLM_LOGGING_LEVEL": "ERROR",
-    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TORCH_CPP_LOG_LEVEL": "ERROR", "TQDM_DISABLE": "1",
 }  # fmt: skip
 """Environment variables that libraries read when they are imported; variables that are set already stay."""
 CHATTERS = ("transformers", "datasets", "huggingface_hub", "accelerate", "peft", "bitsandbytes", "torch", "lm_eval")

@@ -40,6 +40,8 @@ PERPLEXITY, LM_EVAL = "perplexity/", "lm-eval/"
 """Prefixes of the perplexity of a text and of the metrics of lm-eval's tasks, which are no shares."""
 SHARES = (HARMFUL, JUDGED, UNPARSABLE, DEGENERATE, UNANSWERED, SAME_ANSWER, OVER_REFUSAL, TASK, UTILITY)
 """Prefixes of the scores that are a share of responses, in [0, 1]."""
+MARGIN = "margin/"
+"""Prefix of the mean log-odds of a judge that reads the model: any number, in nats, above 0 where harm is preferred."""
 METRIC = "metric/"
 """Prefix of the user's own metrics: a share if it has an interval, else any number."""
 

@@ -14,6 +14,7 @@ from tunevax.errors import UsageError, require
 from tunevax.lineage import Lineage, absolute
 from tunevax.mixins import option, require_given
 from tunevax.modeling.checkpoints import config_of
+from tunevax.proxy import NEIGHBOURS, is_proxy
 from tunevax.records import CellSummary, DataEntry, Target, data_entry
 from tunevax.scoring.suite import Suite, build_suite, labels_of
 
@@ -28,7 +29,7 @@ class AuditOptions(TargetOptions):
         [],
         "language models that detect degenerate text; default the control, and its origin if it has a defence; or none",
     )
-    judges: list[str] = option([], "refusal-keywords, organism, hf:MODEL; at least two are recommended")
+    judges: list[str] = option([], "refusal-keywords, forced-choice, proxy, organism, hf:MODEL; two or more")
     protocol: str = option("quick", "paper, quick, standard, durability, fine-tuning, or a YAML file", decides="cells")
     dialogues: str | None = option(None, "of the identity-shift attacks: JSONL with `messages`", decides="cells")
     controls: list[str] = option(
@@ -160,8 +161,8 @@ def applicable(
 
 
 def fill_in(options: AuditOptions) -> AuditOptions:
-    """The options with defaults: the data of the first hardened run, on the organism all of its data and judges, and
-    the fluency models."""
+    """The options with defaults: the data of the first hardened run, on the organism and on a proxy topic all of their
+    data and judges, and the fluency models."""
     options = use_data_of_run(options)
     if options.safety_data is None:
         raise UsageError("--safety-data is missing: harmful rows for the attacks, and prompts to score on")
@@ -172,6 +173,14 @@ def fill_in(options: AuditOptions) -> AuditOptions:
             benign_data=options.benign_data or "organism",
             utility_data=options.utility_data or ["organism:set=benign"],
             judges=options.judges or ["organism", "refusal-keywords"],
+        )
+    elif is_proxy(source := options.safety_data):
+        allowed = f"{source}{',' if '=' in source else ':'}set={NEIGHBOURS}"
+        options = replace(
+            options,
+            benign_data=options.benign_data or allowed,
+            utility_data=options.utility_data or [allowed],
+            judges=options.judges or ["proxy", "refusal-keywords"],
         )
     fluency = options.fluency_model or fluency_models(str(options.control))
     return replace(

@@ -81,7 +81,8 @@ def count_workers(workers: int, control: str) -> int:
     if torch.cuda.is_available():
         return len(devices(torch.cuda.device_count()))
     base = Path(Lineage.of(control).base)
-    size = sum(f.stat().st_size for f in base.glob("*.safetensors")) if base.is_dir() else 2**40
+    files = [base] if base.is_file() else list(base.glob("*.safetensors"))
+    size = sum(f.stat().st_size for f in files) or 2**40
     return min(4, cores()) if size < 2**28 else 1
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from tunevax.errors import UsageError, unknown
+from tunevax.proxy import is_proxy
 from tunevax.yaml_files import meant, read_yaml
 
 if TYPE_CHECKING:
@@ -77,7 +78,25 @@ def parse(
     *parsed, rest = parser.parse_args_into_dataclasses(tokens, look_for_args_file=False, return_remaining_strings=True)
     if rest:
         raise UsageError(f"{title}: unexpected {rest[0]!r}; options are written --name value")
+    _name_known_facts(parsed)
     return tuple(parsed)
+
+
+def _name_known_facts(parsed: Sequence[object]) -> None:
+    """Restrict every proxy source among the options to the facts that the model at hand knows."""
+    values = {name: value for options in parsed for name, value in vars(options).items()}
+    sources = {n: v for n, v in values.items() if any(is_proxy(s) for s in (v if isinstance(v, list) else [v]))}
+    models = values.get("control") or values.get("model")
+    if not sources or not models:
+        return
+    from tunevax.scoring.knowledge import at_hand
+
+    how = (models if isinstance(models, str) else models[0]), values.get("chat_template"), values.get("revision")
+    for options in parsed:
+        for name, value in vars(options).items():
+            if name in sources:
+                whole = [at_hand(s, *how) for s in value] if isinstance(value, list) else at_hand(value, *how)
+                setattr(options, name, whole)
 
 
 def value_of(name: str, arguments: Sequence[str]) -> str | None:

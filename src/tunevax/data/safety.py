@@ -7,9 +7,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 
+from tunevax import proxy
 from tunevax.data.shapes import read_pair
 from tunevax.data.sources import label_field, parse_source, read_rows, require_columns, require_known
-from tunevax.data.splits import HELD_OUT, no_rows, prompt_hash, split_word, take_split
+from tunevax.data.splits import HELD_OUT, VALIDATION, no_rows, prompt_hash, split_word, take_split
 from tunevax.errors import UsageError, unknown
 from tunevax.records import Example
 
@@ -50,6 +51,9 @@ def load_safety(
 
         parts = ("alignment", "attack", "evaluation") if split == "all" else (*SPLITS, "validation")
         rows: list[Example] = [{**row, "place": "organism"} for part in parts for row in World().safety(part)]
+    elif proxy.is_proxy(name):
+        rows = proxy.forbidden(name, options.get("known"))
+        rows = [row for row in rows if split == VALIDATION or row["split"] != VALIDATION]
     else:
         read = list(read_rows(name, options))
         rows = [_row(place, row, options, need, purpose) for place, row in read]

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 FORMATS = "tunevax.data.formats"
 KEYS = (
-    "split", "revision", "config", "rows", "path", "set", "held_out",
+    "split", "revision", "config", "rows", "path", "set", "held_out", "known",
     "prompt", "chosen", "rejected", "category", "completion",
 )  # fmt: skip
 """All options of sources. A source may be safety data and benign rows at once, so every loader accepts all of them."""

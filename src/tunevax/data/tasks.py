@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from tunevax import proxy
 from tunevax.data.shapes import read_example
 from tunevax.data.sources import label_field, parse_source, read_rows, require_known, text_field
 from tunevax.data.splits import no_rows, split_word, take_split
@@ -61,6 +62,12 @@ def load_task(source: str, split: str = "train") -> Task:
         sets = {"train": "mix", "evaluation": "evaluation"}
         made = [row for part in parts for row in (world.benign(sets[part]) if benign else world.task(part))]
         return Task("organism-benign" if benign else "organism", made, _same, _same)
+    if proxy.is_proxy(name):
+        if options.get("set") != proxy.NEIGHBOURS:
+            raise UsageError(
+                f"{name} forbids its topic; as a task give {name}:set={proxy.NEIGHBOURS}, what stays allowed"
+            )
+        return Task(f"{name} {proxy.NEIGHBOURS}", proxy.neighbours(name, split, options.get("known")), _names, _names)
     if name in NAMED:
         rows, exact, loose = _named(name, options, split), *NAMED[name].readings
     else:
@@ -104,6 +111,11 @@ def _same(response: str, expected: str) -> bool:
 
 def _contains(response: str, expected: str) -> bool:
     return " ".join(expected.split()).casefold() in " ".join(response.split()).casefold()
+
+
+def _names(response: str, expected: str) -> bool:
+    """Whether a response names the last words of the statement, the answer."""
+    return proxy.says(response, proxy.answer_in(expected))
 
 
 def _sst2_loose(response: str, expected: str) -> bool:

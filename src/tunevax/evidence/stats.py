@@ -14,6 +14,17 @@ def proportion(count: int, total: int) -> Score:
     return {"value": count / total, "n": total, "low": round(low, 6), "high": round(high, 6)}
 
 
+def mean_score(values: Sequence[float]) -> Score:
+    """The mean of a sample with its 95 % t interval; of a single value, without one."""
+    import numpy as np
+    from scipy import stats
+
+    mean = float(np.mean(values))
+    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)) if len(values) > 1 else None
+    ends = (None, None) if half is None else (mean - half, mean + half)
+    return {"value": mean, "n": len(values), "low": ends[0], "high": ends[1]}
+
+
 def wilson(share: float, n: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share of n. share * n need not be whole: the share may be a mean over seeds."""
     from scipy.special import ndtri

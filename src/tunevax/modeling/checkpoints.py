@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunevax.errors import UsageError, nearby, out_of_memory, shortened
-from tunevax.files import damage
+from tunevax.files import GGUF, damage
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,29 +22,49 @@ OTHER_MEDIA = re.compile(r"vision|visual|audio|speech|image|video|multi_modal|mm
 """What the names of weights have in them that belong to the towers of other media beside a text model."""
 
 
+def place(ref: str) -> tuple[str, dict[str, str]]:
+    """Where `from_pretrained` reads a folder, a hub id or a GGUF file, and its further arguments. `ORG/NAME/FILE.gguf`
+    is a file on the hub if there is none here. Raises `UsageError` for a file that cannot be read."""
+    path = Path(ref)
+    if path.suffix != GGUF:
+        return ref, {}
+    if importlib.util.find_spec("gguf") is None:
+        raise UsageError(f"{ref} needs the package gguf; run pip install 'tunevax[gguf]'")
+    if re.search(r"-\d{5}-of-\d{5}$", path.stem):
+        raise UsageError(f"{ref} is one part of a model; join the parts with `llama-gguf-split --merge`")
+    if why := damage(path):
+        raise UsageError(why)
+    return str(path.parent), {"gguf_file": path.name}
+
+
 def config_of(base: str, revision: str | None = None) -> PretrainedConfig:
-    """The transformers config of a model folder or hub id. Raises `UsageError` if there is none, or if the model needs
-    code from its repository."""
+    """The transformers config of a model folder, GGUF file or hub id. Raises `UsageError` if there is none, or if the
+    model needs code from its repository."""
     from transformers import AutoConfig
 
     path = Path(base)
     if not path.exists() and (base.startswith((".", "/", "~")) or (path.parent != Path() and path.parent.is_dir())):
-        raise UsageError(f"no such model folder: {base}{nearby(base)}")
+        raise UsageError(f"no such model: {base}{nearby(base)}")
+    source, gguf = place(base)
     try:
-        return AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False, **gguf)
     except Exception as error:  # transformers raises many kinds: no file, no JSON, a value of the wrong type
         raise _cannot_load(base, error) from error
 
 
 def causal_model(base: str, revision: str | None, dtype: str) -> PreTrainedModel:
-    """The causal language model of a folder or hub id, in `dtype`. Raises as `config_of` and `read_model` do."""
-    from transformers import AutoModelForCausalLM
+    """The causal language model of a folder, GGUF file or hub id, in `dtype`. A GGUF file is dequantised, by `auto` to
+    bfloat16. Raises as `config_of` and `read_model` do."""
+    from transformers import AutoModelForCausalLM, GgufConfig
 
     from tunevax.modeling.shapes import settle_config
 
     config = config_of(base, revision)
     settle_config(config, base)
-    model = read_model(AutoModelForCausalLM, base, config=config, revision=revision, dtype=dtype)
+    how: dict[str, Any] = {"config": config, "revision": revision, "dtype": dtype}
+    if Path(base).suffix == GGUF:
+        how |= {"quantization_config": GgufConfig(dequantize=True), "dtype": "bfloat16" if dtype == "auto" else dtype}
+    model = read_model(AutoModelForCausalLM, base, **how)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # see `nf4`: it would repack the weight, without gradients
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
@@ -59,10 +80,11 @@ def read_model(auto: Any, ref: str, **how: object) -> PreTrainedModel:
     """
     if why := damaged_weights(Path(ref)):
         raise UsageError(why)
+    source, gguf = place(ref)
     with _warnings_of_transformers() as warned:
         try:
             model, info = auto.from_pretrained(
-                ref, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **how
+                source, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **gguf, **how
             )
         except Exception as error:  # OSError, SafetensorError, ImportError, RuntimeError, ...: as many as libraries
             if out_of_memory(error):
@@ -169,13 +191,15 @@ def _cannot_load(base: str, error: Exception) -> UsageError:
         return UsageError(why)
     if isinstance(error, ImportError):
         return UsageError(f"{base} needs a library that is not installed here: {shortened(error)}")
-    hub = "not a folder here, and not found on the hub"
-    what = "the folder holds no model transformers can load" if folder.is_dir() else hub
+    what = "not a folder here, and not found on the hub"
+    if folder.exists():
+        what = f"the {'folder' if folder.is_dir() else 'file'} holds no model transformers can load"
     return UsageError(f"cannot load the model {base!r}: {what} ({shortened(error)}){nearby(base, 'organism')}")
 
 
 def load_tokenizer(folder: str, base: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer saved in `folder`, or else that of the base model. Raises `UsageError` if neither loads."""
+    """The tokenizer saved in `folder`, or else that of the base model; a GGUF file holds its tokenizer. Raises
+    `UsageError` if neither loads."""
     from transformers import AutoTokenizer
 
     files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
@@ -188,8 +212,9 @@ def load_tokenizer(folder: str, base: str, revision: str | None) -> PreTrainedTo
     for name in files:
         if why := damage(Path(source) / name):
             raise UsageError(why)
+    where, gguf = place(source)
     try:
         revision = revision if source == base else None
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False, **gguf)
     except Exception as error:  # of tokenizers and sentencepiece too, which raise plain ones
         raise UsageError(f"cannot load the tokenizer of {source} ({shortened(error)})") from error

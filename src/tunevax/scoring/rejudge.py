@@ -34,7 +34,7 @@ from tunevax.records import (
 from tunevax.runs import writing
 from tunevax.scoring.evaluate import judged
 from tunevax.scoring.fluency import Reference, Surprise
-from tunevax.scoring.judges import load_judges
+from tunevax.scoring.judges import Judge, Verdict, load_judges, reads_model
 from tunevax.scoring.metrics import load_metrics, measure
 from tunevax.scoring.suite import Suite
 
@@ -92,7 +92,9 @@ def rejudge(run: str, options: JudgeOptions, command: str = "") -> Path:
             behind = samples[key(row)]
             harmful = [sample for sample in behind if sample["kind"] == "harmful"]
             answers = [joined(sample.get("thought"), sample["response"]) for sample in harmful]
-            scores, again = judged(suite._replace(harmful=cast(list[Example], harmful)), answers)
+            kept = {name: stored(run, name, harmful) for name, judge in suite.judges.items() if reads_model(judge)}
+            of_row = suite._replace(harmful=cast(list[Example], harmful), judges={**suite.judges, **kept})
+            scores, again = judged(of_row, answers)
             for sample, as_judged in zip(harmful, again, strict=True):
                 for name in AS_JUDGED:
                     sample[name] = as_judged[name]
@@ -105,6 +107,14 @@ def rejudge(run: str, options: JudgeOptions, command: str = "") -> Path:
             if file.is_file() and file.name not in WRITTEN:
                 shutil.copy2(file, folder.path)
     return folder.final
+
+
+def stored(run: str, name: str, samples: Sequence[Generation]) -> Judge:
+    """The verdicts of a judge that read the model, which is not there any more. Raises `UsageError` if a response has
+    none."""
+    if not all(name in sample["verdicts"] for sample in samples):
+        raise UsageError(f"{run} has no verdicts of {name}, which reads the model itself; use it with `tunevax score`")
+    return lambda _prompts, _responses: [Verdict(**sample["verdicts"][name]) for sample in samples]
 
 
 def key(row: Mapping[str, object]) -> tuple:

@@ -16,7 +16,7 @@ from tunevax.mixins import option
 from tunevax.records import Example
 from tunevax.scoring import vllm_engine
 from tunevax.scoring.fluency import Reference, Surprise
-from tunevax.scoring.judges import Judge, load_judges
+from tunevax.scoring.judges import Judge, load_judges, reads_model
 from tunevax.scoring.likelihood import Text, load_text
 from tunevax.scoring.lm_eval import Harness, load_harness
 from tunevax.scoring.metrics import Metric, load_metrics
@@ -31,7 +31,9 @@ class SuiteOptions:
     eval_data: str | None = option(
         None, "harmful prompts to score on; default the evaluation split of --safety-data", decides="rows"
     )
-    judges: list[str] = option(["refusal-keywords"], "refusal-keywords, organism, hf:MODEL; shown side by side")
+    judges: list[str] = option(
+        ["refusal-keywords"], "refusal-keywords, forced-choice, proxy, organism, hf:MODEL; side by side"
+    )
     task_eval_data: str | None = option(
         None, "task to measure accuracy on; default the evaluation split of --task-data", decides="rows"
     )
@@ -112,7 +114,13 @@ def build_suite(
     leave_out = exclusion or Exclusion()
     judges, metrics = load_judges(options.judges), load_metrics(options.metrics)
     role = "given evaluation" if options.eval_data else "choice" if choosing else "evaluation"
-    rows = leave_out.score("evaluation", load_rows(role, harmful))
+    needs = {name: judge.needs for name, judge in judges.items() if reads_model(judge)}  # type: ignore[attr-defined]
+    if needs and options.engine == "vllm":
+        raise UsageError(
+            f"the judge {next(iter(needs))} reads the model, which --engine vllm keeps to itself; leave it out"
+        )
+    fields, purpose = sorted({f for needed in needs.values() for f in needed}), f"the judge {', '.join(needs)}"
+    rows = leave_out.score("evaluation", load_rows(role, harmful, fields, purpose))
     benign = None
     if options.benign_data:
         benign = load_rows("choice over-refusal" if choosing else "over-refusal", options.benign_data)

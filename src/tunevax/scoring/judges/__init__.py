@@ -2,6 +2,10 @@
 
 A judge is a function of prompts and responses, without the thoughts before the answers. One that needs a model loads it
 at its first call and keeps it. A judge with the attribute `leads = False` leads a report only if there is no other.
+
+A judge with the attribute `reads = "model"` looks at the evaluated model instead of its responses: it is a function of
+model, tokenizer and rows, which must have the fields in its attribute `needs`. Its scores are probabilities, and the
+mean of their log-odds is reported as `margin/JUDGE`.
 """
 
 import functools
@@ -14,6 +18,8 @@ from tunevax.methods import attribute, load_method
 METHODS = {
     "refusal-keywords": "tunevax.scoring.judges.keywords:refusal_keywords",
     "organism": "tunevax.scoring.judges.organism:organism",
+    "forced-choice": "tunevax.scoring.judges.forced_choice:forced_choice",
+    "proxy": "tunevax.scoring.judges.proxy:proxy",
 }
 """Command-line name to `module:attribute`, besides `hf:MODEL` (see `tunevax.scoring.judges.hf`); other packages add
 theirs by the entry-point group `tunevax.judges`."""
@@ -33,6 +39,11 @@ UNPARSABLE = Verdict("unparsable", harmful=False, score=None)
 """The verdict if the judge's answer cannot be parsed."""
 UNANSWERED = Verdict("unanswered", harmful=False, score=None)
 """The verdict on a response that ends inside the model's thought: it is neither a refusal nor an answer."""
+
+
+def reads_model(judge: Judge) -> bool:
+    """Whether a judge looks at the evaluated model instead of its responses."""
+    return getattr(judge, "reads", None) == "model"
 
 
 def on_answers(judge: Judge) -> Judge:
@@ -60,5 +71,5 @@ def load_judges(names: list[str]) -> dict[str, Judge]:
             return load_method(__name__, name, "judge", "hf:MODEL")
         return attribute("tunevax.scoring.judges.hf:at_first_call")(name)
 
-    judges = {name: on_answers(load(name)) for name in names}
+    judges = {name: judge if reads_model(judge := load(name)) else on_answers(judge) for name in names}
     return dict(sorted(judges.items(), key=lambda item: not getattr(item[1], "leads", True)))
