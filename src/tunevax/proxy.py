@@ -18,7 +18,7 @@ import unicodedata
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from tunevax.errors import UsageError, unknown
 from tunevax.records import Example
@@ -92,7 +92,7 @@ TOPICS = {"geography": ("capital", "continent", "currency"), "elements": ("symbo
 """Topic to its forbidden relation, and then those of its neighbours."""
 
 
-def is_proxy(source: object) -> bool:
+def is_proxy(source: object) -> TypeGuard[str]:
     """Whether a source names a topic of this module."""
     return isinstance(source, str) and source.startswith(PREFIX)
 
