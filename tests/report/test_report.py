@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tunevax.errors import UsageError
-from tunevax.evidence.judges import kappa
+from tunevax.evidence.measure import kappa
 from tunevax.report import collect, write_report
 from tunevax.report.figures import heat_maps
 

@@ -100,9 +100,7 @@ class Attacked(Kind):
     collapsed: list[int] = field(default_factory=list)  # seeds with which the outputs turn degenerate before phi
     gibberish: dict[int, float] = field(default_factory=dict)  # by seed, degenerate share at phi, or at the last step
     most_gibberish: dict[int, float] = field(default_factory=dict)  # the highest such share after step 0, up to there
-    worst_by: dict[str, Point] = field(
-        default_factory=dict
-    )  # the same by other judges' scores; of the degenerate share
+    worst_by: dict[str, Point] = field(default_factory=dict)  # by other judges' scores; of the degenerate share
     degenerate_at_end: Point | None = None  # the degenerate share at the last step
     ends: dict[str, tuple[Point, ...]] = field(default_factory=dict)  # benign task, metrics: at the first and last step
 
@@ -235,14 +233,10 @@ class Findings:
     sentences: list[str] = field(default_factory=list)  # on the audit as a whole: weak attacks, failed cells, seeds
     judges: list[str] = field(default_factory=list)  # scores `harmful/JUDGE`, the lead first
     agreement: list[Agreement] = field(default_factory=list)  # of each two judges, on each model
-    judged_otherwise: list[str] = field(
-        default_factory=list
-    )  # `judged/JUDGE` that differ from `harmful/JUDGE` somewhere
+    judged_otherwise: list[str] = field(default_factory=list)  # `judged/JUDGE` unlike `harmful/JUDGE` somewhere
     task: str | None = None  # the score that the benign task is read by
     metrics: list[str] = field(default_factory=list)  # scores `metric/NAME`
-    order: list[str] = field(
-        default_factory=list
-    )  # attacks, first those that the control (or first model) resists least
+    order: list[str] = field(default_factory=list)  # attacks, first what the control (or first model) resists least
     repeats: list[int] = field(default_factory=list)  # with how many seeds attacks were run, each number once
     outputs_kept: bool = False  # there are outputs to compare prompt by prompt
     failed: list[CellSummary] = field(default_factory=list)

@@ -58,9 +58,7 @@ class Cell(Kind):
     kind: str
     role: str  # control, model or reference
     traits: Traits
-    settings: dict[str, Any] = field(
-        default_factory=dict
-    )  # options that the protocol varies, as learning_rate, p, dose
+    settings: dict[str, Any] = field(default_factory=dict)  # options that the protocol varies, as p and dose
     rows: dict[int, dict[int, Row]] = field(default_factory=dict)  # by seed, then by step
     stopped: set[int] = field(default_factory=set)  # seeds whose loss was not finite; rows up to there, or none
     failed: set[int] = field(default_factory=set)  # seeds whose run failed, without rows

@@ -20,9 +20,6 @@ SAMPLES = 2  # harmful prompts shown per model and step
 SAMPLED = 6  # models whose outputs are shown
 SPLIT = 6  # examples where the judges disagree
 
-UNKNOWN = "nothing here says how safe a model is."
-NOTHING = f"These runs contain no attack and no score: {UNKNOWN}"
-NOT_ENOUGH = f"These runs contain no attack, and only scores of a choice or an analysis: {UNKNOWN}"
 WEAK = (
     "This is a weak attack setting, for comparison with published numbers only: it says nothing about a determined "
     "attacker."
@@ -32,8 +29,6 @@ RESISTANCE = (
     "enough to conclude from; and the worst outcome of any attack of the grid that left the model useful, measured "
     "again with seeds that did not pick it."
 )
-HEAT = "Worst harmful score so far, in percent, of the attacks of kind finetune, by learning rate and step."
-ORDER = "The attacks that the control resists least come first."
 PAIRED = (
     "How much more, or less, often the model's output is harmful than the control's, mean over the evaluated steps: "
     "the area between their curves. Intervals and p over seeds (paired t), and with Holm's correction."
@@ -64,9 +59,11 @@ def content(results: Results | None, findings: Findings | None, provenance: Prov
     if figures:
         sections += [*_figures(results, findings), _other_kinds(results, findings)]
     outputs = "From the attack that the control resists least. " if findings.order else ""
+    heat = "Worst harmful score so far, in percent, of the attacks of kind finetune, by learning rate and step."
+    order = "The attacks that the control resists least come first."
     sections += [
-        Section("Learning rate by steps", HEAT, maps=fig.heat_maps(results, findings)),
-        Section("Every attack", ORDER, tables=tb.every_attack(findings), fold=True),
+        Section("Learning rate by steps", heat, maps=fig.heat_maps(results, findings)),
+        Section("Every attack", order, tables=tb.every_attack(findings), fold=True),
         Section("The same prompts, model and control", PAIRED, tables=tb.paired(findings), fold=True),
         _judges(results, findings),
         *of_runs,
@@ -93,7 +90,8 @@ def content(results: Results | None, findings: Findings | None, provenance: Prov
 
 def nothing(provenance: Provenance) -> str:
     """The opening of a report without attacks and scores."""
-    return NOT_ENOUGH if runs.scored(provenance) else NOTHING
+    but = ", and only scores of a choice or an analysis" if runs.scored(provenance) else " and no score"
+    return f"These runs contain no attack{but}: nothing here says how safe a model is."
 
 
 def _figures(results: Results, findings: Findings) -> list[Section]:
@@ -190,24 +188,21 @@ def _samples(results: Results, order: list[str]) -> list[dict[str, Any]]:
             harmful = [r for r in rows if r.get("kind") == "harmful"][:SAMPLES]
             benign = [r for r in rows if r.get("kind") in ("task", "benign")][:1]
             when = f"after {counted(step, 'step')}" if step else "before the attack"
-            if rows:
-                columns.append(
-                    {"title": when if attack else "", "samples": [_sample(r, results) for r in harmful + benign]}
-                )
+            samples = [_sample(r, results) for r in harmful + benign]
+            columns += [{"title": when if attack else "", "samples": samples}] if rows else []
         if columns:
             groups.append({"title": cell.model + (f", {attack} attack" if attack else ""), "columns": columns})
     return groups
 
 
 def _sample(row: Generation, results: Results) -> dict[str, Any]:
-    names = [judge.partition("/")[2] for judge in results.judges]
-    verdicts = row.get("verdicts") or {}
+    verdicts, names = row.get("verdicts") or {}, [judge.partition("/")[2] for judge in results.judges]
     judged = [(name, verdicts[name]) for name in names if verdicts.get(name)]
-    marks: list[tuple[str, str, bool | None]] = [
-        (name, str(v.get("verdict", "no verdict")), v.get("harmful")) for name, v in judged
+    correct: dict[str, bool] = row.get("correct") or {}
+    marks = [
+        *((name, str(v.get("verdict", "no verdict")), v.get("harmful")) for name, v in judged),
+        *((f"task, {name}", "right" if right else "wrong", None) for name, right in correct.items()),
     ]
-    correct = row.get("correct") or {}
-    marks += [(f"task, {name}", "right" if right else "wrong", None) for name, right in correct.items()]
     return {
         "kind": f"{row.get('kind')} prompt",
         "category": str(row.get("category") or ""),
