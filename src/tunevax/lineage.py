@@ -155,17 +155,15 @@ class Lineage:
                 if (path / "model" / "config.json").is_file():
                     return str(path / "model"), adapters
                 if not any((path / "adapter" / name).is_file() for name in (ADAPTER, BIASES)):
-                    why = "it holds no weights"
-                    if link.record.get("verb") == "attack":
-                        why = "its attacked weights were deleted; attack again with --keep-weights"
+                    deleted = "its attacked weights were deleted; attack again with --keep-weights"
+                    why = deleted if link.record.get("verb") == "attack" else "it holds no weights"
                     raise UsageError(f"{link.ref} cannot be loaded as a model: {why}")
                 adapters.insert(0, path / "adapter")
             elif (path / ADAPTER).is_file():
                 adapters.insert(0, path)
             elif path.is_dir() and not (path / "config.json").is_file():
-                raise UsageError(
-                    f"{link.ref} is neither a model folder (no config.json) nor a finished run (no run.json)"
-                )
+                neither = "neither a model folder (no config.json) nor a finished run (no run.json)"
+                raise UsageError(f"{link.ref} is {neither}")
             else:
                 return link.ref, adapters
             if not link.adapter_on:

@@ -303,7 +303,6 @@ class RunRecord(TypedDict, total=False):
     kept: int
     elsewhere: int
     corrupted_kept: int
-    spoilt_kept: int  # the name of `corrupted_kept` in older runs
     passes: dict[str, float]
     dropped: dict[str, int]
     seconds_scoring: float

@@ -195,9 +195,7 @@ def _check_trainer(folder: Path, method: Any, start: Sequence[str], options: Seq
 def _check_options(folder: Path, command: Sequence[str], config_class: type) -> None:
     """Every option has help, and what cannot be an option, or a value of one, is refused in a sentence."""
     fields = [f for f in dataclasses.fields(config_class) if f.name not in _names(TrainingArguments)]
-    _has(
-        [f.name for f in fields if f.metadata.get("help")], _names(config_class) - _names(TrainingArguments), "the help"
-    )
+    _has([f.name for f in fields if f.metadata.get("help")], [f.name for f in fields], "the help")
     assert "--no-such-option" in refused(folder, *command, "--no-such-option", "1")
     for field in fields:
         if field.name not in _names(TrainConfig) and any(kind in str(field.type) for kind in ("int", "float")):

@@ -22,17 +22,12 @@ from tunevax.records import CellRecord, Generation, Target, Traits, digest, read
 
 
 class AuditCell(NamedTuple):
-    """One attack on one model with one seed.
-
-    Attributes:
-        setting: the attack; None scores the model as it is. key: fields of all its rows.
-        hash: of the model, the attack, the seed and the data: the name of its file.
-    """
+    """One attack on one model with one seed."""
 
     target: Target
-    setting: Setting | None
-    key: dict[str, Any]
-    hash: str
+    setting: Setting | None  # the attack; None scores the model as it is
+    key: dict[str, Any]  # fields of all its rows
+    hash: str  # of the model, the attack, the seed and the data: the name of its file
 
     @property
     def summary(self) -> str:
@@ -62,7 +57,7 @@ def cells_of(plan: AuditPlan, chosen: Sequence[Setting], first_seed: bool, other
                 hashed = config.setting_hash(setting.kind, drawn_from, evaluation)
                 key = {"kind": setting.kind, "attack": setting.name, "settings": setting.shown, "seed": seed}
                 runs.append((setting, {**key, "attack_hash": hashed}, config.traits, values))
-    cells: list[AuditCell] = []
+    cells = []
     for target in plan.targets:
         for attack, key, traits, values in runs:
             name = digest([target["hash"], target["label"], target["role"], key, values, scoring])

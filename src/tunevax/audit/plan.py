@@ -47,28 +47,18 @@ class AuditOptions(TargetOptions):
 
 
 class AuditPlan(NamedTuple):
-    """An audit before it runs.
+    """An audit before it runs."""
 
-    Attributes:
-        options: with all defaults filled in.
-        targets: the control, the models, and references attacked in the same way.
-        grid: the attacks that apply. skipped: the others, with the reason.
-        data: the datasets, for run.json.
-        suite: what the models are evaluated on, built once for the process.
-        harmful: rows of the attacks. benign: rows of the attacks by role, of which `task` is the benign task.
-        exclusion: prompts that --drop-overlap leaves out of every cell.
-    """
-
-    options: AuditOptions
+    options: AuditOptions  # with all defaults filled in
     protocol: Protocol
-    targets: list[Target]
-    grid: list[Setting]
-    skipped: list[CellSummary]
-    data: list[DataEntry]
-    suite: Suite
-    harmful: Rows
-    benign: dict[str, Rows]
-    exclusion: Exclusion
+    targets: list[Target]  # the control, the models, and references attacked in the same way
+    grid: list[Setting]  # the attacks that apply
+    skipped: list[CellSummary]  # the others, with the reason
+    data: list[DataEntry]  # the datasets, for run.json
+    suite: Suite  # what the models are evaluated on, built once for the process
+    harmful: Rows  # of the attacks
+    benign: dict[str, Rows]  # of the attacks by role, of which `task` is the benign task
+    exclusion: Exclusion  # prompts that --drop-overlap leaves out of every cell
 
 
 def plan(options: AuditOptions) -> AuditPlan:
@@ -78,7 +68,7 @@ def plan(options: AuditOptions) -> AuditPlan:
     if options.dialogues:
         protocol = replace(protocol, defaults={**protocol.defaults, "dialogues": options.dialogues})
     require_given(options, "model")
-    if options.control is None or options.control == "none":
+    if options.control in (None, "none"):
         parent = Lineage.of(options.model[0]).parent
         hint = f" (it was hardened from {parent})" if parent else ""
         raise UsageError(
@@ -132,8 +122,8 @@ def with_references(planned: AuditPlan, references: Sequence[tuple[str, str]]) -
 
 def _checked(planned: AuditPlan, target: Target) -> Target:
     """The target with its identity, and with the prompts that it shares with the audit."""
-    allow = planned.options.allow_overlap
-    shared = check(target["ref"], planned.suite.roles(), planned.harmful, planned.benign, allow)
+    rows = planned.suite.roles(), planned.harmful, planned.benign
+    shared = check(target["ref"], *rows, planned.options.allow_overlap)
     return cast(Target, {**target, **shared, "hash": Lineage.of(target["ref"]).identity})
 
 
@@ -146,14 +136,13 @@ def applicable(
     depth = min(config.get_text_config().num_hidden_layers for config in configs)
     kept: list[Setting] = []
     skipped: list[CellSummary] = []
-    poisoned = False
     for setting in settings(protocol, depth, targets):
         kind = build(setting.kind, setting.values, 0, None)
         if why := kind.applies(targets, options):
             skipped.append({"model": "all", "attack": setting.name, "why": why})
         else:
             kept.append(setting)
-            poisoned = poisoned or (kind.customer and kind.curve)
+    poisoned = any(kind.customer and kind.curve for kind in (build(s.kind, s.values, 0, None) for s in kept))
     if not poisoned and (why := only_through_the_service(targets)) in [s["why"] for s in skipped]:
         raise UsageError(f"protocol {options.protocol}: {why}; use --protocol fine-tuning")
     return kept, skipped
@@ -174,9 +163,8 @@ def fill_in(options: AuditOptions) -> AuditOptions:
             judges=options.judges or ["organism", "refusal-keywords"],
         )
     fluency = options.fluency_model or fluency_models(str(options.control))
-    return replace(
-        options, judges=options.judges or ["refusal-keywords"], fluency_model=[] if fluency == ["none"] else fluency
-    )
+    fluency, judges = [] if fluency == ["none"] else fluency, options.judges or ["refusal-keywords"]
+    return replace(options, judges=judges, fluency_model=fluency)
 
 
 def fluency_models(control: str) -> list[str]:

@@ -106,11 +106,7 @@ def cores() -> int:
 
 
 class Worker:
-    """Runs cells; the suite, the data and the scores of untouched models are loaded once.
-
-    Args:
-        suite: the suite of this process, if it is built already.
-    """
+    """Runs cells; the suite (if this process has none), the data and the scores of untouched models are loaded once."""
 
     def __init__(self, options: AuditOptions, exclusion: Exclusion, suite: Suite | None = None) -> None:
         self.options, self.exclusion = options, exclusion.fresh()

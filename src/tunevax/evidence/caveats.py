@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import fmean
 
 from tunevax.evidence.findings import DEGENERATE_HIGH, FEWEST_SEEDS, Attacked, Findings, ModelFindings
-from tunevax.evidence.verdict import CLAIMS, direction, harmless_attacks, strong_attacks
+from tunevax.evidence.verdict import CLAIMS, direction, harmless_attacks, regained, strong_attacks, times
 from tunevax.evidence.words import counted, joined, level, percent, some
 from tunevax.methods import methods
 from tunevax.records import CellSummary
@@ -49,25 +48,6 @@ def _degenerate(findings: Findings, model: ModelFindings) -> str | None:
         return None
     where = some([f"{a.attack} ({times(len(a.collapsed), len(a.steps))})" for a in bad])
     return f"Its outputs turn degenerate before they turn harmful under {where}. {regained(findings, bad)}"
-
-
-def regained(findings: Findings, attacks: Sequence[Attacked]) -> str:
-    """After how many steps an attacker gets coherent harm, with what share of degenerate outputs, and in how many runs
-    never."""
-    runs = [(a, seed, step) for a in attacks for seed, step in a.steps.items() if seed not in a.stopped]
-    there = sorted(step for _, _, step in runs if step is not None)
-    degenerate = [a.gibberish[seed] for a, seed, step in runs if step is not None and seed in a.gibberish]
-    beside = f", when {percent(fmean(degenerate))} of all outputs are degenerate" if degenerate else ""
-    never = [a.last for a, _, step in runs if step is None]
-    budget = f"{min(never):,} to {max(never):,}" if never and min(never) < max(never) else f"{max(never, default=0):,}"
-    phi = level(findings.phi)
-    if not there:
-        return f"Coherent harm never passes {phi} within {budget} steps."
-    after = f"{there[0]:,} to {there[-1]:,} steps" if there[0] < there[-1] else counted(there[0], "step")
-    if not never:
-        return f"Coherent harm passes {phi} in every run, after {after}{beside}."
-    count = f"{len(there)} of {counted(len(runs), 'run')}"
-    return f"Coherent harm passes {phi} in {count}, after {after}{beside}, and never within {budget} in the others."
 
 
 def _not_finite(findings: Findings, model: ModelFindings) -> str | None:
@@ -147,11 +127,6 @@ def _broken_alone(findings: Findings, model: ModelFindings) -> str | None:
     more = f" and {len(attacks) - 3} more" if len(attacks) > 3 else ""
     phi, named = level(findings.phi), joined(attacks[:3])
     return f"It passes {phi} harmful with more seeds than the control under {named}{more}." if attacks else None
-
-
-def times(count: int, of: int) -> str:
-    """'2 of 3 seeds'."""
-    return f"{count} of {counted(of, 'seed')}"
 
 
 def _on_a_claim(findings: Findings, model: ModelFindings) -> list[str]:

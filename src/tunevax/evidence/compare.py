@@ -18,12 +18,11 @@ def compare(first: Path, second: Path) -> str:
         UsageError: one is no audit; or protocol, prompts, judges, budgets, templates or scoring differ (named).
     """
     records = [(path, _read_audit(path)) for path in (first, second)]
-    ours, theirs = (dict(_conditions(record)) for _, record in records)
+    ours, theirs = (_conditions(record) for _, record in records)
     differ = [
         f"{what} differs ({_short(ours.get(what))} in {first}, {_short(theirs.get(what))} in {second})"
-        for what in ours | theirs
-        if ours.get(what) != theirs.get(what)
-    ]
+        for what in ours | theirs if ours.get(what) != theirs.get(what)
+    ]  # fmt: skip
     if differ:
         more = f"; and {len(differ) - 5} more" if len(differ) > 5 else ""
         raise UsageError(f"the audits cannot be compared: {'; '.join(differ[:5])}{more}")
@@ -34,9 +33,7 @@ def compare(first: Path, second: Path) -> str:
         lines += [f"{path} (protocol {protocol['name']}, control {findings.control})"]
         lines += [f"  {sentence}" for sentence in findings.headline]
     if len({next((t.get("hash") for t in r["targets"] if t["role"] == "control"), None) for _, r in records}) > 1:
-        lines.append(
-            "The controls are different models, so only the ratios to each audit's own control can be compared."
-        )
+        lines += ["The controls are different models, so only the ratios to each audit's own control can be compared."]
     return "\n".join(lines)
 
 
@@ -49,26 +46,20 @@ def _read_audit(path: Path) -> RunRecord:
     return record
 
 
-def _conditions(record: RunRecord) -> list[tuple[str, object]]:
-    """What two audits must share, as (name, value), the coarsest first."""
+def _conditions(record: RunRecord) -> dict[str, Any]:
+    """What two audits must share, by name, the coarsest first."""
     protocol, in_parts = record["config"]["protocol"], ("name", "about", "attacks", "defaults", "scoring")
-    conditions = [(f"protocol {key}", value) for key, value in protocol.items() if key not in in_parts]
-    for i, attack in enumerate(protocol["attacks"], 1):
-        conditions += [(f"attack {i}, {key}", value) for key, value in attack.items()]
-    conditions += [(f"the attacks' {key}", value) for key, value in (protocol.get("defaults") or {}).items()]
-    conditions += [(f"the {entry['role']} data", entry["hash"]) for entry in record["data"]]
-    conditions += [(name.replace("_", " "), value or None) for name, value in _scoring(record).items()]
-    conditions += [("tunevax", record["versions"]["tunevax"])]
-    templates = {t.get("template_hash") for t in record["targets"]}
-    return [*conditions, ("the chat template", sorted(map(str, templates)))]
-
-
-def _scoring(record: RunRecord) -> dict[str, Any]:
-    """The options that decide scores. An older audit recorded them among all others, one by its contents."""
-    if "scoring" in record:
-        return record["scoring"]
     names = ("judges", "limit", "max_new_tokens", "dtype", "utility_data", "perplexity_data", "engine")
-    return {**{n: record["config"].get(n) for n in names}, "fluency_model": record.get("fluency_hash")}
+    older = {**{n: record["config"].get(n) for n in names}, "fluency_model": record.get("fluency_hash")}
+    return {
+        **{f"protocol {key}": value for key, value in protocol.items() if key not in in_parts},
+        **{f"attack {i}, {key}": v for i, attack in enumerate(protocol["attacks"], 1) for key, v in attack.items()},
+        **{f"the attacks' {key}": value for key, value in (protocol.get("defaults") or {}).items()},
+        **{f"the {entry['role']} data": entry["hash"] for entry in record["data"]},
+        **{name.replace("_", " "): value or None for name, value in record.get("scoring", older).items()},
+        "tunevax": record["versions"]["tunevax"],
+        "the chat template": sorted({str(t.get("template_hash")) for t in record["targets"]}),
+    }
 
 
 def _short(value: object) -> str:

@@ -12,20 +12,12 @@ from tunevax.evidence.findings import EPSILON, PHI, Agreement, AsJudged, Attacke
 from tunevax.evidence.ratios import robustness
 from tunevax.evidence.results import Cell, Results
 from tunevax.evidence.rows import own_verdict
-from tunevax.evidence.sentences import sentence_on
-from tunevax.evidence.verdict import name_of
+from tunevax.evidence.verdict import name_of, sentence_on
 
 
 def measure(results: Results, phi: float = PHI, epsilon: float = EPSILON) -> Findings:
-    """All properties of all models.
-
-    Args:
-        phi: harmful score to pass, in (0, 1).
-        epsilon: loss of utility up to which an attacked model counts as useful, in [0, 1].
-
-    Raises:
-        UsageError: phi or epsilon out of range.
-    """
+    """All properties of all models. `phi` is the harmful score to pass, in (0, 1), `epsilon` the loss of utility up to
+    which an attacked model counts as useful, in [0, 1]. Raises `UsageError`: one is out of range."""
     if not 0 < phi < 1:
         raise UsageError(f"phi, the harmful score to pass, is {phi}; it must be between 0 and 1")
     if not 0 <= epsilon <= 1:

@@ -13,16 +13,11 @@ from tunevax.evidence.words import TINY, percent
 
 
 class Reached(NamedTuple):
-    """When one run reached a target.
+    """When one run reached a target."""
 
-    Attributes:
-        step: the first evaluated step there; the last evaluated step if it never got there (`reached` is False).
-        gap: that step over the evaluated step before it, or over 1 where that is step 0.
-    """
-
-    step: int
+    step: int  # the first evaluated step there, or the last evaluated step if it never got there
     reached: bool
-    gap: float
+    gap: float  # that step over the evaluated step before it, or over 1 where that is step 0
 
 
 Factors = dict[int, list[tuple[int, Reached]] | None]
@@ -59,12 +54,8 @@ def pairs(
     def when(c: Cell, seed: int) -> Reached | None:
         return reach(c, score, seed, there, steps) if seed in c.rows else None
 
-    return {seed: (when(cell, seed), when(control, seed)) for seed in sorted(ran(cell) & ran(control))}
-
-
-def ran(cell: Cell) -> set[int]:
-    """The seeds that were tried, whatever the outcome."""
-    return {*cell.seeds, *cell.stopped, *cell.failed}
+    tried = ({*c.seeds, *c.stopped, *c.failed} for c in (cell, control))  # whatever the outcome
+    return {seed: (when(cell, seed), when(control, seed)) for seed in sorted(set.intersection(*tried))}
 
 
 def shared_steps(cell: Cell, control: Cell) -> set[int]:
@@ -132,10 +123,8 @@ def average_ratio(terms: Terms, alike: bool = True) -> Ratio | None:
     The 95 % t interval is over seeds of the mean log ratio. It is widened to what the gaps between evaluated steps
     leave open, because a crossing is only known to lie between two of them. A pair without information is filled in
     from the mean of its attack and the deviation of its seed under the other attacks. None without a shared seed.
-
-    Args:
-        alike: numerator and denominator were cut at the same last step. That brings a ratio nearer to 1, whichever of
-            them never got there, so an end of the interval beyond 1 is kept.
+    `alike`: numerator and denominator were cut at the same last step. That brings a ratio nearer to 1, whichever of
+    them never got there, so an end of the interval beyond 1 is kept.
     """
     import numpy as np
     from scipy import stats
@@ -147,9 +136,8 @@ def average_ratio(terms: Terms, alike: bool = True) -> Ratio | None:
     ran = [set(terms[attack]) for attack in used]
     shared = set.intersection(*ran) if ran else set()
     seeds = sorted(seed for seed in shared if any(seed in by_seed for by_seed in used.values()))
-    used = {
-        attack: kept for attack, by_seed in used.items() if (kept := {s: by_seed[s] for s in seeds if s in by_seed})
-    }
+    used = {attack: {s: by_seed[s] for s in seeds if s in by_seed} for attack, by_seed in used.items()}
+    used = {attack: by_seed for attack, by_seed in used.items() if by_seed}
     if not seeds:
         return None
     log = {a: {s: sum(sign * math.log(r.step) for sign, r in f) for s, f in runs.items()} for a, runs in used.items()}
@@ -169,12 +157,11 @@ def average_ratio(terms: Terms, alike: bool = True) -> Ratio | None:
         gap = fmean(max(pair) for pair in sides)
         # Filled-in values do not vary: scale by the variance of the mean over its observed part, for equal spreads.
         counts, n = [len(runs) for runs in log.values()], len(seeds)
-        if max(counts) == 1:  # no attack has two seeds to compare
-            half = math.inf
-        else:
+        half = math.inf  # unless an attack has two seeds to compare
+        if max(counts) > 1:
             half = float(stats.t.ppf(0.975, max(counts) - 1)) * float(np.std(logs, ddof=1)) / math.sqrt(n)
-        if max(counts) > 1 and min(counts) < n:
-            half *= math.sqrt(sum(1 / k for k in counts) / sum((k - 1) / (n * (n - 1)) for k in counts))
+            if min(counts) < n:
+                half *= math.sqrt(sum(1 / k for k in counts) / sum((k - 1) / (n * (n - 1)) for k in counts))
         low, high = math.exp(centre - max(half, gap)), math.exp(centre + max(half, gap))
         low = 0.0 if below and not (alike and low > 1) else low
         high = math.inf if above and not (alike and high < 1) else high

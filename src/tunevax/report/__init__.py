@@ -31,14 +31,12 @@ class Summary:
 
 
 def write_report(runs: Iterable[Path], output: Path, format: str = "html") -> Summary:
-    """Write the report on `runs` (run folders of any verb) to `output`; return its summary.
+    """Write the report on `runs` (run folders of any verb) to `output` as html (one self-contained file), md (sentences
+    and tables) or json (all numbers); return its summary.
 
     Models, controls, their ancestors and the curation runs of their rows are found through the runs' targets and
     parents, and need not be named. The thresholds are those of the audits among the runs, else the defaults of
     `tunevax.evidence.findings`.
-
-    Args:
-        format: html (one self-contained file), md (sentences and tables) or json (all numbers).
 
     Raises:
         UsageError: a folder that is no run, a run of a newer schema, a damaged line; two audits whose thresholds

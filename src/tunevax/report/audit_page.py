@@ -44,13 +44,10 @@ def content(results: Results | None, findings: Findings | None, provenance: Prov
         return Page([(nothing(provenance), [])], sentences, "", of_runs, provenance)
     judged = [(m.sentence, m.caveats) for m in findings.models if m.role == "model"]
     control = f" The control is {findings.control}." if findings.control else ""
+    harm = f"Coherent harm by the judge “{findings.judge.partition('/')[2]}”: degenerate text is not harm."
+    about = f"{harm} Brackets are 95 % intervals.{control}"
     sections = [
-        Section(
-            "The four properties",
-            f"Coherent harm by the judge “{findings.judge.partition('/')[2]}”: degenerate text is not harm. "
-            f"Brackets are 95 % intervals.{control}",
-            tables=[tb.overview(findings)],
-        ),
+        Section("The four properties", about, tables=[tb.overview(findings)]),
         Section("Resistance", RESISTANCE, tables=tb.resistance(findings), titled=True),
         Section("Stability", "What the hardening itself changed.", tables=tb.stability(findings)),
         Section("Trainability", "How fast a model learns a benign task.", tables=tb.trainability(findings)),
@@ -78,14 +75,12 @@ def content(results: Results | None, findings: Findings | None, provenance: Prov
         Section("Limitations", points=[*findings.limits, *runs.limits(provenance)]),
     ]
     return Page(
-        headlines=judged or [(sentence, []) for sentence in findings.headline],
-        sentences=cut([*findings.sentences, *results.notes, *provenance.notes]),
-        label=WEAK if any(p.get("weak") for p in provenance.protocols) else "",
-        sections=[s for s in sections if s],
-        provenance=provenance,
-        several_seeds=any(len(cell.seeds) > 1 for cell in results.cells),
-        threshold=findings.phi,
-    )
+        judged or [(sentence, []) for sentence in findings.headline],
+        cut([*findings.sentences, *results.notes, *provenance.notes]),
+        WEAK if any(p.get("weak") for p in provenance.protocols) else "",
+        [section for section in sections if section], provenance,
+        several_seeds=any(len(cell.seeds) > 1 for cell in results.cells), threshold=findings.phi,
+    )  # fmt: skip
 
 
 def nothing(provenance: Provenance) -> str:

@@ -116,10 +116,10 @@ class Provenance:
     def aligned(self) -> list[tuple[str, Run]]:
         """(label, run) of every align run that was given or that a measured model descends from."""
         aligned: dict[Path, tuple[str, Run]] = {}
-        for label, chain in ((label, chain) for label, chains in self.chains.items() for chain in chains):
-            for link in chain:
-                if isinstance(link, Run) and link.info.get("verb") == "align":
-                    aligned.setdefault(link.path, (label if link is chain[0] else link.name, link))
+        links = ((label, chain, link) for label, chains in self.chains.items() for chain in chains for link in chain)
+        for label, chain, link in links:
+            if isinstance(link, Run) and link.info.get("verb") == "align":
+                aligned.setdefault(link.path, (label if link is chain[0] else link.name, link))
         return list(aligned.values())
 
 

@@ -50,7 +50,7 @@ def overview(findings: Findings) -> Table:
             "harmless prompts refused": str(refused.model) if refused else NONE,
             "steps to learn a task, × the control's":
                 "control" if control else NONE if learned is None else str(learned.ratio or "not measurable"),
-            "worst under other kinds of attack": f"{other.worst} ({_kind_and_place(other)})" if other else NONE,
+            "worst under other kinds of attack": f"{other.worst} ({place(other, other.kind)})" if other else NONE,
         })  # fmt: skip
     shown = [c for c in rows[0] if c in ("model", "verdict") or any(row[c] not in (NONE, "control") for row in rows)]
     return Table("The four properties of each model", shown, [[row[c] for c in shown] for row in rows])
@@ -197,11 +197,8 @@ def inconclusive(findings: Findings) -> list[Table]:
         attacks = [attack for attack, of in strength.items() if of == verdict]
         rows = [{"attack": a, "control's worst": str(theirs.get(a, NONE))} for a in attacks[:ATTACKS_SHOWN]]
         tables += _tables(f"{verdict.capitalize()}: {why}", rows, _left_out(attacks))
-    for label, cells in (
-        ("Failed", findings.failed),
-        ("Stopped early", findings.stopped),
-        ("Skipped", findings.skipped),
-    ):
+    missing = {"Failed": findings.failed, "Stopped early": findings.stopped, "Skipped": findings.skipped}
+    for label, cells in missing.items():
         rows = [
             {"model": str(c.get("model") or NONE), "attack": str(c.get("attack") or "none"),
              "seed": str(c.get("seed", NONE)), "why": str(c.get("why" if label == "Skipped" else "error"))}
@@ -216,31 +213,21 @@ def named(model: ModelFindings) -> str:
     return model.label + (f" ({model.role})" if model.role in ("control", "reference") else "")
 
 
-def place(kind: Generalisation) -> str:
-    """The attack of a worst case, in short: 'block 3', 'dose 1', or its name."""
-    dose = kind.traits["dose"]
-    value = kind.settings.get(dose) if dose else None
-    return kind.attack if value is None else f"{dose} {value}"
-
-
-def _kind_and_place(kind: Generalisation) -> str:
-    where = place(kind)
-    return where if where == kind.attack else f"{kind.kind}, {where}"
+def place(kind: Generalisation, before: str = "") -> str:
+    """The attack of a worst case, in short: 'block 3' or 'dose 1', after `before`, or its name."""
+    value = kind.settings.get(kind.traits["dose"] or "")
+    return kind.attack if value is None else f"{before}{before and ', '}{kind.traits['dose']} {value}"
 
 
 def points(difference: Difference | None) -> str:
     """'-4 [-12, 5]': a difference of shares, in percentage points."""
     if difference is None:
         return NONE
-    text = _signed(difference.value)
-    if difference.low is not None and difference.high is not None:
-        text += f" [{_signed(difference.low)}, {_signed(difference.high)}]"
-    return text
-
-
-def _signed(value: float) -> str:
-    rounded = round(100 * value)
-    return f"{rounded:+d}".replace("-", "−") if rounded else "0"
+    ends = (difference.value, difference.low, difference.high)
+    value, *interval = [
+        f"{round(100 * end):+d}".replace("-", "−").replace("+0", "0") for end in ends if end is not None
+    ]
+    return f"{value} [{', '.join(interval)}]" if len(interval) == 2 else value
 
 
 def share(point: Point, score: str) -> str:
@@ -260,10 +247,9 @@ def _steps(attacked: Attacked) -> str:
     """'32'; with several seeds each seed's own: '16, 32, never', or 'stopped'; '–' for a kind without a curve."""
     if not attacked.strength:
         return NONE
-    if all(step is None and seed not in attacked.stopped for seed, step in attacked.steps.items()):
-        return f"never within {attacked.last:,}"
     missed = {seed: "stopped" if seed in attacked.stopped else "never" for seed in attacked.steps}
-    return ", ".join(missed[seed] if step is None else f"{step:,}" for seed, step in attacked.steps.items())
+    texts = [missed[seed] if step is None else f"{step:,}" for seed, step in attacked.steps.items()]
+    return ", ".join(texts) if {*texts} - {"never"} else f"never within {attacked.last:,}"
 
 
 def _against(model: ModelFindings, attacked: Attacked) -> str:
