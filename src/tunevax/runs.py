@@ -216,21 +216,6 @@ def _try_to_finish(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def clear(final: Path) -> None:
-    """Remove a finished run but not the unfinished one inside it. A kill on the way leaves nothing that looks like a
-    run."""
-    place = final.resolve()
-    if partial_of(final).parent == place:
-        (place / RUN).unlink()
-        for entry in list(place.iterdir()):
-            if entry.name not in (INSIDE, *NOT_OURS):
-                _remove(entry)
-        return
-    old = _unused(place.with_name(f"{place.name}.old"))
-    place.rename(old)
-    _remove(old)
-
-
 def _finish(run: RunFolder) -> None:
     """Give a complete run its name. An earlier run of that name is removed when the new one is in its place."""
     place = run.final.resolve()
