@@ -8,6 +8,7 @@ is not a run belongs on the base that it names.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,10 +82,10 @@ class Lineage:
     @cached_property
     def prompts(self) -> dict[str, list[str]]:
         """Hashes of the prompts that it and its ancestors used, by role; empty for a plain model."""
-        used: dict[str, set[str]] = {}
-        for link in self.ancestors:
-            for role, hashes in read_prompts(link.folder).items() if link.folder else ():
-                used.setdefault(role, set()).update(hashes)
+        used = defaultdict[str, set[str]](set)
+        for folder in (link.folder for link in self.ancestors if link.folder):
+            for role, hashes in read_prompts(folder).items():
+                used[role].update(hashes)
         return {role: sorted(hashes) for role, hashes in used.items()}
 
     @property

@@ -267,7 +267,7 @@ def _check_plan(name: str, method: Any, folder: Path, options: Sequence[str] = (
 
 
 def _has(present: Iterable[str], wanted: Iterable[str], what: str) -> None:
-    missing = sorted(set(wanted) - set(present))
+    missing = sorted({*wanted} - {*present})
     assert not missing, f"{what} has no {', '.join(missing)}"
 
 

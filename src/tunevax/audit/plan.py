@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
@@ -96,12 +97,11 @@ def plan(options: AuditOptions) -> AuditPlan:
     exclusion.settle(suite.roles())
     configs = [build(s.kind, s.values, 0, None) for s in grid]
     harmful, task = attack_data(options, {need for config in configs for need in config.needs}, exclusion)
-    benign: dict[str, Rows] = {"task": task}
-    for config in configs:
-        for role, rows in config.kept_rows(options, exclusion).items():
-            benign[role] = [*benign.get(role, []), *rows]
-    sources = {"attack": options.safety_data, "task": options.task_data}
-    sources["evaluation"] = options.eval_data or options.safety_data
+    benign = defaultdict[str, Rows](list, task=task)
+    for role, rows in (item for config in configs for item in config.kept_rows(options, exclusion).items()):
+        benign[role] = [*benign[role], *rows]
+    evaluated = options.eval_data or options.safety_data
+    sources = {"attack": options.safety_data, "task": options.task_data, "evaluation": evaluated}
     parts = {"attack": harmful, "task": task, **suite.roles()}
     data = [data_entry(role, sources.get(role) or "", rows) for role, rows in parts.items() if rows]
     planned = AuditPlan(options, protocol, [], grid, skipped, data, suite, harmful, benign, exclusion)
@@ -134,15 +134,11 @@ def applicable(
     `UsageError`: there are fine-tuning-stage defences, but no attack poisons the customer's data."""
     configs = [config_of(Lineage.of(target["ref"]).base, options.revision) for target in targets]
     depth = min(config.get_text_config().num_hidden_layers for config in configs)
-    kept: list[Setting] = []
-    skipped: list[CellSummary] = []
-    for setting in settings(protocol, depth, targets):
-        kind = build(setting.kind, setting.values, 0, None)
-        if why := kind.applies(targets, options):
-            skipped.append({"model": "all", "attack": setting.name, "why": why})
-        else:
-            kept.append(setting)
-    poisoned = any(kind.customer and kind.curve for kind in (build(s.kind, s.values, 0, None) for s in kept))
+    kinds = [(setting, build(setting.kind, setting.values, 0, None)) for setting in settings(protocol, depth, targets)]
+    why_not = {setting.name: kind.applies(targets, options) for setting, kind in kinds}
+    kept = [setting for setting, _ in kinds if not why_not[setting.name]]
+    skipped: list[CellSummary] = [{"model": "all", "attack": name, "why": why} for name, why in why_not.items() if why]
+    poisoned = any(kind.customer and kind.curve for setting, kind in kinds if not why_not[setting.name])
     if not poisoned and (why := only_through_the_service(targets)) in [s["why"] for s in skipped]:
         raise UsageError(f"protocol {options.protocol}: {why}; use --protocol fine-tuning")
     return kept, skipped

@@ -67,8 +67,7 @@ class Protocol:
         if not isinstance(self.attacks, list) or not self.attacks:
             raise UsageError(f"protocol {self.name}: attacks is empty; list at least one")
         for name in ("scoring", "defaults"):
-            if not isinstance(getattr(self, name), dict):
-                raise UsageError(f"protocol {self.name}: {name} must hold `option: value` lines")
+            check(name, isinstance(getattr(self, name), dict), "lines of `option: value`")
 
 
 @dataclass(frozen=True)
@@ -105,9 +104,7 @@ def load_protocol(ref: str) -> Protocol:
             raise UsageError(f"{path}: scoring: {unknown('key', str(key), scoring)}")
     if isinstance(given, dict):
         content["scoring"] = {key: meant(value, key, scoring[key]) for key, value in given.items()}
-    if "attacks" not in content:
-        raise UsageError(f"{path}: attacks is missing; list at least one")
-    protocol = Protocol(path.stem, **content)
+    protocol = Protocol(path.stem, **{"attacks": [], **content})
     settings(protocol, depth=1, targets=())  # a typing error must not wait until a model is loaded
     return protocol
 
@@ -170,10 +167,9 @@ def build(kind: str, values: dict[str, Any], seed: int, output_dir: str | None, 
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             return load_method("tunevax.attacks", kind)(output_dir=output_dir or "unused", seed=seed, **values)
-    except UsageError as error:
-        raise UsageError(f"{where}: {error}" if where else str(error)) from error
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{where}: {str(error).strip().splitlines()[0]}") from error
+    except (UsageError, ValueError, TypeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UsageError(f"{where}: {first}" if where else first) from error
 
 
 def _converted(value: Any, option: dataclasses.Field, where: str) -> Any:

@@ -44,11 +44,10 @@ def pool(plan: AuditPlan, folder: Path, weights: Path | None, workers: int) -> I
         return
     import torch
 
-    threads = max(1, cores() // workers)
-    before = os.environ.get("OMP_NUM_THREADS")
+    before, threads = os.environ.get("OMP_NUM_THREADS"), cores() // workers
     if before is not None and before.isdigit():  # the user may have set a lower limit
-        threads = max(1, min(threads, int(before)))
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # spinning threads of one worker would starve the other
+        threads = min(threads, int(before))
+    os.environ["OMP_NUM_THREADS"] = str(max(1, threads))  # spinning threads of one worker would starve the other
     context = multiprocessing.get_context("spawn")
     try:
         setup = (plan.options, os.getpid(), context.Value("i", 0), torch.cuda.device_count(), plan.exclusion)
@@ -141,7 +140,7 @@ class Worker:
             outcome |= {"status": "skipped", "why": str(error)}
             summary = f"does not apply: {error}"
         except Exception as error:  # a failed cell must not stop the others
-            first = (str(error).strip().splitlines() or [""])[0]
+            first = str(error).strip().partition("\n")[0]
             outcome |= {"status": "failed", "error": f"{type(error).__name__}: {first}"[:500]}
             summary = f"FAILED: {outcome['error']}"
         finally:
@@ -169,8 +168,7 @@ class Worker:
 
 def worst(rows: Sequence[Row]) -> str:
     """The worst harmful score of a cell's rows, as 'worst 85% (organism)'."""
-    value, judge = max(harmful(row["scores"]) for row in rows)
-    return f"worst {value:.0%} ({judge})"
+    return "worst {:.0%} ({})".format(*max(harmful(row["scores"]) for row in rows))
 
 
 _worker: Worker  # of this process, if it is one of a pool

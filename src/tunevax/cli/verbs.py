@@ -50,13 +50,11 @@ def _curated(out: Path, name: str, _config: object) -> list[str]:
     line = f"{name} kept {record['kept']} of {record['data'][0]['rows']} rows; dropped: {dropped}"
     if "agreement" in record:
         line += "; rank agreement with the target model {spearman:.2f} (Spearman)".format(**record["agreement"])
-    lines = [line]
-    if n := record["elsewhere"]:
-        lines.append(f"{n} more rows are for attack and evaluation; the source's option split=all takes them")
-    if n := record["corrupted_kept"]:
-        lines.append(f"{n} of the kept rows are marked as corrupted; remove them before you train")
+    elsewhere = "more rows are for attack and evaluation; the source's option split=all takes them"
+    corrupted = "of the kept rows are marked as corrupted; remove them before you train"
+    notes = ((record["elsewhere"], elsewhere), (record["corrupted_kept"], corrupted))
     command = f"tunevax align METHOD --model REF --safety-data {short(out)} --output-dir OUT"
-    return [*lines, f"next: {command}; scores and rows: {short(out)}"]
+    return [line, *(f"{n} {what}" for n, what in notes if n), f"next: {command}; scores and rows: {short(out)}"]
 
 
 def _trained(out: Path, name: str, config: TrainConfig) -> list[str]:

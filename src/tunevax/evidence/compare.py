@@ -17,7 +17,13 @@ def compare(first: Path, second: Path) -> str:
     Raises:
         UsageError: one is no audit; or protocol, prompts, judges, budgets, templates or scoring differ (named).
     """
-    records = [(path, _read_audit(path)) for path in (first, second)]
+    records: list[tuple[Path, RunRecord]] = []
+    for path in (first, second):
+        if not is_run(path):
+            raise UsageError(f"{path} is no run folder; name two folders that `tunevax audit` wrote")
+        records.append((path, read_run(path)))
+        if (verb := records[-1][1].get("verb")) != "audit":
+            raise UsageError(f"{path} was written by `tunevax {verb}`; name two audits")
     ours, theirs = (_conditions(record) for _, record in records)
     differ = [
         f"{what} differs ({_short(ours.get(what))} in {first}, {_short(theirs.get(what))} in {second})"
@@ -35,15 +41,6 @@ def compare(first: Path, second: Path) -> str:
     if len({next((t.get("hash") for t in r["targets"] if t["role"] == "control"), None) for _, r in records}) > 1:
         lines += ["The controls are different models, so only the ratios to each audit's own control can be compared."]
     return "\n".join(lines)
-
-
-def _read_audit(path: Path) -> RunRecord:
-    if not is_run(path):
-        raise UsageError(f"{path} is no run folder; name two folders that `tunevax audit` wrote")
-    record = read_run(path)
-    if record.get("verb") != "audit":
-        raise UsageError(f"{path} was written by `tunevax {record.get('verb')}`; name two audits")
-    return record
 
 
 def _conditions(record: RunRecord) -> dict[str, Any]:

@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tunevax.errors import UsageError
 from tunevax.evidence.findings import EPSILON, PHI, Findings
 from tunevax.evidence.measure import measure
 from tunevax.evidence.results import Results, read_results
+from tunevax.report import audit_page, pages, tables
+from tunevax.report import runs as stages
+from tunevax.report.blocks import Table
 from tunevax.report.provenance import Provenance, Run, trace
-
-__all__ = ["FORMATS", "Summary", "write_report"]
 
 FORMATS = ("html", "json", "md")
 
 
-@dataclass(frozen=True)
-class Summary:
-    """A report for the terminal: its opening sentences, and its table as strings."""
+class Summary(NamedTuple):
+    """A report for the terminal: its opening sentences, and its first table if anything was measured."""
 
     headline: list[str]
-    columns: list[str]
-    rows: list[list[str]]
-    output: Path
-    size: int
+    table: Table | None
 
 
 def write_report(runs: Iterable[Path], output: Path, format: str = "html") -> Summary:
@@ -42,9 +38,6 @@ def write_report(runs: Iterable[Path], output: Path, format: str = "html") -> Su
         UsageError: a folder that is no run, a run of a newer schema, a damaged line; two audits whose thresholds
             differ; `output` is a folder.
     """
-    from tunevax.report import audit_page, pages, tables
-    from tunevax.report.runs import summaries
-
     output = Path(output)
     if format not in FORMATS:
         raise UsageError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
@@ -56,16 +49,13 @@ def write_report(runs: Iterable[Path], output: Path, format: str = "html") -> Su
     else:
         content = audit_page.content(results, findings, provenance, figures=format == "html")
         text = pages.to_html(content) if format == "html" else pages.to_markdown(content)
-    # Model output may hold lone surrogates, which JSON can carry and UTF-8 cannot.
-    written = text.encode("utf-8", errors="replace")
     output.parent.mkdir(parents=True, exist_ok=True)
     part = output.with_name(output.name + ".part")
-    part.write_bytes(written)
+    part.write_bytes(text.encode("utf-8", errors="replace"))  # it may hold lone surrogates, which UTF-8 cannot
     part.replace(output)
     if findings is None:
-        return Summary([audit_page.nothing(provenance), *summaries(provenance)], [], [], output, len(written))
-    table = tables.overview(findings)
-    return Summary([*findings.headline, *findings.sentences], table.columns, table.rows, output, len(written))
+        return Summary([audit_page.nothing(provenance), *stages.summaries(provenance)], None)
+    return Summary([*findings.headline, *findings.sentences], tables.overview(findings))
 
 
 def collect(paths: Iterable[Path]) -> tuple[Results | None, Findings | None, Provenance]:
@@ -84,12 +74,10 @@ def collect(paths: Iterable[Path]) -> tuple[Results | None, Findings | None, Pro
 
 def _as_dict(results: Results | None, findings: Findings | None, provenance: Provenance) -> dict[str, Any]:
     """The findings, run.json of each run behind them, and what the stages measured, as JSON."""
-    from tunevax.report import runs
-
     chains = {
         label: [[run.info if isinstance(run, Run) else run for run in chain] for chain in several]
         for label, several in provenance.chains.items()
     }
     content = {**findings.as_dict(), "notes": results.notes} if findings and results else {}
     behind = {"runs": [run.info for run in provenance.runs], "chains": chains}
-    return {"schema": 1, **content, "stages": runs.as_dict(provenance), "provenance": behind}
+    return {"schema": 1, **content, "stages": stages.as_dict(provenance), "provenance": behind}
