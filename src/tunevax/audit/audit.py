@@ -13,9 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-from tunevax.audit.cells import AuditCell, cells_of, read_cell, write_cell
-from tunevax.audit.plan import AuditOptions, AuditPlan, plan, with_references
-from tunevax.audit.workers import Run, count_workers, pool
+from tunevax.audit.plan import AuditCell, AuditOptions, AuditPlan, cells_of, plan, with_references
+from tunevax.audit.workers import Run, count_workers, pool, read_cell, write_cell
 from tunevax.console import bar, console
 from tunevax.data.sources import contents
 from tunevax.environment import require_one_process

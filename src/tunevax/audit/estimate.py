@@ -11,8 +11,7 @@ from transformers import TrainerCallback
 
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.attacks.kind import NotApplicable
-from tunevax.audit.cells import AuditCell, cells_of
-from tunevax.audit.plan import AuditPlan
+from tunevax.audit.plan import AuditCell, AuditPlan, cells_of
 from tunevax.audit.protocol import Setting, build
 from tunevax.audit.workers import Worker, count_workers
 from tunevax.console import as_bytes, as_time

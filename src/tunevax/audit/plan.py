@@ -1,21 +1,26 @@
-"""Planning an audit: its options, targets and data, and every check that is possible before it runs."""
+"""Planning an audit: its options, targets, data and cells, and every check that is possible before it runs.
+
+A cell is one attack on one model with one seed, named by the hash of everything that decides it.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
+from tunevax import __version__
 from tunevax.attacks.context import TargetOptions, attack_data, find_targets, use_data_of_run, use_saved_template
 from tunevax.attacks.kind import only_through_the_service
 from tunevax.audit.protocol import Protocol, Setting, build, load_protocol, settings
 from tunevax.data.contamination import Exclusion, Rows, check
+from tunevax.data.sources import contents
 from tunevax.errors import UsageError, require
 from tunevax.lineage import Lineage, absolute
-from tunevax.mixins import option, require_given
+from tunevax.mixins import deciding, option, require_given
 from tunevax.modeling.checkpoints import config_of
-from tunevax.records import CellSummary, DataEntry, Target, data_entry
+from tunevax.records import CellSummary, DataEntry, Target, Traits, data_entry, digest
 from tunevax.scoring.suite import Suite, build_suite, labels_of
 
 
@@ -169,3 +174,51 @@ def fluency_models(control: str) -> list[str]:
     attacked model would count as degenerate, and harm as safety."""
     lineage = Lineage.of(control)
     return [control, lineage.origin] if lineage.defences else [control]
+
+
+# --- cells ---------------------------------------------------------------------------------------------------------
+
+
+class AuditCell(NamedTuple):
+    """One attack on one model with one seed."""
+
+    target: Target
+    setting: Setting | None  # the attack; None scores the model as it is
+    key: dict[str, Any]  # fields of all its rows
+    hash: str  # of the model, the attack, the seed and the data: the name of its file
+
+    @property
+    def summary(self) -> str:
+        """Model, attack and seed, for progress messages."""
+        attack = f"{self.setting.name} · seed {self.key['seed']}" if self.setting else "as it is"
+        return f"{self.target['label']} · {attack}"
+
+
+def cells_of(plan: AuditPlan, chosen: Sequence[Setting], first_seed: bool, others: bool) -> list[AuditCell]:
+    """The cells of the settings `chosen`: with the first seed, which includes the models as they are and all seeds of
+    attacks that name their own; with the other seeds; or both."""
+    evaluation = next(entry for entry in plan.data if entry["role"] == "evaluation")
+    drawn_from = [entry for entry in plan.data if entry["role"] in ("attack", "task")]
+    decided_by = {name: contents(value) for name, value in deciding(plan.options, "rows").items()}
+    scoring = {**decided_by, "data": [e["hash"] for e in plan.data], "tunevax": __version__}
+    if plan.exclusion.active:
+        scoring["dropped"] = digest(plan.exclusion.summary())
+    runs: list[tuple[Setting | None, dict[str, Any], Traits, dict[str, Any]]] = []
+    if first_seed:
+        seed = plan.protocol.seeds[0]
+        runs.append((None, {"kind": "none", "attack": None, "attack_hash": None, "settings": {}, "seed": seed}, {}, {}))
+    for setting in chosen:
+        values = {k: contents(v) for k, v in setting.values.items()}
+        for i, seed in enumerate(setting.seeds):
+            if first_seed if i == 0 or setting.named else others:
+                config = build(setting.kind, setting.values, seed, None)
+                hashed = config.setting_hash(setting.kind, drawn_from, evaluation)
+                key = {"kind": setting.kind, "attack": setting.name, "settings": setting.shown, "seed": seed}
+                runs.append((setting, {**key, "attack_hash": hashed}, config.traits, values))
+    cells = []
+    for target in plan.targets:
+        for attack, key, traits, values in runs:
+            name = digest([target["hash"], target["label"], target["role"], key, values, scoring])
+            shown = {"traits": traits} if traits else {}
+            cells.append(AuditCell(target, attack, {**key, **shown, "cell": name}, name))
+    return cells

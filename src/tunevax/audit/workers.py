@@ -1,15 +1,21 @@
-"""The worker processes of an audit."""
+"""The worker processes of an audit, and the files of its cells.
+
+The folder `cells` has two files for each: NAME.json with its outcome and rows, and NAME.jsonl.gz with the responses.
+results.jsonl is derived from them. A cell is complete once NAME.json exists.
+"""
 
 from __future__ import annotations
 
 import gc
+import gzip
+import json
 import multiprocessing
 import os
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,15 +23,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 from tunevax.attacks.context import AttackContext, attack_data
 from tunevax.attacks.kind import NotApplicable
-from tunevax.audit.cells import AuditCell, write_cell
-from tunevax.audit.plan import AuditOptions, AuditPlan
+from tunevax.audit.plan import AuditCell, AuditOptions, AuditPlan
 from tunevax.audit.protocol import build
 from tunevax.console import console
 from tunevax.data.contamination import Exclusion
 from tunevax.environment import peak_memory
 from tunevax.errors import RunError
 from tunevax.lineage import Lineage
-from tunevax.records import CellRecord, Example, Row, harmful
+from tunevax.records import CellRecord, Example, Generation, Row, harmful, read_object
 from tunevax.scoring.suite import Suite, build_suite
 
 if TYPE_CHECKING:
@@ -202,3 +207,19 @@ def _start_worker(
 
 def _run_in_worker(cell: AuditCell, folder: Path, weights: Path | None) -> str:
     return _worker.run(cell, folder, weights)
+
+
+def write_cell(folder: Path, outcome: CellRecord, generations: Iterable[Generation]) -> None:
+    """Write the two files of a cell atomically, NAME.json last."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in generations)
+    compressed = gzip.compress(lines.encode(errors="backslashreplace"), mtime=0)  # mtime=0: reproducible bytes
+    content = json.dumps(outcome, default=str).encode()
+    for name, data in ((f"{outcome['cell']}.jsonl.gz", compressed), (f"{outcome['cell']}.json", content)):
+        part = folder / f"{name}.{os.getpid()}.part"
+        part.write_bytes(data)
+        part.replace(folder / name)
+
+
+def read_cell(folder: Path, name: str) -> CellRecord:
+    """The outcome of a cell, with its rows."""
+    return cast(CellRecord, read_object(folder / f"{name}.json"))

@@ -214,7 +214,7 @@ def _audit(arguments: list[str]) -> None:
 
 
 def _compare(arguments: list[str]) -> None:
-    from tunevax.evidence.compare import compare
+    from tunevax.evidence.measure import compare
 
     parser = Parser(prog="tunevax audit", description="Two audits side by side, if they can be compared.")
     parser.add_argument("--compare", nargs=2, type=Path, required=True, metavar=("A", "B"), help="audit run folders")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 
 from tunevax.evidence import findings, ratios
@@ -13,7 +13,7 @@ from tunevax.evidence.results import Cell, Point, Results, pool
 from tunevax.evidence.rows import is_harmful
 from tunevax.evidence.stats import holm, newcombe, paired_difference
 from tunevax.evidence.words import TINY
-from tunevax.records import METRIC, UTILITY, Generation, Row
+from tunevax.records import METRIC, UTILITY, Generation
 
 
 def resistance(
@@ -117,9 +117,13 @@ def worst_case(results: Results, label: str, judge: str, phi: float, epsilon: fl
     first = min(seed for cell in grid for seed in cell.seeds)
 
     def losses(cell: Cell, seed: int) -> dict[int, float | None]:
+        """By step, the mean loss of the utilities measured before and there; None if there are none."""
         start = cell.rows[seed].get(0)  # a job starts before the model that it ends in
         before = {n: s["value"] for n, s in start["scores"].items()} if start else anyway
-        return {step: utility_loss(before, row) for step, row in cell.rows[seed].items()}
+        names = [name for name in before if name.startswith(UTILITY)]
+        after = {step: row["scores"] for step, row in cell.rows[seed].items()}
+        lost = {t: [before[n] - s["value"] for n in names if (s := scores.get(n))] for t, scores in after.items()}
+        return {step: fmean(differences) if differences else None for step, differences in lost.items()}
 
     conditional = any(loss is not None for c in grid for s in c.seeds for step, loss in losses(c, s).items() if step)
 
@@ -140,13 +144,6 @@ def worst_case(results: Results, label: str, judge: str, phi: float, epsilon: fl
         sum(any(step for step, _ in usable(c, first if first in c.rows else c.seeds[0])) for c in grid), highest,
         str(of.attack),
     )  # fmt: skip
-
-
-def utility_loss(before: Mapping[str, float], row: Row) -> float | None:
-    """Utility before the attack minus utility at a row, over the names that both have; None if there are none."""
-    names = [name for name in before if name.startswith(UTILITY) and row["scores"].get(name)]
-    shared = [(before[name], row["scores"][name]["value"]) for name in names]
-    return fmean(before - after for before, after in shared) if shared else None
 
 
 def generalisation(results: Results, label: str, judge: str, phi: float) -> list[findings.Generalisation]:

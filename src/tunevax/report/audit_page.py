@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tunevax.evidence.findings import LEARNED, Findings
-from tunevax.evidence.results import Cell, Results
+from tunevax.evidence.results import Results
 from tunevax.evidence.rows import own_verdict
 from tunevax.evidence.words import counted, percent
 from tunevax.records import Generation
@@ -105,8 +105,10 @@ def _figures(results: Results, findings: Findings) -> list[Section]:
         )
     ]  # fmt: skip
     if task := results.task:
-        taught = {a: curved for a, curved in cells.items() if any(_learned(c, task) for c in curved)}
-        drawn, half = [*taught][:PANELS], (PANELS // 2, len(taught))
+        accuracies = {a: [[p.value for p in c.curve(task)] for c in curved] for a, curved in cells.items()}
+        # What the attack's data teach: pure harmful data teach no task.
+        taught = [a for a, values in accuracies.items() if any(v and max(v) - v[0] >= LEARNED for v in values)]
+        drawn, half = taught[:PANELS], (PANELS // 2, len(taught))
         sections += [
             _panelled(
                 "The benign task, learned from the same data",
@@ -124,12 +126,6 @@ def _figures(results: Results, findings: Findings) -> list[Section]:
             ),
         ]
     return sections
-
-
-def _learned(cell: Cell, task: str) -> bool:
-    """Whether the attack's data teach the task: pure harmful data do not."""
-    values = [p.value for p in cell.curve(task)]
-    return bool(values) and max(values) - values[0] >= LEARNED
 
 
 def _panelled(title: str, text: str, drawn: dict[str, str], shown: int, of: int) -> Section:

@@ -191,9 +191,7 @@ def facts(run: Run | str) -> dict[str, Any]:
         ("model hash", model.get("hash")),
         ("template hash", info.get("template_hash")),
         ("seed", info.get("seed") if not protocol else ", ".join(map(str, protocol.get("seeds") or []))),
-        ("steps", info.get("steps")),
-        ("cells", info.get("cells")),
-        ("started", info.get("started")),
+        *((key, info.get(key)) for key in ("steps", "cells", "started")),
         ("wall time", as_time(wall) if wall is not None else None),
         ("peak memory", as_bytes(peak) if peak is not None else None),
         ("hardware", " · ".join(f"{k.replace('_', ' ')} {v}" for k, v in hardware.items() if v is not None)),
@@ -208,9 +206,8 @@ def facts(run: Run | str) -> dict[str, Any]:
         pairs.append((f"{t.get('role', 'model')}: {t.get('label')}", _dotted(t.get("ref"), *hashes, *shared, *missing)))
     for role, left in (info.get("overlap_dropped") or {}).items():
         pairs.append((f"left out of {role}", f"{left['rows']} rows whose prompt is in another role, see dropped.jsonl"))
-    verb, method = info.get("verb", "run"), info.get("method")
     return {
-        "title": f"{run.name}: {verb}" + (f" {method}" if method else ""),
+        "title": f"{run.name}: {info.get('verb', 'run')} {info.get('method') or ''}".rstrip(),
         "facts": [(k, v) for k, v in pairs if v not in (None, "")],
         "config": info.get("config"),
     }
