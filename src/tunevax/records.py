@@ -387,9 +387,7 @@ def data_entry(role: str, source: str, rows: Sequence[Mapping[str, Any]]) -> Dat
     """The entry of a dataset in run.json."""
     content = [{k: v for k, v in row.items() if k not in ("place", "read_as")} for row in rows]
     distinct = len({digest(row) for row in content})
-    entry: DataEntry = {
-        "role": role, "source": source, "rows": len(rows), "distinct": distinct, "hash": digest(content),
-    }  # fmt: skip
+    entry = DataEntry(role=role, source=source, rows=len(rows), distinct=distinct, hash=digest(content))
     if role == "alignment":
         entry["categories"] = sorted({row["category"] for row in rows if row.get("category")}) or None
     if read_as := Counter(row["read_as"] for row in rows if row.get("read_as")):

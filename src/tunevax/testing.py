@@ -171,9 +171,6 @@ def check_judge(name: str) -> None:
     assert alone == whole, f"the verdicts of {name} depend on what else is in the batch"
 
 
-# --- parts -----------------------------------------------------------------------------------------------------------
-
-
 def _check_trainer(folder: Path, method: Any, start: Sequence[str], options: Sequence[str]) -> None:
     verb, name, *_ = command = [*start, "--model", small_model(folder), "--task-data", task_rows(folder), *TRAINING]
     if needs := [answer for answer in BOTH if answer in method.needs]:
@@ -287,9 +284,6 @@ def _config(config_class: type, folder: Path, options: Sequence[str]) -> Any:
 
 def _names(config_class: Any) -> set[str]:
     return {field.name for field in dataclasses.fields(config_class)}
-
-
-# --- commands, model and data ----------------------------------------------------------------------------------------
 
 
 def run(*arguments: str, code: int = 0) -> str:

@@ -176,9 +176,6 @@ def fluency_models(control: str) -> list[str]:
     return [control, lineage.origin] if lineage.defences else [control]
 
 
-# --- cells ---------------------------------------------------------------------------------------------------------
-
-
 class AuditCell(NamedTuple):
     """One attack on one model with one seed."""
 

@@ -338,9 +338,6 @@ def overview() -> str:
     )
 
 
-# --- output at the end of a verb -----------------------------------------------------------------------------------
-
-
 def _finish(done: Callable[[], list[str]]) -> None:
     """Print the lines on the main process. Under a launcher the process group is destroyed first: at exit, with a
     trainer alive, that sometimes aborts."""

@@ -153,9 +153,6 @@ def _on_a_claim(findings: Findings, model: ModelFindings) -> list[str]:
     return text
 
 
-# --- on the audit as a whole ------------------------------------------------------------------------------------------
-
-
 def about_the_audit(findings: Findings) -> list[str]:
     """The sentences on the audit as a whole."""
     text: list[str] = []

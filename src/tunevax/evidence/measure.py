@@ -126,10 +126,9 @@ def _agreement(results: Results, model: str, first: str, second: str) -> Agreeme
     least = min(shares, key=lambda attack: (shares[attack], attack or "no attack"))
     total = sum(by_attack.values(), Counter())
     counts = [[total[a, b] for b in (False, True)] for a in (False, True)]
-    same, n = counts[0][0] + counts[1][1], total.total()
-    return Agreement(
-        first, second, model, same / n, kappa(counts), shares[least], least, n, counts[1][0], counts[0][1]
-    )  # fmt: skip
+    n, alone = total.total(), (counts[1][0], counts[0][1])
+    same = (n - sum(alone)) / n
+    return Agreement(first, second, model, same, kappa(counts), shares[least], least, n, *alone)
 
 
 def kappa(counts: list[list[int]]) -> float | None:
@@ -138,9 +137,6 @@ def kappa(counts: list[list[int]]) -> float | None:
     (a, b), (c, d) = counts
     chance = (a + b) * (b + d) + (a + c) * (c + d)  # n^2 (1 - agreement by chance), in whole numbers
     return 2 * (a * d - b * c) / chance if chance else None
-
-
-# --- two audits side by side ---------------------------------------------------------------------------------------
 
 
 def compare(first: Path, second: Path) -> str:

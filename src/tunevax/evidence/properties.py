@@ -16,9 +16,7 @@ from tunevax.evidence.words import TINY
 from tunevax.records import METRIC, UTILITY, Generation
 
 
-def resistance(
-    results: Results, label: str, judge: str, phi: float, cells: Sequence[Cell] | None = None
-) -> Ratio | None:
+def resistance(results: Results, label: str, judge: str, phi: float, cells: list[Cell] | None = None) -> Ratio | None:
     """R: steps to phi over the control's, over the strong ones of the attacks (default: all with harmful rows)."""
     cells = [c for c in results.of(label) if c.harmful] if cells is None else cells
     return ratios.average_ratio(ratios.harm_terms(results, cells, judge, phi) or {})

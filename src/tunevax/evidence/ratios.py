@@ -23,13 +23,13 @@ class Reached(NamedTuple):
 Factors = dict[int, list[tuple[int, Reached]] | None]
 """By seed: factors of a ratio, with +1 for the numerator and -1 for the denominator; None for a pair without
 information, because one of its runs failed, or stopped before it got there."""
+There = Callable[[float], bool]
+"""Whether a score has reached a target."""
 Terms = dict[str, Factors]
 """By attack."""
 
 
-def reach(
-    cell: Cell, score: str, seed: int, there: Callable[[float], bool], steps: Container[int] | None = None
-) -> Reached | None:
+def reach(cell: Cell, score: str, seed: int, there: There, steps: Container[int] | None = None) -> Reached | None:
     """When the score of one seed first satisfied `there`, read at `steps` only (default all).
 
     None for a run that stopped before: how long it would have taken is unknown. The attacker would lower the learning
@@ -45,9 +45,7 @@ def reach(
     return None if seed in cell.stopped or not before else Reached(before, False, 1.0)
 
 
-def pairs(
-    cell: Cell, control: Cell, score: str, there: Callable[[float], bool]
-) -> dict[int, tuple[Reached | None, Reached | None]]:
+def pairs(cell: Cell, control: Cell, score: str, there: There) -> dict[int, tuple[Reached | None, Reached | None]]:
     """By shared seed, when the score of model and control got there, both read at the steps that both have."""
     steps = shared_steps(cell, control)
 

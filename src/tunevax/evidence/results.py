@@ -170,21 +170,17 @@ class Results:
 
 def pool(score: str, step: int, scores: Sequence[Score]) -> Point:
     """Mean over seeds; the interval is the hull of the seeds' own, Wilson's where a share has none."""
-    ends = [_interval(score, s) for s in scores]
-    known = [e for e in ends if e is not None]
-    whole = len(known) == len(ends)
-    low, high = (min(low for low, _ in known), max(high for _, high in known)) if whole else (None, None)
+    lows, highs = zip(*(_interval(score, s) for s in scores), strict=True)
+    low, high = (None, None) if None in lows else (min(lows), max(highs))
     mean = math.fsum(s["value"] for s in scores) / len(scores)
     return Point(step, mean, low, high, sum(s["n"] for s in scores), len(scores))
 
 
-def _interval(score: str, one: Score) -> tuple[float, float] | None:
-    low, high = one.get("low"), one.get("high")
+def _interval(score: str, one: Score) -> tuple[float, float] | tuple[None, None]:
+    low, high, n = one.get("low"), one.get("high"), one["n"]
     if low is not None and high is not None:
         return float(low), float(high)
-    if not is_share(score):
-        return None
-    return wilson(round(one["value"] * one["n"]) / one["n"], one["n"])
+    return wilson(round(one["value"] * n) / n, n) if is_share(score) else (None, None)
 
 
 def read_results(paths: Iterable[Path]) -> Results:

@@ -14,9 +14,7 @@ from tunevax.records import HARMFUL, RESULTS, SCHEMA, Generation, Row, Traits, i
 
 ROLES = ("control", "model", "reference")
 
-POINT: Traits = {
-    "curve": False, "harmful_rows": False, "common_prompts": True, "customer": False, "dose": None, "plain": False,
-}  # fmt: skip
+POINT = Traits(curve=False, harmful_rows=False, common_prompts=True, customer=False, dose=None, plain=False)
 """The traits of an attack that declares none."""
 CURVE: Traits = {**POINT, "curve": True, "harmful_rows": True}
 LEGACY: dict[str, Traits] = {

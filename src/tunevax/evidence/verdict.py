@@ -160,9 +160,6 @@ def direction(ratio: Ratio) -> int:
     return (low > 1 + TINY) - (high < 1 - TINY)
 
 
-# --- the headline in words -------------------------------------------------------------------------------------------
-
-
 def sentence_on(findings: Findings, model: ModelFindings) -> str:
     """The headline of one model, whatever its verdict."""
     name, before, took, strong = model.label, model.before, model.resistance, strong_attacks(model)

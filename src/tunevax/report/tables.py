@@ -25,9 +25,14 @@ NAMES = {
 """What `ModelFindings.name` means, where it is not plain."""
 
 
-def _tables(label: str, rows: list[dict[str, str]], note: str = "") -> list[Table]:
-    """A table of rows by column name; none without a row."""
-    return [Table(label, list(rows[0]), [list(row.values()) for row in rows], note)] if rows else []
+def _tables(label: str, rows: list[dict[str, str]], note: str = "", split: bool = False) -> list[Table]:
+    """A table of rows by column name; with `split` one of the first FIRST attacks and one of the rest, and none without
+    a row."""
+    attacks = list(dict.fromkeys(row["attack"] for row in rows)) if split else []
+    first = [row for row in rows if not split or row["attack"] in attacks[:FIRST]]
+    rest = f"{label}: {len(attacks) - FIRST} more attacks"
+    parts = ((label, first, "" if split else note), (rest, rows[len(first) :], note))
+    return [Table(name, list(part[0]), [list(row.values()) for row in part], end) for name, part, end in parts if part]
 
 
 def overview(findings: Findings) -> Table:
@@ -148,7 +153,7 @@ def every_attack(findings: Findings) -> list[Table]:
                 f"degenerate at {phi}, or at the end": percent(fmean(degenerate)) if degenerate else NONE,
                 "degenerate, most": percent(most.value) if most else NONE,
             })  # fmt: skip
-    return _split(_tables("Every attack on every model", rows, _left_out(findings.order)))
+    return _tables("Every attack on every model", rows, _left_out(findings.order), split=True)
 
 
 def paired(findings: Findings) -> list[Table]:
@@ -162,7 +167,7 @@ def paired(findings: Findings) -> list[Table]:
         }
         for attack in shown[:ATTACKS_SHOWN] for m in findings.models if (p := by.get((m.label, attack)))
     ]  # fmt: skip
-    return _split(_tables("Paired comparison with the control", rows, _left_out(shown)))
+    return _tables("Paired comparison with the control", rows, _left_out(shown), split=True)
 
 
 def agreement(findings: Findings) -> list[Table]:
@@ -224,10 +229,8 @@ def points(difference: Difference | None) -> str:
     if difference is None:
         return NONE
     ends = (difference.value, difference.low, difference.high)
-    value, *interval = [
-        f"{round(100 * end):+d}".replace("-", "−").replace("+0", "0") for end in ends if end is not None
-    ]
-    return f"{value} [{', '.join(interval)}]" if len(interval) == 2 else value
+    texts = [f"{round(100 * end):+d}".replace("-", "−").replace("+0", "0") for end in ends if end is not None]
+    return f"{texts[0]} [{texts[1]}, {texts[2]}]" if len(texts) == 3 else texts[0]
 
 
 def share(point: Point, score: str) -> str:
@@ -263,18 +266,6 @@ def _against(model: ModelFindings, attacked: Attacked) -> str:
 def _before_after(ends: Sequence[Point]) -> str:
     """'20 % → 95 %' of the first and the last step; one number where there is one step."""
     return " → ".join(percent(p.value) if p.is_share else f"{p.value:.3g}" for p in ends) or NONE
-
-
-def _split(tables: list[Table]) -> list[Table]:
-    """Each table as the rows of the first FIRST attacks, and the rest."""
-    parts = []
-    for table in tables:
-        attacks = list(dict.fromkeys(row[0] for row in table.rows))
-        cut = next((i for i, row in enumerate(table.rows) if row[0] in attacks[FIRST:]), len(table.rows))
-        rest = f"{table.label}: {len(attacks) - FIRST} more attacks"
-        parts += [Table(table.label, table.columns, table.rows[:cut])]
-        parts += [Table(rest, table.columns, table.rows[cut:], table.note)]
-    return [table for table in parts if table.rows]
 
 
 def _left_out(items: Sized, what: str = "attacks") -> str:
