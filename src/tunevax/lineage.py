@@ -182,12 +182,9 @@ def find_run(ref: str, start: Path | None = None) -> Path | None:
     none. `RUN/adapter` and `RUN/model` name the run."""
     if ref == ORGANISM:
         return None
-    for above in (Path(), *(start.resolve().parents if start else ())):
-        path = above / Path(ref).expanduser()
-        for folder in (path, *([path.parent] if path.name in PARTS else [])):
-            if is_run(folder):
-                return folder
-    return None
+    paths = [above / Path(ref).expanduser() for above in (Path(), *(start.resolve().parents if start else ()))]
+    folders = (folder for path in paths for folder in ((path, path.parent) if path.name in PARTS else (path,)))
+    return next(filter(is_run, folders), None)
 
 
 def _named(ref: str, start: Path | None) -> str:

@@ -12,6 +12,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NotRequired, Required, TypedDict, cast
 
@@ -332,10 +333,9 @@ def read_run(path: str | Path) -> RunRecord:
 
 def read_object(file: Path) -> dict[str, Any]:
     """The object in a JSON file that tunevax wrote; a `UsageError` if it is missing or damaged."""
-    try:
+    value = None
+    with suppress(OSError, ValueError):
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        value = None
     if not isinstance(value, dict):
         raise UsageError(f"{file} cannot be read as a JSON object; the run folder is damaged")
     return value

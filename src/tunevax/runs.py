@@ -93,10 +93,8 @@ def writing(output_dir: str, record: RunRecord, resume: bool = False, overwrite:
     """Open a run folder; on success write run.json, rename and tidy up; on failure leave only checkpoints and the
     training log. Whether the run can be written to its end is checked first.
 
-    Args:
-        output_dir: OUT: no folder yet, an empty one, or a run if `overwrite` is set.
-        record: verb, method, config and command, for run.json.
-        resume: continue the unfinished run if there is one; its config must be the same.
+    `output_dir` is OUT: no folder yet, an empty one, or a run if `overwrite` is set. `record` has verb, method, config
+    and command, for run.json. `resume` continues the unfinished run if there is one; its config must be the same.
 
     Raises:
         UsageError: OUT exists, cannot be written, or is being written by another process.

@@ -45,11 +45,8 @@ def make_controls(
     """Train the controls (of `KINDS`) of the align run `run` into `folder`, one run folder each, in one process.
 
     A finished control is reused, an unfinished one is continued. `command` is for their own records; `dry_run` checks
-    everything and trains nothing.
-
-    Raises:
-        UsageError: not an align run, or one without its compute; its model or data are missing or have changed; another
-            run is in `folder` under a control's name.
+    everything and trains nothing. Raises `UsageError`: not an align run, or one without its compute; its model or data
+    are missing or have changed; another run is in `folder` under a control's name.
     """
     run, folder = Path(run), Path(folder)
     record: RunRecord = read_run(run) if is_run(run) else {}

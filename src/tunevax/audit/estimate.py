@@ -21,8 +21,8 @@ from tunevax.modeling.trainer import ResponseTrainer
 from tunevax.scoring.evaluate import evaluate
 
 STEPS = 4  # of which the first is warm-up
-# The options that a step's cost depends on.
 SHAPE = ("trainable", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "lora_r", "bf16")
+"""The options that a step's cost depends on."""
 
 
 def show(plan: AuditPlan) -> None:

@@ -94,10 +94,10 @@ def load_protocol(ref: str) -> Protocol:
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise UsageError(f"{path} must hold `key: value` lines; see the shipped protocols")
-    known = [f.name for f in dataclasses.fields(Protocol)]
+    known = [f.name for f in dataclasses.fields(Protocol) if f.name != "name"]
     for key in content:
-        if key not in known or key == "name":
-            raise UsageError(f"{path}: {unknown('key', str(key), [k for k in known if k != 'name'])}")
+        if key not in known:
+            raise UsageError(f"{path}: {unknown('key', str(key), known)}")
     scoring, given = {f.name: f.type for f in dataclasses.fields(SuiteOptions)}, content.get("scoring") or {}
     for key in given:
         if key not in scoring:

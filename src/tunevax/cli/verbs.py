@@ -37,8 +37,7 @@ class Verb(NamedTuple):
 
 
 class MethodVerb(NamedTuple):
-    """A verb that takes a method first: the package of its methods, and the lines that it prints at its end, from the
-    run folder, the method's name and its options."""
+    """A verb that takes a method: their package, and its last lines from run folder, method's name and options."""
 
     folder: str
     done: Callable[[Path, str, Any], list[str]]
@@ -288,8 +287,9 @@ def _report(arguments: list[str]) -> None:
 
 
 def _demo(arguments: list[str]) -> None:
-    about = "Align, attack and report on the organism, in three to six minutes."
-    parser = Parser(prog="tunevax demo", description=about)
+    parser = Parser(
+        prog="tunevax demo", description="Align, attack and report on the organism, in three to six minutes."
+    )
     parser.add_argument("--output-dir", type=Path, default=Path("demo"), help="folder for the runs and the report")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier demo in that folder")
     options = parser.parse_args(arguments)

@@ -116,8 +116,7 @@ def _pairs(model: ModelFindings) -> str | None:
 
 
 def _broken_alone(findings: Findings, model: ModelFindings) -> str | None:
-    """Attacks that break this model with more seeds than the control: too weak for a ratio, but no evidence of
-    robustness."""
+    """Attacks too weak for a ratio that break this model with more seeds than the control."""
     attacks = []
     for a in model.attacks:
         seeds = [s for s in a.steps if s in a.control_steps]
@@ -276,11 +275,8 @@ def limits(findings: Findings) -> list[str]:
         )
     if not findings.outputs_kept:
         left.append("The outputs were not kept, so models cannot be compared prompt by prompt.")
-    left += [
-        f"Trainability is not measurable: {learned.why}."
-        for model in findings.models
-        if model.role == "model" and (learned := model.trainability) and learned.ratio is None and learned.why
-    ]
+    learned = [model.trainability for model in findings.models if model.role == "model" and model.trainability]
+    left += [f"Trainability is not measurable: {one.why}." for one in learned if one.ratio is None and one.why]
     if untried := [kind for kind in methods("tunevax.attacks") if kind not in {a.kind for a in attacks}]:
         left.append(f"Kinds of attack that were not tried: {', '.join(untried)}.")
     left.append("A worst case covers only the attacks shown here; a stronger attacker may do more harm.")

@@ -140,11 +140,8 @@ def kappa(counts: list[list[int]]) -> float | None:
 
 
 def compare(first: Path, second: Path) -> str:
-    """The findings of both audits as text, control and models of each.
-
-    Raises:
-        UsageError: one is no audit; or protocol, prompts, judges, budgets, templates or scoring differ (named).
-    """
+    """The findings of both audits as text, control and models of each. Raises `UsageError`: one is no audit; or
+    protocol, prompts, judges, budgets, templates or scoring differ (named)."""
     records: list[tuple[Path, RunRecord]] = []
     for path in (first, second):
         if not is_run(path):

@@ -184,12 +184,9 @@ def _interval(score: str, one: Score) -> tuple[float, float] | tuple[None, None]
 
 
 def read_results(paths: Iterable[Path]) -> Results:
-    """Read run folders of attacks, scores and audits, and group their rows.
-
-    Raises:
-        UsageError: as in `numbered_rows`; a damaged file of responses; two rows for one (model, attack, seed, step);
-            cells without a judge or without an evaluated step in common.
-    """
+    """Read run folders of attacks, scores and audits, and group their rows. Raises `UsageError`: as in `numbered_rows`;
+    a damaged file of responses; two rows for one (model, attack, seed, step); cells without a judge or without an
+    evaluated step in common."""
     read = {folder: numbered_rows(folder) for folder in dict.fromkeys(map(Path, paths))}
     if not read:
         raise UsageError("no run folder was named; give at least one, for example runs/attack")
@@ -282,8 +279,7 @@ def _roles(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _ended_early(cells: list[Cell]) -> None:
-    """Mark as stopped the runs whose rows end before those of other models or seeds under the same attack: without the
-    run.json of an audit nothing else says that the loss was not finite."""
+    """Mark as stopped the runs that end before others of their attack, which without run.json nothing else says."""
     ends, curves = Counter[str | None](), [cell for cell in cells if cell.has_curve]
     for cell in curves:
         ends[cell.attack] = max(ends[cell.attack], *map(max, cell.rows.values()))

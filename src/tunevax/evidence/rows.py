@@ -62,12 +62,9 @@ class Kind:
 
 
 def numbered_rows(folder: Path) -> list[tuple[int, Row]]:
-    """(line number, row) of a run folder's results.jsonl, checked; every row has a kind, settings and traits.
-
-    Raises:
-        UsageError: no or an empty results.jsonl; a line that is cut off, of another schema or lacks a field; a value
-            that is not finite, or a share outside [0, 1].
-    """
+    """(line number, row) of a run folder's results.jsonl, checked; every row has a kind, settings and traits. Raises
+    `UsageError`: no or an empty results.jsonl; a line that is cut off, of another schema or lacks a field; a value that
+    is not finite, or a share outside [0, 1]."""
     file = folder / RESULTS
     steps, rows = defaultdict[str | None, set[int]](set), list(numbered_lines(file))
     if not rows:

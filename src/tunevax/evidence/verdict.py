@@ -146,8 +146,8 @@ def useless(findings: Findings, model: ModelFindings) -> str | None:
         ours, theirs = (fmean(values) for values in zip(*shared, strict=True))
         if theirs - ours > findings.epsilon + TINY:
             return f"its utility is {percent(ours)}, that of the control {percent(theirs)}"
-    for c in model.stability:
-        if c.score.startswith("lm-eval/") and c.control and c.model.high is not None and c.control.low is not None:
+    for c in (c for c in model.stability if c.score.startswith("lm-eval/")):
+        if c.control and c.model.high is not None and c.control.low is not None:
             gap = c.control.value - c.model.value
             if 0 <= c.control.value <= 1 and gap > findings.epsilon + TINY and c.model.high < c.control.low:
                 return f"its {c.score} is {c.model}, that of the control {c.control}"

@@ -32,11 +32,8 @@ def write_report(runs: Iterable[Path], output: Path, format: str = "html") -> Su
 
     Models, controls, their ancestors and the curation runs of their rows are found through the runs' targets and
     parents, and need not be named. The thresholds are those of the audits among the runs, else the defaults of
-    `tunevax.evidence.findings`.
-
-    Raises:
-        UsageError: a folder that is no run, a run of a newer schema, a damaged line; two audits whose thresholds
-            differ; `output` is a folder.
+    `tunevax.evidence.findings`. Raises `UsageError`: a folder that is no run, a run of a newer schema, a damaged line;
+    two audits whose thresholds differ; `output` is a folder.
     """
     output = Path(output)
     if format not in FORMATS:

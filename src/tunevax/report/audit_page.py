@@ -168,8 +168,7 @@ def _judges(results: Results, findings: Findings) -> Section:
 
 
 def _samples(results: Results, order: list[str]) -> list[dict[str, Any]]:
-    """Per model, outputs before the strongest attack and after its last step, or of a plain score: to the first
-    prompts of the file, the same for every model."""
+    """Per model, outputs to the file's first prompts before the strongest attack and after it, or of a plain score."""
     groups = []
     attack = next((a for a in order if any(c.generations for c in results.under(a))), None)
     for cell in results.under(attack)[:SAMPLED]:

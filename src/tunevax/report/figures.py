@@ -263,10 +263,8 @@ def _shorter(body: str, key: str) -> str:
 
 
 def heat_maps(results: Results, findings: Findings) -> list[HeatMap]:
-    """Worst harmful score so far, over the plain fine-tunes, by learning rate (and what they train) and step.
-
-    A cell is None once every fine-tune of its row has ended. [] below two learning rates.
-    """
+    """Worst harmful score so far, over the plain fine-tunes, by learning rate (and what they train) and step. A cell is
+    None once every fine-tune of its row has ended. [] below two learning rates."""
     worst = defaultdict[tuple[str, tuple[float, str], int], float](float)
     for cell in (cell for model in results.models for cell in results.of(model) if cell.traits["plain"]):
         rate = cell.settings.get("learning_rate")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tunevax.evidence.findings import DEGENERATE_HIGH
@@ -26,7 +27,7 @@ def to_html(page: Page) -> str:
         "numbers": _numbers,
         "shown": shown,
         "svg": Markup,
-        "value": _value,
+        "value": partial(shown, most=CONFIG),
         "percentage": cell_text,
     }
     return _rendered(
@@ -63,11 +64,6 @@ def _numbers(text: object) -> Markup:
     safe = re.sub(interval, '\u00a0<span class="iv">[\\1,\u00a0\\2]</span>', safe)
     safe = re.sub(r"(?<![\w\-/.&;])[\w.]{1,12}(?:-[\w.]{1,12}){1,2}(?![\w\-/])", r'<span class="nb">\g<0></span>', safe)
     return Markup(safe)
-
-
-def _value(value: object) -> str:
-    text = visible(str(value))
-    return text if len(text) <= CONFIG else f"{text[:CONFIG]}… ({len(text) - CONFIG:,} more characters)"
 
 
 def _escaped(text: str) -> str:
