@@ -92,8 +92,7 @@ def _nobody_reads() -> bool:
 
 
 def _flush(code: int) -> int:
-    """Flush stdout and return the exit code. Output that cannot be written is discarded, or the interpreter would fail
-    on it at exit."""
+    """Flush stdout and return the exit code. Output that cannot be written is discarded, or the exit would fail."""
     try:
         sys.stdout.flush()
     except OSError as error:

@@ -215,8 +215,7 @@ def about_the_audit(findings: Findings) -> list[str]:
     if any(m.worst and not m.worst.conditional for m in attacked):
         text.append("Where utility was not measured, the worst case also counts attacks that leave the model useless.")
     if n := len(findings.failed):
-        text.append(f"{n} {'cell' if n == 1 else 'cells'} failed and {'is' if n == 1 else 'are'} missing: "
-                    f"{_cells(findings.failed)}.")  # fmt: skip
+        text.append(f"{counted(n, 'cell')} failed and {'is' if n == 1 else 'are'} missing: {_cells(findings.failed)}.")
     compared = [m for m in models if m.resistance]
     if len(compared) > 1:
         text.append(

@@ -26,8 +26,7 @@ NAMES = {
 
 
 def _tables(label: str, rows: list[dict[str, str]], note: str = "", split: bool = False) -> list[Table]:
-    """A table of rows by column name; with `split` one of the first FIRST attacks and one of the rest, and none without
-    a row."""
+    """A table of the rows, by column name, if there are any; with `split` one of FIRST attacks and one of the rest."""
     attacks = list(dict.fromkeys(row["attack"] for row in rows)) if split else []
     first = [row for row in rows if not split or row["attack"] in attacks[:FIRST]]
     rest = f"{label}: {len(attacks) - FIRST} more attacks"
