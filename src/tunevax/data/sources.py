@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunevax.data.formats import TWICE, Rows, Splits, ending, read_file
+from tunevax.data.splits import split_word
 from tunevax.errors import UsageError, nearby, unknown
 from tunevax.files import model_hash
 from tunevax.lineage import Lineage
@@ -53,21 +54,14 @@ def parse_source(text: str) -> Source:
     return Source(match[1], dict(pairs))
 
 
-def require_known(name: str, options: dict[str, str]) -> None:
-    """Raise a UsageError for an option that no source has."""
+def parse_known(text: str, split: str) -> tuple[str, dict[str, str], str]:
+    """The name and the options of a source, and the split that it names, else `split`. Raises a UsageError for an
+    option that no source has."""
+    name, options = parse_source(text)
     for key in options.keys() - set(KEYS):
         raise unknown(f"option of the data source {name}", key, KEYS)
-
-
-def require_columns(name: str, options: dict[str, str], fields: Iterable[str], rows: Iterable[dict]) -> None:
-    """Raise a UsageError for a column that a source names for one of its fields and that no row has."""
-    named = {field: options[field] for field in fields if field in options}
-    if not named:
-        return
-    columns = {column for row in rows for column in row}
-    for field, column in named.items():
-        if columns and column not in columns:
-            raise unknown(f"column for {field} in {name}:", column, columns)
+    wanted = options.get("split", split)
+    return name, options, split_word(wanted) or wanted
 
 
 def read_rows(name: str, options: dict[str, str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
