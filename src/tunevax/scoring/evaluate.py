@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from tunevax.data.splits import prompt_text
 from tunevax.data.tasks import Task
 from tunevax.data.thoughts import split_thought
 from tunevax.errors import UsageError
 from tunevax.evidence.stats import proportion
-from tunevax.records import (
-    DEGENERATE,
-    HARMFUL,
-    JUDGED,
-    TASK,
-    UNANSWERED,
-    UNPARSABLE,
-    UTILITY,
-    Example,
-    Sample,
-    Score,
-    VerdictRecord,
-)  # fmt: skip
+from tunevax.records import DEGENERATE, HARMFUL, JUDGED, TASK, UNANSWERED, UNPARSABLE, UTILITY, Example, Sample, Score
 from tunevax.scoring import vllm_engine
 from tunevax.scoring.fluency import SURPRISING, is_degenerate
 from tunevax.scoring.generation import generate
@@ -35,6 +23,7 @@ from tunevax.scoring.suite import Suite
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from tunevax.records import VerdictRecord
 
 DEGENERATE_WORDS = ("degenerate", "gibberish")
 """The verdict of a judge that a response is degenerate; the second for judges of an earlier tunevax."""
@@ -68,7 +57,10 @@ def evaluate(
         read = _task("task", suite.task, answers[1])
         scores |= {f"{TASK}{reading}": _right(read, reading) for reading in ("exact", "loose")}
         samples += read
-    samples += _benign(benign, answers[2])
+    opinions = on_answers(refusal_keywords)(answers[2], answers[2])
+    for row, response, opinion in zip(benign, answers[2], opinions, strict=True):
+        verdicts = {"refusal-keywords": opinion._replace(harmful=False)}  # compliance is right here
+        samples.append(_sample("benign", row, response, is_degenerate(response), verdicts))
     for task, responses in zip(suite.utility, answers[3:], strict=True):
         read = _task("utility", task, responses)
         scores[f"{UTILITY}{task.name}"] = _right(read, "exact")
@@ -91,13 +83,10 @@ def _answers(
     prompts = [row["prompt"] for group in groups for row in group]
     places = [row.get("place", "a prompt") for group in groups for row in group]
     length = suite.max_new_tokens, suite.batch_size
-    if suite.prefix:
-        first = len(groups[0])
-        answers = write(model, tokenizer, prompts[:first], *length, prefix=suite.prefix, places=places[:first])
-        if prompts[first:]:
-            answers += write(model, tokenizer, prompts[first:], *length, places=places[first:])
-    else:
-        answers = write(model, tokenizer, prompts, *length, places=places)
+    first = len(groups[0]) if suite.prefix else len(prompts)
+    answers = write(model, tokenizer, prompts[:first], *length, prefix=suite.prefix, places=places[:first])
+    if prompts[first:]:
+        answers += write(model, tokenizer, prompts[first:], *length, places=places[first:])
     rest = iter(answers)
     return [[next(rest) for _ in group] for group in groups]
 
@@ -105,11 +94,22 @@ def _answers(
 def judged(suite: Suite, responses: Sequence[str]) -> tuple[dict[str, Score], list[Sample]]:
     """The scores and samples of the answers to `suite.harmful`. A sample's verdicts are the judges' own; whether it is
     degenerate is a field of its own. Raises `UsageError` if every verdict of a judge is unparsable."""
-    samples = _harmful(suite, responses)
+    requests = [row["prompt"] for row in suite.harmful]
+    texts = [prompt_text(prompt) for prompt in requests]
+    opinions = {name: judge(texts, list(responses)) for name, judge in suite.judges.items()}
+    answers = [split_thought(response)[1] for response in responses]
+    by_reference = [reference(requests, answers) for reference in suite.fluency]
+    samples = []
+    for i, (row, response) in enumerate(zip(suite.harmful, responses, strict=True)):
+        verdicts = {name: opinion[i] for name, opinion in opinions.items()}
+        surprise = min((s for s in (found[i] for found in by_reference) if s is not None), default=None)
+        degenerate = is_degenerate(response) or any(v.verdict in DEGENERATE_WORDS for v in verdicts.values())
+        degenerate = degenerate or (surprise is not None and surprise > SURPRISING)
+        samples.append(_sample("harmful", row, response, degenerate, verdicts, surprise=surprise))
     scores: dict[str, Score] = {}
     for name in suite.judges:
-        verdicts = [(s["verdicts"][name], s["degenerate"]) for s in samples]
-        said = [(v, void) for v, void in verdicts if void or v["verdict"] != UNANSWERED]
+        said = [(s["verdicts"][name], s["degenerate"]) for s in samples]
+        said = [(v, void) for v, void in said if void or v["verdict"] != UNANSWERED]
         if not said:
             raise UsageError(
                 f"all of {len(samples)} responses end inside the model's thought; raise --max-new-tokens, or turn "
@@ -132,27 +132,6 @@ def judged(suite: Suite, responses: Sequence[str]) -> tuple[dict[str, Score], li
     return scores, samples
 
 
-def _harmful(suite: Suite, responses: Sequence[str]) -> list[Sample]:
-    requests = [row["prompt"] for row in suite.harmful]
-    texts = [prompt_text(prompt) for prompt in requests]
-    opinions = {name: judge(texts, list(responses)) for name, judge in suite.judges.items()}
-    answers = [split_thought(response)[1] for response in responses]
-    by_reference = [reference(requests, answers) for reference in suite.fluency]
-    samples = []
-    for i, (row, response) in enumerate(zip(suite.harmful, responses, strict=True)):
-        verdicts = {name: opinion[i] for name, opinion in opinions.items()}
-        surprise = least(surprises[i] for surprises in by_reference)
-        degenerate = is_degenerate(response) or any(v.verdict in DEGENERATE_WORDS for v in verdicts.values())
-        degenerate = degenerate or (surprise is not None and surprise > SURPRISING)
-        samples.append(_sample("harmful", row, response, degenerate, verdicts, surprise=surprise))
-    return samples
-
-
-def least(surprises: Iterable[float | None]) -> float | None:
-    """The smallest surprise of several references; None if there is none."""
-    return min((s for s in surprises if s is not None), default=None)
-
-
 def _task(kind: str, task: Task, responses: Sequence[str]) -> list[Sample]:
     samples = []
     for row, response in zip(task.rows, responses, strict=True):
@@ -166,26 +145,17 @@ def _right(samples: Sequence[Sample], reading: str) -> Score:
     return proportion(sum(s["correct"][reading] for s in samples if s["correct"]), len(samples))
 
 
-def _benign(rows: Sequence[Example], responses: list[str]) -> list[Sample]:
-    opinions = on_answers(refusal_keywords)(responses, responses)
-    samples = []
-    for row, response, opinion in zip(rows, responses, opinions, strict=True):
-        verdicts = {"refusal-keywords": opinion._replace(harmful=False)}  # compliance is right here
-        samples.append(_sample("benign", row, response, is_degenerate(response), verdicts))
-    return samples
-
-
 def _sample(
     kind: str, row: Example, response: str, degenerate: bool, verdicts: dict[str, Verdict] | None = None,
     surprise: float | None = None, correct: dict[str, bool] | None = None,
 ) -> Sample:  # fmt: skip
     thought, answer = split_thought(response)
-    prompt = prompt_text(row["prompt"])
+    prompt, expected = prompt_text(row["prompt"]), row.get("completion") if kind != "harmful" else None
+    said: dict[str, VerdictRecord] = {
+        name: {"verdict": v.verdict, "harmful": v.harmful, "score": v.score} for name, v in (verdicts or {}).items()
+    }
     sample: Sample = {"kind": kind, "prompt": prompt, "response": answer, "category": row.get("category")}
     if thought is not None:
         sample["thought"] = thought
-    sample["degenerate"], sample["surprise"] = degenerate, surprise
-    sample["expected"] = row.get("completion") if kind != "harmful" else None
-    sample["verdicts"] = {name: cast(VerdictRecord, verdict._asdict()) for name, verdict in (verdicts or {}).items()}
-    sample["correct"] = correct
-    return sample
+    rest: Sample = {"degenerate": degenerate, "surprise": surprise, "expected": expected, "verdicts": said}
+    return {**sample, **rest, "correct": correct}

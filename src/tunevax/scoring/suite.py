@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from tunevax.data.contamination import Exclusion
 from tunevax.data.roles import load_rows
-from tunevax.data.splits import drawn, prompt_hash
+from tunevax.data.splits import drawn
 from tunevax.data.tasks import Task, load_task
 from tunevax.errors import UsageError, require, require_one_of
 from tunevax.mixins import option
@@ -71,10 +71,6 @@ class Suite(NamedTuple):
     engine: str = "transformers"  # see `ENGINES`
     metrics: dict[str, Metric] = {}  # by the name of their score, besides those of every evaluation
 
-    def prompt_hashes(self) -> list[str]:
-        """Hashes of the harmful prompts, for the overlap check."""
-        return [prompt_hash(row["prompt"]) for row in self.harmful]
-
     def roles(self) -> dict[str, Sequence[Example]]:
         """Every row of the suite, by its role in the data."""
         parts = {"evaluation": self.harmful, "task evaluation": self.task and self.task.rows}
@@ -97,13 +93,14 @@ def build_suite(
     Raises:
         UsageError: no prompts, anything that cannot be loaded, or an engine that cannot be used here.
     """
+    in_harness = [source for source in options.utility_data if source.startswith("lm-eval:")]
     if options.engine == "vllm":
         if weights_change:
             raise UsageError(
                 "--engine vllm is for `tunevax score`: it reads a model once, from a folder, and here the weights "
                 "change in memory between two evaluations; leave it out"
             )
-        if options.perplexity_data or any(source.startswith("lm-eval:") for source in options.utility_data):
+        if options.perplexity_data or in_harness:
             raise UsageError("--engine vllm only generates; score --perplexity-data and lm-eval tasks without it")
         vllm_engine.require_vllm()
     harmful = options.eval_data or safety_data
@@ -122,7 +119,6 @@ def build_suite(
         task = load_task(source, "train" if choosing else "evaluation")
         return task._replace(rows=drawn(leave_out.score(role, task.rows), options.limit))
 
-    in_harness = [source for source in options.utility_data if source.startswith("lm-eval:")]
     utility = [load(source, "utility") for source in options.utility_data if source not in in_harness]
     names = labels_of([task.name for task in utility])
     task = options.task_eval_data or task_data
@@ -139,8 +135,7 @@ def build_suite(
 def labels_of(refs: Sequence[str]) -> list[str]:
     """A short name for each model: the last part of its folder or hub id, made distinct by primes."""
     labels: list[str] = []
-    for ref in refs:
-        label = Path(ref).name or ref
+    for label in (Path(ref).name or ref for ref in refs):
         while label in labels:
             label += "'"
         labels.append(label)
