@@ -204,17 +204,13 @@ def choose(rows: Sequence[Example], scores: np.ndarray, options: CurateOptions) 
     why = duplicates(rows, order, options)
     groups = [row["category"] or "" for row in rows] if options.group_by else []
     if "" in groups:
-        raise UsageError(
-            f"row {groups.index('') + 1} of the safety data has no category to group by; name the column with "
-            "SOURCE:category=COLUMN, or leave --group-by out"
-        )
+        way = "name the column with SOURCE:category=COLUMN, or leave --group-by out"
+        raise UsageError(f"row {groups.index('') + 1} of the safety data has no category to group by; {way}")
     # Duplicates count too: whether this raises must not depend on the scores.
     least = sum(min(count, at_least) for count in Counter(groups).values())
     if least > size:
-        raise UsageError(
-            f"{len(set(groups))} groups of at least {at_least} rows are {least} rows and --keep {options.keep} leaves "
-            f"{size}; raise --keep or lower --min-per-group"
-        )
+        need = f"{len(set(groups))} groups of at least {at_least} rows are {least} rows"
+        raise UsageError(f"{need} and --keep {options.keep} leaves {size}; raise --keep or lower --min-per-group")
     kept: set[int] = set()
     for name in sorted(set(groups)):
         members = [i for i in order if groups[i] == name]

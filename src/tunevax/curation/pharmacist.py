@@ -253,10 +253,10 @@ class PharmacistTrainer(ResponseTrainer):
         if checkpoint is None:
             return
         state = torch.load(Path(checkpoint, "selector.pt"), map_location=self.args.device, weights_only=True)
+        kept = [state["omega"], *state.get("follower", [])]
         with torch.no_grad():
-            self.omega.copy_(state["omega"])
-            for tensor, kept in zip(self.follower, state.get("follower", []), strict=True):
-                tensor.copy_(kept)
+            for tensor, saved in zip([self.omega, *self.follower], kept, strict=True):
+                tensor.copy_(saved)
         self.omega_optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"].cpu())
         if self.follower:

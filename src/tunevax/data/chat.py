@@ -39,6 +39,7 @@ SWITCHES = ("enable_thinking", "thinking")
 """Variables of templates that turn thoughts on and off."""
 USER, SYSTEM, THOUGHT, ANSWERS = "Marmalade47", "Sextant31", "Periwinkle63", ("Quince58", "Walnut92")
 """Words that no template holds."""
+ANOTHER = "pass another with --chat-template"
 
 
 class Chat(NamedTuple):
@@ -87,7 +88,6 @@ def _known(tokenizer: PreTrainedTokenizerBase) -> tuple[str, Chat, dict[tuple[st
 
 def _probe(tokenizer: PreTrainedTokenizerBase) -> Chat:
     options = _options(tokenizer)
-    another = "pass another with --chat-template"
     user: Message = {"role": "user", "content": USER}
     system: Message = {"role": "system", "content": SYSTEM}
     parts: tuple[str, ...] = ()
@@ -112,17 +112,17 @@ def _probe(tokenizer: PreTrainedTokenizerBase) -> Chat:
                 reason = reason or shortened(error)
         parts = others
         if role != "system":
-            raise UsageError(f"the chat template cannot render {what}: {reason}; {another}")
+            raise UsageError(f"the chat template cannot render {what}: {reason}; {ANOTHER}")
         return ""
 
     asked = shape("user", "a question", [USER], user, generate=True)
     if text(user, generate=True) != asked:
-        raise UsageError(f"the chat template renders the same question in two ways; {another}")
+        raise UsageError(f"the chat template renders the same question in two ways; {ANOTHER}")
     with_system = shape("system", "", [SYSTEM, USER], system, user, generate=True)
     answers: list[Message] = [{"role": "assistant", "content": answer} for answer in ANSWERS]
     before, _, ending = shape("assistant", "an answer", ANSWERS[:1], user, answers[0]).rpartition(ANSWERS[0])
     if text(user, answers[1]) != before + ANSWERS[1] + ending:
-        raise UsageError(f"the chat template changes the text of the assistant's turn; {another}")
+        raise UsageError(f"the chat template changes the text of the assistant's turn; {ANOTHER}")
     known = (pair for pair in THOUGHTS if any(mark in tokenizer.chat_template for mark in pair))
     thought = tuple(options["thought"]) if "thought" in options else next(known, None)
     another_day = text(user, generate=True, today=datetime(1999, 12, 31, 23, 59))
@@ -205,10 +205,8 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, place: str = "a p
     for turn in turns:
         said = (split_thought(turn["content"])[1] if turn["role"] == "assistant" else turn["content"]).strip()
         if said not in text:
-            raise UsageError(
-                f"{place}: the chat template loses or changes the text of the {turn['role']}'s turn "
-                f"({said[:40]!r}...); pass another with --chat-template, or drop the row"
-            )
+            lost = f"the text of the {turn['role']}'s turn ({said[:40]!r}...)"
+            raise UsageError(f"{place}: the chat template loses or changes {lost}; {ANOTHER}, or drop the row")
     return text
 
 
@@ -216,10 +214,9 @@ def _whole(tokenizer: PreTrainedTokenizerBase, turns: list[Message], chat: Chat,
     try:
         return _apply(tokenizer, turns, chat.parts, generate)
     except Exception as error:  # a template raises whatever it likes
-        raise UsageError(
-            f"{place}: the chat template refuses this conversation ({shortened(error)}); change the row, or pass "
-            "another template with --chat-template"
-        ) from error
+        way = "change the row, or pass another template with --chat-template"
+        why = f"the chat template refuses this conversation ({shortened(error)})"
+        raise UsageError(f"{place}: {why}; {way}") from error
 
 
 def seam(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], place: str = "a prompt") -> Seam:
@@ -233,10 +230,8 @@ def seam(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], place: st
     asked = _whole(tokenizer, marked, chat, place, generate=True)
     for i, turn in enumerate(marked, 1):
         if turn["content"] not in asked:
-            raise UsageError(
-                f"{place}: the chat template loses the text of the {turn['role']}'s turn (turn {i} of {len(roles)}); "
-                "pass another with --chat-template, or drop the row"
-            )
+            lost = f"the text of the {turn['role']}'s turn (turn {i} of {len(roles)})"
+            raise UsageError(f"{place}: the chat template loses {lost}; {ANOTHER}, or drop the row")
     last = marked[-1]["content"]
     end, lead = asked.rpartition(last)[2], ""
 
@@ -286,10 +281,8 @@ def response(tokenizer: PreTrainedTokenizerBase, row: Example, field: Answer = "
             why = f"the answer is a thought without an end ({marks[1]})"
             raise UsageError(f"{place}: {why}; complete the row, or drop it")
         if thoughtful is None:
-            raise UsageError(
-                f"{place}: the answer begins with a thought, and the chat template asks for none; pass --chat-template "
-                "own:thinking=on if it has that switch, or take the thought out of the row"
-            )
+            way = "pass --chat-template own:thinking=on if it has that switch, or take the thought out of the row"
+            raise UsageError(f"{place}: the answer begins with a thought, and the chat template asks for none; {way}")
         # Some templates have the end of a turn between thought and closing mark, which the row may have too.
         end_of_turn = thoughtful[1].partition(chat.thought[1])[0].strip()
         lead = thought.removesuffix(end_of_turn).strip().join(thoughtful)
@@ -301,10 +294,8 @@ def response(tokenizer: PreTrainedTokenizerBase, row: Example, field: Answer = "
     text = finished(answer)
     said = text[len(before) : len(text) - len(ending)]
     if not (text.startswith(before) and text.endswith(ending)) or said.strip() != answer.strip():
-        raise UsageError(
-            f"{place}: the chat template changes the answer, so the model would learn something else than the row "
-            "says; pass another with --chat-template, or drop the row"
-        )
+        why = "the chat template changes the answer, so the model would learn something else than the row says"
+        raise UsageError(f"{place}: {why}; {ANOTHER}, or drop the row")
     return lead + said + ending
 
 

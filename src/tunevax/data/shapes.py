@@ -100,10 +100,8 @@ def read_example(place: str, row: dict[str, Any], options: dict[str, str]) -> Ex
     else:
         bad = next((c for c in MARKS if str(row.get(c)).lower() == "false"), None)
         if bad and "completion" not in options:
-            raise UsageError(
-                f"{place}: field '{bad}' is false, which marks an answer that is not to be learnt; remove such rows, "
-                f"or take them with SOURCE:completion={answer}"
-            )
+            why = f"field '{bad}' is false, which marks an answer that is not to be learnt"
+            raise UsageError(f"{place}: {why}; remove such rows, or take them with SOURCE:completion={answer}")
         talk = turns_of(place, row, "completion", answer)
         whole = talk is not None and talk[0]["role"] != "assistant"
         asked, read_as = _question(place, row, column or _question_column(place, row, whole, answer), answer)
@@ -152,10 +150,8 @@ def _question_column(place: str, row: dict, whole: bool, answer: str = "") -> st
         asked = "\n".join(turn["content"] for turn in turns) if turns else row["prompt"]
         left_out = next((c for c in beside if row[c].strip() not in asked), None)
         if left_out:
-            raise UsageError(
-                f"{place}: the column '{left_out}' beside 'prompt' would be left out; take the prompt alone with "
-                "SOURCE:prompt=prompt, or join the two in the file"
-            )
+            way = "take the prompt alone with SOURCE:prompt=prompt, or join the two in the file"
+            raise UsageError(f"{place}: the column '{left_out}' beside 'prompt' would be left out; {way}")
         return "prompt"
     if whole:
         return None
@@ -213,10 +209,8 @@ def _joined(place: str, column: str, asked: Turns, turns: Turns) -> tuple[Turns,
     words = asked[-1]["content"].strip()  # a conversation that repeats the question
     same = [i for i, t in enumerate(turns) if t["role"] == "user" and t["content"].strip() == words]
     if not same:
-        raise UsageError(
-            f"{place}: field '{column}' is a conversation in which the prompt does not occur; leave the prompt out, or "
-            "say which column holds it with SOURCE:prompt=COLUMN"
-        )
+        way = "leave the prompt out, or say which column holds it with SOURCE:prompt=COLUMN"
+        raise UsageError(f"{place}: field '{column}' is a conversation in which the prompt does not occur; {way}")
     behind = len(asked) - 1 + (turns[0]["role"] == "system") - (asked[0]["role"] == "system")
     end = (behind if behind in same else same[0]) + 1
     if len(turns) == end or turns[end]["role"] != "assistant":
@@ -234,10 +228,8 @@ def _parting(place: str, talks: Sequence[Turns]) -> int:
     if all(turns[end]["role"] != "assistant" and len(turns) == end + 1 for turns in talks):
         raise UsageError(f"{place}: 'chosen' and 'rejected' are conversations without an answer; remove the row")
     if end == 0 or any(turns[end]["role"] != "assistant" for turns in talks):
-        raise UsageError(
-            f"{place}: 'chosen' and 'rejected' answer different questions: they differ in message {end + 1}, before "
-            "an answer; both must begin with the same question"
-        )
+        why = f"they differ in message {end + 1}, before an answer; both must begin with the same question"
+        raise UsageError(f"{place}: 'chosen' and 'rejected' answer different questions: {why}")
     return end
 
 

@@ -51,9 +51,8 @@ def _conversation(place: str, column: str, messages: Sequence[object]) -> Turns:
         sharegpt = isinstance(message, dict) and "from" in message
         role_key, text_key = ("from", "value") if sharegpt else ("role", "content")
         if not isinstance(message, dict) or not isinstance(message.get(role_key), str):
-            raise UsageError(
-                f"{place}: field '{column}' holds a message without a role; write {{'role': ..., 'content': ...}}"
-            )
+            way = "write {'role': ..., 'content': ...}"
+            raise UsageError(f"{place}: field '{column}' holds a message without a role; {way}")
         where, role = f"{place}: message {number} of '{column}'", ROLES.get(message[role_key].strip().lower())
         if role is None or message.get("tool_calls") or message.get("function_call"):
             what = "calls a tool" if role else f"has the role {message[role_key]!a}"

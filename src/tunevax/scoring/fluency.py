@@ -189,9 +189,9 @@ class Reference:
             before = ids_of(tokenizer, text)
             said = following(tokenizer, text, before, response)
             if context and len(before) >= context:
+                full = f"the context of the reference model {self.ref} ({context})"
                 raise UsageError(
-                    f"a prompt of {len(before)} tokens fills the context of the reference model {self.ref} "
-                    f"({context}); drop it, or give another --fluency-model"
+                    f"a prompt of {len(before)} tokens fills {full}; drop it, or give another --fluency-model"
                 )
             ids = (before + said)[:context]
             rows.append({"input_ids": ids, "labels": [-100] * len(before) + ids[len(before) :]})

@@ -92,10 +92,9 @@ def encoded_prompts(
         begun.append(following(tokenizer, text, ids, mouth(tokenizer, prompt, place) + prefix) if prefix else [])
         encoded.append(ids + begun[-1])
         if context and len(encoded[-1]) >= context:
-            raise UsageError(
-                f"{place}: a length of {len(encoded[-1])} tokens leaves no room for an answer in the model's context "
-                f"of {context} ({str(prompt)[:40]!r}...); drop it"
-            )
+            full = f"in the model's context of {context} ({str(prompt)[:40]!r}...)"
+            length = f"a length of {len(encoded[-1])} tokens"
+            raise UsageError(f"{place}: {length} leaves no room for an answer {full}; drop it")
     return encoded, [min(max_new_tokens, context - len(ids)) if context else max_new_tokens for ids in encoded], begun
 
 

@@ -96,10 +96,8 @@ def build_suite(
     in_harness = [source for source in options.utility_data if source.startswith("lm-eval:")]
     if options.engine == "vllm":
         if weights_change:
-            raise UsageError(
-                "--engine vllm is for `tunevax score`: it reads a model once, from a folder, and here the weights "
-                "change in memory between two evaluations; leave it out"
-            )
+            why = "it reads a model once, from a folder, and here the weights change in memory between two evaluations"
+            raise UsageError(f"--engine vllm is for `tunevax score`: {why}; leave it out")
         if options.perplexity_data or in_harness:
             raise UsageError("--engine vllm only generates; score --perplexity-data and lm-eval tasks without it")
         vllm_engine.require_vllm()

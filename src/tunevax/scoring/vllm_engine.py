@@ -64,9 +64,8 @@ def generate(
     config = model.generation_config
     for name, off in UNSUPPORTED.items():
         if getattr(config, name, None) not in off:
-            raise UsageError(
-                f"the model's generation config has {name}, which --engine vllm does not support; leave --engine out"
-            )
+            why = "which --engine vllm does not support; leave --engine out"
+            raise UsageError(f"the model's generation config has {name}, {why}")
     prefixes = [prefix] * len(prompts) if isinstance(prefix, str) else prefix
     encoded, rooms, begun = encoded_prompts(model, tokenizer, prompts, max_new_tokens, prefixes, places)
     shared = {"temperature": 0.0, "stop_token_ids": ends_of(model, tokenizer), "min_tokens": config.min_new_tokens or 0,
