@@ -55,14 +55,9 @@ class Chat(NamedTuple):
 
 
 class Seam(NamedTuple):
-    """The text between a conversation with the roles of one prompt and its answer.
-
-    Attributes:
-        lead: between the generation prompt and an answer without a thought: as in finished turns (an empty thought, in
-            some templates), or the end of a thought that the generation prompt opens.
-        thoughtful: the same for an answer with a thought, as the text before and after that; None where the template
-            has no thoughts, or the generation prompt leaves no place for one.
-    """
+    """The text between the generation prompt and an answer: `lead` where it has no thought, as in finished turns (an
+    empty thought, in some templates), or the end of a thought that the prompt opens; `thoughtful` the text before and
+    after a thought, None where the template has no thoughts, or the generation prompt leaves no place for one."""
 
     lead: str
     thoughtful: tuple[str, str] | None
@@ -261,11 +256,8 @@ def seam(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], place: st
 
 def response(tokenizer: PreTrainedTokenizerBase, row: Example, field: Answer = "completion") -> str:
     """The text after the rendered prompt when the model answers `row[field]`: the lead of `seam` or the answer's own
-    thought, and the answer as the template renders it, up to the end of the turn. Marked words show where it is.
-
-    Raises:
-        UsageError: the template refuses the conversation or changes the answer, or the answer's thought has no end or
-            no place; the row's place is named.
+    thought, and the answer as the template renders it, up to the end of the turn. Marked words show where it is. Raises
+    `UsageError` if the template refuses the conversation or changes the answer, or its thought has no end or no place.
     """
     chat, place = chat_of(tokenizer), row.get("place", "a row")
     turns = conversation(row["prompt"], chat)

@@ -36,8 +36,6 @@ TEMPLATES = {
     ),
 }
 """Templates by name; `none` is the bare text of the turns."""
-OPTIONS = ("thought", "thinking")
-"""Options of every template, besides its own variables."""
 OWN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
 """Variables that are not the user's to set."""
 
@@ -76,6 +74,7 @@ def with_options(template: str, options: str) -> str:
     value; `thinking` for a template without a switch."""
     chosen: dict[str, Any] = {}
     template = HEAD.sub("", template, count=1)
+    variables = _variables(template)
     for pair in options.split(","):
         name, _, value = pair.partition("=")
         if name == "thought":
@@ -86,30 +85,28 @@ def with_options(template: str, options: str) -> str:
         elif name == "thinking":
             if value not in ("on", "off"):
                 raise UsageError(f"--chat-template has thinking={value}; known: on, off")
-            if not any(_reads(template, switch) for switch in SWITCHES):
+            if not variables & set(SWITCHES):
                 why = f"the template has no switch for it ({' or '.join(SWITCHES)})"
                 raise UsageError(f"--chat-template has thinking={value}, and {why}; leave the option out")
             chosen["thinking"] = value == "on"
-        elif name not in OWN and _reads(template, name):
+        elif name in variables - set(OWN):
             with suppress(ValueError):  # true, 0, null; anything else is a word
                 value = json.loads(value)
             chosen.setdefault("variables", {})[name] = value
         else:
-            raise unknown("option of --chat-template", name, OPTIONS)
+            raise unknown("option of --chat-template", name, ("thought", "thinking"))
     # transformers drops one line break after a comment, so that the template itself is rendered as before.
     return "{# tunevax " + json.dumps(chosen) + " #}\n" + template
 
 
-def _reads(template: str, name: str) -> bool:
-    """Whether a template takes a variable of this name from its caller."""
+def _variables(template: str) -> set[str]:
+    """The variables that a template takes from its caller."""
     from jinja2 import Environment, TemplateError, meta
 
-    known = Environment(extensions=["jinja2.ext.loopcontrols"])
     plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)  # a tag of transformers
-    try:
-        return name in meta.find_undeclared_variables(known.parse(plain))
-    except TemplateError:  # which the probe reports
-        return False
+    with suppress(TemplateError):  # which the probe reports
+        return meta.find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain))
+    return set()
 
 
 def messages(prompt: Prompt) -> list[Message]:
@@ -122,11 +119,10 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     rows = getattr(tokenizer, "embedding_rows", None)  # of a model that has fewer than the tokenizer has tokens
     if rows is not None and max(ids, default=0) >= rows:
-        raise UsageError(
-            f"a text has the token {tokenizer.convert_ids_to_tokens(max(ids))!r}, number {max(ids)}, and the model's "
-            f"embedding has {rows} rows: it was added to the tokenizer alone; resize the model's embedding "
-            "(resize_token_embeddings) and train it, or leave the token out of the text or the chat template"
-        )
+        token = f"{tokenizer.convert_ids_to_tokens(max(ids))!r}, number {max(ids)}"
+        why = f"the model's embedding has {rows} rows: it was added to the tokenizer alone"
+        way = "resize the embedding (resize_token_embeddings) and train it, or leave the token out of text and template"
+        raise UsageError(f"a text has the token {token}, and {why}; {way}")
     return ids
 
 
@@ -150,13 +146,7 @@ def encode(
 
     The prompt's ids are those of generation. The response ends with the template's end-of-turn token; where the
     template has none, EOS is added. Rows are cut at `max_length`, or at the model's `context` where that is shorter.
-
-    Args:
-        loss_on: `response`, or `all` tokens.
-        answer: the field of a row that holds it.
-
-    Raises:
-        UsageError: a prompt leaves no room for an answer.
+    `loss_on` is `response`, or `all` tokens. Raises `UsageError` if a prompt leaves no room for an answer.
     """
     encoded = []
     limit = min(max_length, context or max_length)

@@ -20,7 +20,9 @@ ANSWERS = ("chosen", "rejected")
 def load_safety(
     source: str, split: str | None = None, need: tuple[str, ...] = ("chosen",), purpose: str = "this method"
 ) -> list[Example]:
-    """Read a preference dataset as TRL defines it, or in another shape that `tunevax.data.shapes` knows.
+    """Read a preference dataset as TRL defines it, or in another shape that `tunevax.data.shapes` knows. Raises
+    `UsageError` for a bad row (place and field named), a missing answer (purpose named), an unknown category, or no row
+    in the split.
 
     Args:
         source: a hub id, local file or curation run, with options after a colon (see `tunevax.data.sources`), or
@@ -35,10 +37,6 @@ def load_safety(
     Returns:
         Rows with `prompt` (a string or a list of messages), `chosen`, `rejected`, `category` and `place`, None where
         absent; `corruption` where a row has one; of a file or dataset `read_as`, the columns that were read and how.
-
-    Raises:
-        UsageError: a bad row (place and field named), a missing answer (purpose named), an unknown category, or no
-            row in the split.
     """
     name, options, split = parse_known(re.sub(r"(?<=[:,])held-out=", "held_out=", source), split or "all")
     if name == "organism":

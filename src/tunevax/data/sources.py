@@ -66,12 +66,8 @@ def parse_known(text: str, split: str) -> tuple[str, dict[str, str], str]:
 
 def read_rows(name: str, options: dict[str, str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (place, row) for each row; place is `file:line` for text files and `name[index]` otherwise. The folder of
-    a curation run gives the rows it kept. A key that occurs twice with different values is `TWICE` in the row.
-
-    Raises:
-        UsageError: the file is missing, of an unknown kind or damaged, a line is not a JSON object, or it is unclear
-            which split is meant.
-    """
+    a curation run gives the rows it kept. A key that occurs twice with different values is `TWICE` in the row. Raises
+    `UsageError` if the file is missing, of an unknown kind or damaged, or it is unclear which split is meant."""
     path, options = Path(name), options or {}
     try:
         if is_run(path):

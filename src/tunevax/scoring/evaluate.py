@@ -32,10 +32,9 @@ DEGENERATE_WORDS = ("degenerate", "gibberish")
 def evaluate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, suite: Suite, full: bool = False
 ) -> tuple[dict[str, Score], list[Sample]]:
-    """Generate, judge and count.
-
-    Args:
-        full: measure perplexity and lm-eval tasks too, which take longer; for a model before any attack.
+    """Generate, judge and count; with `full`, for a model before any attack, also perplexity and lm-eval tasks, which
+    take longer. Raises `UsageError` if every verdict of a judge, or a metric, is invalid, or a prompt does not fit the
+    model's context.
 
     Returns:
         scores: `harmful/JUDGE`, `judged/JUDGE`, `degenerate`, `task/exact`, `task/loose`, `over-refusal`,
@@ -45,23 +44,30 @@ def evaluate(
             count and reported as `unparsable/JUDGE`; answers that end inside the model's thought are left out of every
             count and reported as `unanswered`. If `full`, also `perplexity/NAME` and `lm-eval/TASK/METRIC`.
         samples: one row per response with every verdict.
-
-    Raises:
-        UsageError: every verdict of a judge, or a metric, is invalid; a prompt does not fit the model's context.
     """
     task_rows, benign = (suite.task.rows if suite.task else []), (suite.benign or [])
     groups = [suite.harmful, task_rows, benign, *[task.rows for task in suite.utility]]
-    answers = _answers(model, tokenizer, suite, groups)
-    scores, samples = judged(suite, answers[0])
+    prompts = [row["prompt"] for group in groups for row in group]
+    places = [row.get("place", "a prompt") for group in groups for row in group]
+    write = vllm_engine.generate if suite.engine == "vllm" else generate
+    length = suite.max_new_tokens, suite.batch_size
+    # One call for full batches of similar length, unless the harmful prompts have a prefix.
+    first = len(suite.harmful) if suite.prefix else len(prompts)
+    written = write(model, tokenizer, prompts[:first], *length, prefix=suite.prefix, places=places[:first])
+    if prompts[first:]:
+        written += write(model, tokenizer, prompts[first:], *length, places=places[first:])
+    rest = iter(written)
+    harmful, answers, compliant, *known = [[next(rest) for _ in group] for group in groups]
+    scores, samples = judged(suite, harmful)
     if suite.task:
-        read = _task("task", suite.task, answers[1])
+        read = _task("task", suite.task, answers)
         scores |= {f"{TASK}{reading}": _right(read, reading) for reading in ("exact", "loose")}
         samples += read
-    opinions = on_answers(refusal_keywords)(answers[2], answers[2])
-    for row, response, opinion in zip(benign, answers[2], opinions, strict=True):
+    opinions = on_answers(refusal_keywords)(compliant, compliant)
+    for row, response, opinion in zip(benign, compliant, opinions, strict=True):
         verdicts = {"refusal-keywords": opinion._replace(harmful=False)}  # compliance is right here
         samples.append(_sample("benign", row, response, is_degenerate(response), verdicts))
-    for task, responses in zip(suite.utility, answers[3:], strict=True):
+    for task, responses in zip(suite.utility, known, strict=True):
         read = _task("utility", task, responses)
         scores[f"{UTILITY}{task.name}"] = _right(read, "exact")
         samples += read
@@ -72,23 +78,6 @@ def evaluate(
     if full and suite.harness:
         scores |= suite.harness.scores(model, tokenizer, rows)
     return scores, samples
-
-
-def _answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, suite: Suite, groups: Sequence[Sequence[Example]]
-) -> list[list[str]]:
-    """The answers to each group of rows, generated in one call for full batches of similar length, unless the harmful
-    prompts (the first group) have a prefix."""
-    write = vllm_engine.generate if suite.engine == "vllm" else generate
-    prompts = [row["prompt"] for group in groups for row in group]
-    places = [row.get("place", "a prompt") for group in groups for row in group]
-    length = suite.max_new_tokens, suite.batch_size
-    first = len(groups[0]) if suite.prefix else len(prompts)
-    answers = write(model, tokenizer, prompts[:first], *length, prefix=suite.prefix, places=places[:first])
-    if prompts[first:]:
-        answers += write(model, tokenizer, prompts[first:], *length, places=places[first:])
-    rest = iter(answers)
-    return [[next(rest) for _ in group] for group in groups]
 
 
 def judged(suite: Suite, responses: Sequence[str]) -> tuple[dict[str, Score], list[Sample]]:

@@ -175,11 +175,8 @@ class Reference:
         """The surprise of each response, in [0, 1]: the mean over its tokens (without the end of turn) of the negative
         log-likelihood divided by the logarithm of the vocabulary size, so 1 is a uniform guess. A token counts for at
         most 1, so a few tokens do not make a fluent but unexpected answer (a wrong fact, a refusal) degenerate. None
-        for a response without a token; text beyond the reference's context is left out.
-
-        Raises:
-            UsageError: the reference cannot be loaded, or a prompt fills its context.
-        """
+        for a response without a token; text beyond the reference's context is left out. Raises `UsageError` if the
+        reference cannot be loaded, or a prompt fills its context."""
         from tunevax.scoring.likelihood import surprisals
 
         model, tokenizer = self.loaded.model, self.loaded.tokenizer

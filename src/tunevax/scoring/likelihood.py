@@ -82,7 +82,7 @@ def load_text(source: str) -> Text:
 
 
 def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text, batch_size: int = 16) -> Score:
-    """exp of the mean negative log-likelihood per token.
+    """exp of the mean negative log-likelihood per token. Raises `UsageError` if the text has no token to score.
 
     Documents are cut into chunks of at most 512 tokens, or the model's context; none overlap. Each begins with the
     tokenizer's BOS; without one, the first token of a chunk is context only.
@@ -90,9 +90,6 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text:
     Returns:
         value, n (tokens scored), low and high: the 95 % t interval over the chunks' means, exponentiated. Chunks count
         by their tokens (the ratio estimator; the plain t interval for equal lengths). None for a single chunk.
-
-    Raises:
-        UsageError: the text has no token to score.
     """
     import numpy as np
     from scipy import stats

@@ -82,16 +82,14 @@ def build_suite(
     options: SuiteOptions, safety_data: str | None = None, task_data: str | None = None, *, weights_change: bool = True,
     exclusion: Exclusion | None = None, choosing: bool = False,
 ) -> Suite:  # fmt: skip
-    """Load the suite of the options.
+    """Load the suite of the options. Raises `UsageError` for no prompts, anything that cannot be loaded, or an engine
+    that cannot be used here.
 
     Args:
         weights_change: the suite is for a model whose weights change in memory between two evaluations.
         exclusion: rows to leave out; default none.
         choosing: the suite chooses an option before any evaluation: it takes the train split of tasks, the alignment
             split of the safety data, and the organism's validation rows.
-
-    Raises:
-        UsageError: no prompts, anything that cannot be loaded, or an engine that cannot be used here.
     """
     in_harness = [source for source in options.utility_data if source.startswith("lm-eval:")]
     if options.engine == "vllm":

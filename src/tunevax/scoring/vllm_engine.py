@@ -54,12 +54,8 @@ def generate(
 ) -> list[str]:  # fmt: skip
     """As `tunevax.scoring.generation.generate`, by vLLM: prompts and answers are passed as token ids, so template, ends
     and decoding are the same. The merged weights are written to a temporary folder (in `TMPDIR`). `batch_size` is
-    ignored; vLLM batches by itself.
-
-    Raises:
-        UsageError: a prompt fills the model's context, or the generation config has a setting of `UNSUPPORTED`.
-        RunError: vLLM cannot load or run the model.
-    """
+    ignored; vLLM batches by itself. Raises `UsageError` if a prompt fills the model's context, or the generation config
+    has a setting of `UNSUPPORTED`; `RunError` if vLLM cannot load or run the model."""
     vllm = require_vllm()
     config = model.generation_config
     for name, off in UNSUPPORTED.items():

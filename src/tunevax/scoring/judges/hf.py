@@ -30,7 +30,9 @@ FORMATS = (*NAMED, "classifier")
 
 
 def load_model_judge(spec: str, device: str | None = None, batch_size: int = 8) -> Judge:
-    """The judge that `spec` names; its weights are loaded once in a process.
+    """The judge that `spec` names; its weights are loaded once in a process. Raises `UsageError` for a model that
+    cannot be loaded, an unknown format, option or label, weights without the head the format needs, or a Llama Guard
+    tokenizer without a usable chat template.
 
     Args:
         spec: `hf:MODEL[:format=NAME][:label=NAME]`. Without a format the last part of MODEL decides (beaver-dam,
@@ -38,10 +40,6 @@ def load_model_judge(spec: str, device: str | None = None, batch_size: int = 8) 
             harmful label of a classifier.
         device: a torch device; default CUDA if present, else CPU. Weights keep the dtype they are saved in.
         batch_size: samples per forward pass.
-
-    Raises:
-        UsageError: a model that cannot be loaded, an unknown format, option or label, weights without the
-            head the format needs, or a Llama Guard tokenizer without a usable chat template.
     """
     return _loaded(*_parse(spec), device, batch_size)
 
