@@ -95,8 +95,7 @@ def _chose(run: Run, rows: list[dict]) -> str:
         text += f" Its score: {score[0].lower()}{score[1:]}."
     passes = info.get("passes") or {}
     cost = [f"{passes[k]:.3g} {k}" for k in ("forward", "backward") if passes.get(k)]
-    took = info.get("seconds_scoring")
-    if took is not None:
+    if (took := info.get("seconds_scoring")) is not None:
         text += f" Scoring took {as_time(took)}, "
         text += f"passes per row: {' and '.join(cost)}." if cost else "without a model."
     if agreed := info.get("agreement"):

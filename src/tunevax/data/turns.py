@@ -22,9 +22,8 @@ CONVERSATIONS = ("messages", "conversations", "conversation")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """The keys of a message beside its content that hold the assistant's thought before it."""
 ROLES = {
-    "system": "system", "developer": "system",
-    "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
+    **dict.fromkeys(("system", "developer"), "system"), **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt"), "assistant"),
 }  # fmt: skip
 """The three roles by the names that datasets use."""
 

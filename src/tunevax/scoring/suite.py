@@ -108,21 +108,21 @@ def build_suite(
     rows = leave_out.score("evaluation", load_rows(role, harmful))
     benign = None
     if options.benign_data:
-        benign = load_rows("choice over-refusal" if choosing else "over-refusal", options.benign_data)
-        benign = drawn(leave_out.score("over-refusal", benign), options.limit)
+        harmless = load_rows("choice over-refusal" if choosing else "over-refusal", options.benign_data)
+        benign = drawn(leave_out.score("over-refusal", harmless), options.limit)
 
     def load(source: str, role: str) -> Task:
         task = load_task(source, "train" if choosing else "evaluation")
         return task._replace(rows=drawn(leave_out.score(role, task.rows), options.limit))
 
-    utility = [load(source, "utility") for source in options.utility_data if source not in in_harness]
-    names = labels_of([task.name for task in utility])
+    known = [load(source, "utility") for source in options.utility_data if source not in in_harness]
+    names = labels_of([task.name for task in known])
+    utility = tuple(task._replace(name=name) for task, name in zip(known, names, strict=True))
     task = options.task_eval_data or task_data
     text = load_text(options.perplexity_data)._replace(limit=options.limit) if options.perplexity_data else None
     return Suite(
         drawn(rows, options.limit), judges, load(task, "task evaluation") if task else None, benign,
-        options.max_new_tokens, options.generation_batch_size,
-        utility=tuple(task._replace(name=name) for task, name in zip(utility, names, strict=True)), perplexity=text,
+        options.max_new_tokens, options.generation_batch_size, utility, text,
         fluency=[Reference(ref) for ref in options.fluency_model],
         harness=load_harness(in_harness, options.limit) if in_harness else None, engine=options.engine, metrics=metrics,
     )  # fmt: skip
