@@ -158,11 +158,7 @@ def _row(row: dict, total: int) -> dict[str, Any]:
     """A row of the data in the form of a model's output."""
     kept = "kept" if row.get("kept") else str(row.get("why") or "not kept")
     return {
-        "kind": f"rank {row.get('rank')} of {total:,}",
-        "category": str(row.get("category") or ""),
-        "prompt": tx.as_text(row.get("prompt")),
-        "response": tx.as_text(row.get("chosen")),
-        "marks": [("score", f"{row['score']:.4g}", None), ("row", kept, None)],
-        "degenerate": False,
-        "split": False,
-    }
+        "kind": f"rank {row.get('rank')} of {total:,}", "category": str(row.get("category") or ""),
+        "prompt": tx.as_text(row.get("prompt")), "response": tx.as_text(row.get("chosen")),
+        "marks": [("score", f"{row['score']:.4g}", None), ("row", kept, None)], "degenerate": False, "split": False,
+    }  # fmt: skip

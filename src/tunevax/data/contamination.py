@@ -37,10 +37,10 @@ def _option(role: str) -> str | None:
 
 
 class DroppedRow(TypedDict):
-    """A line of dropped.jsonl: a row that --drop-overlap left out, and the other role that has its prompt."""
+    """A line of dropped.jsonl: a row that --drop-overlap left out."""
 
     role: str
-    also_in: str
+    also_in: str  # the other role that has its prompt
     place: str | None
     prompt: Prompt
     hash: str
@@ -115,7 +115,7 @@ def check(
             shared = {mark for row in common for mark in marks(row["prompt"])}
             faults.append((first, second, common, any(not marks(row["prompt"]) & shared for row in own or rows)))
     if faults and not allow:
-        raise _refusal(faults, ref, True)
+        raise _refusal(faults, ref)
     result: dict[str, Any] = {"overlap": {pair: len(common) for pair, common in counts.items()}}
     if silent := unrecorded(ref):
         from tunevax.console import console
@@ -148,7 +148,7 @@ def require_disjoint(roles: Mapping[str, Rows | Iterable[str]], allow: bool = Fa
         if common and not allow:
             if isinstance(common[0], str):  # the first role may be able to name them
                 common = [item for item in content[first] if _marks_of(item) & known[second]]
-            raise _refusal([(first, second, common, True)], None, False)
+            raise _refusal([(first, second, common, True)])
     return counts
 
 
@@ -175,20 +175,19 @@ def named(rows: Sequence[Example | str]) -> str:
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
-def _refusal(faults: Sequence[Fault], ref: str | None, drop: bool) -> UsageError:
-    """The error for roles that share prompts; `drop`: in a verb that scores or attacks, which has --drop-overlap."""
+def _refusal(faults: Sequence[Fault], ref: str = "") -> UsageError:
+    """The error for roles that share prompts; `ref` in a verb that scores or attacks, which has --drop-overlap."""
     first, second, common, _ = faults[0]
     distinct, examples = _distinct(common), named(common)
-    text = f"{ref}: " if ref else ""
-    text += f"{distinct} prompts are" if distinct > 1 else "1 prompt is"
+    text = (f"{ref}: " if ref else "") + (f"{distinct} prompts are" if distinct > 1 else "1 prompt is")
     text += f" in both the {first} and the {second} data" + (f" ({examples})" if examples else "")
     for one, other, both, _ in faults[1:]:
         text += f", and {_distinct(both)} in both the {one} and the {other} data"
-    option = _option(second) if drop else None
+    option = _option(second) if ref else None
     ways = ["remove them" if option is None else f"give other rows with {option}"]
     if second == "task evaluation" and first == "task":
         ways.append("train on TASK:split=train alone")
-    if drop and all(spare for *_, spare in faults):
+    if ref and all(spare for *_, spare in faults):
         ways.append("pass --drop-overlap to go on without them")
     ways.append("pass --allow-overlap to go on and record it")
     return UsageError(f"{text}, so the evidence would be invalid; {', or '.join(ways)}")
@@ -200,18 +199,12 @@ class Exclusion:
 
     Training cannot be undone, so the training prompts of a model are left out of scoring, and the scored prompts out of
     the attack. An attack's harmful rows also exclude the models' training prompts.
-
-    Attributes:
-        active: whether anything is left out.
-        trained: by role, hashes of the training prompts of all models.
-        scored: hashes of the prompts that are scored on.
-        dropped: the rows left out so far.
     """
 
-    active: bool = False
-    trained: dict[str, set[str]] = field(default_factory=dict)
-    scored: set[str] = field(default_factory=set)
-    dropped: list[DroppedRow] = field(default_factory=list)
+    active: bool = False  # whether anything is left out
+    trained: dict[str, set[str]] = field(default_factory=dict)  # by role, hashes of the models' training prompts
+    scored: set[str] = field(default_factory=set)  # hashes of the prompts that are scored on
+    dropped: list[DroppedRow] = field(default_factory=list)  # the rows left out so far
 
     @classmethod
     def of(cls, used: Iterable[Mapping[str, Iterable[str]]], active: bool) -> Exclusion:

@@ -160,13 +160,8 @@ Surprise = Callable[[Sequence[Prompt], Sequence[str]], list[float | None]]
 
 
 class Reference:
-    """A reference language model, loaded at first use, that measures the surprise of responses.
-
-    Args:
-        ref: as `tunevax.modeling.loading.load` takes it. Its own chat template renders the prompt; a model without one
-            reads the prompt, a line break and the response.
-        batch_size: responses per forward pass.
-    """
+    """A reference language model, loaded at first use, that measures the surprise of responses, `batch_size` in a pass.
+    Its own chat template renders the prompt; a model without one reads the prompt, a line break and the response."""
 
     def __init__(self, ref: str, batch_size: int = 16) -> None:
         self.ref, self.batch_size = ref, batch_size

@@ -23,14 +23,9 @@ CHUNK_TOKENS = 512
 def surprisals(
     model: PreTrainedModel, rows: Sequence[dict[str, list[int]]], pad_token_id: int, batch_size: int = 16
 ) -> list[list[float]]:
-    """The negative log-likelihood, in nats, of every token with a label, row by row; no graph.
-
-    Args:
-        rows: `input_ids` and `labels` (-100 for no loss), as of `tunevax.data.encoding.encode`. The first token of a
-            row has no loss.
-        batch_size: rows per forward pass, of similar length. The log-softmax is fp32 and computed in chunks, so logits
-            of shape [batch, tokens, vocabulary] never exist.
-    """
+    """The negative log-likelihood, in nats, of every token with a label, row by row; no graph. `rows` are as of
+    `tunevax.data.encoding.encode`; the first token of a row has no loss. The log-softmax is fp32 and computed in
+    chunks, so logits of shape [batch, tokens, vocabulary] never exist."""
     import torch
 
     from tunevax.modeling.blocks import unwrap
