@@ -263,13 +263,8 @@ class PharmacistTrainer(ResponseTrainer):
             self.follower_optimizer.load_state_dict(state["follower_optimizer"])
 
 
-def refusal(trainer: PharmacistTrainer, batch: dict[str, torch.Tensor]) -> Loss:
-    """Mean loss of the trusted rows."""
-    return trainer.gradient(batch)[:2]
-
-
 def after_attack(trainer: PharmacistTrainer, batch: dict[str, torch.Tensor]) -> Loss:
-    """The same at theta - a * grad h / ||grad h||, h the loss of harmful answers; that point is constant."""
+    """The trusted rows' loss at theta - a * grad h / ||grad h||, h that of harmful answers; that point is constant."""
     _, harmful, _ = trainer.gradient(trainer.drawn(trainer.harmful))
     norm = sum((g.square().sum() for g in harmful), harmful[0].new_zeros(())).sqrt() + 1e-12
     size = trainer.args.attack_step / norm
@@ -279,8 +274,8 @@ def after_attack(trainer: PharmacistTrainer, batch: dict[str, torch.Tensor]) -> 
 
 
 def refusal_minus_harmful(trainer: PharmacistTrainer, batch: dict[str, torch.Tensor]) -> Loss:
-    """The same less b * min(h, c)."""
-    value, gradient = refusal(trainer, batch)
+    """The trusted rows' loss less b * min(h, c)."""
+    value, gradient, _ = trainer.gradient(batch)
     h, harmful, _ = trainer.gradient(trainer.drawn(trainer.harmful))
     b, cap = trainer.args.harmful_weight, trainer.args.harmful_cap
     if h < cap:
@@ -289,7 +284,8 @@ def refusal_minus_harmful(trainer: PharmacistTrainer, batch: dict[str, torch.Ten
 
 
 UPPER: dict[str, Callable[[PharmacistTrainer, dict[str, torch.Tensor]], Loss]] = {
-    "refusal": refusal, "after-attack": after_attack, "refusal-minus-harmful": refusal_minus_harmful,
+    "refusal": lambda trainer, batch: trainer.gradient(batch)[:2], "after-attack": after_attack,
+    "refusal-minus-harmful": refusal_minus_harmful,
 }  # fmt: skip
 """Upper losses by name: (trainer, batch of trusted rows) -> value and gradient."""
 

@@ -77,14 +77,9 @@ def unrecorded(ref: str) -> list[str]:
 
 
 def check(
-    ref: str,
-    scored: Mapping[str, Rows],
-    attack: Rows = (),
-    benign: Mapping[str, Rows] | None = None,
-    allow: bool = False,
-    *,
-    used: Mapping[str, Iterable[str]] | None = None,
-) -> dict[str, Any]:
+    ref: str, scored: Mapping[str, Rows], attack: Rows = (), benign: Mapping[str, Rows] | None = None,
+    allow: bool = False, *, used: Mapping[str, Iterable[str]] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Compare the prompts that the model `ref` was trained on, an attack on it trains on, and it is scored on. Raises
     `UsageError` if a prompt that was trained on is scored on, or a harmful row of the attack was trained on before.
 

@@ -114,9 +114,7 @@ def take_split(rows: list[Example], split: str, shares: dict[str, float] = SHARE
     return [row for row, name in zip(rows, splits, strict=True) if name == split]
 
 
-def required_split(
-    name: str, rows: list[Example], split: str, shares: dict[str, float] = SHARES
-) -> list[Example]:  # fmt: skip
+def required_split(name: str, rows: list[Example], split: str, shares: dict[str, float] = SHARES) -> list[Example]:
     """`take_split` of the source `name`. If that is empty, a `UsageError` names the rows of the other splits, and how
     to take these without training and scoring on the same prompts."""
     if not rows:
