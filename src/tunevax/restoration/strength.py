@@ -82,7 +82,7 @@ class SweepOptions(SuiteOptions):
             new = [row for row in rows if prompt_hash(row["prompt"]) not in aligned]
             suite = suite._replace(harmful=drawn(new or rows, self.limit))
         require_disjoint({"lock": used, "validation": suite.harmful}, job.options.allow_overlap)
-        aligned_on = bool(aligned & set(suite.prompt_hashes()))
+        aligned_on = bool(aligned & hashes(suite.harmful))
         if aligned_on:
             console.print("note: the model was aligned on prompts that select the strength; give others by --eval-data")
         if in_sample:
