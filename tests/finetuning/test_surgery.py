@@ -16,7 +16,7 @@ from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
 from tunevax.finetuning.analyze import SinkOptions, analyze_sink, sink_map
 from tunevax.finetuning.sft import FinetuneTrainer
-from tunevax.finetuning.sink import answer_span, common_queries, divergence, regulariser, sink_values
+from tunevax.finetuning.sink import answer_span, common_queries, divergence
 from tunevax.finetuning.surgery import SurgeryConfig, SurgeryTrainer
 from tunevax.modeling import attention
 from tunevax.modeling.attention import sink_columns
@@ -70,6 +70,15 @@ def texts():
 def padded(*rows, width=11, fill=5):
     ids = torch.tensor([row + [fill] * (width - len(row)) for row in rows])
     return {"input_ids": ids, "attention_mask": (torch.arange(width) < torch.tensor([[len(r)] for r in rows])).long()}
+
+
+def sink_values(*args, **kwargs):
+    with sink_columns(*args, **kwargs) as values:
+        return values
+
+
+def regulariser(d):
+    return torch.relu(d).mean()
 
 
 def grads(model):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,16 +62,19 @@ def finetune(
             f"--screen {options.screen} takes gradients of frozen weights, which an {options.quantization} base has "
             "none of; screen the rows in a run without --quantization"
         )
-    source = str(options.task_data)
+    source, screening = str(options.task_data), options.screen != "off"
     task = load_rows("customer", source)
-    need = ("chosen", "rejected") if options.screen != "off" else answers_in(trainer_class.needs)
-    safety = safety_rows(options, need, method)
+    safety: list[Example] = []
     data = [data_entry("task", source, task)]
-    if safety:
-        data.insert(0, data_entry("alignment", str(options.safety_data), safety))
+    if need := ("chosen", "rejected") if screening else answers_in(trainer_class.needs):
+        purpose = f"{method} with --screen {options.screen}" if screening else method
+        if options.safety_data is None:
+            raise UsageError(f"--safety-data is missing: {purpose} needs rows with {' and '.join(need)}")
+        safety = load_rows("alignment", options.safety_data, need, purpose)
+        data.insert(0, data_entry("alignment", options.safety_data, safety))
     overlap = count(str(options.model), alignment=safety, task=task)
     with training_run("finetune", trainer_class, method, options, config, data, overlap, command) as (run, loaded):
-        if options.screen != "off":
+        if screening:
             from tunevax.finetuning.screen import act, screen
 
             screened = screen(loaded.model, loaded.tokenizer, task, safety, config.max_length, config.seed)
@@ -81,13 +83,3 @@ def finetune(
         prompts = {"alignment": seen, "task": hashes(task)}
         train(run, loaded, trainer_class, config, safety_data=safety, task_data=task, prompts=prompts)
     return run.final
-
-
-def safety_rows(options: FinetuneOptions, need: Sequence[str], method: str) -> list[Example]:
-    """The alignment split of the safety data, or nothing where neither the method nor the screen needs it."""
-    if not need:
-        return []
-    purpose = method if options.screen == "off" else f"{method} with --screen {options.screen}"
-    if options.safety_data is None:
-        raise UsageError(f"--safety-data is missing: {purpose} needs rows with {' and '.join(need)}")
-    return load_rows("alignment", options.safety_data, need, purpose)

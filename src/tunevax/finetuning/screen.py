@@ -25,7 +25,8 @@ hide in harmless rows are what neither score can see.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -82,13 +83,9 @@ class Screening(NamedTuple):
 
 
 def screen(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Sequence[Example],
-    safety: Sequence[Example],
-    max_length: int,
-    seed: int,
-) -> Screening:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Sequence[Example], safety: Sequence[Example],
+    max_length: int, seed: int,
+) -> Screening:  # fmt: skip
     """Score every row of `task`. A row costs a forward, and a backward through the last block.
 
     Args:
@@ -111,7 +108,7 @@ def screen(
         for answer in ("rejected", "chosen")
     }
     rows = encode(task, tokenizer, max_length, context=context)
-    with bar() as progress, Probe(model, tokenizer.pad_token_id) as probe:
+    with bar() as progress, probing(model, tokenizer.pad_token_id) as probe:
         shown = progress.add_task("screen", total=2 * len(order) + len(rows), note="")
 
         def seen(batch: Sequence[dict]) -> Any:
@@ -134,10 +131,7 @@ def screen(
     harmful, job = torch.stack(prompts).mean(0), by_set["job"][1]
     middle = job.mean(0)
     scores = {
-        name: {
-            "gradient": gradients,
-            "refusal": along(states, harmful, others(job) if name == "job" else middle),
-        }
+        name: {"gradient": gradients, "refusal": along(states, harmful, others(job) if name == "job" else middle)}
         for name, (gradients, states) in by_set.items()
     }
     thresholds = {k: float(np.quantile(v, MISSED, method="lower")) for k, v in scores["harmful"].items()}
@@ -151,35 +145,24 @@ def screen(
     return Screening(scores["job"], thresholds, calibration)
 
 
-class Probe:
-    """Gradient and hidden state of one row. As a context manager: what requires grad is as before on exit.
+@contextmanager
+def probing(model: nn.Module, pad_token_id: int) -> Iterator[Callable[[dict], tuple[list[torch.Tensor], torch.Tensor]]]:
+    """A function that gives, for an encoded row, the gradient of its cross entropy by each matrix of the last block, in
+    fp32, and the residual stream at the last token before the answer, [hidden], in fp32, on the CPU. What requires grad
+    is as before on exit."""
+    blocks = [b.module for b in find_blocks(model)]
+    weights = [p for p in blocks[-1].parameters() if p.dim() > 1]
 
-    Called with an encoded row it gives the gradient of its cross entropy by each matrix of the last block, in fp32, and
-    the residual stream at the last token before the answer, [hidden], in fp32, on the CPU.
-    """
-
-    def __init__(self, model: nn.Module, pad_token_id: int) -> None:
-        self.model, self.pad = model, pad_token_id
-        blocks = [b.module for b in find_blocks(model)]
-        self.weights = [p for p in blocks[-1].parameters() if p.dim() > 1]
-        self.block = blocks[max(round(DEPTH * len(blocks)) - 1, 0)]
-        self.only = trained_only(model, self.weights)
-
-    def __enter__(self) -> Probe:
-        self.only.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.only.__exit__(None, None, None)
-
-    def __call__(self, row: dict) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """See above."""
-        batch = {k: v.to(self.weights[0].device) for k, v in collate([row], self.pad).items()}
-        with capture({0: self.block}) as hidden:
-            loss = response_loss(self.model, batch)
-        gradient = [wide(g) for g in torch.autograd.grad(loss, self.weights)]
+    def probe(row: dict) -> tuple[list[torch.Tensor], torch.Tensor]:
+        batch = {k: v.to(weights[0].device) for k, v in collate([row], pad_token_id).items()}
+        with capture({0: blocks[max(round(DEPTH * len(blocks)) - 1, 0)]}) as hidden:
+            loss = response_loss(model, batch)
+        gradient = [wide(g) for g in torch.autograd.grad(loss, weights)]
         start = next(i for i, label in enumerate(row["labels"]) if label != -100)
         return gradient, hidden[0][0, start - 1].detach().float().cpu()
+
+    with trained_only(model, weights):
+        yield probe
 
 
 def cosine(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> float:
@@ -231,22 +214,14 @@ def act(
     if not kept:
         raise UsageError(f"all {len(task)} rows of {source} look like an attack, and --screen drop leaves none")
     if is_main_process():
-        lines = [
-            {
-                "place": places[i],
-                **{name: round(float(values[i]), 6) for name, values in screening.scores.items()},
-                "flagged": flags[i],
-                "done": "dropped" if flags[i] and action == "drop" else "kept",
-            }
-            for i in range(len(task))
-        ]
+        lines = []
+        for i, (place, flag) in enumerate(zip(places, flags, strict=True)):
+            scores = {name: round(float(values[i]), 6) for name, values in screening.scores.items()}
+            done = "dropped" if flag and action == "drop" else "kept"
+            lines.append({"place": place, **scores, "flagged": flag, "done": done})
         run.write_lines(SCREEN, lines)
     return kept, {
-        "action": action,
-        "rows": len(task),
-        "flagged": len(flagged),
+        "action": action, "rows": len(task), "flagged": len(flagged),
         "flagged_by": {name: sum(name in flag for flag in flags) for name in screening.scores},
-        "dropped": len(task) - len(kept),
-        "thresholds": screening.thresholds,
-        "calibration": screening.calibration,
-    }
+        "dropped": len(task) - len(kept), "thresholds": screening.thresholds, "calibration": screening.calibration,
+    }  # fmt: skip

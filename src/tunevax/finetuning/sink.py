@@ -32,39 +32,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
-
-from tunevax.modeling.attention import sink_columns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 QUERIES = ("common", "all")
 QUERIES_HELP = "common (the answer positions that both answers of a pair have), or all (as published)"
-
-
-def sink_values(
-    model: nn.Module,
-    inputs: dict[str, torch.Tensor],
-    how: str = "linear",
-    sink: int = 0,
-    queries: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The sink value of each head on each row, [rows, layers, heads], fp32, with a graph where gradients are on.
-
-    Args:
-        model: a causal language model, plain or wrapped, whose attention goes through transformers' interface.
-        inputs: `input_ids` and `attention_mask`, [rows, tokens], padded on the right.
-        how: `linear` or `eager`. The latter switches the model to eager attention and back.
-        sink: position of the sink token.
-        queries: the queries that may be in N, boolean, [rows, tokens], such as `common_queries` gives; default all.
-
-    Raises:
-        UsageError: a row has no token after the sink; the model, its attention implementation or the way it
-            recomputes cannot give the values or their gradient. The message names which.
-    """
-    with sink_columns(model, inputs, how, sink, queries) as values:
-        return values
 
 
 def answer_span(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
@@ -94,14 +67,3 @@ def divergence(values: torch.Tensor) -> torch.Tensor:
     """d [layers, heads] from the sink values [rows, layers, heads] of the harmful texts and then as many refusals."""
     harmful, refusal = values.chunk(2)
     return harmful.mean(0) - refusal.mean(0)
-
-
-def regulariser(d: torch.Tensor) -> torch.Tensor:
-    """The mean over all heads of ReLU(d_h), a scalar."""
-    return torch.relu(d).mean()
-
-
-# --- reading a stock model -------------------------------------------------------------------------------------------
-
-
-# --- the two ways ----------------------------------------------------------------------------------------------------

@@ -32,15 +32,7 @@ from tunevax.data.encoding import collate
 from tunevax.data.splits import prompt_hash
 from tunevax.errors import RunError, UsageError, require, require_one_of
 from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
-from tunevax.finetuning.sink import (
-    QUERIES,
-    QUERIES_HELP,
-    answer_span,
-    common_queries,
-    divergence,
-    regulariser,
-    sink_values,
-)
+from tunevax.finetuning.sink import QUERIES, QUERIES_HELP, answer_span, common_queries, divergence
 from tunevax.mixins import option
 from tunevax.modeling.attention import WAYS, sink_columns
 from tunevax.modeling.draws import Draws
@@ -56,9 +48,7 @@ class SurgeryConfig(JobConfig):
     """Configuration of Surgery; the rest as in `JobConfig`."""
 
     lamb: float = option(300.0, "weight of the mean sink divergence above 0; 0 is plain sft")
-    pairs_per_step: int = option(
-        2, "harmful and refusal texts, of each so many, per optimiser step; on all processes alike"
-    )
+    pairs_per_step: int = option(2, "harmful and refusal texts, of each so many, per step; on all processes alike")
     every: int = option(1, "add the term at every n-th optimiser step")
     pairing: str = option("same-prompt", "same-prompt, or random (answers to different prompts, as published)")
     sink_attention: str = option(
@@ -102,9 +92,7 @@ class SurgeryTrainer(FinetuneTrainer):
             return
         require_whole_weights(self)
         self.harmful, self.refusals = (self.encode_answers(self.safety_data, a) for a in ("rejected", "chosen"))
-        self.spans = [
-            [answer_span(row, self.processing_class) for row in rows] for rows in (self.harmful, self.refusals)
-        ]
+        self.spans = [[answer_span(r, self.processing_class) for r in rows] for rows in (self.harmful, self.refusals)]
         self.prompts = [prompt_hash(row["prompt"]) for row in self.safety_data]
         self.require_pairs()
         self.require_queries_and_keys()
@@ -138,7 +126,7 @@ class SurgeryTrainer(FinetuneTrainer):
             with self.compute_loss_context_manager(), self.accelerator.autocast():
                 columns = sink_columns(model, inputs, self.args.sink_attention, self.args.sink_position, queries)
                 d = divergence(until_backward.enter_context(columns))
-            loss = regulariser(d)
+            loss = torch.relu(d).mean()
             scaled = loss * (self.args.lamb * backward_scale(self))
             gradients = torch.autograd.grad(scaled, self.parameters, allow_unused=True)
         if not torch.isfinite(loss):
@@ -159,8 +147,6 @@ class SurgeryTrainer(FinetuneTrainer):
                 j = int(self.draws.generator.randint(len(self.refusals)))
             refusals.append(j)
         return harmful, refusals
-
-    # --- what is known before the first step ----------------------------------------------------------------------
 
     def require_pairs(self) -> None:
         """Raise `UsageError` unless there are enough pairs, each of two answers that differ where the model sees them
@@ -204,8 +190,8 @@ class SurgeryTrainer(FinetuneTrainer):
         trained = [[p for p in attention.parameters() if p.requires_grad] for attention in self.each("attention")]
         last = max((i for i, own in enumerate(trained) if own), default=None)
         moved: Sequence = ()
-        with without_dropout([self.model]), torch.enable_grad():
-            values = sink_values(self.model, inputs, self.args.sink_attention, self.args.sink_position)
+        columns = sink_columns(self.model, inputs, self.args.sink_attention, self.args.sink_position)
+        with without_dropout([self.model]), torch.enable_grad(), columns as values:
             if last is not None and values.requires_grad:
                 moved = torch.autograd.grad(values[:, last].sum(), trained[last], allow_unused=True)
         if not any(g is not None and g.any() for g in moved):
@@ -213,8 +199,6 @@ class SurgeryTrainer(FinetuneTrainer):
                 f"lora_targets {self.args.lora_targets!r} train no query or key projection, so no head's attention can "
                 "be moved in its own block; add those, such as q_proj,k_proj"
             )
-
-    # --- cost and state ----------------------------------------------------------------------------------------------
 
     def cost(self) -> float:
         """Compute of a step, in SFT steps, the mean so far: tokens of the job and of pairs over tokens of the job.

@@ -28,7 +28,20 @@ def sink_columns(
     model: nn.Module, inputs: dict[str, torch.Tensor], how: str = "linear", sink: int = 0,
     queries: torch.Tensor | None = None,
 ) -> Iterator[torch.Tensor]:  # fmt: skip
-    """`sink_values`; stays open until after backward where blocks are recomputed, as they pass here again."""
+    """The sink value of each head on each row, [rows, layers, heads], fp32, with a graph where gradients are on; open
+    until after backward where blocks are recomputed, as they pass here again.
+
+    Args:
+        model: a causal language model, plain or wrapped, whose attention goes through transformers' interface.
+        inputs: `input_ids` and `attention_mask`, [rows, tokens], padded on the right.
+        how: `linear` or `eager`. The latter switches the model to eager attention and back.
+        sink: position of the sink token.
+        queries: the queries that are averaged, boolean, [rows, tokens]; default all after the sink.
+
+    Raises:
+        UsageError: a row has no token after the sink; the model, its attention implementation or the way it
+            recomputes cannot give the values or their gradient. The message names which.
+    """
     if how not in WAYS:
         raise unknown("way to the sink attention", how, WAYS)
     lengths = _lengths(inputs, sink)
