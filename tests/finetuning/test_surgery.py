@@ -9,14 +9,14 @@ from tiny import in_float64
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tunevax.data.encoding import encode
+from tunevax.data.encoding import answer_span, encode
 from tunevax.data.safety import load_safety
 from tunevax.data.splits import drawn
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
 from tunevax.finetuning.analyze import SinkOptions, analyze_sink, sink_map
 from tunevax.finetuning.sft import FinetuneTrainer
-from tunevax.finetuning.sink import answer_span, common_queries, divergence
+from tunevax.finetuning.sink import common_queries, divergence
 from tunevax.finetuning.surgery import SurgeryConfig, SurgeryTrainer
 from tunevax.modeling import attention
 from tunevax.modeling.attention import sink_columns

@@ -25,12 +25,13 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from tunevax.alignment.vaccine import VaccineConfig, VaccineTrainer, without_weight_gradients
+from tunevax.alignment.vaccine import VaccineConfig, VaccineTrainer
 from tunevax.data.encoding import collate
 from tunevax.errors import RunError, UsageError, require, require_one_of, unknown
 from tunevax.mixins import option
 from tunevax.modeling.blocks import find_final_norm, unwrap
 from tunevax.modeling.draws import Draws
+from tunevax.modeling.gradients import trained_only
 from tunevax.modeling.hooks import capture, cheap_recomputed, checkpointed, has_dropout, without_dropout
 from tunevax.modeling.precision import wide
 from tunevax.modeling.shapes import can_replay
@@ -137,7 +138,7 @@ class TVaccineTrainer(VaccineTrainer):
         blocks = dict(enumerate(self.embedded))
         model = self.accelerator.unwrap_model(self.model)
         with (
-            without_weight_gradients(self.parameters),
+            trained_only(self.parameters),
             without_dropout([model]),
             checkpointed([b.module for b in self.blocks]),
             capture(blocks, leaf=0) as outputs,
@@ -223,10 +224,6 @@ class TVaccineTrainer(VaccineTrainer):
         if self.args.train_scope == "attention":
             return list(range(self.first_block()))
         return [i for i in range(len(self.blocks)) if i not in self.selected]
-
-    def selected_blocks(self) -> list[int]:
-        """S, ascending."""
-        return self.selected
 
     def move_state(self, left: set[int]) -> None:
         """Drop the optimiser state of blocks that left S, or keep it on the host until they return."""

@@ -17,12 +17,12 @@ import torch
 
 from tunevax.console import bar
 from tunevax.data.contamination import Exclusion, check
-from tunevax.data.encoding import collate, context_of, encode
+from tunevax.data.encoding import answer_span, collate, context_of, encode
 from tunevax.data.roles import load_rows
 from tunevax.data.splits import drawn
 from tunevax.environment import require_one_process
 from tunevax.errors import UsageError, require, require_one_of
-from tunevax.finetuning.sink import QUERIES, QUERIES_HELP, answer_span, common_queries, divergence
+from tunevax.finetuning.sink import QUERIES, QUERIES_HELP, common_queries, divergence
 from tunevax.lineage import Lineage
 from tunevax.mixins import ModelsOptions, Overlap, RunOptions, option, require_given
 from tunevax.modeling.attention import WAYS, sink_columns

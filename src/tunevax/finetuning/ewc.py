@@ -31,9 +31,9 @@ from torch import nn
 from tunevax.console import bar
 from tunevax.data.encoding import collate
 from tunevax.errors import UsageError, require
-from tunevax.finetuning.sft import FinetuneTrainer, JobConfig, trained_only
+from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
 from tunevax.mixins import option
-from tunevax.modeling.gradients import require_whole_weights
+from tunevax.modeling.gradients import require_whole_weights, trained_only
 from tunevax.modeling.hooks import attached, still
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.precision import added, wide
@@ -216,7 +216,7 @@ def per_row_gradients(
         if gradient is not None:
             keep(index, wide(gradient))
 
-    with trained_only(model, weights), still(model), bar() as progress:
+    with trained_only(model.parameters(), weights), still(model), bar() as progress:
         shown = progress.add_task("fisher information", total=len(batches), note="")
         with attached([w.register_post_accumulate_grad_hook(partial(take, i)) for i, w in enumerate(weights)]):
             for batch in batches:

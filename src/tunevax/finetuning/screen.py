@@ -38,8 +38,8 @@ from tunevax.data.encoding import collate, context_of, encode
 from tunevax.data.safety import require_rows
 from tunevax.environment import is_main_process
 from tunevax.errors import UsageError
-from tunevax.finetuning.sft import trained_only
 from tunevax.modeling.blocks import find_blocks
+from tunevax.modeling.gradients import trained_only
 from tunevax.modeling.hooks import capture
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.precision import added, wide
@@ -161,7 +161,7 @@ def probing(model: nn.Module, pad_token_id: int) -> Iterator[Callable[[dict], tu
         start = next(i for i, label in enumerate(row["labels"]) if label != -100)
         return gradient, hidden[0][0, start - 1].detach().float().cpu()
 
-    with trained_only(model, weights):
+    with trained_only(model.parameters(), weights):
         yield probe
 
 

@@ -29,26 +29,11 @@ first token gets is not what the paper measures.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 QUERIES = ("common", "all")
 QUERIES_HELP = "common (the answer positions that both answers of a pair have), or all (as published)"
-
-
-def answer_span(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """Where the answer of an encoded row begins and ends (exclusive), in tokens, without the template's end: the
-    tokens at the end that are special, or blank."""
-    ids, labels = row["input_ids"], row["labels"]
-    start = next((i for i, label in enumerate(labels) if label != -100), len(ids))
-    stop = len(ids)
-    while stop > start and not str(tokenizer.decode([ids[stop - 1]], skip_special_tokens=True)).strip():
-        stop -= 1
-    return start, stop
 
 
 def common_queries(

@@ -28,11 +28,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from tunevax.data.encoding import collate
+from tunevax.data.encoding import answer_span, collate
 from tunevax.data.splits import prompt_hash
 from tunevax.errors import RunError, UsageError, require, require_one_of
 from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
-from tunevax.finetuning.sink import QUERIES, QUERIES_HELP, answer_span, common_queries, divergence
+from tunevax.finetuning.sink import QUERIES, QUERIES_HELP, common_queries, divergence
 from tunevax.mixins import option
 from tunevax.modeling.attention import WAYS, sink_columns
 from tunevax.modeling.draws import Draws

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +86,21 @@ def restored(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
             for parameter, (weight, grad) in zip(parameters, kept, strict=True):
                 parameter.copy_(weight)
                 parameter.grad = grad
+
+
+@contextmanager
+def trained_only(parameters: Iterable[nn.Parameter], weights: Sequence[nn.Parameter] = ()) -> Iterator[None]:
+    """Of these parameters only `weights` require grad; what did before comes back."""
+    before = [(parameter, parameter.requires_grad) for parameter in parameters]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(False)
+        for weight in weights:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for parameter, needed in before:
+            parameter.requires_grad_(needed)
 
 
 def require_whole_weights(trainer: ResponseTrainer) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -23,7 +23,7 @@ from tunevax.lineage import Lineage
 from tunevax.modeling.biases import attach_biases
 from tunevax.modeling.blocks import find_blocks, innermost, unwrap
 from tunevax.modeling.checkpoints import config_of
-from tunevax.modeling.hooks import still
+from tunevax.modeling.hooks import attached, still
 
 if TYPE_CHECKING:
     from tunevax.records import ModelInfo
@@ -56,8 +56,12 @@ class SafetyLock:
         """Write one safetensors file with the metadata as JSON in its header."""
         from safetensors.torch import save_file
 
-        u, sigma, layer, head = self.u.float(), self.sigma.float(), self.layer.long(), self.head.long()
-        tensors = {"u": u, "sigma": sigma, "layer": layer, "head": head}
+        tensors = {
+            "u": self.u.float(),
+            "sigma": self.sigma.float(),
+            "layer": self.layer.long(),
+            "head": self.head.long(),
+        }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(tensors, path, metadata={"tunevax_lock": json.dumps({"format": FORMAT, **self.meta})})
 
@@ -130,10 +134,7 @@ def check_base(lock: SafetyLock, ref: str, revision: str | None = None) -> None:
     """Raise a UsageError if `lock` was extracted from another model than those that `ref` was made from. A lock of
     unknown base passes."""
     base = lock.meta.get("base")
-    if base is None:
-        return
-    known = identities(ref, revision)
-    if base["identity"] not in known:
+    if base is not None and base["identity"] not in (known := identities(ref, revision)):
         made = ", ".join(f"{name} ({identity})" for identity, name in known.items())
         raise UsageError(
             f"the lock was extracted from {base['ref']} ({base['identity']}), which is neither {ref} nor what it was "
@@ -234,7 +235,5 @@ def apply(model: nn.Module, lock: SafetyLock, strength: float) -> dict[int, torc
 @contextmanager
 def locked(model: nn.Module, lock: SafetyLock, strength: float) -> Iterator[None]:
     """`model` is locked inside, by hooks."""
-    with ExitStack() as stack:
-        for handle in attach_biases(model, lock_biases(model, lock, strength)):
-            stack.enter_context(handle)
+    with attached(attach_biases(model, lock_biases(model, lock, strength))):
         yield
