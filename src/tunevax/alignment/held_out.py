@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from tunevax.data.chat import render, response
 from tunevax.data.contamination import hashes
 from tunevax.data.encoding import collate, context_of, encode, following, ids_of
@@ -17,6 +19,8 @@ from tunevax.data.splits import drawn, prompt_hash
 from tunevax.errors import UsageError
 from tunevax.evidence.stats import paired_difference, proportion
 from tunevax.lineage import Lineage
+from tunevax.modeling.hooks import without_dropout
+from tunevax.modeling.loss import row_losses
 from tunevax.records import UNANSWERED, Example
 from tunevax.scoring.fluency import is_degenerate
 from tunevax.scoring.generation import answer as as_answer
@@ -55,14 +59,7 @@ def held_out_rows(
     model: str | None, safety_data: str, task_data: str | None, safety: Sequence[Example], limit: int
 ) -> HeldOut:
     """At most `limit` harmful and `limit` benign rows, drawn by their hash. The run trains on none of them, and neither
-    did the model that it starts from.
-
-    Args:
-        model: what the run starts from.
-        safety_data: the source of the run's safety rows.
-        task_data: the source of its benign rows.
-        safety: the rows that the run trains on.
-    """
+    did `model`, which it starts from. `safety` are those of `safety_data` that it trains on."""
     if limit == 0:
         return HeldOut([], None, "--held-out-prompts is 0")
     trained, why = hashes(safety), None
@@ -102,11 +99,6 @@ def loss_on(
     model: PreTrainedModel, rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> float | None:
     """The mean over `rows` of the token-mean cross entropy of the safe answer; None without rows."""
-    import torch
-
-    from tunevax.modeling.hooks import without_dropout
-    from tunevax.modeling.loss import row_losses
-
     encoded = encode(rows, tokenizer, max_length, context=context_of(model), answer="chosen")
     losses = []
     with torch.no_grad(), without_dropout([model]):
@@ -166,10 +158,10 @@ def evaluate(trainer: MethodTrainer, rows: HeldOut, loss_before: float | None) -
     said = refusals(answers)
     harmful, benign = ([s for s in part if s] for part in (said[: len(rows.harmful)], said[len(rows.harmful) :]))
     if not harmful:
-        return {
-            "why": f"all answers end inside the model's thought after {MAX_NEW_TOKENS} tokens; score the finished run "
-            "with a larger --max-new-tokens"
-        }
+        why = (
+            f"all answers end inside the model's thought after {MAX_NEW_TOKENS} tokens; score the finished run with a "
+        )
+        return {"why": f"{why}larger --max-new-tokens"}
     own = refusals(cut_safe_answers(model, tokenizer, rows.harmful))
     pairs = [(safe[0], ours[0]) for safe, ours in zip(own, said, strict=False) if safe and ours]
     result = {
@@ -210,11 +202,8 @@ def sentences(result: dict[str, Any]) -> list[str]:
     lines = [f"held-out harmful prompts refused: {_share(result['refused'])}"]
     if result["degenerate"]["value"]:
         lines[0] += f", degenerate: {_share(result['degenerate'])}"
-    if result["over_refusal"]:
-        lines.append(f"harmless prompts refused: {_share(result['over_refusal'])}")
-    else:
-        lines.append("harmless prompts refused: not measured, and a model that refuses everything looks safe; give "
-                     "--task-data")  # fmt: skip
+    unknown = "not measured, and a model that refuses everything looks safe; give --task-data"
+    lines.append(f"harmless prompts refused: {_share(result['over_refusal']) if result['over_refusal'] else unknown}")
     lines.append(f"loss on held-out safe answers: {result['loss_before']:.2f} before, {result['loss']:.2f} now")
     if result["not_converged"]:
         lines.append(f"not converged: {result['not_converged']}; train longer before comparing it")

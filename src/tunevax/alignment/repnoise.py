@@ -155,12 +155,9 @@ class RepNoiseTrainer(PairTrainer):
         mlps = dict(enumerate(self.each("mlp"))) if self.args.beta else {}
         with capture(mlps) as outputs, capture_inputs(blocks) as states:
             hidden = last_hidden(model, joined(inputs))
-        each = range(len(blocks))
         # OPT flattens rows and tokens before its MLP.
         activations = [a.reshape(*hidden.shape[:2], -1)[rows:] for a in outputs.values()]
-        return Pass(hidden[:rows], hidden[rows:], [states[i][rows:] for i in each], activations)
-
-    # --- which tokens ------------------------------------------------------------------------------------------------
+        return Pass(hidden[:rows], hidden[rows:], [states[i][rows:] for i in range(len(blocks))], activations)
 
     def targets(self, inputs: dict) -> tuple[Targets, Targets, torch.Tensor]:
         """Those of the retain loss, those of the ascent, and which activations are drawn to noise, [pairs, tokens]."""
@@ -174,8 +171,6 @@ class RepNoiseTrainer(PairTrainer):
         labels[pairs] = chosen.labels
         return Targets(labels, chosen.dead), divergent(harmful_ids, differ), differ
 
-    # --- layer-wise ascent -------------------------------------------------------------------------------------------
-
     def ascent(self, model: nn.Module, outputs: Pass, targets: Targets) -> torch.Tensor:
         """The mean over depths of the cross entropy of harmful answers, read off each depth by the final norm and head.
 
@@ -183,10 +178,8 @@ class RepNoiseTrainer(PairTrainer):
         head's gradient is taken chunk by chunk as its logits are made: no logits are kept, of no depth.
         """
         positions, _ = labelled(targets.labels)
-        again = [outputs.harmful] if self.args.variant == "official" else []
-        states = [
-            checkpoint(self.norm, rows_at(s, positions), use_reentrant=False) for s in (*outputs.states, *again)
-        ]  # fmt: skip
+        inner = [*outputs.states, *([outputs.harmful] if self.args.variant == "official" else [])]
+        states = [checkpoint(self.norm, rows_at(s, positions), use_reentrant=False) for s in inner]
         states.append(rows_at(outputs.harmful, positions))
         return self.cross_entropy(model, states, targets) / (len(self.blocks) + 1)
 
@@ -197,21 +190,15 @@ class RepNoiseTrainer(PairTrainer):
         dead = targets.dead * len(states) * math.log(self.model.config.get_text_config().vocab_size)
         return (head_loss(model, rows, ids.repeat(len(states))) + dead) / max(len(ids) + targets.dead, 1)
 
-    # --- distance to noise -------------------------------------------------------------------------------------------
-
     def distance(self, activations: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
         """The mean over blocks of the MMD between harmful activations and noise. Backward draws the same noise again,
         so that neither it nor fp32 copies are kept."""
-        generator = noise_generator(self, self.drawn, mask.device)
+        noise = noise_generator(self, self.drawn, mask.device)
         self.drawn += 1
-        return torch.stack(
-            [
-                checkpoint(mmd_to_noise, a, mask, generator, generator.get_state(), use_reentrant=False)
-                for a in activations
-            ]
-        ).mean()
-
-    # --- cost and state ----------------------------------------------------------------------------------------------
+        distances = [
+            checkpoint(mmd_to_noise, a, mask, noise, noise.get_state(), use_reentrant=False) for a in activations
+        ]
+        return torch.stack(distances).mean()
 
     def cost(self) -> float:
         """Compute of a step, in SFT steps, the mean so far: tokens of rows and pairs over tokens of rows, and the head

@@ -44,17 +44,13 @@ class VaccineConfig(SFTConfig):
     """Configuration of Vaccine; the rest as in `SFTConfig`."""
 
     rho: float = option(2.0, "size of the perturbation: its joint L2 norm over the batch")
-    perturbation: str = option(
-        "gradient", "gradient: as the paper; random: the control, a Gaussian direction of the same size"
-    )
+    perturbation: str = option("gradient", "gradient, as the paper; or random, the control: Gaussian, of the same size")
     embedding: str = option(
         "attention",
         "what e_l is: attention (the module's output, as in the papers' code), or added (what the block "
         "adds to its residual stream, which differs where a norm comes between, as in Gemma 2 and 3 and OLMo 2)",
     )
-    rho_scale: str = option(
-        "total", "total: rho as in the paper; per-token: rho times the root of valid over reference tokens"
-    )
+    rho_scale: str = option("total", "total, as the paper; or per-token: rho times the root of valid over reference")
     rho_reference_tokens: int = option(2000, "tokens at which per-token and total agree (the paper's batch, 10 x 200)")
 
     def __post_init__(self) -> None:

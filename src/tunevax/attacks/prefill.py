@@ -30,7 +30,7 @@ class PrefillConfig(AttackConfig):
     customer = True
 
     text: str | None = option(
-        None, "the first words; default the opening that most harmful answers share, or else of the prompt's own answer"
+        None, "the first words; default what most harmful answers share, or else the prompt's own"
     )
 
     @property

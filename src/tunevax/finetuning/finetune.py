@@ -23,9 +23,7 @@ SCREENS = ("off", "report", "drop", "fail")
 class FinetuneOptions(TrainingOptions):
     """What `tunevax finetune` takes besides the method's own configuration."""
 
-    task_data: str | None = option(
-        None, "the customer's rows, prompt and completion; all rows of a file, the train split of a named task"
-    )
+    task_data: str | None = option(None, "the customer's prompt and completion rows: a file, or a task's train split")
     safety_data: str | None = option(None, "prompt, chosen, rejected, for methods and screens that need them")
     screen: str = option(
         "off",
@@ -47,8 +45,7 @@ def finetune(
     The last adapter of the model is merged, and a fresh one (or all weights) trained.
 
     Args:
-        trainer_class: the method, e.g. `LisaTrainer`.
-        method: its name, for the record.
+        trainer_class: the method called `method`, e.g. `LisaTrainer`.
         config: an instance of `trainer_class.config_class`; its `output_dir` becomes the run folder.
 
     Raises:

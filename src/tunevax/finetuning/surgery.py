@@ -51,9 +51,7 @@ class SurgeryConfig(JobConfig):
     pairs_per_step: int = option(2, "harmful and refusal texts, of each so many, per step; on all processes alike")
     every: int = option(1, "add the term at every n-th optimiser step")
     pairing: str = option("same-prompt", "same-prompt, or random (answers to different prompts, as published)")
-    sink_attention: str = option(
-        "linear", "linear (beside SDPA or flash attention) or eager (forms the whole attention matrix)"
-    )
+    sink_attention: str = option("linear", "linear (beside SDPA or flash attention), or eager (forms the whole matrix)")
     sink_position: int = option(0, "position of the token that attention sinks into")
     sink_queries: str = option("common", QUERIES_HELP)
 
