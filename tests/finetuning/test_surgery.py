@@ -16,8 +16,7 @@ from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
 from tunevax.finetuning.analyze import SinkOptions, analyze_sink, sink_map
 from tunevax.finetuning.sft import FinetuneTrainer
-from tunevax.finetuning.sink import common_queries, divergence
-from tunevax.finetuning.surgery import SurgeryConfig, SurgeryTrainer
+from tunevax.finetuning.surgery import SurgeryConfig, SurgeryTrainer, common_queries, divergence
 from tunevax.modeling import attention
 from tunevax.modeling.attention import sink_columns
 from tunevax.modeling.hooks import checkpointed

@@ -1,6 +1,6 @@
 """`tunevax analyze sink`: the sink divergence of every head of one or two models (arXiv 2602.05228).
 
-The paper's observation is that heads with d_h > 0 (see `tunevax.finetuning.sink`) are the ones that learn harmful
+The paper's observation is that heads with d_h > 0 (see `tunevax.finetuning.surgery`) are the ones that learn harmful
 patterns, and that their number grows as a model becomes harmful. Both sides of that are measured here: the map of d_h,
 and, where asked for, the harmful score.
 """
@@ -22,7 +22,7 @@ from tunevax.data.roles import load_rows
 from tunevax.data.splits import drawn
 from tunevax.environment import require_one_process
 from tunevax.errors import UsageError, require, require_one_of
-from tunevax.finetuning.sink import QUERIES, QUERIES_HELP, common_queries, divergence
+from tunevax.finetuning.surgery import QUERIES, QUERIES_HELP, common_queries, divergence
 from tunevax.lineage import Lineage
 from tunevax.mixins import ModelsOptions, Overlap, RunOptions, option, require_given
 from tunevax.modeling.attention import WAYS, sink_columns
@@ -118,7 +118,7 @@ def sink_map(
 ) -> torch.Tensor:  # fmt: skip
     """d [layers, heads] on the CPU: the sink divergence, the mean over `pairs` with `prompt`, `chosen`, `rejected`.
 
-    `queries` are those of `tunevax.finetuning.sink`: `common`, in which a pair whose answers have no token in common
+    `queries` are those of `tunevax.finetuning.surgery`: `common`, in which a pair whose answers have no token in common
     places counts as 0, or `all`. The model is put in eval mode and left in it.
 
     Raises:

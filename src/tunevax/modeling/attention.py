@@ -1,5 +1,14 @@
-"""One column of the attention of every head, differentiable: by eager attention, or beside the model's own in linear
-memory. `tunevax.finetuning.sink` says what it is for.
+"""One column of the attention of every head, with a graph; `tunevax.finetuning.surgery` says what it is for.
+
+- `eager`: eager attention forms A, [rows, heads, tokens, tokens] per layer, and keeps it for the backward pass.
+- `linear`: the model keeps its own attention. A[i, k] = exp(s_ik - logsumexp_j s_ij) is computed beside it from the
+  very queries and keys that the attention gets (rotary embedding and norms applied), a chunk of queries at a time,
+  forward and backward. Memory grows linearly with tokens, as that of SDPA and flash attention; a model that can only
+  do eager attention (Gemma 2: soft cap) still forms A for its output.
+
+Heads are query heads, also with grouped keys. In a sliding-window layer only the queries that can see k are averaged.
+Learned sinks (a logit in the softmax that is no token's) are refused: rows of A do not add up to 1, and what the
+first token gets is not what the paper measures.
 """
 
 from __future__ import annotations
