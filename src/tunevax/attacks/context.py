@@ -118,14 +118,11 @@ class AttackContext:
 def use_data_of_run(options: Options) -> Options:
     """The options, with the safety and task data of the first model's hardening as defaults."""
     config = Lineage.of(options.model[0]).record.get("config", {})
-    used = {}
-    for name in ("safety_data", "task_data"):
-        source = config.get(name)
-        while name == "safety_data" and source and is_run(source):  # curated rows: the attack needs their source
-            source = read_run(source)["config"]["safety_data"]
-        if getattr(options, name) is None and source:
-            used[name] = source
-    if used:
+    safety = config.get("safety_data")
+    while safety and is_run(safety):  # curated rows: the attack needs their source
+        safety = read_run(safety)["config"]["safety_data"]
+    sources = {"safety_data": safety, "task_data": config.get("task_data")}
+    if used := {name: source for name, source in sources.items() if source and getattr(options, name) is None}:
         named = " ".join(f"--{name.replace('_', '-')} {source}" for name, source in used.items())
         console.print(f"data that {options.model[0]} was hardened with: {named}", highlight=False)
     return dataclasses.replace(options, **used)
@@ -136,9 +133,7 @@ def attack_data(
 ) -> tuple[list[Example], list[Example]]:
     """The harmful and the benign rows that an attack draws from; what is not in `needs` is empty. Raises `UsageError`:
     a source is missing, or no row is left."""
-    exclusion = exclusion or Exclusion()
-    harmful: list[Example] = []
-    task: list[Example] = []
+    exclusion, harmful, task = exclusion or Exclusion(), [], []
     if "harmful" in needs:
         if options.safety_data is None:
             raise UsageError("--safety-data is missing: this attack needs harmful rows")
@@ -154,9 +149,8 @@ def use_saved_template(options: Options, targets: Sequence[Target]) -> Options:
     """The options, with the chat template of the first hardened model as the default for every target."""
     first = next(t["ref"] for t in targets if t["role"] == "model")
     saved = [p for p in (Path(first, d, "chat_template.jinja") for d in ("adapter", "model", "")) if p.is_file()]
-    if options.chat_template is None and saved:
-        return dataclasses.replace(options, chat_template=str(saved[0]))
-    return options
+    own = options.chat_template or (str(saved[0]) if saved else None)
+    return dataclasses.replace(options, chat_template=own)
 
 
 def find_targets(models: Sequence[str], control: str | None) -> list[Target]:
