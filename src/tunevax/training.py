@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from tunevax.errors import TunevaxError, UsageError
 from tunevax.files import require_room
@@ -18,12 +18,10 @@ from tunevax.modeling.biases import save_biases
 from tunevax.modeling.callbacks import LogCallback, ProgressCallback
 from tunevax.modeling.loading import Loaded, load
 from tunevax.modeling.memory import StepMemory
+from tunevax.modeling.method import MethodTrainer
 from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
 from tunevax.records import LOG, DataEntry, Example, RunRecord, digest, is_run
 from tunevax.runs import RunFolder, record_prompts, writing
-
-if TYPE_CHECKING:
-    from tunevax.modeling.method import MethodTrainer
 
 Options = TypeVar("Options")
 

@@ -7,9 +7,10 @@ scores. It is a check of the training, not evidence: for that attack the model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunevax.data.chat import render, response
 from tunevax.data.contamination import hashes
@@ -21,17 +22,13 @@ from tunevax.evidence.stats import paired_difference, proportion
 from tunevax.lineage import Lineage
 from tunevax.modeling.hooks import without_dropout
 from tunevax.modeling.loss import row_losses
+from tunevax.modeling.method import MethodTrainer
 from tunevax.records import UNANSWERED, Example
 from tunevax.scoring.fluency import is_degenerate
 from tunevax.scoring.generation import answer as as_answer
 from tunevax.scoring.generation import generate
 from tunevax.scoring.judges import on_answers
 from tunevax.scoring.judges.keywords import refusal_keywords
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from tunevax.modeling.method import MethodTrainer
 
 MAX_NEW_TOKENS = 32
 """A refusal shows in its first words."""

@@ -18,12 +18,13 @@ from __future__ import annotations
 import re
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
+from transformers import PreTrainedModel
 
 from tunevax.alignment.vaccine import VaccineConfig, VaccineTrainer
 from tunevax.data.encoding import collate
@@ -36,9 +37,6 @@ from tunevax.modeling.hooks import capture, cheap_recomputed, checkpointed, has_
 from tunevax.modeling.precision import wide
 from tunevax.modeling.shapes import can_replay
 from tunevax.modeling.trainer import Items, PlanParts
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 SAMPLINGS = ("harmful-gradient", "uniform", "inverse", "top")
 

@@ -19,10 +19,11 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from tunevax.alignment.sft import SFTConfig, SFTTrainer
 from tunevax.errors import require, require_one_of
@@ -34,9 +35,6 @@ from tunevax.modeling.hooks import Prefix, attached, capture, perturb, tensor_of
 from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.precision import added, wide
 from tunevax.modeling.trainer import Items, PlanParts
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunevax.console import console
 from tunevax.data.contamination import Exclusion
@@ -18,9 +20,6 @@ from tunevax.modeling.loading import Loaded, load
 from tunevax.records import SCHEMA, Example, Generation, ModelInfo, Row, Target, digest, harmful, is_run, read_run
 from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.suite import Suite, SuiteOptions, labels_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass

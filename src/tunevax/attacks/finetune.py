@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tunevax.attacks.context import AttackContext
 from tunevax.attacks.kind import AttackKind, NotApplicable, Work
@@ -27,9 +27,6 @@ from tunevax.records import Example, is_run
 from tunevax.runs import record_prompts
 from tunevax.scoring.suite import Suite
 from tunevax.training import rehearse, save_weights
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass

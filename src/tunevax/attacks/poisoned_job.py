@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tunevax.attacks.context import AttackContext, TargetOptions
 from tunevax.attacks.finetune import Curve, work_of
@@ -19,15 +18,13 @@ from tunevax.data.mixing import harmful_rows, mix
 from tunevax.data.roles import load_rows
 from tunevax.data.safety import answers_in
 from tunevax.errors import UsageError, require
+from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
 from tunevax.lineage import Lineage
 from tunevax.methods import load_method
 from tunevax.mixins import option
 from tunevax.modeling.callbacks import ProgressCallback
 from tunevax.records import RunRecord, Target, data_entry, read_prompts
 from tunevax.training import other_data, replay
-
-if TYPE_CHECKING:
-    from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
 
 TRAINING = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs", "weight_decay",

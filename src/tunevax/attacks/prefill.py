@@ -8,16 +8,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
 
 from tunevax.attacks.context import AttackContext
 from tunevax.attacks.kind import AttackConfig, NotApplicable
 from tunevax.data.encoding import ids_of
 from tunevax.mixins import option
 from tunevax.records import Example
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 TOKENS = 5
 """Prefilled tokens of a prompt's own harmful answer, at most half of it: the fewest in the paper."""

@@ -11,9 +11,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunevax.console import bar
 from tunevax.data.contamination import Exclusion, check
@@ -31,9 +32,6 @@ from tunevax.records import DROPPED, SCHEMA, SINK, Example, RunRecord, Target, d
 from tunevax.runs import writing
 from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.suite import SuiteOptions, build_suite, labels_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass

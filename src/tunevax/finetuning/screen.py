@@ -27,11 +27,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunevax.console import bar
 from tunevax.data.encoding import collate, context_of, encode
@@ -45,9 +46,6 @@ from tunevax.modeling.loss import response_loss
 from tunevax.modeling.precision import added, wide
 from tunevax.records import SCREEN, Example
 from tunevax.runs import RunFolder
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MISSED = 0.05
 """Share of known harmful rows below the threshold of each score."""

@@ -25,9 +25,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
+from peft import PeftModel
+from peft.tuners.lora import Linear
+from transformers import PreTrainedModel
 
 from tunevax.console import bar
 from tunevax.data.encoding import context_of, encode
@@ -42,11 +45,6 @@ from tunevax.modeling.lora import active, factors, lora_layers
 from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.precision import wide
 from tunevax.restoration.restore import Job
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from peft.tuners.lora import Linear
-    from transformers import PreTrainedModel
 
 Rows = Sequence[dict[str, list[int]]]
 Key = str | tuple[str, str]

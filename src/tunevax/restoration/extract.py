@@ -20,10 +20,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunevax.console import bar, console
 from tunevax.data.chat import Answer
@@ -39,9 +40,6 @@ from tunevax.records import Example, digest
 from tunevax.restoration.lock import FILE, SafetyLock, base_of, head_shape, projections
 from tunevax.restoration.probes import grouped_accuracy, official_accuracy
 from tunevax.restoration.restore import Job
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -24,9 +24,7 @@ from tunevax.modeling.biases import attach_biases
 from tunevax.modeling.blocks import find_blocks, innermost, unwrap
 from tunevax.modeling.checkpoints import config_of
 from tunevax.modeling.hooks import attached, still
-
-if TYPE_CHECKING:
-    from tunevax.records import ModelInfo
+from tunevax.records import ModelInfo
 
 FORMAT = 1
 FILE = "lock.safetensors"

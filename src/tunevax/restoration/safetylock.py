@@ -15,10 +15,11 @@ import math
 import time
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from tunevax.console import console
 from tunevax.errors import UsageError, require_one_of
@@ -29,9 +30,6 @@ from tunevax.modeling.blocks import innermost
 from tunevax.restoration.lock import FILE, SafetyLock, apply, check_base, check_shape, lock_biases, projections
 from tunevax.restoration.restore import Job
 from tunevax.restoration.strength import SweepOptions, sweep
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 FORMS = ("auto", "stock", "run")
 StockForm = tuple[dict[str, bool], dict[str, torch.Size]]

@@ -14,7 +14,9 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunevax.console import bar, console
 from tunevax.data.contamination import count, hashes, require_disjoint
@@ -29,9 +31,6 @@ from tunevax.restoration.lock import SafetyLock, locked
 from tunevax.restoration.restore import Job
 from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.suite import Suite, SuiteOptions, build_suite
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MEASURES = ("task/exact", "utility/")
 LIMITS = ("harmful_target", "max_utility_loss", "max_over_refusal")
