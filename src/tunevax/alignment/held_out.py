@@ -39,17 +39,11 @@ BATCH = 8
 
 
 class HeldOut(NamedTuple):
-    """The rows of the evaluation.
+    """The rows of the evaluation."""
 
-    Attributes:
-        harmful: rows with `prompt` and `chosen`; empty if the source leaves none.
-        benign: rows with `prompt` that no safe model refuses; None if the run has no benign data.
-        why: why `harmful` is empty, as a clause.
-    """
-
-    harmful: list[Example]
-    benign: list[Example] | None
-    why: str | None
+    harmful: list[Example]  # with `prompt` and `chosen`; empty if the source leaves none
+    benign: list[Example] | None  # with `prompt` that no safe model refuses; None if the run has no benign data
+    why: str | None  # why `harmful` is empty, as a clause
 
 
 def held_out_rows(

@@ -65,31 +65,19 @@ class RepNoiseConfig(SFTConfig):
 
 
 class Targets(NamedTuple):
-    """What a cross entropy is taken over.
+    """What a cross entropy is taken over."""
 
-    Attributes:
-        labels: [rows, tokens], -100 where there is none.
-        dead: how many more tokens are predicted from logits of zero: log V each, without gradient.
-    """
-
-    labels: torch.Tensor
-    dead: int = 0
+    labels: torch.Tensor  # [rows, tokens], -100 where there is none
+    dead: int = 0  # how many more tokens are predicted from logits of zero: log V each, without gradient
 
 
 class Pass(NamedTuple):
-    """One forward over the rows of a batch and their pairs.
+    """One forward over the rows of a batch and their pairs."""
 
-    Attributes:
-        safe: the head's input, [rows, tokens, hidden].
-        harmful: the same of the pairs, [pairs, tokens, hidden].
-        states: h_0 ... h_{L-1} of the pairs, each [pairs, tokens, hidden].
-        activations: a_0 ... a_{L-1} of the pairs, each [pairs, tokens, hidden].
-    """
-
-    safe: torch.Tensor
-    harmful: torch.Tensor
-    states: list[torch.Tensor]
-    activations: list[torch.Tensor]
+    safe: torch.Tensor  # the head's input, [rows, tokens, hidden]
+    harmful: torch.Tensor  # the same of the pairs, [pairs, tokens, hidden]
+    states: list[torch.Tensor]  # h_0 ... h_{L-1} of the pairs, each [pairs, tokens, hidden]
+    activations: list[torch.Tensor]  # a_0 ... a_{L-1} of the pairs, each [pairs, tokens, hidden]
 
 
 class RepNoiseTrainer(PairTrainer):

@@ -38,33 +38,22 @@ Options = TypeVar("Options", bound=TargetOptions)
 
 @dataclass
 class AttackContext:
-    """What an attack on one model has to work with, and its results so far.
+    """What an attack on one model has to work with, and its results so far."""
 
-    Attributes:
-        target: label, role and ref of the model.
-        options: data sources and how to load.
-        harmful: rows of the attack split with `prompt` and `rejected`; empty if the attack uses none.
-        task: benign rows with `prompt` and `completion`; empty if the attack uses none.
-        suite: what the model is evaluated on.
-        key: fields that every row of results carries: kind, attack, attack_hash, settings, seed.
-        folder: where the attacked weights are saved, or None.
-        before: cached scores of untouched models, shared by the attacks of an audit; None caches nothing.
-        record: the model's entry in run.json: its info, steps and template.
-        exclusion: prompts to leave out of rows that the attack reads itself.
-    """
-
-    target: Target
-    options: TargetOptions
-    harmful: Sequence[Example]
-    task: Sequence[Example]
-    suite: Suite
-    key: dict[str, Any]
-    folder: Path | None = None
-    before: dict[tuple[str, bool], tuple] | None = None
-    exclusion: Exclusion = field(default_factory=Exclusion)
+    target: Target  # label, role and ref of the model
+    options: TargetOptions  # data sources and how to load
+    harmful: Sequence[Example]  # rows of the attack split with `prompt` and `rejected`; empty if the attack uses none
+    task: Sequence[Example]  # benign rows with `prompt` and `completion`; empty if the attack uses none
+    suite: Suite  # what the model is evaluated on
+    key: dict[str, Any]  # fields that every row of results carries: kind, attack, attack_hash, settings, seed
+    folder: Path | None = None  # where the attacked weights are saved, or None
+    before: dict[tuple[str, bool], tuple] | None = (
+        None  # scores of untouched models, shared in an audit; None: no cache
+    )
+    exclusion: Exclusion = field(default_factory=Exclusion)  # of prompts, for rows that the attack reads itself
     results: list[Row] = field(default_factory=list)
     generations: list[Generation] = field(default_factory=list)
-    record: ModelInfo = field(default_factory=ModelInfo)
+    record: ModelInfo = field(default_factory=ModelInfo)  # the model's entry in run.json: its info, steps and template
 
     def __post_init__(self) -> None:
         self.loaded = (self.target["ref"], True)  # which model, and whether its last adapter is merged

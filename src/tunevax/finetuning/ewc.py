@@ -56,21 +56,13 @@ class EWCConfig(JobConfig):
 
 
 class Adapted(NamedTuple):
-    """A matrix with a LoRA adapter, or the fused matrices of E experts, each of which is a matrix of its own.
+    """A matrix with a LoRA adapter, or the fused matrices of E experts, each of which is a matrix of its own."""
 
-    Attributes:
-        a: [r, in]; of experts as PEFT has it, [E x r, in].
-        b: [out, r]; of experts [out, r x E].
-        scale: alpha / r.
-        rows: sqrt(R_i), [out]; of experts [E, out].
-        columns: sqrt(C_j / sum R), [in]; of experts [E, in].
-    """
-
-    a: nn.Parameter
-    b: nn.Parameter
-    scale: float
-    rows: torch.Tensor
-    columns: torch.Tensor
+    a: nn.Parameter  # [r, in]; of experts as PEFT has it, [E x r, in]
+    b: nn.Parameter  # [out, r]; of experts [out, r x E]
+    scale: float  # alpha / r
+    rows: torch.Tensor  # sqrt(R_i), [out]; of experts [E, out]
+    columns: torch.Tensor  # sqrt(C_j / sum R), [in]; of experts [E, in]
 
 
 class EWCTrainer(FinetuneTrainer):

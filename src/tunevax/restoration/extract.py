@@ -84,19 +84,12 @@ class ExtractLock:
 
 
 class Measured(NamedTuple):
-    """Statistics of the activations of all heads.
+    """Statistics of the activations of all heads."""
 
-    Attributes:
-        u: [L, H, d], fp32 unit directions; 0 where the two classes have the same mean.
-        sigma: [L, H], fp32.
-        accuracy: [L, H], of the probes.
-        cut: answers longer than `max_length`, whose last r tokens are not their end.
-    """
-
-    u: torch.Tensor
-    sigma: torch.Tensor
-    accuracy: np.ndarray
-    cut: int = 0
+    u: torch.Tensor  # [L, H, d], fp32 unit directions; 0 where the two classes have the same mean
+    sigma: torch.Tensor  # [L, H], fp32
+    accuracy: np.ndarray  # [L, H], of the probes
+    cut: int = 0  # answers longer than `max_length`, whose last r tokens are not their end
 
 
 def extract(

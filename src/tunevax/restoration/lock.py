@@ -34,20 +34,15 @@ FILE = "lock.safetensors"
 class SafetyLock:
     """A lock of K heads.
 
-    Attributes:
-        u: [K, head_dim], fp32, unit vectors from the unsafe to the safe side.
-        sigma: [K], fp32, the population std of the projections on u.
-        layer: [K], int64, the block of each head.
-        head: [K], int64, its index within the block.
-        meta: JSON values: `base` ({"ref", "base", "revision", "identity"} or None if unknown), `n_layers`, `n_heads`
-            (None if unknown), `head_dim`, `r`, `probe`, `accuracy` (K numbers), `template_hash`, `data_hash`,
-            `prompts` (hashes of those it was extracted from), `pairs`, `seed`, `source`.
+    `meta` has JSON values: `base` ({"ref", "base", "revision", "identity"} or None if unknown), `n_layers`, `n_heads`
+    (None if unknown), `head_dim`, `r`, `probe`, `accuracy` (K numbers), `template_hash`, `data_hash`, `prompts` (hashes
+    of those it was extracted from), `pairs`, `seed`, `source`.
     """
 
-    u: torch.Tensor
-    sigma: torch.Tensor
-    layer: torch.Tensor
-    head: torch.Tensor
+    u: torch.Tensor  # [K, head_dim], fp32, unit vectors from the unsafe to the safe side
+    sigma: torch.Tensor  # [K], fp32, the population std of the projections on u
+    layer: torch.Tensor  # [K], int64, the block of each head
+    head: torch.Tensor  # [K], int64, its index within the block
     meta: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
