@@ -7,6 +7,7 @@ scores. It is a check of the training, not evidence: for that attack the model.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -30,12 +31,9 @@ from tunevax.scoring.generation import generate
 from tunevax.scoring.judges import on_answers
 from tunevax.scoring.judges.keywords import refusal_keywords
 
-MAX_NEW_TOKENS = 32
-"""A refusal shows in its first words."""
-MARGIN = 0.05
-"""How much less often than its data a model may refuse and still have converged."""
-BATCH = 8
-"""Rows in a forward of the loss."""
+MAX_NEW_TOKENS = 32  # a refusal shows in its first words
+MARGIN = 0.05  # how much less often than its data a model may refuse and still have converged
+BATCH = 8  # rows in a forward of the loss
 
 
 class HeldOut(NamedTuple):
@@ -53,24 +51,18 @@ def held_out_rows(
     did `model`, which it starts from. `safety` are those of `safety_data` that it trains on."""
     if limit == 0:
         return HeldOut([], None, "--held-out-prompts is 0")
-    trained, why = hashes(safety), None
-    for used in Lineage.of(model).prompts.values() if model else ():
-        trained |= set(used)
-    try:
+    trained = hashes(safety).union(*(Lineage.of(model).prompts.values() if model else ()))
+    rows: list[Example] = []
+    with suppress(UsageError):
         rows = load_rows("attack", safety_data, ("chosen",), "the evaluation")
-    except UsageError:
-        rows = []
     harmful = drawn([row for row in rows if prompt_hash(row["prompt"]) not in trained], limit)
-    if not harmful:
-        why = f"{safety_data} has no row beside those that the run trained on"
+    why = None if harmful else f"{safety_data} has no row beside those that the run trained on"
     benign = None
     if task_data:
-        try:
+        with suppress(UsageError):
             mixed_in = trained | hashes(load_rows("benign", task_data))
             others = load_rows("held-out benign", task_data)
             benign = drawn([row for row in others if prompt_hash(row["prompt"]) not in mixed_in], limit) or None
-        except UsageError:
-            benign = None
     return HeldOut(harmful, benign, why)
 
 

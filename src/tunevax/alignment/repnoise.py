@@ -45,7 +45,6 @@ from tunevax.modeling.precision import added, wide
 from tunevax.modeling.quantization import size_of
 from tunevax.modeling.trainer import Items
 
-VARIANTS = ("corrected", "official")
 KERNELS = 5
 
 
@@ -60,7 +59,7 @@ class RepNoiseConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         require(self, "alpha", "beta", at_least=0)
-        require_one_of(self, variant=VARIANTS)
+        require_one_of(self, variant=("corrected", "official"))
         super().__post_init__()
 
 

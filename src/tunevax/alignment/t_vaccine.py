@@ -56,9 +56,7 @@ class TVaccineConfig(VaccineConfig):
     probe_ema: float = option(0.0, "weight of the old scores in a moving average; 0 is off")
     layer_sampling: str = option(SAMPLINGS[0], f"{', '.join(SAMPLINGS)}, or a fixed list such as 2,6,9,13")
     train_scope: str = option(
-        "block",
-        "block: train the selected blocks; attention: as the official code, which leaves the MLP "
-        "adapters of every block above the lowest selected one training",
+        "block", "block: what is selected; attention: as published, MLPs above the lowest train too"
     )
     inactive_state: str = option("keep", "optimiser state of unselected blocks, with full_weights: keep, offload, drop")
 

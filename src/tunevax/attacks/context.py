@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunevax.console import console
@@ -26,9 +27,7 @@ from tunevax.scoring.suite import Suite, SuiteOptions, labels_of
 class TargetOptions(SuiteOptions, ModelsOptions, Overlap, RunOptions):
     """Options of every verb that attacks: the targets, the data and how to load them."""
 
-    control: str | None = option(
-        None, "the model to compare with, or none; default the model that --model was hardened from", decides="cells"
-    )
+    control: str | None = option(None, "a model, or none; default what --model was hardened from", decides="cells")
     safety_data: str | None = option(None, "harmful rows: prompt and rejected, their attack split", decides="rows")
     task_data: str | None = option(None, "benign rows: prompt and completion, their train split", decides="rows")
 
@@ -80,8 +79,6 @@ class AttackContext:
             full: include what is only measured before an attack, such as perplexity.
         """
         untouched = self.before if step == 0 and suite is None and not full else None
-        import torch
-
         cached = (untouched or {}).get(self.loaded)
         # Scoring must not advance the attack's random state, or a first attack would differ from a second.
         with torch.random.fork_rng():

@@ -17,8 +17,7 @@ from tunevax.data.encoding import ids_of
 from tunevax.mixins import option
 from tunevax.records import Example
 
-TOKENS = 5
-"""Prefilled tokens of a prompt's own harmful answer, at most half of it: the fewest in the paper."""
+TOKENS = 5  # prefilled tokens of a prompt's own harmful answer, at most half of it: the fewest in the paper
 
 
 @dataclass

@@ -16,8 +16,6 @@ from tunevax.modeling.quantization import require_quantization
 from tunevax.records import Example, data_entry
 from tunevax.training import TrainingOptions, train, training_run
 
-SCREENS = ("off", "report", "drop", "fail")
-
 
 @dataclass
 class FinetuneOptions(TrainingOptions):
@@ -34,7 +32,7 @@ class FinetuneOptions(TrainingOptions):
     def __post_init__(self) -> None:
         if self.screen in ("no", "false"):  # what other tools write for off
             self.screen = "off"
-        require_one_of(self, screen=SCREENS)
+        require_one_of(self, screen=("off", "report", "drop", "fail"))
 
 
 def finetune(

@@ -47,16 +47,11 @@ from tunevax.modeling.precision import added, wide
 from tunevax.records import SCREEN, Example
 from tunevax.runs import RunFolder
 
-MISSED = 0.05
-"""Share of known harmful rows below the threshold of each score."""
-PAIRS = 256
-"""Safety rows looked at, at most; one half for directions, one for thresholds."""
-LEAST = 40
-"""Safety rows needed: of fewer, the share `MISSED` of a half is less than one."""
-FLOOR = 0.1
-"""Least threshold of the gradient score. Where known harmful rows are below it, the score has nothing to go by."""
-DEPTH = 0.6
-"""Where h is taken, as a share of the blocks."""
+MISSED = 0.05  # share of known harmful rows below the threshold of each score
+PAIRS = 256  # safety rows looked at, at most; one half for directions, one for thresholds
+LEAST = 40  # safety rows needed: of fewer, the share `MISSED` of a half is less than one
+FLOOR = 0.1  # least threshold of the gradient score: where known harmful rows are below, it has nothing to go by
+DEPTH = 0.6  # where h is taken, as a share of the blocks
 
 
 class Screening(NamedTuple):

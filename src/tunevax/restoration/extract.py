@@ -16,8 +16,7 @@ tokens of at most `probe_pairs` pairs for the probes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast
@@ -139,7 +138,8 @@ def measure(
     kept = set(np.random.default_rng([config.seed, 1]).permutation(len(pairs))[: config.probe_pairs].tolist())
     sums = Sums(model, config.r)
     groups: list[str] = []
-    with bar() as progress, sums.listening(), still(model):
+    hooks = [m.register_forward_pre_hook(partial(sums.take, layer)) for layer, m in enumerate(sums.projections)]
+    with bar() as progress, attached(hooks), still(model):
         task = progress.add_task("extract", total=len(rows), note="")
         for part, batch in collated(rows, tokenizer.pad_token_id, config.batch_size, device, longest_first=False):
             keep = [rows[i]["pair"] in kept for i in part]
@@ -203,14 +203,8 @@ class Sums:
         self.count = [self.count[0] + len(safe) - sum(safe), self.count[1] + sum(safe)]
         self.kept_safe += [s for s, k in zip(safe, keep, strict=True) if k]
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Add up the inputs of every output projection in every forward inside."""
-        modules = enumerate(self.projections)
-        with attached([module.register_forward_pre_hook(partial(self._take, layer)) for layer, module in modules]):
-            yield
-
-    def _take(self, layer: int, _module: torch.nn.Module, args: tuple) -> None:
+    def take(self, layer: int, _module: torch.nn.Module, args: tuple) -> None:
+        """Add up the inputs of the output projection of a block; a hook."""
         taken = args[0][self.where].view(-1, self.heads, self.size)
         x = taken.double()
         self.total[1, layer] += x[self.safe].sum(0)
