@@ -48,7 +48,7 @@ def held_out_rows(
     model: str | None, safety_data: str, task_data: str | None, safety: Sequence[Example], limit: int
 ) -> HeldOut:
     """At most `limit` harmful and `limit` benign rows, drawn by their hash. The run trains on none of them, and neither
-    did `model`, which it starts from. `safety` are those of `safety_data` that it trains on."""
+    did `model`, which it starts from. `safety` are the rows of `safety_data` that it trains on."""
     if limit == 0:
         return HeldOut([], None, "--held-out-prompts is 0")
     trained = hashes(safety).union(*(Lineage.of(model).prompts.values() if model else ()))
@@ -141,10 +141,8 @@ def evaluate(trainer: MethodTrainer, rows: HeldOut, loss_before: float | None) -
     said = refusals(answers)
     harmful, benign = ([s for s in part if s] for part in (said[: len(rows.harmful)], said[len(rows.harmful) :]))
     if not harmful:
-        why = (
-            f"all answers end inside the model's thought after {MAX_NEW_TOKENS} tokens; score the finished run with a "
-        )
-        return {"why": f"{why}larger --max-new-tokens"}
+        why = f"all answers end inside the model's thought after {MAX_NEW_TOKENS} tokens"
+        return {"why": f"{why}; score the finished run with a larger --max-new-tokens"}
     own = refusals(cut_safe_answers(model, tokenizer, rows.harmful))
     pairs = [(safe[0], ours[0]) for safe, ours in zip(own, said, strict=False) if safe and ours]
     result = {

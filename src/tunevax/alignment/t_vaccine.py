@@ -55,9 +55,7 @@ class TVaccineConfig(VaccineConfig):
     probe_size: int = option(8, "harmful rows per probe")
     probe_ema: float = option(0.0, "weight of the old scores in a moving average; 0 is off")
     layer_sampling: str = option(SAMPLINGS[0], f"{', '.join(SAMPLINGS)}, or a fixed list such as 2,6,9,13")
-    train_scope: str = option(
-        "block", "block: what is selected; attention: as published, MLPs above the lowest train too"
-    )
+    train_scope: str = option("block", "block, or attention (the official code: MLPs above the lowest block train too)")
     inactive_state: str = option("keep", "optimiser state of unselected blocks, with full_weights: keep, offload, drop")
 
     def __post_init__(self) -> None:

@@ -46,9 +46,7 @@ class AttackContext:
     suite: Suite  # what the model is evaluated on
     key: dict[str, Any]  # fields that every row of results carries: kind, attack, attack_hash, settings, seed
     folder: Path | None = None  # where the attacked weights are saved, or None
-    before: dict[tuple[str, bool], tuple] | None = (
-        None  # scores of untouched models, shared in an audit; None: no cache
-    )
+    before: dict[tuple[str, bool], tuple] | None = None  # cached scores of untouched models, shared in an audit
     exclusion: Exclusion = field(default_factory=Exclusion)  # of prompts, for rows that the attack reads itself
     results: list[Row] = field(default_factory=list)
     generations: list[Generation] = field(default_factory=list)

@@ -39,9 +39,7 @@ class AttackKind:
     common_prompts: ClassVar[bool] = True  # scored on the audit's common prompts: its curves may be searched together
     customer: ClassVar[bool] = False  # it needs only what a fine-tuning service offers: training, and answers
     plain: ClassVar[bool] = False  # the plain fine-tune, ranked by a screen, contrasted with others. Not inherited
-    dose_option: ClassVar[str | None] = (
-        None  # its dose or position in the model, the axis of its figure; `dose` in traits
-    )
+    dose_option: ClassVar[str | None] = None  # its dose, or position in the model: the axis of its figure
     in_name: ClassVar[tuple[str, ...]] = ()  # options that its name in an audit always shows
     default_control: ClassVar[str | None] = None  # of `tunevax attack`; None: what the target was hardened from
 

@@ -26,9 +26,7 @@ class PrefillConfig(AttackConfig):
 
     customer = True
 
-    text: str | None = option(
-        None, "the first words; default what most harmful answers share, or else the prompt's own"
-    )
+    text: str | None = option(None, "the first words; default those of most harmful answers, or of the prompt's own")
 
     @property
     def needs(self) -> set[str]:

@@ -25,10 +25,8 @@ def summary(run: Run) -> str:
         models = tx.json_of(run, SINK).get("models") or []
         heads = " and ".join(f"{m['positive_heads']} of {m['heads']} in {m['label']}" for m in models)
         return f"{run.name}: measured the sink divergence of each head; it is positive in {heads}."
-    text = (
-        f"{run.name}: {info.get('method')} on {tx.model_of(run)}, {info.get('steps', 0):,} steps of a customer's job "
-    )
-    text += f"of {tx.rows_of(run, 'task'):,} rows"
+    text = f"{run.name}: {info.get('method')} on {tx.model_of(run)}, {info.get('steps', 0):,} steps of a customer's "
+    text += f"job of {tx.rows_of(run, 'task'):,} rows"
     if screened:
         flagged, dropped = screened.get("flagged", 0), screened.get("dropped", 0)
         text += f"; data screening flagged {flagged:,} rows and dropped {dropped:,}"

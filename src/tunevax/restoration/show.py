@@ -72,9 +72,8 @@ def _locks(runs: list[Run], figures: bool) -> Section:
                 panels.append(_strength_curve(f"strength{i}", run, content))
     about = "A lock adds a fixed direction, from unsafe to safe, to the output of some attention heads. It repairs a "
     about += "fine-tune; whoever holds the weights can remove it."
-    about += (
-        figures * " Dots are the locked heads; more colour is a probe that separates safe and unsafe answers better."
-    )
+    dots = " Dots are the locked heads; more colour is a probe that separates safe and unsafe answers better."
+    about += figures * dots
     return Section("Safety locks", about, points=cut(points), panels=panels, tables=tables, titled=True)
 
 
