@@ -135,8 +135,7 @@ def evaluate(trainer: MethodTrainer, rows: HeldOut, loss_before: float | None) -
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return {"why": "no process holds the whole weights; score the finished run"}
     model, tokenizer = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processing_class
-    groups = [rows.harmful, rows.benign or []]
-    prompts: list[Any] = [row["prompt"] for group in groups for row in group]
+    prompts: list[Any] = [row["prompt"] for row in [*rows.harmful, *(rows.benign or [])]]
     answers = generate(model, tokenizer, prompts, MAX_NEW_TOKENS, 128)
     said = refusals(answers)
     harmful, benign = ([s for s in part if s] for part in (said[: len(rows.harmful)], said[len(rows.harmful) :]))

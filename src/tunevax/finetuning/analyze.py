@@ -97,11 +97,9 @@ def analyze_sink(options: SinkOptions, command: str = "", suite_options: SuiteOp
                 options.sink_attention, options.sink_position, options.sink_queries,
             )  # fmt: skip
             scores = evaluate(loaded.model, loaded.tokenizer, suite)[0] if suite else None
-            models.append({"label": label, "ref": loaded.info["ref"], **summary(d), "scores": scores})
-            template = digest(loaded.tokenizer.chat_template)
-            targets.append(
-                {"label": label, "role": "model", "ref": models[-1]["ref"], **overlap, "template_hash": template}
-            )
+            name, template = loaded.info["ref"], digest(loaded.tokenizer.chat_template)
+            models.append({"label": label, "ref": name, **summary(d), "scores": scores})
+            targets.append({"label": label, "role": "model", "ref": name, **overlap, "template_hash": template})
             record["model"] = record.get("model") or loaded.info
         record["targets"] = targets
         read = {"sink_position": options.sink_position, "sink_queries": options.sink_queries}

@@ -49,13 +49,8 @@ class SafetyLock:
         """Write one safetensors file with the metadata as JSON in its header."""
         from safetensors.torch import save_file
 
-        tensors = {
-            "u": self.u.float(),
-            "sigma": self.sigma.float(),
-            "layer": self.layer.long(),
-            "head": self.head.long(),
-        }
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        dtypes = {"u": torch.float32, "sigma": torch.float32, "layer": torch.int64, "head": torch.int64}
+        tensors = {name: getattr(self, name).detach().to("cpu", dtype).contiguous() for name, dtype in dtypes.items()}
         save_file(tensors, path, metadata={"tunevax_lock": json.dumps({"format": FORMAT, **self.meta})})
 
     @classmethod
