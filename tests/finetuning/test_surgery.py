@@ -9,15 +9,14 @@ from tiny import in_float64
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tunevax.data.encoding import encode
+from tunevax.data.encoding import answer_span, encode
 from tunevax.data.safety import load_safety
 from tunevax.data.splits import drawn
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
 from tunevax.finetuning.analyze import SinkOptions, analyze_sink, sink_map
 from tunevax.finetuning.sft import FinetuneTrainer
-from tunevax.finetuning.sink import answer_span, common_queries, divergence, regulariser, sink_values
-from tunevax.finetuning.surgery import SurgeryConfig, SurgeryTrainer
+from tunevax.finetuning.surgery import SurgeryConfig, SurgeryTrainer, common_queries, divergence
 from tunevax.modeling import attention
 from tunevax.modeling.attention import sink_columns
 from tunevax.modeling.hooks import checkpointed
@@ -70,6 +69,15 @@ def texts():
 def padded(*rows, width=11, fill=5):
     ids = torch.tensor([row + [fill] * (width - len(row)) for row in rows])
     return {"input_ids": ids, "attention_mask": (torch.arange(width) < torch.tensor([[len(r)] for r in rows])).long()}
+
+
+def sink_values(*args, **kwargs):
+    with sink_columns(*args, **kwargs) as values:
+        return values
+
+
+def regulariser(d):
+    return torch.relu(d).mean()
 
 
 def grads(model):

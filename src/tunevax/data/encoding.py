@@ -168,6 +168,17 @@ def encode(
     return encoded
 
 
+def answer_span(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Where the answer of an encoded row begins and ends (exclusive), in tokens, without the template's end: the
+    tokens at the end that are special, or blank."""
+    ids, labels = row["input_ids"], row["labels"]
+    start = next((i for i, label in enumerate(labels) if label != -100), len(ids))
+    stop = len(ids)
+    while stop > start and not str(tokenizer.decode([ids[stop - 1]], skip_special_tokens=True)).strip():
+        stop -= 1
+    return start, stop
+
+
 def collate(rows: Sequence[dict[str, list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:
     """Right-padded tensors [batch, tokens]: `input_ids`, `attention_mask`, `labels`."""
     import torch

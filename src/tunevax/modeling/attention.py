@@ -1,5 +1,14 @@
-"""One column of the attention of every head, differentiable: by eager attention, or beside the model's own in linear
-memory. `tunevax.finetuning.sink` says what it is for.
+"""One column of the attention of every head, with a graph; `tunevax.finetuning.surgery` says what it is for.
+
+- `eager`: eager attention forms A, [rows, heads, tokens, tokens] per layer, and keeps it for the backward pass.
+- `linear`: the model keeps its own attention. A[i, k] = exp(s_ik - logsumexp_j s_ij) is computed beside it from the
+  very queries and keys that the attention gets (rotary embedding and norms applied), a chunk of queries at a time,
+  forward and backward. Memory grows linearly with tokens, as that of SDPA and flash attention; a model that can only
+  do eager attention (Gemma 2: soft cap) still forms A for its output.
+
+Heads are query heads, also with grouped keys. In a sliding-window layer only the queries that can see k are averaged.
+Learned sinks (a logit in the softmax that is no token's) are refused: rows of A do not add up to 1, and what the
+first token gets is not what the paper measures.
 """
 
 from __future__ import annotations
@@ -28,7 +37,20 @@ def sink_columns(
     model: nn.Module, inputs: dict[str, torch.Tensor], how: str = "linear", sink: int = 0,
     queries: torch.Tensor | None = None,
 ) -> Iterator[torch.Tensor]:  # fmt: skip
-    """`sink_values`; stays open until after backward where blocks are recomputed, as they pass here again."""
+    """The sink value of each head on each row, [rows, layers, heads], fp32, with a graph where gradients are on; open
+    until after backward where blocks are recomputed, as they pass here again.
+
+    Args:
+        model: a causal language model, plain or wrapped, whose attention goes through transformers' interface.
+        inputs: `input_ids` and `attention_mask`, [rows, tokens], padded on the right.
+        how: `linear` or `eager`. The latter switches the model to eager attention and back.
+        sink: position of the sink token.
+        queries: the queries that are averaged, boolean, [rows, tokens]; default all after the sink.
+
+    Raises:
+        UsageError: a row has no token after the sink; the model, its attention implementation or the way it
+            recomputes cannot give the values or their gradient. The message names which.
+    """
     if how not in WAYS:
         raise unknown("way to the sink attention", how, WAYS)
     lengths = _lengths(inputs, sink)
