@@ -52,22 +52,26 @@ def require_language_model(model: nn.Module, blocks: Sequence[Block] = (), parts
         norm = find_final_norm(model)
         handles.append(norm.register_forward_hook(lambda _module, _args, output: normed.append(output)))
     wanted = [(i, part) for i in range(len(blocks)) for part in parts if part != "norm"]
-    for i, part in wanted:
-        module = getattr(blocks[i], part)
-        handles.append(module.register_forward_hook(functools.partial(ran, (i, part))))
-        if part == "module":
-            hook = functools.partial(entered, (i, "input"))
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    handles += [getattr(blocks[i], part).register_forward_hook(functools.partial(ran, (i, part))) for i, part in wanted]
+    inputs = [(i, "input") for i in range(len(blocks))] if "module" in parts else []
+    for key in inputs:
+        hook = functools.partial(entered, key)
+        handles.append(blocks[key[0]].module.register_forward_pre_hook(hook, with_kwargs=True))
     with attached(handles), torch.no_grad(), still(model):
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     _require_head(name, stock, heads, logits)
-    _require_causal(name, logits)
+    first = wide(logits[:, 0])
+    loose = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 0.05
+    if (first[0] - first[1]).abs().max() > loose * first.abs().max():
+        raise UsageError(
+            f"{name} predicts a token from those behind it (an encoder, or is_decoder is false in its config); use a "
+            "causal language model"
+        )
     if "norm" in parts and not (normed and torch.equal(normed[-1], heads[0])):
         raise UsageError(
             f"between the final norm of {name} and its head something else is computed (a projection or a scale), so "
             "that no other depth can be read by norm and head; plain sft works without"
         )
-    inputs = [(i, "input") for i in range(len(blocks))] if "module" in parts else []
     for i, part in [*inputs, *wanted]:
         _require_states(name, i, part, calls.get((i, part), []), ids.shape, stock.config.get_text_config().hidden_size)
 
@@ -87,24 +91,12 @@ def _require_head(name: str, stock: nn.Module, heads: list[torch.Tensor], logits
         )
     with torch.no_grad():
         ours = logits_of(stock, heads[0])
-    if ours.shape == logits.shape:
-        error = (ours - wide(logits)).abs().max().item()
-        # Rounding of one product; a cap that changes less does no harm either.
-        if error <= max(1e-4, 8 * torch.finfo(logits.dtype).eps) * max(logits.abs().max().item(), 1e-3):
-            return
-    raise UsageError(
-        f"{name} does something to its logits behind its head that tunevax does not know (a scale, a cap or a cut), "
-        "and every loss would be wrong; use another model, or report its class"
-    )
-
-
-def _require_causal(name: str, logits: torch.Tensor) -> None:
-    first = wide(logits[:, 0])
-    loose = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 0.05
-    if (first[0] - first[1]).abs().max() > loose * first.abs().max():
+    # Rounding of one product; a cap that changes less does no harm either.
+    slack = max(1e-4, 8 * torch.finfo(logits.dtype).eps) * max(logits.abs().max().item(), 1e-3)
+    if ours.shape != logits.shape or not (ours - wide(logits)).abs().max().item() <= slack:
         raise UsageError(
-            f"{name} predicts a token from those behind it (an encoder, or is_decoder is false in its config); use a "
-            "causal language model"
+            f"{name} does something to its logits behind its head that tunevax does not know (a scale, a cap or a "
+            "cut), and every loss would be wrong; use another model, or report its class"
         )
 
 
@@ -147,12 +139,8 @@ def can_replay(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
     return True
 
 
-# --- config and tokens ------------------------------------------------------------------------------------------------
-
-
 def settle_config(config: PreTrainedConfig, base: str) -> None:
-    """Remove a padding token beyond the embedding from `config`: transformers would not build the model. Raises
-    `UsageError` for an encoder-decoder model."""
+    """Remove a padding token beyond the embedding, for transformers; a `UsageError` for an encoder-decoder model."""
     if getattr(config, "is_encoder_decoder", False):
         raise UsageError(
             f"{base} is an encoder-decoder model ({type(config).__name__}), and tunevax takes causal language models, "
@@ -177,9 +165,12 @@ def settle_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, ref: str
     if max(tokenizer.get_vocab().values(), default=0) >= rows:
         tokenizer.embedding_rows = rows
     if not _has_row(tokenizer.eos_token_id, rows):
-        configs = (stock.generation_config, stock.config, stock.config.get_text_config())
-        ends = [end for config in configs for end in _listed(getattr(config, "eos_token_id", None))]
-        candidates = (*_behind_an_answer(tokenizer), *ends)
+        special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        behind = tokenizer(chat_of(tokenizer).ending, add_special_tokens=False)["input_ids"]
+        candidates = [i for i in behind if i in special]
+        for config in (stock.generation_config, stock.config, stock.config.get_text_config()):
+            ends = getattr(config, "eos_token_id", None)
+            candidates += ends if isinstance(ends, list | tuple) else [ends]
         known = [i for i in candidates if _has_row(i, rows) and tokenizer.convert_ids_to_tokens(i)]
         if not known:
             raise UsageError(
@@ -194,14 +185,3 @@ def settle_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, ref: str
 
 def _has_row(token: int | None, rows: int) -> bool:
     return token is not None and 0 <= token < rows
-
-
-def _listed(value: int | list[int] | None) -> list[int]:
-    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
-
-
-def _behind_an_answer(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Special tokens that the chat template puts behind an answer, in order."""
-    ids = tokenizer(chat_of(tokenizer).ending, add_special_tokens=False)["input_ids"]
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    return [i for i in ids if i in special]

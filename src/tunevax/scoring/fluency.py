@@ -211,8 +211,7 @@ class Reference:
     def loaded(self) -> Loaded:
         """The model and its tokenizer."""
         from tunevax.lineage import Lineage
-        from tunevax.modeling.checkpoints import load_tokenizer
-        from tunevax.modeling.loading import load
+        from tunevax.modeling.loading import load, load_tokenizer
 
         lineage = Lineage.of(self.ref)
         base, adapters = lineage.base, lineage.adapters
