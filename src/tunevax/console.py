@@ -39,10 +39,8 @@ def bar() -> Progress:
 
 
 class Lines(Progress):
-    """A `Progress` that writes lines: `align sft: step 30/1280, loss 0.512, 3.1 steps/s, 6:42 left`.
-
-    One thread writes for all that are open, the outer ones first, also during a step of ten minutes.
-    """
+    """A `Progress` that writes lines: `align sft: step 30/1280, loss 0.512, 3.1 steps/s, 6:42 left`. One thread writes
+    for all that are open, the outer ones first, also during a step of ten minutes."""
 
     active: ClassVar[list[Lines]] = []
     opened: ClassVar[float] = 0.0  # when the outermost of these was opened

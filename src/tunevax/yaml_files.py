@@ -17,15 +17,9 @@ FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(_[0-9]+)*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(
 
 
 def read_yaml(path: str | Path, words: bool = False) -> Any:
-    """The content of a YAML file.
-
-    Args:
-        words: leave every scalar but null as text. Otherwise `true` and `false` are booleans, and what looks like a
-            number is one, including `1e-4` and `1_000`.
-
-    Raises:
-        UsageError: no such file, not YAML, or a duplicate key.
-    """
+    """The content of a YAML file. With `words` every scalar but null stays text; otherwise `true` and `false` are
+    booleans, and what looks like a number is one, including `1e-4` and `1_000`. Raises `UsageError`: no such file, not
+    YAML, or a duplicate key."""
     import yaml
 
     try:

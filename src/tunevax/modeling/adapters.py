@@ -55,11 +55,8 @@ class Merge(NamedTuple):
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool = False) -> PeftModel:
-    """`model` under the adapter in `folder`, as a `PeftModel`.
-
-    Raises `UsageError` if the folder holds no whole adapter, if its weights do not fit the model, or if it adds to the
-    prompt instead of weights (prompt tuning) and cannot be merged.
-    """
+    """`model` under the adapter in `folder`, as a `PeftModel`. Raises `UsageError` if the folder has no whole adapter,
+    if its weights do not fit the model, or if it adds to the prompt instead of weights and cannot be merged."""
     from peft import PeftConfig, PeftModelForCausalLM
 
     file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)

@@ -1,10 +1,12 @@
-"""One column of the attention of every head, differentiable, for `tunevax.finetuning.sink`."""
+"""One column of the attention of every head, differentiable: by eager attention, or beside the model's own in linear
+memory. `tunevax.finetuning.sink` says what it is for.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from tunevax.modeling.blocks import find_blocks, unwrap
 from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.precision import wide
 
-WAYS = ("linear", "eager")  # beside the model's own attention in linear memory, or by eager attention
+WAYS = ("linear", "eager")
 CHUNK_ELEMENTS = {"cpu": 2**20, "elsewhere": 2**24}  # scores in a chunk: 4 MiB and 64 MiB in fp32
 MIN_CHUNK_ROWS = 32
 Attention = Callable[..., Any]  # what transformers calls an attention function
@@ -56,7 +58,15 @@ def sink_columns(
             columns.setdefault(attentions[id(module)], column)  # only the first call counts, as in `hooks.capture`
         return output
 
-    with _attention_read(read), _eager(model) if how == "eager" else nullcontext():
+    functions: Any = type(ALL_ATTENTION_FUNCTIONS)  # where a model looks its attention function up, whichever that is
+    stock_lookup = functions.get_interface
+    with ExitStack() as stack:
+        stack.callback(setattr, functions, "get_interface", stock_lookup)
+        functions.get_interface = lambda *a, **k: functools.partial(read, stock_lookup(*a, **k))
+        if how == "eager":
+            stock_model = unwrap(model)
+            stack.callback(stock_model.set_attn_implementation, stock_model.config._attn_implementation)
+            stock_model.set_attn_implementation("eager")
         # Queries see nothing behind them, so the padding of a row is seen by padding only, and without a mask
         # SDPA takes its causal kernel instead of forming [tokens, tokens].
         last_hidden(model, {"input_ids": ids})
@@ -68,33 +78,6 @@ def sink_columns(
             )
         _require_graph(model, columns)
         yield torch.stack([columns[layer] for layer in range(len(attentions))], dim=1)
-
-
-@contextmanager
-def _attention_read(read: Attention) -> Iterator[None]:
-    """Call `read(stock, ...)` in place of the attention function that a model looks up, whichever that is."""
-    functions: Any = type(ALL_ATTENTION_FUNCTIONS)
-    stock_lookup = functions.get_interface
-
-    def lookup(self: object, *args: Any) -> Attention:
-        return functools.partial(read, stock_lookup(self, *args))
-
-    functions.get_interface = lookup
-    try:
-        yield
-    finally:
-        functions.get_interface = stock_lookup
-
-
-@contextmanager
-def _eager(model: nn.Module) -> Iterator[None]:
-    stock = unwrap(model)
-    before = stock.config._attn_implementation
-    stock.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        stock.set_attn_implementation(before)
 
 
 def _query_weight(

@@ -67,10 +67,8 @@ def by_batch(
     model: nn.Module, rows: Sequence[dict[str, list[int]]], pad_token_id: int, batch_size: int,
     compute: Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor], label: str,
 ) -> np.ndarray:  # fmt: skip
-    """`compute(model, inputs)` of every encoded row, fp32 [rows, ...] in the order given; no graph, no dropout.
-
-    Batches are of rows of similar length, longest first; the progress bar is called `label`.
-    """
+    """`compute(model, inputs)` of every encoded row, fp32 [rows, ...] in the order given; no graph, no dropout. The
+    longest rows go first; the progress bar is called `label`."""
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}; it must be at least 1")
     order: list[int] = []

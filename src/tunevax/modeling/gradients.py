@@ -34,7 +34,8 @@ def labels_in(trainer: ResponseTrainer, batches: Sequence[dict[str, torch.Tensor
 def gradient_of(
     trainer: ResponseTrainer, batches: Sequence[Any], share: Callable[[nn.Module, Any], torch.Tensor]
 ) -> tuple[torch.Tensor, Gradient]:
-    """The sum of `share(model, batch)` over micro-batches and processes, and its gradient; no dropout, no `.grad`."""
+    """The sum of `share(model, batch)` over micro-batches and processes, and its gradient. `.grad` is not touched,
+    there is no dropout, and no global generator moves."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     losses: list[torch.Tensor] = []
     gradient: Gradient = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -176,27 +176,23 @@ def replaced_forward(modules: Sequence[nn.Module], forward: Callable[..., Any]) 
                 module.forward = own
 
 
-@contextmanager
-def checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
+def checkpointed(blocks: Sequence[nn.Module]) -> AbstractContextManager[None]:
     """Recompute these blocks in the backward pass; the reentrant form drops gradients if no input requires them."""
 
     def forward(original: Callable[..., Any], *args: object, **kwargs: object) -> Any:
         return checkpoint(functools.partial(original, **kwargs), *args, use_reentrant=False)
 
-    with replaced_forward(blocks, forward):
-        yield
+    return replaced_forward(blocks, forward)
 
 
-@contextmanager
-def without_dropout(modules: Sequence[nn.Module]) -> Iterator[None]:
+def without_dropout(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
     """Put these modules in eval mode at each forward, whatever the trainer sets in between."""
 
     def hook(module: nn.Module, _args: object) -> None:
         if module.training:
             module.eval()
 
-    with attached([m.register_forward_pre_hook(hook) for m in modules]):
-        yield
+    return attached([m.register_forward_pre_hook(hook) for m in modules])
 
 
 @contextmanager

@@ -128,23 +128,14 @@ def load(
     require_language_model(model)
     stock = unwrap(model)
     info: ModelInfo = {
-        "ref": absolute(ref),
-        "base": absolute(base),
-        "revision": getattr(stock.config, "_commit_hash", None) or revision,
-        "hash": model_hash(base),
-        "class": type(stock).__name__,
-        "blocks": getattr(stock.config.get_text_config(), "num_hidden_layers", None),
-        "parameters": sum(size_of(p) for p in stock.parameters()),
-        "dtype": str(stock.dtype).removeprefix("torch."),
-        "quantization": quantization,
-        "saved_in": saved_in,
-        "adapters": [str(a.absolute()) for a in adapters],
-        "adapter_hashes": [model_hash(str(a)) for a in adapters],
-        "merges": merges,
-        "widened": None,
-        "chat": recorded(tokenizer),
-        "attached": any((folder / BIASES).is_file() for folder in (Path(base), *adapters)),
-    }
+        "ref": absolute(ref), "base": absolute(base),
+        "revision": getattr(stock.config, "_commit_hash", None) or revision, "hash": model_hash(base),
+        "class": type(stock).__name__, "blocks": getattr(stock.config.get_text_config(), "num_hidden_layers", None),
+        "parameters": sum(size_of(p) for p in stock.parameters()), "dtype": str(stock.dtype).removeprefix("torch."),
+        "quantization": quantization, "saved_in": saved_in, "adapters": [str(a.absolute()) for a in adapters],
+        "adapter_hashes": [model_hash(str(a)) for a in adapters], "merges": merges, "widened": None,
+        "chat": recorded(tokenizer), "attached": any((f / BIASES).is_file() for f in (Path(base), *adapters)),
+    }  # fmt: skip
     return Loaded(model, tokenizer, info)
 
 

@@ -41,10 +41,9 @@ CHECKPOINT_BLOCKS = ("auto", "none", "elementwise", "frozen", "all")
 
 @dataclass
 class TrainConfig(TrainingArguments):
-    """What every training verb of tunevax takes, on top of `transformers.TrainingArguments`, whose defaults it changes:
-    rate, decay, schedule, warm-up, batch size and epochs are those of arXiv 2410.09760, tunevax draws its own progress
-    bar, and DDP looks for unused parameters because methods freeze blocks as they go.
-    """
+    """What every training verb takes, on top of `transformers.TrainingArguments`, whose defaults it changes: rate,
+    decay, schedule, warm-up, batch size and epochs are those of arXiv 2410.09760, tunevax draws its own progress bar,
+    and DDP looks for unused parameters because methods freeze blocks as they go."""
 
     learning_rate: float = option(1e-3, "peak learning rate")
     weight_decay: float = option(0.1, "weight decay of AdamW")
@@ -120,13 +119,8 @@ class PlanParts(NamedTuple):
 
 
 class ResponseTrainer(Trainer):
-    """`Trainer` on rows of token ids and labels, with the response-only loss.
-
-    Args:
-        model: a causal language model; unless `args.full_weights`, or it already carries a trainable adapter,
-            it gets a fresh LoRA adapter.
-        train_dataset: encoded rows, `{"input_ids": [...], "labels": [...]}`.
-    """
+    """`Trainer` on encoded rows, `{"input_ids": [...], "labels": [...]}`, with the response-only loss. The causal
+    language model `model` gets a fresh LoRA adapter unless `args.full_weights`, or it carries a trainable one."""
 
     args: TrainConfig
     model: PreTrainedModel

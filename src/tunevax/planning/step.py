@@ -222,11 +222,8 @@ class Moments(torch.optim.Optimizer):
 
 
 class StepCounts(TrainerCallback):
-    """Gives the optimiser the state that it has in the middle of a run, and counts what one step does.
-
-    `parts` are methods of the trainer, and how often each one's counts are added. `counts` are those of the last step:
-    tokens through a block forward, and backward, and floating-point operations.
-    """
+    """Gives the optimiser the state that it has in the middle of a run, and counts what the last step did: tokens
+    through a block forward, and backward, and floating-point operations, with those of each of `parts` so often."""
 
     def __init__(self, trainer: ResponseTrainer, trace: Trace, parts: Mapping[str, float]) -> None:
         self.trainer, self.trace = trainer, trace
