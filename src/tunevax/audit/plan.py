@@ -13,7 +13,7 @@ from tunevax.data.contamination import Exclusion, Rows, check
 from tunevax.errors import UsageError, require
 from tunevax.lineage import Lineage, absolute
 from tunevax.mixins import option, require_given
-from tunevax.modeling.loading import config_of
+from tunevax.modeling.checkpoints import config_of
 from tunevax.records import CellSummary, DataEntry, Target, data_entry
 from tunevax.scoring.suite import Suite, build_suite, labels_of
 

@@ -27,7 +27,8 @@ from tunevax.environment import require_one_process
 from tunevax.errors import UsageError, require, require_one_of
 from tunevax.lineage import Lineage
 from tunevax.mixins import AllowOverlap, ModelOptions, ResumableRunOptions, option
-from tunevax.modeling.loading import Loaded, config_of, load
+from tunevax.modeling.checkpoints import config_of
+from tunevax.modeling.loading import Loaded, load
 from tunevax.records import DATA, SCORES, Example, data_entry, is_run
 from tunevax.runs import record_prompts, writing
 

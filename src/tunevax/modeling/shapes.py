@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import functools
+from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -37,26 +38,21 @@ def require_language_model(model: nn.Module, blocks: Sequence[Block] = (), parts
     if any(p.is_meta for p in model.parameters()):
         return
     ids = probe_ids(stock)
-    calls: dict[tuple[int, str], list[torch.Tensor | None]] = {}
+    calls: dict[tuple[int, str], list[Any]] = defaultdict(list)
     heads: list[torch.Tensor] = []
 
     def ran(key: tuple[int, str], _module: nn.Module, _args: tuple, output: torch.Tensor | tuple) -> None:
-        calls.setdefault(key, []).append(tensor_of(output))
+        calls[key].append(tensor_of(output))
 
     def entered(key: tuple[int, str], _module: nn.Module, args: tuple, kwargs: dict) -> None:
-        calls.setdefault(key, []).append(args[0] if args else kwargs.get("hidden_states"))
+        calls[key].append(args[0] if args else kwargs.get("hidden_states"))
 
-    handles = [head.register_forward_pre_hook(lambda _module, args: heads.append(args[0]))]
-    normed: list[torch.Tensor] = []
-    if "norm" in parts:
-        norm = find_final_norm(model)
-        handles.append(norm.register_forward_hook(lambda _module, _args, output: normed.append(output)))
-    wanted = [(i, part) for i in range(len(blocks)) for part in parts if part != "norm"]
-    handles += [getattr(blocks[i], part).register_forward_hook(functools.partial(ran, (i, part))) for i, part in wanted]
-    inputs = [(i, "input") for i in range(len(blocks))] if "module" in parts else []
-    for key in inputs:
-        hook = functools.partial(entered, key)
-        handles.append(blocks[key[0]].module.register_forward_pre_hook(hook, with_kwargs=True))
+    modules = {(i, part): getattr(b, part) for i, b in enumerate(blocks) for part in parts if part != "norm"}
+    norm = {(0, "norm"): find_final_norm(model)} if "norm" in parts else {}
+    inputs = {(i, "input"): block.module for i, block in enumerate(blocks)} if "module" in parts else {}
+    handles = [m.register_forward_hook(partial(ran, key)) for key, m in {**modules, **norm}.items()]
+    handles += [m.register_forward_pre_hook(partial(entered, key), with_kwargs=True) for key, m in inputs.items()]
+    handles.append(head.register_forward_pre_hook(lambda _module, args: heads.append(args[0])))
     with attached(handles), torch.no_grad(), still(model):
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     _require_head(name, stock, heads, logits)
@@ -67,13 +63,13 @@ def require_language_model(model: nn.Module, blocks: Sequence[Block] = (), parts
             f"{name} predicts a token from those behind it (an encoder, or is_decoder is false in its config); use a "
             "causal language model"
         )
-    if "norm" in parts and not (normed and torch.equal(normed[-1], heads[0])):
+    if norm and not (calls[0, "norm"] and torch.equal(calls[0, "norm"][-1], heads[0])):
         raise UsageError(
             f"between the final norm of {name} and its head something else is computed (a projection or a scale), so "
             "that no other depth can be read by norm and head; plain sft works without"
         )
-    for i, part in [*inputs, *wanted]:
-        _require_states(name, i, part, calls.get((i, part), []), ids.shape, stock.config.get_text_config().hidden_size)
+    for i, part in [*inputs, *modules]:
+        _require_states(name, i, part, calls[i, part], ids.shape, stock.config.get_text_config().hidden_size)
 
 
 def probe_ids(stock: PreTrainedModel) -> torch.Tensor:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunevax.console import as_bytes
-from tunevax.errors import UsageError, require, require_one_of, unknown
+from tunevax.errors import UsageError, require, require_one_of
 from tunevax.mixins import TrainedModelOptions, option, require_given
 
 if TYPE_CHECKING:
@@ -49,13 +49,12 @@ class PlanOptions(TrainedModelOptions):
 
     def __post_init__(self) -> None:
         from tunevax.modeling.loading import DTYPES
-        from tunevax.modeling.quantization import QUANTIZATIONS
+        from tunevax.modeling.quantization import require_quantization
 
         require_given(self, "model", "method")
         require(self, "response_length", at_least=2)
         require_one_of(self, device=("cuda", "cpu"), format=("text", "json"), dtype=DTYPES)
-        if self.quantization not in (None, *QUANTIZATIONS):
-            raise unknown("quantization", self.quantization, QUANTIZATIONS)
+        require_quantization(self.quantization)
         self.memory()
 
     def memory(self) -> int | None:
@@ -90,7 +89,7 @@ def plan(options: PlanOptions, method: Any, args: Any) -> Plan:
     from tunevax.alignment.sft import SFTConfig, SFTTrainer
     from tunevax.console import bar
     from tunevax.lineage import Lineage
-    from tunevax.modeling.loading import config_of
+    from tunevax.modeling.checkpoints import config_of
     from tunevax.planning.step import predict, predict_forward, scaled
 
     if hasattr(args, "plan_training"):

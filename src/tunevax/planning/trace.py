@@ -46,7 +46,7 @@ def _repeated(key: torch.Tensor, query: torch.Tensor) -> tuple[int, ...]:
 class Trace(LiveMemory):
     """Counts memory by kind, and floating-point operations, of code that runs on `meta` tensors. What is made while a
     graph is recorded is `activations`, what has the vocabulary for its last dimension `logits`, all else `workspace`
-    (gradients on their way, temporary tensors, recorded inputs of frozen blocks); the rest is marked by who makes it."""
+    (gradients on their way, temporary tensors, recorded inputs of frozen blocks); who makes the rest marks it."""
 
     counts_meta = True
 

@@ -22,8 +22,8 @@ from tunevax.errors import UsageError
 from tunevax.lineage import Lineage
 from tunevax.modeling.biases import attach_biases
 from tunevax.modeling.blocks import find_blocks, innermost, unwrap
+from tunevax.modeling.checkpoints import config_of
 from tunevax.modeling.hooks import still
-from tunevax.modeling.loading import config_of
 
 if TYPE_CHECKING:
     from tunevax.records import ModelInfo

@@ -211,7 +211,8 @@ class Reference:
     def loaded(self) -> Loaded:
         """The model and its tokenizer."""
         from tunevax.lineage import Lineage
-        from tunevax.modeling.loading import load, load_tokenizer
+        from tunevax.modeling.checkpoints import load_tokenizer
+        from tunevax.modeling.loading import load
 
         lineage = Lineage.of(self.ref)
         base, adapters = lineage.base, lineage.adapters

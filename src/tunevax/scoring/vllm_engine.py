@@ -41,7 +41,7 @@ def loading(ref: str, revision: str | None, dtype: str) -> dict[str, str]:
     """How to load a model for vLLM: on the CPU, where its adapters are merged and which leaves the accelerator's memory
     to vLLM; in the checkpoint's dtype, as on an accelerator."""
     from tunevax.lineage import Lineage
-    from tunevax.modeling.loading import config_of
+    from tunevax.modeling.checkpoints import config_of
 
     if dtype == "auto":
         dtype = str(config_of(Lineage.of(ref).base, revision).dtype or "float32").removeprefix("torch.")

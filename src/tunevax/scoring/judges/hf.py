@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunevax.errors import UsageError, unknown
-from tunevax.modeling.loading import read_model
+from tunevax.modeling.checkpoints import read_model
 from tunevax.scoring.judges import Judge, Verdict, classifier, generative
 
 if TYPE_CHECKING:
