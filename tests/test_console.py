@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import tunevax.cli as cli
-from tunevax.environment import hush
+from tunevax.quiet import hush
 
 SOURCES = Path(cli.__file__).parent
 PYTHON = [sys.executable, "-m", "tunevax"]

@@ -1,6 +1,6 @@
 """tunevax hardens open-weight language models against harmful fine-tuning, and measures how much it helped."""
 
-from tunevax.environment import hush_kernels
+from tunevax.quiet import hush_kernels
 
 hush_kernels()
 

@@ -2,7 +2,7 @@
 
 import multiprocessing
 
-from tunevax.environment import hush
+from tunevax.quiet import hush
 
 if multiprocessing.parent_process() is not None:  # a worker of an audit, before it imports noisy libraries
     hush()

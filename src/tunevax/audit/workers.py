@@ -184,7 +184,7 @@ def _start_worker(
     options: AuditOptions, parent: int, counter: Synchronized[int], gpus: int, exclusion: Exclusion
 ) -> None:
     """Set up a worker process: quiet, bound to its GPU, and ended with the audit."""
-    from tunevax.environment import quiet
+    from tunevax.quiet import quiet
 
     global _worker
     with counter.get_lock():

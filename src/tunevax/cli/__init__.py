@@ -11,8 +11,8 @@ from typing import NoReturn
 
 from tunevax import __version__
 from tunevax.cli.verbs import VERBS, overview
-from tunevax.environment import hush
 from tunevax.errors import TunevaxError, stop_on, unknown
+from tunevax.quiet import hush
 
 
 def main(argv: Sequence[str] | None = None) -> int:

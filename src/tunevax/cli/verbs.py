@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tunevax.cli import listing
 from tunevax.cli.listing import lines_of
 from tunevax.cli.options import Parser, parse, print_help, value_of
-from tunevax.environment import quiet
 from tunevax.errors import RunError, UsageError, unknown
 from tunevax.methods import attribute, load_method, methods
+from tunevax.quiet import quiet
 from tunevax.records import RESULTS, SINK, harmful, read_lines, read_object, read_run
 
 if TYPE_CHECKING:
