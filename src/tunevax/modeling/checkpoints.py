@@ -15,7 +15,6 @@ from torch import nn
 
 from tunevax.errors import UsageError, nearby, out_of_memory, shortened
 from tunevax.files import damage
-from tunevax.modeling.adapters import record_ties
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -25,7 +24,8 @@ OTHER_MEDIA = re.compile(r"vision|visual|audio|speech|image|video|multi_modal|mm
 
 
 def config_of(base: str, revision: str | None = None) -> PretrainedConfig:
-    """The transformers config of a model folder or hub id; a `UsageError` if there is none or it needs other code."""
+    """The transformers config of a model folder or hub id. Raises `UsageError` if there is none, or if the model needs
+    code from its repository."""
     from transformers import AutoConfig
 
     path = Path(base)
@@ -83,6 +83,8 @@ def read_model(auto: Any, ref: str, **how: object) -> PreTrainedModel:
         raise UsageError(f"the weights of {ref} do not fit {type(model).__name__}: {why}")
     if getattr(model, "_hf_peft_config_loaded", False):  # by transformers itself, from a hub id
         raise UsageError(f"{ref} is an adapter; download it (`hf download {ref}`) and give the folder")
+    from tunevax.modeling.adapters import record_ties
+
     record_ties(model)
     return model
 
@@ -177,8 +179,9 @@ def load_tokenizer(folder: str, base: str, revision: str | None) -> PreTrainedTo
             f"{source} has no tokenizer (no tokenizer.json, tokenizer_config.json or tokenizer.model); "
             "save one beside the model"
         )
-    if why := next(filter(None, (damage(Path(source) / name) for name in files)), None):
-        raise UsageError(why)
+    for name in files:
+        if why := damage(Path(source) / name):
+            raise UsageError(why)
     try:
         revision = revision if source == base else None
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)

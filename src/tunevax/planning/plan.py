@@ -25,12 +25,8 @@ SHARED = (
     "lora_dropout", "lora_targets", "checkpoint_blocks", "optim",
 )  # fmt: skip
 """Options that SFT is given to be compared with a method."""
-RECOMPUTE = {
-    "none": (("elementwise", "the update is the same"), ("all", "the update is the same; one more forward pass")),
-    "elementwise": (("frozen", "the update is the same"), ("all", "the update is the same; one more forward pass")),
-    "frozen": (("all", "the update is the same; one more forward pass"),),
-    "all": (),
-}
+RECOMPUTE = {"none": ("elementwise", "all"), "elementwise": ("frozen", "all"), "frozen": ("all",)}
+"""What else `--checkpoint-blocks` may be where a step does not fit."""
 
 
 @dataclass
@@ -158,7 +154,10 @@ class Change(NamedTuple):
 
 def candidates(args: TrainConfig, quantization: str | None) -> Iterator[tuple[Change, ...]]:
     """Options to try where a step does not fit, what costs the user least first."""
-    recompute = [Change("checkpoint_blocks", mode, why) for mode, why in RECOMPUTE.get(args.checkpoint_blocks, ())]
+    same, modes = "the update is the same", RECOMPUTE.get(args.checkpoint_blocks, ())
+    recompute = [
+        Change("checkpoint_blocks", m, f"{same}; one more forward pass" if m == "all" else same) for m in modes
+    ]
     yield from ((change,) for change in recompute)
     all_of_it = tuple(recompute[-1:])
     batch, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
