@@ -55,7 +55,20 @@ def require_language_model(model: nn.Module, blocks: Sequence[Block] = (), parts
     handles.append(head.register_forward_pre_hook(lambda _module, args: heads.append(args[0])))
     with attached(handles), torch.no_grad(), still(model):
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-    _require_head(name, stock, heads, logits)
+    if len(heads) != 1 or heads[0].dim() != 3:
+        raise UsageError(
+            f"{name} does not give its head the hidden states of all tokens at once, so no loss can be taken; use a "
+            "causal language model of transformers"
+        )
+    with torch.no_grad():
+        ours = logits_of(stock, heads[0])
+    # Rounding of one product; a cap that changes less does no harm either.
+    slack = max(1e-4, 8 * torch.finfo(logits.dtype).eps) * max(logits.abs().max().item(), 1e-3)
+    if ours.shape != logits.shape or not (ours - wide(logits)).abs().max().item() <= slack:
+        raise UsageError(
+            f"{name} does something to its logits behind its head that tunevax does not know (a scale, a cap or a "
+            "cut), and every loss would be wrong; use another model, or report its class"
+        )
     first = wide(logits[:, 0])
     loose = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 0.05
     if (first[0] - first[1]).abs().max() > loose * first.abs().max():
@@ -77,23 +90,6 @@ def probe_ids(stock: PreTrainedModel) -> torch.Tensor:
     plain = plain_tokens(stock)[:1000]
     row = [plain[(7 * i + 3) % len(plain)] for i in range(2 * TOKENS)]
     return torch.tensor([row[:TOKENS], row[:1] + row[TOKENS + 1 :]], device=embedding(stock).device)
-
-
-def _require_head(name: str, stock: nn.Module, heads: list[torch.Tensor], logits: torch.Tensor) -> None:
-    if len(heads) != 1 or heads[0].dim() != 3:
-        raise UsageError(
-            f"{name} does not give its head the hidden states of all tokens at once, so no loss can be taken; use a "
-            "causal language model of transformers"
-        )
-    with torch.no_grad():
-        ours = logits_of(stock, heads[0])
-    # Rounding of one product; a cap that changes less does no harm either.
-    slack = max(1e-4, 8 * torch.finfo(logits.dtype).eps) * max(logits.abs().max().item(), 1e-3)
-    if ours.shape != logits.shape or not (ours - wide(logits)).abs().max().item() <= slack:
-        raise UsageError(
-            f"{name} does something to its logits behind its head that tunevax does not know (a scale, a cap or a "
-            "cut), and every loss would be wrong; use another model, or report its class"
-        )
 
 
 def _require_states(

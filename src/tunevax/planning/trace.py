@@ -130,15 +130,13 @@ class Trace(LiveMemory):
         def went(way: int, tensor: torch.Tensor) -> None:
             self.passes[way] += tensor.numel() // tensor.shape[-1]
 
-        def entered(_module: nn.Module, args: tuple) -> None:  # a recomputation may stop before the end of the MLP
-            went(0, args[0])
-
         def left(_module: nn.Module, _args: tuple, output: torch.Tensor | tuple) -> None:
             if tensor_of(output).requires_grad:
                 tensor_of(output).register_hook(lambda gradient: went(1, gradient))
 
         mlps = [block.mlp or block.module for block in find_blocks(model)]
-        handles = [mlp.register_forward_pre_hook(entered) for mlp in mlps]
+        # As they are entered: a recomputation may stop before the end of the MLP.
+        handles = [mlp.register_forward_pre_hook(lambda _module, args: went(0, args[0])) for mlp in mlps]
         handles += [mlp.register_forward_hook(left) for mlp in mlps]
         trained = [p for p in model.parameters() if p.requires_grad]
         handles += [p.register_post_accumulate_grad_hook(lambda p: self.mark("gradients", p.grad)) for p in trained]
