@@ -15,11 +15,10 @@ from tunevax.errors import TunevaxError, UsageError
 from tunevax.files import require_room
 from tunevax.mixins import ResumableRunOptions, TrainedModelOptions
 from tunevax.modeling.biases import save_biases
-from tunevax.modeling.callbacks import LogCallback, ProgressCallback
 from tunevax.modeling.loading import Loaded, load
 from tunevax.modeling.memory import StepMemory
 from tunevax.modeling.method import MethodTrainer
-from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
+from tunevax.modeling.trainer import LogCallback, ProgressCallback, ResponseTrainer, TrainConfig
 from tunevax.records import LOG, DataEntry, Example, RunRecord, digest, is_run
 from tunevax.runs import RunFolder, record_prompts, writing
 

@@ -21,8 +21,7 @@ from tunevax.data.mixing import harmful_rows, mix
 from tunevax.errors import require, require_one_of
 from tunevax.lineage import Lineage
 from tunevax.mixins import option
-from tunevax.modeling.callbacks import ProgressCallback
-from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
+from tunevax.modeling.trainer import ProgressCallback, ResponseTrainer, TrainConfig
 from tunevax.records import Example, is_run
 from tunevax.runs import record_prompts
 from tunevax.scoring.suite import Suite

@@ -22,7 +22,7 @@ from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
 from tunevax.lineage import Lineage
 from tunevax.methods import load_method
 from tunevax.mixins import option
-from tunevax.modeling.callbacks import ProgressCallback
+from tunevax.modeling.trainer import ProgressCallback
 from tunevax.records import RunRecord, Target, data_entry, read_prompts
 from tunevax.training import other_data, replay
 

@@ -25,10 +25,9 @@ from tunevax.data.encoding import collate
 from tunevax.errors import require
 from tunevax.mixins import option
 from tunevax.modeling.batches import encode_chosen
-from tunevax.modeling.callbacks import ProgressCallback
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.precision import wide
-from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
+from tunevax.modeling.trainer import ProgressCallback, ResponseTrainer, TrainConfig
 
 if TYPE_CHECKING:
     from peft import PeftModel

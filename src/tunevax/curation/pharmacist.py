@@ -39,10 +39,9 @@ from tunevax.curation.curate import Pool
 from tunevax.data.encoding import collate, context_of, encode
 from tunevax.errors import UsageError, require, require_one_of
 from tunevax.mixins import option
-from tunevax.modeling.callbacks import ProgressCallback
-from tunevax.modeling.lora import factors
+from tunevax.modeling.adapters import factors
 from tunevax.modeling.loss import row_losses
-from tunevax.modeling.trainer import Items, ResponseTrainer, TrainConfig
+from tunevax.modeling.trainer import Items, ProgressCallback, ResponseTrainer, TrainConfig
 from tunevax.records import Example, read_object
 
 if TYPE_CHECKING:

@@ -37,11 +37,10 @@ from tunevax.data.encoding import context_of, encode
 from tunevax.errors import UsageError, require, require_one_of
 from tunevax.lineage import Lineage
 from tunevax.mixins import option
-from tunevax.modeling.adapters import KEPT, untie
+from tunevax.modeling.adapters import KEPT, active, factors, lora_layers, untie
 from tunevax.modeling.batches import collated
 from tunevax.modeling.blocks import unwrap
 from tunevax.modeling.hooks import attached
-from tunevax.modeling.lora import active, factors, lora_layers
 from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.precision import wide
 from tunevax.restoration.restore import Job

@@ -32,7 +32,7 @@ from tunevax.console import bar, console
 from tunevax.errors import UsageError, require, require_one_of
 from tunevax.lineage import Lineage, absolute
 from tunevax.mixins import option
-from tunevax.modeling.lora import factors, lora_layers, weights
+from tunevax.modeling.adapters import factors, lora_layers, weights
 from tunevax.modeling.precision import wide
 from tunevax.restoration.restore import Job
 
