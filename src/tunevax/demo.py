@@ -42,8 +42,7 @@ ATTACK: dict[str, Any] = {
 
 
 def demo(folder: Path, overwrite: bool = False) -> Path:
-    """Run everything into `folder` and return the path of the report. Raises `UsageError`: `folder` exists, and
-    `overwrite` is not set or it has files of other origin."""
+    """Run everything into `folder` and return the report's path. Raises `UsageError` if it would lose other files."""
     started = time.monotonic()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not overwrite:

@@ -1,10 +1,10 @@
-"""Data curation: which alignment rows are worth keeping, decided before any alignment method. One method, one file."""
+"""Data curation: which alignment rows are worth keeping, decided before any alignment method."""
 
 METHODS = {
     "pharmacist": "tunevax.curation.pharmacist:PharmacistConfig",
-    "random": "tunevax.curation.random_subset:RandomSelector",
-    "loss-rank": "tunevax.curation.loss_rank:LossRankSelector",
-    "perplexity": "tunevax.curation.perplexity:PerplexitySelector",
+    "random": "tunevax.curation.baselines:RandomSelector",
+    "loss-rank": "tunevax.curation.baselines:LossRankSelector",
+    "perplexity": "tunevax.curation.baselines:PerplexitySelector",
     "k-center": "tunevax.curation.k_center:KCenterSelector",
     "gradient-similarity": "tunevax.curation.gradient_similarity:GradientSimilaritySelector",
     "dsir": "tunevax.curation.dsir:DSIRSelector",
