@@ -9,11 +9,13 @@ from tiny import loss_of, tiny_llama, tiny_lora
 from tiny import rows as golden_rows
 
 from tunevax.curation import dsir, gradient_similarity
-from tunevax.curation.baselines import LossRankSelector, PerplexitySelector, RandomSelector
 from tunevax.curation.curate import CurateOptions, Pool
 from tunevax.curation.dsir import DSIRSelector
 from tunevax.curation.gradient_similarity import GradientSimilaritySelector, Projection, row_gradients
 from tunevax.curation.k_center import KCenterSelector, embeddings, farthest_first
+from tunevax.curation.loss_rank import LossRankSelector
+from tunevax.curation.perplexity import PerplexitySelector
+from tunevax.curation.random_subset import RandomSelector
 from tunevax.data import load_safety
 from tunevax.data.encoding import ids_of
 from tunevax.errors import UsageError

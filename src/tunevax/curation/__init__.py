@@ -2,9 +2,9 @@
 
 METHODS = {
     "pharmacist": "tunevax.curation.pharmacist:PharmacistConfig",
-    "random": "tunevax.curation.baselines:RandomSelector",
-    "loss-rank": "tunevax.curation.baselines:LossRankSelector",
-    "perplexity": "tunevax.curation.baselines:PerplexitySelector",
+    "random": "tunevax.curation.random_subset:RandomSelector",
+    "loss-rank": "tunevax.curation.loss_rank:LossRankSelector",
+    "perplexity": "tunevax.curation.perplexity:PerplexitySelector",
     "k-center": "tunevax.curation.k_center:KCenterSelector",
     "gradient-similarity": "tunevax.curation.gradient_similarity:GradientSimilaritySelector",
     "dsir": "tunevax.curation.dsir:DSIRSelector",
