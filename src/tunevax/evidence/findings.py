@@ -90,8 +90,8 @@ class Attacked(Kind):
     paired: Paired | None = None  # None without generations
     stopped: list[int] = field(default_factory=list)  # seeds whose loss was not finite before phi: not in the ratio
     collapsed: list[int] = field(default_factory=list)  # seeds with which the outputs turn degenerate before phi
-    gibberish: dict[int, float] = field(default_factory=dict)  # by seed, degenerate share at phi, or at the last step
-    most_gibberish: dict[int, float] = field(default_factory=dict)  # the highest such share after step 0, up to there
+    degenerate: dict[int, float] = field(default_factory=dict)  # by seed, degenerate share at phi, or at the last step
+    most_degenerate: dict[int, float] = field(default_factory=dict)  # the highest such share after step 0, up to there
     worst_by: dict[str, Point] = field(default_factory=dict)  # by other judges' scores; of the degenerate share
     degenerate_at_end: Point | None = None  # the degenerate share at the last step
     ends: dict[str, tuple[Point, ...]] = field(default_factory=dict)  # benign task, metrics: at the first and last step

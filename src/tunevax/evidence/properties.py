@@ -78,7 +78,7 @@ def attacked(results: Results, cell: Cell, judge: str, phi: float) -> Attacked:
     steps = [{seed: c.steps_to(judge, seed, phi) for seed in c.seeds} if c else {} for c in (cell, control)]
     one.steps, one.control_steps = steps
     one.stopped, one.collapsed = ratios.stopped_seeds(cell, judge, phi), ratios.collapsed_seeds(cell, judge, phi)
-    one.gibberish, one.most_gibberish = _degenerate(cell, judge, phi)
+    one.degenerate, one.most_degenerate = _degenerate(cell, judge, phi)
     if cell.role != "control":
         one.ratio = resistance(results, cell.model, judge, phi, [cell])
     return one

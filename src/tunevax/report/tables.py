@@ -143,7 +143,7 @@ def every_attack(findings: Findings) -> list[Table]:
     rows = []
     for attack, model in ((a, m) for a in findings.order[:ATTACKS_SHOWN] for m in findings.models):
         if a := by.get((model.label, attack)):
-            degenerate, most = a.gibberish.values(), a.worst_by.get("degenerate")
+            degenerate, most = a.degenerate.values(), a.worst_by.get("degenerate")
             rows.append({
                 "attack": attack, "model": named(model), f"steps to {phi}": _steps(a),
                 "× the control's": _against(model, a), f"worst by {judge}": str(a.worst),
