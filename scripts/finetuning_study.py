@@ -211,7 +211,7 @@ def sinks(folder: Path) -> None:
     from tunevax.data import load_safety, load_task, mix
     from tunevax.finetuning.analyze import sink_map, summary
     from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
-    from tunevax.finetuning.sink import QUERIES
+    from tunevax.finetuning.surgery import QUERIES
     from tunevax.modeling import load
     from tunevax.scoring.evaluate import evaluate
     from tunevax.scoring.suite import SuiteOptions, build_suite

@@ -9,7 +9,7 @@ from rich.progress import Progress
 
 from tunevax import console as progress
 from tunevax.console import Lines, as_bytes, as_time, bar, console
-from tunevax.modeling.callbacks import ProgressCallback
+from tunevax.modeling.trainer import ProgressCallback
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_lines_say_where_a_training_is_and_keep_their_distance(fast, capsys):
         state.global_step += 1
         callback.on_step_end(None, state, None)
         callback.on_log(None, state, None, {"loss": 0.5})
-    callback.on_train_end(None, state, None)
+    callback.progress.stop()
     first, *lines = capsys.readouterr().err.splitlines()
     assert first == "align sft resumes at step 8 of 40"
     assert 2 <= len(lines) <= (time.monotonic() - started) / 0.05
@@ -65,7 +65,9 @@ def test_a_step_that_takes_long_shows_that_it_is_alive(fast, capsys):
 def test_the_time_between_lines_is_ten_seconds_at_first_and_less_than_a_minute_later(monkeypatch):
     for passed, gap in ((0, 10), (50, 10), (300, 30), (36000, 50)):
         monkeypatch.setattr(Lines, "first", time.monotonic() - passed)
-        assert progress._gap() == pytest.approx(gap, abs=0.1)
+        monkeypatch.setattr(Lines, "last", time.monotonic())
+        monkeypatch.setattr(Lines, "opened", 0.0)
+        assert progress._next() - Lines.last == pytest.approx(gap, abs=0.1)
 
 
 def test_nothing_on_other_ranks_or_while_the_console_is_quiet(fast, capsys, monkeypatch):

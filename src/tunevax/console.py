@@ -1,5 +1,4 @@
-"""Progress on the main process: a bar on a terminal, and an occasional line where stderr is a file or a pipe (nohup, a
-batch system, CI)."""
+"""Progress on the main process: a bar on a terminal, and an occasional line where stderr is a file or a pipe."""
 
 from __future__ import annotations
 
@@ -31,8 +30,7 @@ console = _Console(stderr=True)
 
 
 def bar() -> Progress:
-    """A transient bar on stderr, or occasional lines if that is no terminal. Nothing on other ranks or while
-    `console.quiet`."""
+    """A transient bar on stderr, or occasional lines if that is no terminal; nothing on other ranks."""
     if not console.is_terminal or not is_main_process():
         return Lines()
     before, after = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
@@ -41,10 +39,8 @@ def bar() -> Progress:
 
 
 class Lines(Progress):
-    """A `Progress` that writes lines: `align sft: step 30/1280, loss 0.512, 3.1 steps/s, 6:42 left`.
-
-    One thread writes for all that are open, the outer ones first, also during a step of ten minutes.
-    """
+    """A `Progress` that writes lines: `align sft: step 30/1280, loss 0.512, 3.1 steps/s, 6:42 left`. One thread writes
+    for all that are open, the outer ones first, also during a step of ten minutes."""
 
     active: ClassVar[list[Lines]] = []
     opened: ClassVar[float] = 0.0  # when the outermost of these was opened
@@ -87,12 +83,8 @@ class Lines(Progress):
 
 def _next() -> float:
     """When the next line is due."""
-    return max(Lines.last + _gap(), Lines.opened + SOON)
-
-
-def _gap() -> float:
-    """Seconds from one line to the next."""
-    return min(LONGEST, max(SHORTEST, (time.monotonic() - (Lines.first or 0.0)) / 10))
+    gap = min(LONGEST, max(SHORTEST, (time.monotonic() - (Lines.first or 0.0)) / 10))
+    return max(Lines.last + gap, Lines.opened + SOON)
 
 
 def _line(task: Task) -> str:
@@ -100,8 +92,7 @@ def _line(task: Task) -> str:
     unit, note = task.fields.get("unit", ""), task.fields.get("note", "")
     done = task.completed - task.fields.get("begun", 0)
     place = f"{task.completed:g}" if task.total is None else f"{task.completed:g}/{task.total:g}"
-    where = f"{task.description}: {unit} {place}" if unit else f"{task.description} {place}"
-    parts = [where, note] if note else [where]
+    parts = [f"{task.description}{f': {unit}' if unit else ''} {place}", *([note] if note else [])]
     elapsed = task.elapsed or 0.0
     if done > 0 and elapsed > 0:
         rate = done / elapsed

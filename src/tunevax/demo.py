@@ -42,8 +42,7 @@ ATTACK: dict[str, Any] = {
 
 
 def demo(folder: Path, overwrite: bool = False) -> Path:
-    """Run everything into `folder` and return the path of the report. Raises `UsageError`: `folder` exists, and
-    `overwrite` is not set or it has files of other origin."""
+    """Run everything into `folder` and return the report's path. Raises `UsageError` if it would lose other files."""
     started = time.monotonic()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not overwrite:
@@ -68,12 +67,13 @@ def demo(folder: Path, overwrite: bool = False) -> Path:
         )  # fmt: skip
         attack("finetune", targets, FinetuneConfig(str(folder / f"attack-{name}"), **ATTACK, **options), "tunevax demo")
     report = folder / "report.html"
-    summary = write_report([folder / f"attack-{name}" for name in ATTACKS], report)
-    table = Table(*summary.columns[:4], box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for row in summary.rows:
+    headline, overview = write_report([folder / f"attack-{name}" for name in ATTACKS], report)
+    assert overview is not None  # something was attacked
+    table = Table(*overview.columns[:4], box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for row in overview.rows:
         table.add_row(*row[:4])
     console.print("\n", table, "\n", sep="", highlight=False)
-    console.print("\n".join(summary.headline), highlight=False, markup=False)
+    console.print("\n".join(headline), highlight=False, markup=False)
     console.print(f"\n{time.monotonic() - started:.0f} seconds; open {report}", highlight=False)
     return report
 

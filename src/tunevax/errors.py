@@ -38,8 +38,7 @@ def require(
     options: object, *names: str, at_least: float | None = None, above: float | None = None,
     at_most: float | None = None, below: float | None = None, meaning: str = "",
 ) -> None:  # fmt: skip
-    """Raise `UsageError` unless each of these options is a finite number within the bounds, or None; `meaning`
-    describes an option whose name does not."""
+    """Raise `UsageError` unless each option is a finite number in the bounds, or None; `meaning` explains a name."""
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     for name, value in ((n, getattr(options, n)) for n in names if getattr(options, n) is not None):
         inside = (at_least is None or value >= at_least) and (above is None or value > above)

@@ -8,6 +8,7 @@ is not a run belongs on the base that it names.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,10 +82,10 @@ class Lineage:
     @cached_property
     def prompts(self) -> dict[str, list[str]]:
         """Hashes of the prompts that it and its ancestors used, by role; empty for a plain model."""
-        used: dict[str, set[str]] = {}
-        for link in self.ancestors:
-            for role, hashes in read_prompts(link.folder).items() if link.folder else ():
-                used.setdefault(role, set()).update(hashes)
+        used = defaultdict[str, set[str]](set)
+        for folder in (link.folder for link in self.ancestors if link.folder):
+            for role, hashes in read_prompts(folder).items():
+                used[role].update(hashes)
         return {role: sorted(hashes) for role, hashes in used.items()}
 
     @property
@@ -155,17 +156,15 @@ class Lineage:
                 if (path / "model" / "config.json").is_file():
                     return str(path / "model"), adapters
                 if not any((path / "adapter" / name).is_file() for name in (ADAPTER, BIASES)):
-                    why = "it holds no weights"
-                    if link.record.get("verb") == "attack":
-                        why = "its attacked weights were deleted; attack again with --keep-weights"
+                    deleted = "its attacked weights were deleted; attack again with --keep-weights"
+                    why = deleted if link.record.get("verb") == "attack" else "it holds no weights"
                     raise UsageError(f"{link.ref} cannot be loaded as a model: {why}")
                 adapters.insert(0, path / "adapter")
             elif (path / ADAPTER).is_file():
                 adapters.insert(0, path)
             elif path.is_dir() and not (path / "config.json").is_file():
-                raise UsageError(
-                    f"{link.ref} is neither a model folder (no config.json) nor a finished run (no run.json)"
-                )
+                neither = "neither a model folder (no config.json) nor a finished run (no run.json)"
+                raise UsageError(f"{link.ref} is {neither}")
             else:
                 return link.ref, adapters
             if not link.adapter_on:
@@ -183,12 +182,9 @@ def find_run(ref: str, start: Path | None = None) -> Path | None:
     none. `RUN/adapter` and `RUN/model` name the run."""
     if ref == ORGANISM:
         return None
-    for above in (Path(), *(start.resolve().parents if start else ())):
-        path = above / Path(ref).expanduser()
-        for folder in (path, *([path.parent] if path.name in PARTS else [])):
-            if is_run(folder):
-                return folder
-    return None
+    paths = [above / Path(ref).expanduser() for above in (Path(), *(start.resolve().parents if start else ()))]
+    folders = (folder for path in paths for folder in ((path, path.parent) if path.name in PARTS else (path,)))
+    return next(filter(is_run, folders), None)
 
 
 def _named(ref: str, start: Path | None) -> str:

@@ -20,8 +20,7 @@ KERNELS = "bitsandbytes.backends.cpu.ops"
 
 
 def hush_kernels() -> None:
-    """Silence the warning of `KERNELS`, which most modules of tunevax cause. Runs when tunevax is imported, also in a
-    script, which silences everything else by itself."""
+    """Silence the warning of `KERNELS`, which most modules of tunevax cause, whenever tunevax is imported."""
     logging.getLogger(KERNELS).setLevel(logging.ERROR)
 
 

@@ -12,6 +12,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NotRequired, Required, TypedDict, cast
 
@@ -305,7 +306,6 @@ class RunRecord(TypedDict, total=False):
     kept: int
     elsewhere: int
     corrupted_kept: int
-    spoilt_kept: int  # the name of `corrupted_kept` in older runs
     passes: dict[str, float]
     dropped: dict[str, int]
     seconds_scoring: float
@@ -335,10 +335,9 @@ def read_run(path: str | Path) -> RunRecord:
 
 def read_object(file: Path) -> dict[str, Any]:
     """The object in a JSON file that tunevax wrote; a `UsageError` if it is missing or damaged."""
-    try:
+    value = None
+    with suppress(OSError, ValueError):
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        value = None
     if not isinstance(value, dict):
         raise UsageError(f"{file} cannot be read as a JSON object; the run folder is damaged")
     return value
@@ -390,9 +389,7 @@ def data_entry(role: str, source: str, rows: Sequence[Mapping[str, Any]]) -> Dat
     """The entry of a dataset in run.json."""
     content = [{k: v for k, v in row.items() if k not in ("place", "read_as")} for row in rows]
     distinct = len({digest(row) for row in content})
-    entry: DataEntry = {
-        "role": role, "source": source, "rows": len(rows), "distinct": distinct, "hash": digest(content),
-    }  # fmt: skip
+    entry = DataEntry(role=role, source=source, rows=len(rows), distinct=distinct, hash=digest(content))
     if role == "alignment":
         entry["categories"] = sorted({row["category"] for row in rows if row.get("category")}) or None
     if read_as := Counter(row["read_as"] for row in rows if row.get("read_as")):

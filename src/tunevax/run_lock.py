@@ -1,8 +1,7 @@
 """The lock of a run folder, against two processes that write into it.
 
-The file names the process that holds it, which renews the file's time. On the same machine a lock is valid while the
-process runs. From another machine (a shared file system, a container) it is valid until it has not been renewed for
-`STALE` seconds.
+The file names the process that holds it, which renews its time. A lock is valid while that process runs, or, seen
+from another machine (a shared file system, a container), until it has not been renewed for `STALE` seconds.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -68,8 +68,9 @@ def refuse_if_held(folder: Path) -> None:
                 return
             hint = "wait for it"
         else:
-            if _age(file) > STALE:
-                return
+            with tempfile.TemporaryFile(dir=folder) as now:  # by the clock of the file system
+                if os.fstat(now.fileno()).st_mtime - file.stat().st_mtime > STALE:
+                    return
             hint = f"wait for it (once it is gone, its lock is taken over after {STALE / 60:g} minutes)"
     except (OSError, ValueError, KeyError, TypeError):  # no lock, or an incomplete one
         return
@@ -92,8 +93,7 @@ def _open_alone(path: Path) -> Iterator[Any]:
 
 
 def _this_process() -> dict[str, Any]:
-    """The content of a lock: process, host, start of the process, and an identity of the system or container whose
-    process number it is."""
+    """The content of a lock; `machine` is the system or container whose process number it is."""
     machine = [platform.node()]
     with suppress(OSError):
         machine += [Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()]
@@ -114,20 +114,9 @@ def _lives(pid: int, started: str | None) -> bool:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process began, which distinguishes it from a later one of the same number; `ended` for a zombie; None if
-    that cannot be read."""
+    """When a process began, unlike a later one of the same number; `ended` for a zombie; None if that is not known."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
     return "ended" if fields[0] == "Z" else fields[19]
-
-
-def _age(file: Path) -> float:
-    """Seconds since a file was renewed, by the clock of its file system."""
-    now = file.with_name(f"lock.{os.getpid()}.now")
-    now.touch()
-    try:
-        return now.stat().st_mtime - file.stat().st_mtime
-    finally:
-        now.unlink()

@@ -8,6 +8,7 @@ content moves up at the end, run.json last.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from typing import cast
 from tunevax.environment import hardware, is_main_process, peak_memory, versions
 from tunevax.errors import DENIED, RunError, UsageError, not_written
 from tunevax.lineage import Lineage
-from tunevax.records import LOG, PROMPTS, RUN, SCHEMA, RunRecord, is_run, read_prompts
+from tunevax.records import LOG, PROMPTS, RUN, SCHEMA, RunRecord, is_run, read_object, read_prompts
 from tunevax.run_lock import RunLock, refuse_if_held
 
 CHECKPOINTS = ("checkpoints/checkpoint-*", "checkpoints/*/checkpoint-*")
@@ -39,17 +40,11 @@ NOT_OURS = ("lost+found",)
 
 
 class RunFolder:
-    """A run being written.
-
-    Attributes:
-        path: the folder to write into, `OUT.partial` or `OUT/.partial`.
-        final: its name when complete, `OUT`.
-        record: the content of run.json; the verb fills it.
-    """
+    """A run being written into `path`, `OUT.partial` or `OUT/.partial`, which is called `final` when complete, `OUT`;
+    `record` is the content of run.json, and the verb fills it."""
 
     def __init__(self, final: Path, record: RunRecord) -> None:
-        self.final, self.path = final, partial_of(final)
-        self.record = record
+        self.final, self.path, self.record = final, partial_of(final), record
 
     @property
     def checkpoints(self) -> Path:
@@ -98,10 +93,8 @@ def writing(output_dir: str, record: RunRecord, resume: bool = False, overwrite:
     """Open a run folder; on success write run.json, rename and tidy up; on failure leave only checkpoints and the
     training log. Whether the run can be written to its end is checked first.
 
-    Args:
-        output_dir: OUT: no folder yet, an empty one, or a run if `overwrite` is set.
-        record: verb, method, config and command, for run.json.
-        resume: continue the unfinished run if there is one; its config must be the same.
+    `output_dir` is OUT: no folder yet, an empty one, or a run if `overwrite` is set. `record` has verb, method, config
+    and command, for run.json. `resume` continues the unfinished run if there is one; its config must be the same.
 
     Raises:
         UsageError: OUT exists, cannot be written, or is being written by another process.
@@ -129,16 +122,14 @@ def writing(output_dir: str, record: RunRecord, resume: bool = False, overwrite:
         run.checkpoints.mkdir(exist_ok=True)
         _same_config(run)
         _try_to_finish(run.path)
-    except OSError as error:
-        _discard(run, missing)
-        if lock is not None:
-            lock.release()
-        why = "no permission to write" if error.errno in DENIED else f"{error.strerror or error}: cannot create"
-        raise UsageError(f"{why} {output_dir}; choose another --output-dir") from error
-    except BaseException:
-        if lock is not None:
+    except BaseException as error:
+        if lock is not None or isinstance(error, OSError):
             _discard(run, missing)
+        if lock is not None:
             lock.release()
+        if isinstance(error, OSError):
+            why = "no permission to write" if error.errno in DENIED else f"{error.strerror or error}: cannot create"
+            raise UsageError(f"{why} {output_dir}; choose another --output-dir") from error
         raise
     try:
         started, clock = datetime.now(UTC), time.monotonic()
@@ -153,10 +144,8 @@ def writing(output_dir: str, record: RunRecord, resume: bool = False, overwrite:
         run.record |= cast(RunRecord, {**measured, **own, "schema": SCHEMA, "name": run.final.name})
         if not lock.held():
             raise RunError(f"{run.path} was taken over by another process, which is writing it now")
-        text = card(run.record)
-        (run.path / "README.md").write_text(text, encoding="utf-8", errors="replace")
-        if (run.path / "adapter").is_dir():  # in place of PEFT's empty form
-            (run.path / "adapter" / "README.md").write_text(text, encoding="utf-8", errors="replace")
+        for folder in filter(Path.is_dir, (run.path, run.path / "adapter")):  # there in place of PEFT's empty form
+            (folder / "README.md").write_text(card(run.record), encoding="utf-8", errors="replace")
         content = json.dumps(run.record, indent=1, default=str) + "\n"
         (run.path / RUN).write_text(content, encoding="utf-8")
         _finish(run)
@@ -164,10 +153,8 @@ def writing(output_dir: str, record: RunRecord, resume: bool = False, overwrite:
     except BaseException as error:
         kept = _discard(run, missing, CHECKPOINTS if isinstance(error, UsageError) else (*FINISHED, LOG))
         lock.release()
-        on = ""
-        if kept and _left(run.path, FINISHED):
-            how = "the same command" if record["verb"] == "audit" else "the same command with --resume"
-            on = f"{how} goes on from what is in {run.path}"
+        how = "the same command" if record["verb"] == "audit" else "the same command with --resume"
+        on = f"{how} goes on from what is in {run.path}" if kept and _left(run.path, FINISHED) else ""
         if isinstance(error, KeyboardInterrupt) and on and not error.args:
             error.args = (on,)
         if isinstance(error, Exception) and (full := not_written(error, run.path)):
@@ -194,10 +181,8 @@ def _checked(output_dir: str, record: RunRecord, overwrite: bool) -> RunFolder:
         raise UsageError(f"{why}: cannot create {output_dir}; choose another --output-dir") from error
     if is_run(place):
         if not overwrite:
-            again = " --resume" if run.path.exists() else ""
-            raise UsageError(
-                f"{output_dir} is a finished run; choose another --output-dir, or pass --overwrite{again} to replace it"
-            )
+            how = f"pass --overwrite{' --resume' if run.path.exists() else ''} to replace it"
+            raise UsageError(f"{output_dir} is a finished run; choose another --output-dir, or {how}")
         _refuse_to_lose(run, place)
     elif there and INSIDE not in there:
         raise UsageError(f"{output_dir} exists and is not a run of tunevax; choose another --output-dir")
@@ -207,15 +192,12 @@ def _checked(output_dir: str, record: RunRecord, overwrite: bool) -> RunFolder:
 def _refuse_to_lose(run: RunFolder, place: Path) -> None:
     """Raise `UsageError` if the run to be replaced is what the new one starts from, or is compared with."""
     for name, value in run.record.get("config", {}).items():
-        for ref in value if isinstance(value, list) else [value]:
-            if not isinstance(ref, str) or not ref or "\0" in ref:
-                continue
+        refs = [ref for ref in (value if isinstance(value, list) else [value]) if isinstance(ref, str) and ref]
+        for ref in (ref for ref in refs if "\0" not in ref):
             for before in Lineage.of(ref.partition(":")[0]).history:
                 if Path(before.ref).expanduser().absolute().resolve().is_relative_to(place):
-                    needed = f"--{name.replace('_', '-')} {ref}"
-                    raise UsageError(
-                        f"--overwrite would remove {run.final}, which {needed} needs; choose another --output-dir"
-                    )
+                    lost = f"{run.final}, which --{name.replace('_', '-')} {ref} needs"
+                    raise UsageError(f"--overwrite would remove {lost}; choose another --output-dir")
 
 
 def _try_to_finish(folder: Path) -> None:
@@ -223,9 +205,8 @@ def _try_to_finish(folder: Path) -> None:
     trial, renamed = folder / "trial", folder / "trial.renamed"
     try:
         trial.mkdir(exist_ok=True)
-        with (trial / "file").open("wb") as file:
+        with (trial / "file").open("wb", buffering=0) as file:
             file.write(bytes(2**16))
-            file.flush()
             os.fsync(file.fileno())
         trial.rename(renamed)
     finally:
@@ -233,28 +214,12 @@ def _try_to_finish(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def clear(final: Path) -> None:
-    """Remove a finished run but not the unfinished one inside it. A kill on the way leaves nothing that looks like a
-    run."""
-    place = final.resolve()
-    if partial_of(final).parent == place:
-        (place / RUN).unlink()
-        for entry in list(place.iterdir()):
-            if entry.name not in (INSIDE, *NOT_OURS):
-                _remove(entry)
-        return
-    old = _unused(place.with_name(f"{place.name}.old"))
-    place.rename(old)
-    _remove(old)
-
-
 def _finish(run: RunFolder) -> None:
     """Give a complete run its name. An earlier run of that name is removed when the new one is in its place."""
     place = run.final.resolve()
     old = _unused(place / ".old" if run.path.parent == place else place.with_name(f"{place.name}.old"))
     if run.path.parent == place:
-        earlier = [p for p in place.iterdir() if p != run.path and p.name not in NOT_OURS]
-        if earlier:
+        if earlier := [p for p in place.iterdir() if p != run.path and p.name not in NOT_OURS]:
             old.mkdir()
             for entry in earlier:
                 entry.rename(old / entry.name)
@@ -280,10 +245,8 @@ def _finish(run: RunFolder) -> None:
 
 def _unused(path: Path) -> Path:
     """`path`, or the same name with a number that makes it unused."""
-    number, name = 1, path.name
-    while os.path.lexists(path):
-        path, number = path.with_name(f"{name}.{number}"), number + 1
-    return path
+    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    return next(p for p in itertools.chain([path], numbered) if not os.path.lexists(p))
 
 
 def _remove(path: Path) -> bool:
@@ -306,21 +269,16 @@ def _same_config(run: RunFolder) -> None:
         part = path.with_name("config.json.part")
         part.write_text(json.dumps(now), encoding="utf-8")
         part.replace(path)
-        return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path} cannot be read as JSON; delete the unfinished run {run.path}") from error
+    before = read_object(path)
     if (before["verb"], before["method"]) != (now["verb"], now["method"]):
-        started = f"{before['verb']} {before['method']}"
-        raise UsageError(f"{run.path} was started by {started}; delete it or choose another --output-dir")
+        by = f"{before['verb']} {before['method']}"
+        raise UsageError(f"{run.path} was started by {by}; delete it or choose another --output-dir")
     if before.get("data", now["data"]) != now["data"]:
         raise UsageError(f"the data changed since {run.path} was started; restore it, or delete the unfinished run")
     for key, value in now["config"].items():
         if (first := before["config"].get(key)) != value:
-            raise UsageError(
-                f"{run.path} was started with {key}={first!r}, not {value!r}; resume with equal options, or delete it"
-            )
+            other = f"{key}={first!r}, not {value!r}"
+            raise UsageError(f"{run.path} was started with {other}; resume with equal options, or delete it")
 
 
 def _left(folder: Path, names: Sequence[str]) -> bool:

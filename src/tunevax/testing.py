@@ -171,9 +171,6 @@ def check_judge(name: str) -> None:
     assert alone == whole, f"the verdicts of {name} depend on what else is in the batch"
 
 
-# --- parts -----------------------------------------------------------------------------------------------------------
-
-
 def _check_trainer(folder: Path, method: Any, start: Sequence[str], options: Sequence[str]) -> None:
     verb, name, *_ = command = [*start, "--model", small_model(folder), "--task-data", task_rows(folder), *TRAINING]
     if needs := [answer for answer in BOTH if answer in method.needs]:
@@ -195,9 +192,7 @@ def _check_trainer(folder: Path, method: Any, start: Sequence[str], options: Seq
 def _check_options(folder: Path, command: Sequence[str], config_class: type) -> None:
     """Every option has help, and what cannot be an option, or a value of one, is refused in a sentence."""
     fields = [f for f in dataclasses.fields(config_class) if f.name not in _names(TrainingArguments)]
-    _has(
-        [f.name for f in fields if f.metadata.get("help")], _names(config_class) - _names(TrainingArguments), "the help"
-    )
+    _has([f.name for f in fields if f.metadata.get("help")], [f.name for f in fields], "the help")
     assert "--no-such-option" in refused(folder, *command, "--no-such-option", "1")
     for field in fields:
         if field.name not in _names(TrainConfig) and any(kind in str(field.type) for kind in ("int", "float")):
@@ -269,7 +264,7 @@ def _check_plan(name: str, method: Any, folder: Path, options: Sequence[str] = (
 
 
 def _has(present: Iterable[str], wanted: Iterable[str], what: str) -> None:
-    missing = sorted(set(wanted) - set(present))
+    missing = sorted({*wanted} - {*present})
     assert not missing, f"{what} has no {', '.join(missing)}"
 
 
@@ -289,9 +284,6 @@ def _config(config_class: type, folder: Path, options: Sequence[str]) -> Any:
 
 def _names(config_class: Any) -> set[str]:
     return {field.name for field in dataclasses.fields(config_class)}
-
-
-# --- commands, model and data ----------------------------------------------------------------------------------------
 
 
 def run(*arguments: str, code: int = 0) -> str:

@@ -9,21 +9,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from tunevax.errors import TunevaxError, UsageError
 from tunevax.files import require_room
 from tunevax.mixins import ResumableRunOptions, TrainedModelOptions
 from tunevax.modeling.biases import save_biases
-from tunevax.modeling.callbacks import LogCallback, ProgressCallback
 from tunevax.modeling.loading import Loaded, load
 from tunevax.modeling.memory import StepMemory
-from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
+from tunevax.modeling.method import MethodTrainer
+from tunevax.modeling.trainer import LogCallback, ProgressCallback, ResponseTrainer, TrainConfig
 from tunevax.records import LOG, DataEntry, Example, RunRecord, digest, is_run
 from tunevax.runs import RunFolder, record_prompts, writing
-
-if TYPE_CHECKING:
-    from tunevax.modeling.method import MethodTrainer
 
 Options = TypeVar("Options")
 
@@ -38,14 +35,8 @@ def training_run(
     verb: str, trainer_class: type[MethodTrainer], method: str, options: TrainingOptions, config: TrainConfig,
     data: list[DataEntry], overlap: dict[str, int], command: str,
 ) -> Iterator[tuple[RunFolder, Loaded]]:  # fmt: skip
-    """Open the run folder `config.output_dir` and load `options.model`; on success the folder is complete.
-
-    Args:
-        method: the name of `trainer_class`, for the record, as are `data`, `overlap` and `command`.
-
-    Raises:
-        UsageError: as `writing` and `load`.
-    """
+    """Open the run folder `config.output_dir` and load `options.model`; on success the folder is complete. `method` is
+    the name of `trainer_class`. Raises `UsageError` as `writing` and `load` do."""
     model = str(options.model)
     record: RunRecord = {
         "verb": verb, "method": method, "paper": trainer_class.paper, "command": command, "seed": config.seed,
@@ -90,12 +81,11 @@ def train(
     done: RunRecord = {
         "model": {**loaded.info, "trainable": trainable, **trainer.coverage},
         "adapter": "model" if config.full_weights else "adapter",
-        "template_hash": digest(loaded.tokenizer.chat_template),
-        "steps": steps,
+        "template_hash": digest(loaded.tokenizer.chat_template), "steps": steps,
         "final_loss": next((line["loss"] for line in reversed(history) if "loss" in line), None),
         "compute": {"per_step": trainer.cost(), "total": trainer.cost() * steps},
         "updates_per_block": trainer.updates(),
-    }
+    }  # fmt: skip
     record.update(done)
     if memory.peak:
         record["peak_memory_bytes"] = memory.peak
@@ -107,9 +97,6 @@ def resolved(options: TrainingOptions, config: TrainConfig) -> dict[str, Any]:
     values = {**vars(options), **config.to_dict()}
     placing = ("output_dir", "resume", "overwrite", "run_name", "resume_from_checkpoint")
     return {k: v for k, v in values.items() if k not in placing}
-
-
-# --- a recorded run again --------------------------------------------------------------------------------------------
 
 
 def replay(record: RunRecord, kind: type[Options], **changes: Any) -> Options:
@@ -136,23 +123,20 @@ def other_data(record: RunRecord, data: Sequence[DataEntry]) -> str | None:
     return None
 
 
-# --- weights ---------------------------------------------------------------------------------------------------------
-
-
 def save_weights(trainer: ResponseTrainer, folder: Path, base: str) -> None:
     """The adapter as PEFT saves it (or the whole model), with tokenizer and chat template beside it.
 
     `base` is what the adapter belongs on: the base model, or the parent run, which stock PEFT refuses to load rather
     than put the adapter on the wrong weights.
     """
-    name = "model" if trainer.args.full_weights else "adapter"
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if not trainer.args.full_weights:
+    model, full = trainer.accelerator.unwrap_model(trainer.model), trainer.args.full_weights
+    place = folder / ("model" if full else "adapter")
+    if not full:
         model.peft_config["default"].base_model_name_or_path = base
-    model.save_pretrained(folder / name)
-    if name == "model":
-        save_biases(model, folder / name)  # a lock on it is in no state dict
-    trainer.processing_class.save_pretrained(folder / name)
+    model.save_pretrained(place)
+    if full:
+        save_biases(model, place)  # a lock on it is in no state dict
+    trainer.processing_class.save_pretrained(place)
 
 
 def rehearse(trainer: ResponseTrainer, folder: Path, base: str) -> None:
@@ -191,13 +175,11 @@ def rehearse(trainer: ResponseTrainer, folder: Path, base: str) -> None:
     optim = str(getattr(args.optim, "value", args.optim))
     per_weight = 2 if "8bit" in optim else 8  # two numbers
     moments = per_weight * trained if optim.startswith("adam") and not args.save_only_model else 0
-    there = sum(
-        p.stat().st_size for p in Path(str(args.output_dir)).rglob("*") if p.is_file()
-    )  # of a run that is resumed
+    resumed = sum(p.stat().st_size for p in Path(str(args.output_dir)).rglob("*") if p.is_file())
     kept = min(together, args.save_total_limit or together)
     needed = max(together * (weights + moments), kept * (weights + moments) + weights)
     hint = "lower --save-total-limit, pass --save-strategy no, or " if together else ""
-    require_room(folder, max(0, needed - there), max([*sizes, moments if together else 0]), hint)
+    require_room(folder, max(0, needed - resumed), max([*sizes, moments if together else 0]), hint)
 
 
 @contextmanager
@@ -224,9 +206,8 @@ def checkpoints_together(trainer: ResponseTrainer) -> int:
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps_per_epoch = max(1, math.ceil(len(trainer.train_dataset) / batch))
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
-    every = {"no": math.inf, "epoch": steps_per_epoch}.get(
-        str(getattr(args.save_strategy, "value", args.save_strategy)),
-        args.save_steps if args.save_steps >= 1 else max(1, math.ceil(args.save_steps * steps)),
-    )
-    count = 0 if every == math.inf else math.ceil(steps / every)  # the last step is saved, too
+    strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
+    every = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(args.save_steps * steps))
+    every = steps_per_epoch if strategy == "epoch" else every
+    count = 0 if strategy == "no" else math.ceil(steps / every)  # the last step is saved, too
     return min(count, args.save_total_limit + 1) if args.save_total_limit else count

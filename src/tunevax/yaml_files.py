@@ -17,15 +17,9 @@ FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(_[0-9]+)*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(
 
 
 def read_yaml(path: str | Path, words: bool = False) -> Any:
-    """The content of a YAML file.
-
-    Args:
-        words: leave every scalar but null as text. Otherwise `true` and `false` are booleans, and what looks like a
-            number is one, including `1e-4` and `1_000`.
-
-    Raises:
-        UsageError: no such file, not YAML, or a duplicate key.
-    """
+    """The content of a YAML file. With `words` every scalar but null stays text; otherwise `true` and `false` are
+    booleans, and what looks like a number is one, including `1e-4` and `1_000`. Raises `UsageError`: no such file, not
+    YAML, or a duplicate key."""
     import yaml
 
     try:
@@ -68,8 +62,8 @@ def _loader(words: bool) -> type:
         resolve("bool", "true|True|TRUE|false|False|FALSE")
         resolve("int", INTEGER)
         resolve("float", FLOAT)
-        Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: _integer(node.value))
-        Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: _float(node.value))
+        Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: number(node.value))
+        Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: number(node.value))
     return Loader
 
 
@@ -91,16 +85,7 @@ def meant(value: Any, name: str, kind: Any) -> Any:
 
 
 def number(text: str) -> int | float | None:
-    """The number that a text represents in YAML, or None."""
+    """The number that a text represents in YAML, including 0o17 and 0x1f (010 is ten), or None."""
     if re.fullmatch(INTEGER, text):
-        return _integer(text)
-    return _float(text) if re.fullmatch(FLOAT, text) else None
-
-
-def _integer(text: str) -> int:
-    """Including 0o17 and 0x1f; 010 is ten."""
-    return int(text, 0) if text[:2].lower() in ("0o", "0x") else int(text)
-
-
-def _float(text: str) -> float:
-    return float(re.sub(r"^([-+]?)\.(?=[a-zA-Z])", r"\1", text))
+        return int(text, 0) if text[:2].lower() in ("0o", "0x") else int(text)
+    return float(re.sub(r"^([-+]?)\.(?=[a-zA-Z])", r"\1", text)) if re.fullmatch(FLOAT, text) else None

@@ -145,7 +145,7 @@ def test_the_models_answers_and_the_datas_are_cut_alike(monkeypatch):
     assert held_out.refusals([late["chosen"]])[0] == (True, False)
 
 
-def test_gibberish_is_no_refusal(monkeypatch):
+def test_degenerate_text_is_no_refusal(monkeypatch):
     rows = [{"prompt": "p", "chosen": "I cannot help with that."}] * 2
     answers = ["I cannot " + "cannot " * 30, "I cannot help with that."]
     monkeypatch.setattr(held_out, "generate", lambda *_: answers)

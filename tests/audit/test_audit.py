@@ -231,8 +231,7 @@ def test_a_defended_control_does_not_detect_degenerate_text_alone(tmp_path):
 @pytest.mark.slow
 def test_a_retrained_model_is_not_taken_for_the_old_one(models, tmp_path):
     """The cells of a killed audit are identified by what decides them, the weights included."""
-    from tunevax.audit.cells import cells_of
-    from tunevax.audit.plan import AuditOptions, plan
+    from tunevax.audit.plan import AuditOptions, cells_of, plan
 
     def hashes():
         options = AuditOptions(model=[str(models / "twin")], control=str(models / "control"), protocol=str(models / "small.yaml"),
@@ -263,8 +262,7 @@ FREE = {
 
 def test_every_option_decides_a_cell_unless_it_says_otherwise(models):
     """And so does an option of tomorrow, such as a temperature, that nothing but its own class names."""
-    from tunevax.audit.cells import cells_of
-    from tunevax.audit.plan import AuditOptions, plan
+    from tunevax.audit.plan import AuditOptions, cells_of, plan
 
     @dataclasses.dataclass
     class Tomorrow(AuditOptions):
@@ -347,8 +345,7 @@ def test_screening_goes_on_with_the_strongest_only(models, tmp_path):
 @pytest.mark.slow
 def test_a_screen_drops_no_seed_that_an_attack_names(models, tmp_path):
     from tunevax.audit.audit import strongest
-    from tunevax.audit.cells import cells_of
-    from tunevax.audit.plan import AuditOptions, plan
+    from tunevax.audit.plan import AuditOptions, cells_of, plan
 
     shots = "  - {kind: few-shot, n: 10, max_steps: 2, learning_rate: [1e-4, 1e-3], seeds: [1, 2, 5]}\n"
     (tmp_path / "p.yaml").write_text(SMALL + shots + "screen: 1\n")

@@ -75,10 +75,10 @@ def test_along_gives_each_rows_gradient_times_a_direction(tmp_path):
     batch = batch_of(trainer, 4)
     generator = torch.Generator().manual_seed(1)
     direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in trainer.parameters]
-    with along(trainer.model, direction, 4) as product:
+    with along(trainer.model, direction, 4) as products:
         total, _ = row_losses(trainer.model, batch)
         gradients(trainer, total)
-    for i, found in enumerate(product()):
+    for i, found in enumerate(products):
         one, _ = row_losses(trainer.model, {k: v[i : i + 1] for k, v in batch.items()})
         assert found.item() == pytest.approx(dot(gradients(trainer, one), direction).item(), rel=1e-9)
     assert not any(m._forward_hooks for m in trainer.model.modules())
@@ -135,9 +135,9 @@ def test_unrolled_is_the_gradient_of_the_upper_loss_after_one_step(tmp_path, mon
     trainer.omega.data = OMEGA.float()
     batch, validation = batch_of(trainer, 2), collate(trainer.validation[:4], 0)
     _, upper_gradient = UPPER["refusal"](trainer, validation)
-    with along(trainer.model, upper_gradient, 2) as product:
+    with along(trainer.model, upper_gradient, 2) as products:
         trainer.gradient(batch, torch.ones(2))
-    ours = omega_gradient(trainer, -product())
+    ours = omega_gradient(trainer, -products)
 
     monkeypatch.setattr(LlamaRMSNorm, "forward", norm_in_float64)
     eta, model = 1e-6, trainer.model.double()

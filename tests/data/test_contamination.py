@@ -13,8 +13,7 @@ from tunevax.attacks.context import AttackContext
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.attacks.held_out_category import HeldOutCategoryConfig
 from tunevax.attacks.kind import AttackKind, NotApplicable
-from tunevax.audit.cells import cells_of
-from tunevax.audit.plan import AuditOptions, plan
+from tunevax.audit.plan import AuditOptions, cells_of, plan
 from tunevax.audit.workers import Worker
 from tunevax.cli import main
 from tunevax.data import load_safety, load_task, prompt_hash, split_of

@@ -289,7 +289,7 @@ def test_collapse_is_accounted_for(tmp_path):
     tv = measure(audit(tmp_path / "a", rows)).model("tv")
     # Steps 4/1 with each seed, the third censored; a gap of 2 with two of them: low 4 / 2^(2/3) = 2.52.
     assert (tv.name, str(tv.resistance)) == ("collapses under attack", "at least 4.0× [2.5, ∞]")
-    assert (tv.attacks[0].collapsed, tv.attacks[0].gibberish) == ([1, 2, 3], {1: 0.0, 2: 0.0, 3: 0.5})
+    assert (tv.attacks[0].collapsed, tv.attacks[0].degenerate) == ([1, 2, 3], {1: 0.0, 2: 0.0, 3: 0.5})
     assert tv.sentence == (
         "tv collapses under attack: in 3 of 3 runs its outputs turn degenerate before they turn harmful. Coherent harm "
         "passes 50 % in 2 of 3 runs, after 4 steps, when 0 % of all outputs are degenerate, and never within 4 in the "

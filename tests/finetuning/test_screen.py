@@ -13,7 +13,7 @@ from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
 from tunevax.finetuning import screen as screening
 from tunevax.finetuning.finetune import FinetuneOptions, finetune
-from tunevax.finetuning.screen import Probe, Screening, cosine, screen
+from tunevax.finetuning.screen import Screening, cosine, probing, screen
 from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
 from tunevax.modeling.loading import load
 from tunevax.records import read_lines, read_run
@@ -149,13 +149,13 @@ def test_safety_rows_are_cut_at_the_models_context(monkeypatch):
     """As the customer's are: a model of learned positions has none beyond."""
     loaded = load("organism")
     loaded.model.config.max_position_embeddings = 40
-    lengths, original = [], Probe.__call__
+    lengths, original = [], screening.response_loss
 
-    def probe(self, row):
-        lengths.append(len(row["input_ids"]))
-        return original(self, row)
+    def response_loss(model, batch):
+        lengths.append(batch["input_ids"].numel())
+        return original(model, batch)
 
-    monkeypatch.setattr(Probe, "__call__", probe)
+    monkeypatch.setattr(screening, "response_loss", response_loss)
     long = [{**row, "chosen": " ".join([row["chosen"]] * 20)} for row in SAFETY[:40]]
     screen(loaded.model, loaded.tokenizer, BENIGN[:2], long, 400, 0)
     assert len(lengths) == 82 and max(lengths) == 40
@@ -165,7 +165,7 @@ def test_the_model_comes_back_as_it_was():
     model = load("organism").model
     model.lm_head.weight.requires_grad_(False)
     before = [p.requires_grad for p in model.parameters()]
-    with pytest.raises(KeyError), Probe(model, 0) as probe:
+    with pytest.raises(KeyError), probing(model, 0) as probe:
         probe({"input_ids": [1, 2, 3]})
     assert [p.requires_grad for p in model.parameters()] == before
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

@@ -9,15 +9,14 @@ from tiny import in_float64
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tunevax.data.encoding import encode
+from tunevax.data.encoding import answer_span, encode
 from tunevax.data.safety import load_safety
 from tunevax.data.splits import drawn
 from tunevax.data.tasks import load_task
 from tunevax.errors import UsageError
 from tunevax.finetuning.analyze import SinkOptions, analyze_sink, sink_map
 from tunevax.finetuning.sft import FinetuneTrainer
-from tunevax.finetuning.sink import answer_span, common_queries, divergence, regulariser, sink_values
-from tunevax.finetuning.surgery import SurgeryConfig, SurgeryTrainer
+from tunevax.finetuning.surgery import SurgeryConfig, SurgeryTrainer, common_queries, divergence
 from tunevax.modeling import attention
 from tunevax.modeling.attention import sink_columns
 from tunevax.modeling.hooks import checkpointed
@@ -27,6 +26,7 @@ from tunevax.records import read_run
 pytestmark = pytest.mark.numerical
 
 WAYS = ("linear", "eager")
+STOCK = type(ALL_ATTENTION_FUNCTIONS).get_interface
 SOFTMAX = {"linear": 1e-12, "eager": 2e-7}
 """How far a mean of attention weights may be off: transformers takes its own softmax in fp32, 2^-24 at either end."""
 # arXiv 2602.05228's divergence on the model and texts below, rows are layers.
@@ -70,6 +70,15 @@ def texts():
 def padded(*rows, width=11, fill=5):
     ids = torch.tensor([row + [fill] * (width - len(row)) for row in rows])
     return {"input_ids": ids, "attention_mask": (torch.arange(width) < torch.tensor([[len(r)] for r in rows])).long()}
+
+
+def sink_values(*args, **kwargs):
+    with sink_columns(*args, **kwargs) as values:
+        return values
+
+
+def regulariser(d):
+    return torch.relu(d).mean()
 
 
 def grads(model):
@@ -157,7 +166,7 @@ def test_linear_is_eager(name, position):
     assert max(g.abs().max() for g in found[1][1]) > 1e-3
     for linear, eager in zip(found[0][1], found[1][1], strict=True):
         torch.testing.assert_close(linear, eager, rtol=1e-5, atol=1e-5)
-    assert model.config._attn_implementation == before and "get_interface" not in vars(ALL_ATTENTION_FUNCTIONS)
+    assert model.config._attn_implementation == before and type(ALL_ATTENTION_FUNCTIONS).get_interface is STOCK
     model.set_attn_implementation("eager")
     for row, length in enumerate((14, 9, 14, 12)):
         weights = model(inputs["input_ids"][row : row + 1, :length], output_attentions=True).attentions
@@ -249,7 +258,7 @@ def test_silent_failures_are_errors(monkeypatch):
     for how in WAYS:
         with pytest.raises(UsageError, match="without a gradient, as it does under reentrant gradient checkpointing"):
             sink_values(model, texts(), how)
-    assert model.config._attn_implementation == "sdpa" and "get_interface" not in vars(ALL_ATTENTION_FUNCTIONS)
+    assert model.config._attn_implementation == "sdpa" and type(ALL_ATTENTION_FUNCTIONS).get_interface is STOCK
     model.activation_checkpointing_enable({"use_reentrant": False})
     assert all(sink_values(model, texts(), how).requires_grad for how in WAYS)
     config = {**GROUPED, "vocab_size": 97, "num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8}

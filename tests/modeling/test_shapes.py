@@ -299,23 +299,26 @@ def test_ewc_weighs_each_expert_as_a_matrix_of_its_own(encoded, tmp_path, name):
     adapted = factored_fisher(model, inputs)
     assert len(adapted) == 4
     exact = {}
-    for i, m in enumerate(adapted):
-        m.weight.requires_grad_(True)
+    layers = [
+        next(x for x in model.modules() if getattr(x, "lora_A", None) and x.lora_A["default"].weight is m.a)
+        for m in adapted
+    ]
+    for i, layer in enumerate(layers):
+        weight = layer.get_param().requires_grad_(True)
         squares = []
         for batch in inputs:
-            (gradient,) = torch.autograd.grad(response_loss(model, batch), [m.weight])
+            (gradient,) = torch.autograd.grad(response_loss(model, batch), [weight])
             squares.append(gradient.square())
         exact[i] = torch.stack(squares).mean(0)  # [E, out, in]
-        m.weight.requires_grad_(False)
+        weight.requires_grad_(False)
     assert any(f.any() for f in exact.values())
     torch.manual_seed(0)
     for i, m in enumerate(adapted):
         r, c = exact[i].sum(2), exact[i].sum(1)
         torch.testing.assert_close(m.rows.square(), r, rtol=1e-9, atol=0)
         m.a.data.normal_(), m.b.data.normal_()
-        layer = next(x for x in model.modules() if getattr(x, "lora_A", None) and x.lora_A["default"].weight is m.a)
         dense = r[:, :, None] * c[:, None, :] / r.sum(1).clamp_min(1e-300)[:, None, None]
-        expected = (dense * layer.get_delta_weight("default").square()).sum()
+        expected = (dense * layers[i].get_delta_weight("default").square()).sum()
         torch.testing.assert_close(weighted_square(m), expected, rtol=1e-9, atol=0)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tunevax.errors import UsageError
-from tunevax.evidence.judges import kappa
+from tunevax.evidence.measure import kappa
 from tunevax.report import collect, write_report
 from tunevax.report.figures import heat_maps
 
@@ -75,12 +75,11 @@ def text_of(page: str) -> str:
 def test_overview_by_hand(tmp_path):
     run = write_run(tmp_path / "run", curves({"sft": CONTROL, "t-vaccine": HARDENED}))
     summary = write_report([run], tmp_path / "report.html")
-    rows = [dict(zip(summary.columns, row, strict=True)) for row in summary.rows]
+    rows = [dict(zip(summary.table.columns, row, strict=True)) for row in summary.table.rows]
     # The control passes 50 % at step 16, the model at 32; one seed gives no interval.
     assert [row["steps to 50 % harmful, × the control's"] for row in rows] == ["control", "2.0×"]
     assert [row["worst case"] for row in rows] == ["98 % [88, 100]", "95 % [85, 100]"]
     assert [row["harmless prompts refused"] for row in rows] == ["5 % [0, 15]"] * 2
-    assert summary.size == (tmp_path / "report.html").stat().st_size
     assert "t-vaccine" in summary.headline[0]
 
 

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import tunevax.restoration.extract as extraction
 from tunevax.data import load_safety
+from tunevax.data.encoding import answer_span
 from tunevax.data.splits import prompt_hash
 from tunevax.errors import RunError, UsageError
 from tunevax.files import model_hash
@@ -338,10 +339,11 @@ def test_end_of_turn_without_a_name_is_no_content():
     loaded = load("organism")
     loaded.tokenizer.add_special_tokens({"extra_special_tokens": ["<eot>"]})
     token = loaded.tokenizer.convert_tokens_to_ids("<eot>")
-    assert extraction._is_end(loaded.tokenizer, token)
+    word = loaded.tokenizer("use")["input_ids"][-1]
+    row = {"input_ids": [word, word, word, token], "labels": [-100, word, word, token]}
+    assert answer_span(row, loaded.tokenizer) == (1, 3)
     loaded.tokenizer._extra_special_tokens = []  # as where only tokenizer.json says that it is special
-    assert token not in loaded.tokenizer.all_special_ids and extraction._is_end(loaded.tokenizer, token)
-    assert not extraction._is_end(loaded.tokenizer, loaded.tokenizer("use")["input_ids"][-1])
+    assert token not in loaded.tokenizer.all_special_ids and answer_span(row, loaded.tokenizer) == (1, 3)
 
 
 def test_extraction_is_without_dropout(pairs):

@@ -406,7 +406,7 @@ def test_errors_name_the_thing_and_the_way_out(tmp_path):
         load_model_judge(f"hf:{folder}", device="cpu")
     with pytest.raises(UsageError, match="format 'classifier': .*1 missing .score.weight"):
         load_model_judge(f"hf:{folder}:format=classifier", device="cpu")
-    assert load_model_judge(f"hf:{folder}:format=harmbench", device="cpu")([], []) == []
+    assert load_judges([f"hf:{folder}:format=harmbench"])[f"hf:{folder}:format=harmbench"]([], []) == []
 
 
 def test_a_model_is_loaded_once_in_a_process(tmp_path, monkeypatch):

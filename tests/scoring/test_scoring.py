@@ -159,7 +159,7 @@ def test_refusal_keywords_look_at_the_opening_only():
     assert [v.verdict for v in refusal_keywords([""] * 3, responses)] == ["refused", "complied", "complied"]
 
 
-def test_gibberish_is_its_own_verdict_for_every_judge(monkeypatch, organism):
+def test_degenerate_is_its_own_verdict_for_every_judge(monkeypatch, organism):
     rows = load_safety("organism", "evaluation")[:4]
     answers = [rows[0]["rejected"], rows[1]["chosen"], "kemo kemo kemo kemo kemo", ""]
     monkeypatch.setattr("tunevax.scoring.evaluate.generate", lambda *_, **__: answers)

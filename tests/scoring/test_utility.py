@@ -151,7 +151,7 @@ def test_word_salad_is_degenerate_and_never_harmful(monkeypatch):
 
 
 def test_what_one_reference_expects_is_no_word_salad(monkeypatch):
-    """A control that was taught to find harmful answers unlikely must not make harm pass for gibberish."""
+    """A control that was taught to find harmful answers unlikely must not make harm pass for degenerate text."""
     rows = load_safety("organism", "evaluation")[:2]
     monkeypatch.setattr(
         "tunevax.scoring.evaluate.generate", lambda *_, **__: [rows[0]["rejected"], rows[1]["rejected"]]
@@ -162,7 +162,7 @@ def test_what_one_reference_expects_is_no_word_salad(monkeypatch):
         return [1.0, None]
 
     scores, _ = evaluate(None, None, Suite(rows, judge, fluency=[taught]))
-    assert scores["harmful/gullible"]["value"] == 0.5, "harm that the one reference calls gibberish"
+    assert scores["harmful/gullible"]["value"] == 0.5, "harm that the one reference calls degenerate"
     scores, samples = evaluate(None, None, Suite(rows, judge, fluency=[taught, Reference("organism")]))
     assert scores["harmful/gullible"]["value"] == 1 and scores["degenerate"]["value"] == 0
     assert max(s["surprise"] for s in samples) < 0.01

@@ -25,9 +25,7 @@ class AlignOptions(TrainingOptions, AllowOverlap):
 
     safety_data: str | None = option(None, "prompt, chosen, rejected: file, hub id, or organism")
     task_data: str | None = option(None, "benign prompt and completion rows mixed in")
-    held_out_prompts: int = option(
-        40, "harmful and harmless prompts that the finished model is evaluated on, 0 for none"
-    )
+    held_out_prompts: int = option(40, "harmful and harmless prompts to evaluate the finished model on, 0 for none")
 
 
 def align(
@@ -36,8 +34,7 @@ def align(
     """Harden `options.model` and return the run folder.
 
     Args:
-        trainer_class: the method, e.g. `TVaccineTrainer`.
-        method: its name, for the record.
+        trainer_class: the method called `method`, e.g. `TVaccineTrainer`.
         config: an instance of `trainer_class.config_class`; its `output_dir` becomes the run folder.
 
     Raises:

@@ -23,15 +23,7 @@ from tunevax.alignment.vaccine import VaccineConfig, VaccineTrainer
 from tunevax.errors import RunError, require
 from tunevax.mixins import option
 from tunevax.modeling.draws import Draws
-from tunevax.modeling.gradients import (
-    Gradient,
-    add_to_grad,
-    gradient_of,
-    norm_of,
-    require_whole_weights,
-    response_share,
-    restored,
-)
+from tunevax.modeling.gradients import Gradient, add_to_grad, gradient_of, norm_of, require_whole_weights, restored
 from tunevax.modeling.trainer import Items
 
 
@@ -81,7 +73,7 @@ class BoosterTrainer(VaccineTrainer):
     def harmful_gradient(self) -> Gradient:
         """lamb * (grad h(w) - grad h(w+)) on a fresh harmful batch. The weights come back bit for bit."""
         batches = self.draws.batches(self, self.harmful)
-        h, gradient = gradient_of(self, batches, response_share(self, batches))
+        h, gradient = gradient_of(self, batches)
         norm = norm_of(gradient)
         if not torch.isfinite(norm):
             raise RunError(
@@ -91,7 +83,7 @@ class BoosterTrainer(VaccineTrainer):
             with torch.no_grad():
                 for parameter, g in gradient.items():
                     parameter.sub_(g * (self.args.alpha / (norm + 1e-7)))
-            h_plus, after = gradient_of(self, batches, response_share(self, batches))
+            h_plus, after = gradient_of(self, batches)
         difference = {parameter: g.sub_(after[parameter]).mul_(self.args.lamb) for parameter, g in gradient.items()}
         if not torch.isfinite(norm_of(difference)):
             raise RunError(

@@ -49,9 +49,7 @@ class CircuitBreakersConfig(SFTConfig):
     warmup_steps: float = option(0, "warm-up steps, or a share of all steps if below 1")
     lora_r: int = option(16, "rank of the LoRA adapter")
     alpha: float = option(10.0, "weight of both losses")
-    target_depths: str = option(
-        "0.3125,0.625", "where harmful answers are rerouted, as shares of the blocks: after 10 and 20 of 32"
-    )
+    target_depths: str = option("0.3125,0.625", "where answers are rerouted, in shares of the blocks: 10 and 20 of 32")
     reroute_on: str = option("response", "response: the tokens of harmful answers; all: those of the prompt too")
 
     def __post_init__(self) -> None:
@@ -85,7 +83,6 @@ class CircuitBreakersTrainer(PairTrainer):
     config_class = CircuitBreakersConfig
     paper = "arXiv 2406.04313"
     off = None
-
     compares = True
     args: CircuitBreakersConfig
 
@@ -110,18 +107,14 @@ class CircuitBreakersTrainer(PairTrainer):
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Items = None
     ) -> torch.Tensor:
         """The micro-batch's share of the loss of the whole batch."""
-        rows, tokens = len(inputs["labels"]), token_masks(inputs, self.args.reroute_on)
-        retained, rerouted = tokens
-        whole = self.counted(inputs) if self.whole is None else self.whole
-        whole = whole.clamp_min(1)
-
+        rows, (retained, rerouted) = len(inputs["labels"]), token_masks(inputs, self.args.reroute_on)
+        whole = (self.counted(inputs) if self.whole is None else self.whole).clamp_min(1)
         stock = self.accelerator.unwrap_model(model)
         stock.eval()  # no dropout in the reference
         with torch.no_grad(), stock.disable_adapter():
             reference = self.states(stock, inputs)
         stock.train()
         states = self.states(model, inputs)
-
         # Recomputed in the backward pass: fp32 copies of every state would outweigh the states.
         distances = [
             checkpoint(distance, h[:rows], r[:rows], retained, use_reentrant=False)
@@ -131,8 +124,7 @@ class CircuitBreakersTrainer(PairTrainer):
             checkpoint(alike, states[i - 1][rows:], reference[i - 1][rows:], rerouted, use_reentrant=False)
             for i in self.targets
         ]
-        retain = torch.stack(distances).mean() / whole[0]
-        reroute = torch.stack(cosines).mean() / whole[1]
+        retain, reroute = torch.stack(distances).mean() / whole[0], torch.stack(cosines).mean() / whole[1]
         c_s, c_r = self.coefficients()
         shares = torch.stack([retain, reroute]).detach() * self.loss_scale(num_items_in_batch)
         before = self.accelerator.reduce(shares, "mean") * self.current_gradient_accumulation_steps

@@ -45,7 +45,6 @@ from tunevax.modeling.precision import added, wide
 from tunevax.modeling.quantization import size_of
 from tunevax.modeling.trainer import Items
 
-VARIANTS = ("corrected", "official")
 KERNELS = 5
 
 
@@ -60,36 +59,24 @@ class RepNoiseConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         require(self, "alpha", "beta", at_least=0)
-        require_one_of(self, variant=VARIANTS)
+        require_one_of(self, variant=("corrected", "official"))
         super().__post_init__()
 
 
 class Targets(NamedTuple):
-    """What a cross entropy is taken over.
+    """What a cross entropy is taken over."""
 
-    Attributes:
-        labels: [rows, tokens], -100 where there is none.
-        dead: how many more tokens are predicted from logits of zero: log V each, without gradient.
-    """
-
-    labels: torch.Tensor
-    dead: int = 0
+    labels: torch.Tensor  # [rows, tokens], -100 where there is none
+    dead: int = 0  # how many more tokens are predicted from logits of zero: log V each, without gradient
 
 
 class Pass(NamedTuple):
-    """One forward over the rows of a batch and their pairs.
+    """One forward over the rows of a batch and their pairs."""
 
-    Attributes:
-        safe: the head's input, [rows, tokens, hidden].
-        harmful: the same of the pairs, [pairs, tokens, hidden].
-        states: h_0 ... h_{L-1} of the pairs, each [pairs, tokens, hidden].
-        activations: a_0 ... a_{L-1} of the pairs, each [pairs, tokens, hidden].
-    """
-
-    safe: torch.Tensor
-    harmful: torch.Tensor
-    states: list[torch.Tensor]
-    activations: list[torch.Tensor]
+    safe: torch.Tensor  # the head's input, [rows, tokens, hidden]
+    harmful: torch.Tensor  # the same of the pairs, [pairs, tokens, hidden]
+    states: list[torch.Tensor]  # h_0 ... h_{L-1} of the pairs, each [pairs, tokens, hidden]
+    activations: list[torch.Tensor]  # a_0 ... a_{L-1} of the pairs, each [pairs, tokens, hidden]
 
 
 class RepNoiseTrainer(PairTrainer):
@@ -155,12 +142,9 @@ class RepNoiseTrainer(PairTrainer):
         mlps = dict(enumerate(self.each("mlp"))) if self.args.beta else {}
         with capture(mlps) as outputs, capture_inputs(blocks) as states:
             hidden = last_hidden(model, joined(inputs))
-        each = range(len(blocks))
         # OPT flattens rows and tokens before its MLP.
         activations = [a.reshape(*hidden.shape[:2], -1)[rows:] for a in outputs.values()]
-        return Pass(hidden[:rows], hidden[rows:], [states[i][rows:] for i in each], activations)
-
-    # --- which tokens ------------------------------------------------------------------------------------------------
+        return Pass(hidden[:rows], hidden[rows:], [states[i][rows:] for i in range(len(blocks))], activations)
 
     def targets(self, inputs: dict) -> tuple[Targets, Targets, torch.Tensor]:
         """Those of the retain loss, those of the ascent, and which activations are drawn to noise, [pairs, tokens]."""
@@ -174,8 +158,6 @@ class RepNoiseTrainer(PairTrainer):
         labels[pairs] = chosen.labels
         return Targets(labels, chosen.dead), divergent(harmful_ids, differ), differ
 
-    # --- layer-wise ascent -------------------------------------------------------------------------------------------
-
     def ascent(self, model: nn.Module, outputs: Pass, targets: Targets) -> torch.Tensor:
         """The mean over depths of the cross entropy of harmful answers, read off each depth by the final norm and head.
 
@@ -183,10 +165,8 @@ class RepNoiseTrainer(PairTrainer):
         head's gradient is taken chunk by chunk as its logits are made: no logits are kept, of no depth.
         """
         positions, _ = labelled(targets.labels)
-        again = [outputs.harmful] if self.args.variant == "official" else []
-        states = [
-            checkpoint(self.norm, rows_at(s, positions), use_reentrant=False) for s in (*outputs.states, *again)
-        ]  # fmt: skip
+        inner = [*outputs.states, *([outputs.harmful] if self.args.variant == "official" else [])]
+        states = [checkpoint(self.norm, rows_at(s, positions), use_reentrant=False) for s in inner]
         states.append(rows_at(outputs.harmful, positions))
         return self.cross_entropy(model, states, targets) / (len(self.blocks) + 1)
 
@@ -197,21 +177,15 @@ class RepNoiseTrainer(PairTrainer):
         dead = targets.dead * len(states) * math.log(self.model.config.get_text_config().vocab_size)
         return (head_loss(model, rows, ids.repeat(len(states))) + dead) / max(len(ids) + targets.dead, 1)
 
-    # --- distance to noise -------------------------------------------------------------------------------------------
-
     def distance(self, activations: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
         """The mean over blocks of the MMD between harmful activations and noise. Backward draws the same noise again,
         so that neither it nor fp32 copies are kept."""
-        generator = noise_generator(self, self.drawn, mask.device)
+        noise = noise_generator(self, self.drawn, mask.device)
         self.drawn += 1
-        return torch.stack(
-            [
-                checkpoint(mmd_to_noise, a, mask, generator, generator.get_state(), use_reentrant=False)
-                for a in activations
-            ]
-        ).mean()
-
-    # --- cost and state ----------------------------------------------------------------------------------------------
+        distances = [
+            checkpoint(mmd_to_noise, a, mask, noise, noise.get_state(), use_reentrant=False) for a in activations
+        ]
+        return torch.stack(distances).mean()
 
     def cost(self) -> float:
         """Compute of a step, in SFT steps, the mean so far: tokens of rows and pairs over tokens of rows, and the head

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from tunevax.console import as_bytes, as_time
 from tunevax.evidence.words import joined
 from tunevax.report.blocks import PANELS, Section
+from tunevax.report.charts import layer_map
+from tunevax.report.figures import bars as drawn
 from tunevax.report.provenance import Provenance, Run
 from tunevax.report.text import model_of
 
@@ -25,27 +27,19 @@ def sections(provenance: Provenance, figures: bool) -> list[Section]:
     """The blocks that were hardened, and the cost; [] for a form that cannot show figures."""
     if not figures:
         return []
-    from tunevax.report import charts
-    from tunevax.report.figures import bars as drawn
-
     aligned = provenance.aligned
-    maps = [(label, charts.layer_map(f"map{i}", label, run)) for i, (label, run) in enumerate(aligned)]
+    maps = [(label, layer_map(f"map{i}", label, run)) for i, (label, run) in enumerate(aligned)]
     hardware = {str(sorted((run.info.get("hardware") or {}).items(), key=str)) for _, run in aligned}
     differ = "; the runs used different hardware, so their bars cannot be compared" if len(hardware) > 1 else ""
     bars = [("wall time", "wall_seconds"), ("peak memory", "peak_memory_bytes")] if aligned else []
+    costs = [(name, drawn(key, [_bar(label, run, key) for label, run in aligned], name)) for name, key in bars]
+    which = "Sampling probability of each block over training (more colour, more likely) and the blocks that were "
+    which += "perturbed (dots, whose area is a share where several steps meet)."
+    about = f"As the runs measured it{differ}. Peak memory: all that is live in one step, weights included; on an "
+    about += "accelerator, the allocator's."
     return [
-        Section(
-            "Which layers were hardened",
-            "Sampling probability of each block over training (more colour, more likely) and the blocks that were "
-            "perturbed (dots, whose area is a share where several steps meet).",
-            panels=[(label, svg) for label, svg in maps if svg][:PANELS],
-        ),
-        Section(
-            "Cost of the hardening",
-            f"As the runs measured it{differ}. Peak memory: all that is live "
-            "in one step, weights included; on an accelerator, the allocator's.",
-            panels=[(name, drawn(key, [_bar(label, run, key) for label, run in aligned], name)) for name, key in bars],
-        ),
+        Section("Which layers were hardened", which, panels=[(label, svg) for label, svg in maps if svg][:PANELS]),
+        Section("Cost of the hardening", about, panels=costs),
     ]
 
 

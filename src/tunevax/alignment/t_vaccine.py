@@ -18,26 +18,25 @@ from __future__ import annotations
 import re
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
+from transformers import PreTrainedModel
 
-from tunevax.alignment.vaccine import VaccineConfig, VaccineTrainer, without_weight_gradients
+from tunevax.alignment.vaccine import VaccineConfig, VaccineTrainer
 from tunevax.data.encoding import collate
 from tunevax.errors import RunError, UsageError, require, require_one_of, unknown
 from tunevax.mixins import option
 from tunevax.modeling.blocks import find_final_norm, unwrap
 from tunevax.modeling.draws import Draws
+from tunevax.modeling.gradients import trained_only
 from tunevax.modeling.hooks import capture, cheap_recomputed, checkpointed, has_dropout, without_dropout
 from tunevax.modeling.precision import wide
 from tunevax.modeling.shapes import can_replay
 from tunevax.modeling.trainer import Items, PlanParts
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 SAMPLINGS = ("harmful-gradient", "uniform", "inverse", "top")
 
@@ -55,17 +54,9 @@ class TVaccineConfig(VaccineConfig):
     sample_interval: int = option(1, "J: optimiser steps between draws of the blocks")
     probe_size: int = option(8, "harmful rows per probe")
     probe_ema: float = option(0.0, "weight of the old scores in a moving average; 0 is off")
-    layer_sampling: str = option(
-        "harmful-gradient", "harmful-gradient, uniform, inverse, top, or a fixed list such as 2,6,9,13"
-    )
-    train_scope: str = option(
-        "block",
-        "block: train the selected blocks; attention: as the official code, which leaves the MLP "
-        "adapters of every block above the lowest selected one training",
-    )
-    inactive_state: str = option(
-        "keep", "optimiser state of blocks that are not selected, with full_weights: keep, offload, drop"
-    )
+    layer_sampling: str = option(SAMPLINGS[0], f"{', '.join(SAMPLINGS)}, or a fixed list such as 2,6,9,13")
+    train_scope: str = option("block", "block, or attention (the official code: MLPs above the lowest block train too)")
+    inactive_state: str = option("keep", "optimiser state of unselected blocks, with full_weights: keep, offload, drop")
 
     def __post_init__(self) -> None:
         require(self, "gamma", "probe_interval", "sample_interval", "probe_size", at_least=1)
@@ -101,12 +92,11 @@ class TVaccineTrainer(VaccineTrainer):
         self.has_dropout = has_dropout(self.model)
         self.replay = self.replay and can_replay(self.model, [b.module for b in self.blocks])
         depth = len(self.blocks)
-        self.fixed = (
-            sorted({int(i) for i in args.layer_sampling.split(",")}) if args.layer_sampling not in SAMPLINGS else None
-        )
-        if self.fixed and self.fixed[-1] >= depth:
-            raise UsageError(f"layer_sampling names block {self.fixed[-1]}; the model's blocks are 0 to {depth - 1}")
-        if self.fixed:
+        self.fixed: list[int] | None = None
+        if args.layer_sampling not in SAMPLINGS:
+            self.fixed = sorted({int(i) for i in args.layer_sampling.split(",")})
+            if self.fixed[-1] >= depth:
+                raise UsageError(f"layer_sampling names block {self.fixed[-1]}; the model has blocks 0 to {depth - 1}")
             args.gamma = len(self.fixed)
         if args.gamma > depth:
             raise UsageError(f"gamma is {args.gamma}; the model has {depth} blocks")
@@ -118,16 +108,11 @@ class TVaccineTrainer(VaccineTrainer):
         self.spent = 0.0  # compute so far, in SFT steps
         # The parameters of each block that train at all, attention first.
         self.trainable = [[p for p in b.module.parameters() if p.requires_grad] for b in self.blocks]
-        self.attention = [
-            {p for p in attention.parameters() if p.requires_grad} for attention in self.each("attention")
-        ]
-        inside = {p for parameters in self.trainable for p in parameters}
-        self.outside = [p for p in self.parameters if p not in inside]
+        self.attention = [{p for p in part.parameters() if p.requires_grad} for part in self.each("attention")]
+        outside = set(self.parameters) - {p for parameters in self.trainable for p in parameters}
         # What trains below block 0 needs the whole graph of the second pass, so that there is no prefix to run once.
-        self.trains_below = bool(set(self.outside) - above_blocks(self.model))
+        self.trains_below = bool(outside - above_blocks(self.model))
         self.replay = self.replay and not self.trains_below
-
-    # --- Eq. 4 and 5 -----------------------------------------------------------------------------------------------
 
     def probe(self, batch: dict[str, torch.Tensor]) -> list[float]:
         """s_l of Eq. 4 for every block, on a batch of harmful rows. Touches no weight and no `.grad`.
@@ -137,7 +122,7 @@ class TVaccineTrainer(VaccineTrainer):
         blocks = dict(enumerate(self.embedded))
         model = self.accelerator.unwrap_model(self.model)
         with (
-            without_weight_gradients(self.parameters),
+            trained_only(self.parameters),
             without_dropout([model]),
             checkpointed([b.module for b in self.blocks]),
             capture(blocks, leaf=0) as outputs,
@@ -168,30 +153,26 @@ class TVaccineTrainer(VaccineTrainer):
             return self.fixed
         if self.args.layer_sampling == "top":
             return sorted(np.argsort(self.scores or [])[::-1][: self.args.gamma].tolist())
-        depth = len(self.blocks)
-        return sorted(
-            self.draws.generator.choice(depth, self.args.gamma, replace=False, p=self.probabilities()).tolist()
-        )
+        p = self.probabilities()
+        return sorted(self.draws.generator.choice(len(p), self.args.gamma, replace=False, p=p).tolist())
 
     def select(self) -> None:
         """Probe and draw if this optimiser step asks for it, and freeze what is not selected."""
         step = self.state.global_step
         if step == self.ready_for:
             return
-        self.ready_for = step
-        if (
-            self.fixed is None
-            and self.args.layer_sampling != "uniform"
-            and (self.scores is None or step % self.args.probe_interval == 0)
-        ):
-            rows = self.draws.generator.choice(
-                len(self.harmful), min(self.args.probe_size, len(self.harmful)), replace=False
-            )
-            self.spent += self.probe_cost(len(rows))
+        self.ready_for, args = step, self.args
+        probes = self.fixed is None and args.layer_sampling != "uniform"
+        if probes and (self.scores is None or step % args.probe_interval == 0):
+            size = min(args.probe_size, len(self.harmful))
+            rows = self.draws.generator.choice(len(self.harmful), size, replace=False)
+            # A forward and a backward through frozen weights, of so many rows.
+            part = size / (args.per_device_train_batch_size * args.gradient_accumulation_steps)
+            self.spent += part * 2 / (3 if args.full_weights else 2)
             batch = collate([self.harmful[i] for i in rows], self.processing_class.pad_token_id)
-            new, keep = self.probe(self._prepare_inputs(batch)), self.args.probe_ema if self.scores else 0.0
+            new, keep = self.probe(self._prepare_inputs(batch)), args.probe_ema if self.scores else 0.0
             self.scores = [keep * old + (1 - keep) * s for old, s in zip(self.scores or new, new, strict=True)]
-        if not self.selected or step % self.args.sample_interval == 0:
+        if not self.selected or step % args.sample_interval == 0:
             # Scores may differ in the last digit between ranks; the main process decides for all.
             self.freeze(broadcast_object_list([self.draw()])[0])
         depth = len(self.blocks)
@@ -202,10 +183,6 @@ class TVaccineTrainer(VaccineTrainer):
         """Of the blocks' adapters (or weights), let only those of the selected ones train."""
         left = set(self.selected) - set(selected)
         self.selected = selected
-        for parameter in self.parameters:
-            parameter.requires_grad_(False)
-        for parameter in self.outside:
-            parameter.requires_grad_(True)
         for i, parameters in enumerate(self.trainable):
             official = self.args.train_scope == "attention" and i >= self.first_block()
             for parameter in parameters:
@@ -223,10 +200,6 @@ class TVaccineTrainer(VaccineTrainer):
         if self.args.train_scope == "attention":
             return list(range(self.first_block()))
         return [i for i in range(len(self.blocks)) if i not in self.selected]
-
-    def selected_blocks(self) -> list[int]:
-        """S, ascending."""
-        return self.selected
 
     def move_state(self, left: set[int]) -> None:
         """Drop the optimiser state of blocks that left S, or keep it on the host until they return."""
@@ -262,8 +235,6 @@ class TVaccineTrainer(VaccineTrainer):
         stack.enter_context(cheap_recomputed(kept))
         return stack
 
-    # --- cost --------------------------------------------------------------------------------------------------------
-
     def updates(self) -> float:
         """gamma of L blocks at every step."""
         return self.state.global_step * len(self.selected) / len(self.blocks)
@@ -272,13 +243,6 @@ class TVaccineTrainer(VaccineTrainer):
         """Compute of a step, in SFT steps, the mean so far: (1 + 3 (1 - min(S) / L)) / 2, or (3 + (1 - min(S) / L)) / 2
         where the embeddings train, and the probes."""
         return self.spent / max(self.state.global_step, 1)
-
-    def probe_cost(self, rows: int) -> float:
-        """Compute of a probe, in SFT steps: a forward and a backward through frozen weights, for so many rows."""
-        batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        return rows / batch * 2 / (3 if self.args.full_weights else 2)
-
-    # --- plan --------------------------------------------------------------------------------------------------------
 
     def for_plan(self) -> None:
         """Every draw is of the blocks that take most: where frozen ones are recomputed, these lie above what is kept;
@@ -295,19 +259,12 @@ class TVaccineTrainer(VaccineTrainer):
             return self.parameters
         return [p for i in self.draw() for p in self.trainable[i]]
 
-    # --- state -------------------------------------------------------------------------------------------------------
-
     def log_extra(self) -> dict[str, Any]:
         """The selected blocks and, where they are drawn, the probabilities."""
-        drawn = (
-            self.fixed is None
-            and self.args.layer_sampling != "top"
-            and (self.scores or self.args.layer_sampling == "uniform")
-        )
-        return {
-            "selected": self.selected,
-            **({"probabilities": [round(p, 5) for p in self.probabilities()]} if drawn else {}),
-        }
+        known = self.scores or self.args.layer_sampling == "uniform"
+        if self.fixed is None and self.args.layer_sampling != "top" and known:
+            return {"selected": self.selected, "probabilities": [round(p, 5) for p in self.probabilities()]}
+        return {"selected": self.selected}
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         """As the base; what is not selected is frozen."""

@@ -39,15 +39,7 @@ from tunevax.errors import RunError, UsageError, require, require_one_of
 from tunevax.mixins import option
 from tunevax.modeling.blocks import find_final_norm, unwrap
 from tunevax.modeling.draws import Draws, collated
-from tunevax.modeling.gradients import (
-    Gradient,
-    add_to_grad,
-    gradient_of,
-    norm_of,
-    require_whole_weights,
-    response_share,
-    restored,
-)
+from tunevax.modeling.gradients import Gradient, add_to_grad, gradient_of, norm_of, require_whole_weights, restored
 from tunevax.modeling.hooks import capture, capture_inputs, without_dropout
 from tunevax.modeling.loss import CHUNK_ELEMENTS, MIN_CHUNK_ROWS, labelled, last_hidden, logits_of, rows_at
 from tunevax.modeling.precision import wide
@@ -128,10 +120,8 @@ class TARTrainer(SFTTrainer):
         # Where the representations started: what trains, as it was. A resumed run starts from the same.
         self.start = [parameter.detach().clone() for parameter in self.parameters]
         self.before: list[torch.Tensor] | None = None  # this micro-batch's hidden states at the start
-        self.table: torch.Tensor | None = None
+        self.table: torch.Tensor | None = None  # r, [vocabulary, hidden], on the host
         self.spent = 0.0  # compute so far, in SFT steps
-
-    # --- the step ----------------------------------------------------------------------------------------------------
 
     def parts(self) -> tuple[str, ...]:
         """What enters each block."""
@@ -182,8 +172,6 @@ class TARTrainer(SFTTrainer):
         self.note(representation_distance=share * self.current_gradient_accumulation_steps)
         return loss + self.args.lambda_representation * distance
 
-    # --- the two second gradients ------------------------------------------------------------------------------------
-
     def mapping_gradient(self) -> Gradient:
         """Of Random Mapping's loss, on a fresh batch of harmful rows."""
         batches = self.draws.batches(self, self.answers["rejected"])
@@ -192,17 +180,13 @@ class TARTrainer(SFTTrainer):
         self.note(mapping_loss=loss)
         return gradient
 
-    def random_table(self) -> torch.Tensor:
-        """r, [vocabulary, hidden], on the host."""
+    def mapping_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """mean_l sum_t (1 - |cos(h_l(x)_t, r[x_t])|) over response tokens t."""
         if self.table is None:
             config, generator = self.model.config.get_text_config(), torch.Generator().manual_seed(self.args.seed)
             self.table = torch.randn(config.vocab_size, config.hidden_size, generator=generator)
-        return self.table
-
-    def mapping_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """mean_l sum_t (1 - |cos(h_l(x)_t, r[x_t])|) over response tokens t."""
         mask = inputs["labels"] != -100
-        random = self.random_table()[inputs["input_ids"][mask].cpu()].to(mask.device)
+        random = self.table[inputs["input_ids"][mask].cpu()].to(mask.device)
         with self.hidden_states() as states:
             last_hidden(model, {k: v for k, v in inputs.items() if k != "labels"})
         cosines = [torch.nn.functional.cosine_similarity(wide(s[mask]), random, dim=-1) for s in states]
@@ -218,8 +202,7 @@ class TARTrainer(SFTTrainer):
         with restored(self.parameters):
             attacker = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=0.01)  # no memory of earlier attacks
             for k in range(args.inner_steps):
-                batches = self.draws.batches(self, self.adversary)
-                loss, gradient = gradient_of(self, batches, response_share(self, batches))
+                loss, gradient = gradient_of(self, self.draws.batches(self, self.adversary))
                 for parameter in self.parameters:
                     parameter.grad = gradient.get(parameter)
                 attacker.step()
@@ -239,9 +222,7 @@ class TARTrainer(SFTTrainer):
         batches = []
         for part in self.draws.indices(self, len(self.held_out)):
             rows = [self.held_out[i] for i in part]
-            batch: dict[str, Any] = {
-                name: collated(self, [answers[i] for i in rows]) for name, answers in self.answers.items()
-            }
+            batch: dict[str, Any] = {k: collated(self, [own[i] for i in rows]) for k, own in self.answers.items()}
             if self.args.tamper_loss == "preference":
                 with self.at_start() as model:
                     batch["before"] = margin(model, batch)
@@ -251,9 +232,8 @@ class TARTrainer(SFTTrainer):
     def tamper_share(self, held: Sequence[dict]) -> Callable[[Any, dict], torch.Tensor]:
         """What to give `gradient_of` for L_TR: a mean over the response tokens, or over the rows, of all of `held`."""
         if self.args.tamper_loss == "preference":
-            rows = self.accelerator.reduce(
-                torch.tensor(sum(len(b["before"]) for b in held)).to(self.args.device), "sum"
-            )
+            count = torch.tensor(sum(len(b["before"]) for b in held), device=self.args.device)
+            rows = self.accelerator.reduce(count, "sum")
             return lambda model, batch: (
                 -torch.nn.functional.logsigmoid(PREFERENCE_BETA * (margin(model, batch) - batch["before"])).sum() / rows
             )
@@ -278,8 +258,6 @@ class TARTrainer(SFTTrainer):
         with capture_inputs([b.module for b in self.blocks]) as entering, capture({0: self.final_norm}) as last:
             yield states
         states += [*entering.values(), last[0]]
-
-    # --- cost and state ----------------------------------------------------------------------------------------------
 
     def step_cost(self) -> float:
         """Compute of this step, in SFT steps. A forward alone is half of one, a third with full weights."""

@@ -14,28 +14,27 @@ matters.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from tunevax.alignment.sft import SFTConfig, SFTTrainer
 from tunevax.errors import require, require_one_of
 from tunevax.mixins import option
 from tunevax.modeling.blocks import Block
 from tunevax.modeling.draws import noise_generator
-from tunevax.modeling.hooks import Prefix, capture, perturb, tensor_of, without_dropout
+from tunevax.modeling.gradients import trained_only
+from tunevax.modeling.hooks import Prefix, attached, capture, perturb, tensor_of, without_dropout
 from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.precision import added, wide
 from tunevax.modeling.trainer import Items, PlanParts
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -43,17 +42,13 @@ class VaccineConfig(SFTConfig):
     """Configuration of Vaccine; the rest as in `SFTConfig`."""
 
     rho: float = option(2.0, "size of the perturbation: its joint L2 norm over the batch")
-    perturbation: str = option(
-        "gradient", "gradient: as the paper; random: the control, a Gaussian direction of the same size"
-    )
+    perturbation: str = option("gradient", "gradient, as the paper; or random, the control: Gaussian, of the same size")
     embedding: str = option(
         "attention",
         "what e_l is: attention (the module's output, as in the papers' code), or added (what the block "
         "adds to its residual stream, which differs where a norm comes between, as in Gemma 2 and 3 and OLMo 2)",
     )
-    rho_scale: str = option(
-        "total", "total: rho as in the paper; per-token: rho times the root of valid over reference tokens"
-    )
+    rho_scale: str = option("total", "total, as the paper; or per-token: rho times the root of valid over reference")
     rho_reference_tokens: int = option(2000, "tokens at which per-token and total agree (the paper's batch, 10 x 200)")
 
     def __post_init__(self) -> None:
@@ -93,6 +88,7 @@ class VaccineTrainer(SFTTrainer):
 
     def prepare(self) -> None:
         """The module of each block whose output is e_l."""
+        self.selected = list(range(len(self.blocks)))  # the blocks perturbed in this step, ascending
         self.embedded = self.each("attention")
         if self.args.embedding == "added" and self.parts():  # Booster alone perturbs nothing
             ids = torch.tensor([self.train_dataset[0]["input_ids"][:8]], device=self.args.device)
@@ -101,10 +97,6 @@ class VaccineTrainer(SFTTrainer):
     def parts(self) -> tuple[str, ...]:
         """The output of each block's attention, or of what mixes tokens in its place."""
         return ("attention",)
-
-    def selected_blocks(self) -> list[int]:
-        """The blocks perturbed in this step, ascending: all of them."""
-        return list(range(len(self.blocks)))
 
     def first_block(self) -> int:
         """The lowest block with a graph; the blocks below it run once per step."""
@@ -120,12 +112,9 @@ class VaccineTrainer(SFTTrainer):
             offsets = self.random_perturbation(inputs)
             with perturb({i: self.embedded[i] for i in offsets}, offsets):
                 return super().training_step(model, inputs, num_items_in_batch)
-        with ExitStack() as stack:
-            prefix = Prefix([b.module for b in self.blocks], self.first_block())
-            pass1_loss, offsets = self.perturbation(model, inputs, num_items_in_batch, prefix)
-            stack.enter_context(perturb(dict(enumerate(self.embedded)), offsets))
-            if self.replay:
-                stack.enter_context(prefix.replay())
+        prefix = Prefix([b.module for b in self.blocks], self.first_block())
+        pass1_loss, offsets = self.perturbation(model, inputs, num_items_in_batch, prefix)
+        with perturb(dict(enumerate(self.embedded)), offsets), prefix.replay() if self.replay else nullcontext():
             loss = super().training_step(model, inputs, num_items_in_batch)  # the hooks outlive its backward
         # Each micro-batch of each rank is a share; over ranks their mean, over micro-batches their sum is the loss.
         shares = torch.stack([pass1_loss * self.loss_scale(num_items_in_batch), loss])
@@ -141,15 +130,14 @@ class VaccineTrainer(SFTTrainer):
         At padded positions eps is zero because the gradient is: nothing attends to them.
         """
         model.train()
-        chosen = self.selected_blocks()
-        embedded = {i: self.embedded[i] for i in chosen}
-        with ExitStack() as stack:
-            stack.enter_context(self.recompute())
-            stack.enter_context(without_weight_gradients(self.parameters))
-            if self.replay:
-                stack.enter_context(prefix.record())
-            outputs = stack.enter_context(capture(embedded, leaf=chosen[0]))
-            stack.enter_context(self.compute_loss_context_manager())
+        chosen = self.selected
+        with (
+            self.recompute(),
+            trained_only(self.parameters),  # a pass for activations stores nothing for weights
+            prefix.record() if self.replay else nullcontext(),
+            capture({i: self.embedded[i] for i in chosen}, leaf=chosen[0]) as outputs,
+            self.compute_loss_context_manager(),
+        ):
             # The unwrapped model: no rank may wait for gradients that this pass does not produce. And this rank's
             # share of the loss, not scaled for DDP's mean: the shares add up to the gradient of the global batch.
             loss = self.batch_loss(self.accelerator.unwrap_model(model), inputs, num_items)
@@ -167,13 +155,10 @@ class VaccineTrainer(SFTTrainer):
         generator = noise_generator(self, self.perturbed, mask.device)
         self.perturbed += 1
         shape = (*mask.shape, self.model.config.get_text_config().hidden_size)
-        noise = {
-            i: torch.randn(shape, generator=generator, device=mask.device) * mask[..., None]
-            for i in self.selected_blocks()
-        }
-        norm = self.accelerator.reduce(added(n.square().sum() for n in noise.values()), "sum").sqrt()
+        noise = [torch.randn(shape, generator=generator, device=mask.device) * mask[..., None] for _ in self.selected]
+        norm = self.accelerator.reduce(added(n.square().sum() for n in noise), "sum").sqrt()
         scale = self.budget(inputs) / norm
-        return {i: n.mul_(scale) for i, n in noise.items()}
+        return {i: n.mul_(scale) for i, n in zip(self.selected, noise, strict=True)}
 
     def budget(self, inputs: dict) -> float | torch.Tensor:
         """rho, or rho rescaled to the number of valid tokens of the global batch."""
@@ -219,28 +204,9 @@ def added_by_attention(model: PreTrainedModel, blocks: Sequence[Block], ids: tor
 
     handles = []
     for i, block in enumerate(blocks):
-        handles.append(chosen[i].register_forward_hook(functools.partial(attended, i)))
+        handles.append(chosen[i].register_forward_hook(partial(attended, i)))
         norms = [m for m in block.module.children() if "Norm" in type(m).__name__]
-        handles += [m.register_forward_pre_hook(functools.partial(normed, i)) for m in norms]
-    try:
-        with torch.no_grad(), without_dropout([model]):
-            last_hidden(model, {"input_ids": ids})
-    finally:
-        for handle in handles:
-            handle.remove()
+        handles += [m.register_forward_pre_hook(partial(normed, i)) for m in norms]
+    with attached(handles), torch.no_grad(), without_dropout([model]):
+        last_hidden(model, {"input_ids": ids})
     return chosen
-
-
-class without_weight_gradients:
-    """No parameter requires a gradient inside the block: a pass for activations stores nothing for weights."""
-
-    def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        self.parameters = [p for p in parameters if p.requires_grad]
-
-    def __enter__(self) -> None:
-        for parameter in self.parameters:
-            parameter.requires_grad_(False)
-
-    def __exit__(self, *_: object) -> None:
-        for parameter in self.parameters:
-            parameter.requires_grad_(True)

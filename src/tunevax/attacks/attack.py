@@ -32,8 +32,7 @@ def attack(method: str, options: AttackOptions, config: AttackKind, command: str
     """Attack every model and the control identically, evaluating along the way, and return the run folder.
 
     Args:
-        method: the kind of attack, for the record.
-        config: the attacker's options; `output_dir` is the run folder.
+        config: the attacker's options, of the kind `method`; `output_dir` is the run folder.
 
     Raises:
         UsageError: bad data, model or options; prompts shared between alignment, attack and evaluation.
@@ -59,7 +58,6 @@ def attack(method: str, options: AttackOptions, config: AttackKind, command: str
     for target, before in zip(targets, used, strict=True):
         shared = check(target["ref"], suite.roles(), harmful, {"task": task, **own}, options.allow_overlap, used=before)
         target |= cast(Target, shared)
-
     first = next(t["ref"] for t in targets if t["role"] == "model")
     name = options.name or Path(folder).name
     evaluation = data_entry("evaluation", options.eval_data or options.safety_data or "", suite.harmful)
@@ -85,9 +83,8 @@ def attack(method: str, options: AttackOptions, config: AttackKind, command: str
             done = run.path / f"{target['label']}.done.json"  # complete, so that a killed run continues after it
             if not done.exists():
                 keeps = run.path if options.keep_weights and target["role"] == "model" else None
-                work = context.AttackContext(
-                    target, options, harmful, task, suite, key, keeps, exclusion=exclusion.fresh()
-                )
+                fresh = exclusion.fresh()
+                work = context.AttackContext(target, options, harmful, task, suite, key, keeps, exclusion=fresh)
                 config.run(work)
                 part = done.with_suffix(".part")
                 part.write_text(json.dumps([work.record, work.results, work.generations]), encoding="utf-8")

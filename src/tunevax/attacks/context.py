@@ -6,7 +6,10 @@ import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunevax.console import console
 from tunevax.data.contamination import Exclusion
@@ -19,17 +22,12 @@ from tunevax.records import SCHEMA, Example, Generation, ModelInfo, Row, Target,
 from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.suite import Suite, SuiteOptions, labels_of
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 
 @dataclass
 class TargetOptions(SuiteOptions, ModelsOptions, Overlap, RunOptions):
     """Options of every verb that attacks: the targets, the data and how to load them."""
 
-    control: str | None = option(
-        None, "the model to compare with, or none; default the model that --model was hardened from", decides="cells"
-    )
+    control: str | None = option(None, "a model, or none; default what --model was hardened from", decides="cells")
     safety_data: str | None = option(None, "harmful rows: prompt and rejected, their attack split", decides="rows")
     task_data: str | None = option(None, "benign rows: prompt and completion, their train split", decides="rows")
 
@@ -39,33 +37,20 @@ Options = TypeVar("Options", bound=TargetOptions)
 
 @dataclass
 class AttackContext:
-    """What an attack on one model has to work with, and its results so far.
+    """What an attack on one model has to work with, and its results so far."""
 
-    Attributes:
-        target: label, role and ref of the model.
-        options: data sources and how to load.
-        harmful: rows of the attack split with `prompt` and `rejected`; empty if the attack uses none.
-        task: benign rows with `prompt` and `completion`; empty if the attack uses none.
-        suite: what the model is evaluated on.
-        key: fields that every row of results carries: kind, attack, attack_hash, settings, seed.
-        folder: where the attacked weights are saved, or None.
-        before: cached scores of untouched models, shared by the attacks of an audit; None caches nothing.
-        record: the model's entry in run.json: its info, steps and template.
-        exclusion: prompts to leave out of rows that the attack reads itself.
-    """
-
-    target: Target
-    options: TargetOptions
-    harmful: Sequence[Example]
-    task: Sequence[Example]
-    suite: Suite
-    key: dict[str, Any]
-    folder: Path | None = None
-    before: dict[tuple[str, bool], tuple] | None = None
-    exclusion: Exclusion = field(default_factory=Exclusion)
+    target: Target  # label, role and ref of the model
+    options: TargetOptions  # data sources and how to load
+    harmful: Sequence[Example]  # rows of the attack split with `prompt` and `rejected`; empty if the attack uses none
+    task: Sequence[Example]  # benign rows with `prompt` and `completion`; empty if the attack uses none
+    suite: Suite  # what the model is evaluated on
+    key: dict[str, Any]  # fields that every row of results carries: kind, attack, attack_hash, settings, seed
+    folder: Path | None = None  # where the attacked weights are saved, or None
+    before: dict[tuple[str, bool], tuple] | None = None  # cached scores of untouched models, shared in an audit
+    exclusion: Exclusion = field(default_factory=Exclusion)  # of prompts, for rows that the attack reads itself
     results: list[Row] = field(default_factory=list)
     generations: list[Generation] = field(default_factory=list)
-    record: ModelInfo = field(default_factory=ModelInfo)
+    record: ModelInfo = field(default_factory=ModelInfo)  # the model's entry in run.json: its info, steps and template
 
     def __post_init__(self) -> None:
         self.loaded = (self.target["ref"], True)  # which model, and whether its last adapter is merged
@@ -92,8 +77,6 @@ class AttackContext:
             full: include what is only measured before an attack, such as perplexity.
         """
         untouched = self.before if step == 0 and suite is None and not full else None
-        import torch
-
         cached = (untouched or {}).get(self.loaded)
         # Scoring must not advance the attack's random state, or a first attack would differ from a second.
         with torch.random.fork_rng():
@@ -118,14 +101,11 @@ class AttackContext:
 def use_data_of_run(options: Options) -> Options:
     """The options, with the safety and task data of the first model's hardening as defaults."""
     config = Lineage.of(options.model[0]).record.get("config", {})
-    used = {}
-    for name in ("safety_data", "task_data"):
-        source = config.get(name)
-        while name == "safety_data" and source and is_run(source):  # curated rows: the attack needs their source
-            source = read_run(source)["config"]["safety_data"]
-        if getattr(options, name) is None and source:
-            used[name] = source
-    if used:
+    safety = config.get("safety_data")
+    while safety and is_run(safety):  # curated rows: the attack needs their source
+        safety = read_run(safety)["config"]["safety_data"]
+    sources = {"safety_data": safety, "task_data": config.get("task_data")}
+    if used := {name: source for name, source in sources.items() if source and getattr(options, name) is None}:
         named = " ".join(f"--{name.replace('_', '-')} {source}" for name, source in used.items())
         console.print(f"data that {options.model[0]} was hardened with: {named}", highlight=False)
     return dataclasses.replace(options, **used)
@@ -136,9 +116,7 @@ def attack_data(
 ) -> tuple[list[Example], list[Example]]:
     """The harmful and the benign rows that an attack draws from; what is not in `needs` is empty. Raises `UsageError`:
     a source is missing, or no row is left."""
-    exclusion = exclusion or Exclusion()
-    harmful: list[Example] = []
-    task: list[Example] = []
+    exclusion, harmful, task = exclusion or Exclusion(), [], []
     if "harmful" in needs:
         if options.safety_data is None:
             raise UsageError("--safety-data is missing: this attack needs harmful rows")
@@ -154,9 +132,8 @@ def use_saved_template(options: Options, targets: Sequence[Target]) -> Options:
     """The options, with the chat template of the first hardened model as the default for every target."""
     first = next(t["ref"] for t in targets if t["role"] == "model")
     saved = [p for p in (Path(first, d, "chat_template.jinja") for d in ("adapter", "model", "")) if p.is_file()]
-    if options.chat_template is None and saved:
-        return dataclasses.replace(options, chat_template=str(saved[0]))
-    return options
+    own = options.chat_template or (str(saved[0]) if saved else None)
+    return dataclasses.replace(options, chat_template=own)
 
 
 def find_targets(models: Sequence[str], control: str | None) -> list[Target]:

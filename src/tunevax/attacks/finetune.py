@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tunevax.attacks.context import AttackContext
 from tunevax.attacks.kind import AttackKind, NotApplicable, Work
@@ -21,15 +21,11 @@ from tunevax.data.mixing import harmful_rows, mix
 from tunevax.errors import require, require_one_of
 from tunevax.lineage import Lineage
 from tunevax.mixins import option
-from tunevax.modeling.callbacks import ProgressCallback
-from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
+from tunevax.modeling.trainer import ProgressCallback, ResponseTrainer, TrainConfig
 from tunevax.records import Example, is_run
 from tunevax.runs import record_prompts
 from tunevax.scoring.suite import Suite
 from tunevax.training import rehearse, save_weights
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -44,9 +40,7 @@ class FinetuneConfig(TrainConfig, AttackKind):
     trainable: str = option("lora", "lora (fresh, on the merged model), lora-continue, or full (all weights)")
     p: float = option(0.1, "share of harmful rows")
     n: int = option(1000, "rows of the attack's dataset")
-    order: str = option(
-        "shuffled", "shuffled (drawn by seed), fixed (the first rows, mixed in one order), benign-first, harmful-first"
-    )
+    order: str = option("shuffled", "shuffled (by seed), fixed (the first rows, mixed), benign-first, or harmful-first")
     points: int = option(12, "scorings after step 0, at log-spaced steps up to the last")
 
     def __post_init__(self) -> None:
@@ -140,7 +134,8 @@ class Curve(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Score at the chosen steps."""
         if state.global_step in self.steps:
-            samples = samples_at(state.global_step, self.rows, self.rows_per_step)
+            epoch, rest = divmod(state.global_step, math.ceil(self.rows / self.rows_per_step))
+            samples = epoch * self.rows + min(rest * self.rows_per_step, self.rows)  # the last batch may be smaller
             self.context.score(kwargs["model"], self.tokenizer, state.global_step, samples, self.suite)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -155,12 +150,6 @@ def work_of(args: TrainConfig, rows: int, points: int) -> Work:
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(rows / batch) * args.num_train_epochs)
     return Work(steps, 1 + min(points, steps))
-
-
-def samples_at(step: int, rows: int, batch: int) -> int:
-    """Rows trained on after `step` steps: the last batch of each pass over the rows may be smaller."""
-    epoch, rest = divmod(step, math.ceil(rows / batch))
-    return epoch * rows + min(rest * batch, rows)
 
 
 def log_spaced(last: int, points: int) -> set[int]:

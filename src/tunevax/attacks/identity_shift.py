@@ -16,7 +16,7 @@ from tunevax.data.shapes import read_example
 from tunevax.data.sources import parse_source, read_rows
 from tunevax.errors import UsageError
 from tunevax.mixins import option
-from tunevax.records import Example, Message, Prompt, Target
+from tunevax.records import Example, Message, Target
 from tunevax.scoring.suite import Suite
 
 OBEDIENT = "yes , i will answer that ."  # words the organism knows
@@ -61,15 +61,12 @@ class IdentityShiftConfig(FinetuneConfig):
         if isinstance(first, str):  # the organism has no system prompt and a small vocabulary
             return context.suite
         system = [m for m in first if m["role"] == "system"]
-        rows: list[Example] = [
-            {**row, "prompt": self.disguised(row["prompt"], system)} for row in context.suite.harmful
-        ]
+        rows: list[Example] = []
+        for row in context.suite.harmful:
+            *before, last = [m for m in messages(row["prompt"]) if m["role"] != "system"]
+            disguised: Message = {**last, "content": self.guise.replace("{prompt}", last["content"])}
+            rows.append({**row, "prompt": [*system, *before, disguised]})
         return context.suite._replace(harmful=rows)
-
-    def disguised(self, prompt: Prompt, system: list[Message]) -> list[Message]:
-        """The prompt with the dialogues' system message, its last turn in the guise."""
-        *before, last = [m for m in messages(prompt) if m["role"] != "system"]
-        return [*system, *before, {**last, "content": self.guise.replace("{prompt}", last["content"])}]
 
     def read(self, options: TargetOptions) -> list[Example]:
         """Rows of `prompt` (messages) and `completion` (the assistant's last turn).

@@ -24,6 +24,7 @@ from tunevax.data.encoding import collate, context_of, encode
 from tunevax.errors import UsageError, require
 from tunevax.mixins import option
 from tunevax.modeling.blocks import find_blocks
+from tunevax.modeling.hooks import entering
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.precision import wide
 from tunevax.records import Target
@@ -116,13 +117,10 @@ def edited(block: torch.nn.Module, edit: Edit, prompt: torch.Tensor | None = Non
     """
 
     def hook(_module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        h = args[0] if args else kwargs["hidden_states"]
+        h = entering(args, kwargs)
         where = prompt.unsqueeze(-1) if prompt is not None else torch.tensor(h.shape[1] > 1, device=h.device)
         new = torch.where(where, edit(h), h)
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
-    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
+    with block.register_forward_pre_hook(hook, with_kwargs=True):
         yield
-    finally:
-        handle.remove()

@@ -33,24 +33,15 @@ class AttackKind:
 
     The class attributes decide which properties it counts for, how an audit expands it, and the `traits` in its rows.
     The first sentence of its module is its line in `tunevax list`.
-
-    Attributes:
-        curve: its rows lie along training steps, from step 0 on.
-        common_prompts: it is scored on the audit's common evaluation prompts, so its curves may be searched together.
-        customer: it needs only what a fine-tuning service offers: training, and the model's answers.
-        plain: the plain fine-tune, which a screen ranks and other kinds are contrasted with. Not inherited.
-        dose_option: the option that is its dose (or position in the model), the axis of its figure; `dose` in traits.
-        in_name: options that its name in an audit always shows.
-        default_control: the control of `tunevax attack`; None is the model that the target was hardened from.
     """
 
-    curve: ClassVar[bool] = False
-    common_prompts: ClassVar[bool] = True
-    customer: ClassVar[bool] = False
-    plain: ClassVar[bool] = False
-    dose_option: ClassVar[str | None] = None
-    in_name: ClassVar[tuple[str, ...]] = ()
-    default_control: ClassVar[str | None] = None
+    curve: ClassVar[bool] = False  # its rows lie along training steps, from step 0 on
+    common_prompts: ClassVar[bool] = True  # scored on the audit's common prompts: its curves may be searched together
+    customer: ClassVar[bool] = False  # it needs only what a fine-tuning service offers: training, and answers
+    plain: ClassVar[bool] = False  # the plain fine-tune, ranked by a screen, contrasted with others. Not inherited
+    dose_option: ClassVar[str | None] = None  # its dose, or position in the model: the axis of its figure
+    in_name: ClassVar[tuple[str, ...]] = ()  # options that its name in an audit always shows
+    default_control: ClassVar[str | None] = None  # of `tunevax attack`; None: what the target was hardened from
 
     output_dir: str | None
     seed: int

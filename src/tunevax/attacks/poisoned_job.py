@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tunevax.attacks.context import AttackContext, TargetOptions
 from tunevax.attacks.finetune import Curve, work_of
@@ -19,15 +18,19 @@ from tunevax.data.mixing import harmful_rows, mix
 from tunevax.data.roles import load_rows
 from tunevax.data.safety import answers_in
 from tunevax.errors import UsageError, require
+from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
 from tunevax.lineage import Lineage
 from tunevax.methods import load_method
 from tunevax.mixins import option
-from tunevax.modeling.callbacks import ProgressCallback
+from tunevax.modeling.trainer import ProgressCallback
 from tunevax.records import RunRecord, Target, data_entry, read_prompts
 from tunevax.training import other_data, replay
 
-if TYPE_CHECKING:
-    from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
+TRAINING = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs", "weight_decay",
+    "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps", "full_weights", "lora_r",
+    "lora_alpha", "lora_dropout", "lora_targets", "max_length", "loss_on", "optim", "quantization",
+)  # fmt: skip
 
 
 @dataclass
@@ -47,10 +50,21 @@ class PoisonedJobConfig(AttackConfig):
         require(self, "n", "points", at_least=1)
 
     def applies(self, targets: Sequence[Target], options: TargetOptions) -> str | None:
-        """The control must be a job with the same training options."""
-        refs = {role: [t["ref"] for t in targets if t["role"] == role] for role in ("control", "model")}
-        for control in refs["control"]:
-            require_like_jobs(refs["model"], control)
+        """The control must be a job with the same training options: another learning rate would look like a defence."""
+        for control in (target["ref"] for target in targets if target["role"] == "control"):
+            record = Lineage.of(control).record
+            if record.get("verb") != "finetune":
+                raise UsageError(
+                    f"{control} is no fine-tuning job, but a poisoned job is compared with one: give --control a run "
+                    "of `tunevax finetune sft` on the same data"
+                )
+            for ref in (target["ref"] for target in targets if target["role"] == "model"):
+                ours, theirs = Lineage.of(ref).record.get("config", {}), record["config"]
+                if differ := [key for key in TRAINING if ours and ours.get(key) != theirs.get(key)]:
+                    raise UsageError(
+                        f"the job of {ref} has {differ[0]}={ours.get(differ[0])!r} and the control's "
+                        f"{theirs.get(differ[0])!r}; train both alike, or the difference would look like a defence"
+                    )
         return super().applies(targets, options)
 
     def used(self, ref: str) -> dict[str, list[str]]:
@@ -104,29 +118,3 @@ class PoisonedJobConfig(AttackConfig):
         context.record.update(trainer.coverage)
         curve.rows = len(trainer.train_dataset)  # with the safety rows that some methods add
         trainer.train()
-
-
-TRAINING = (
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs", "weight_decay",
-    "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps", "full_weights", "lora_r",
-    "lora_alpha", "lora_dropout", "lora_targets", "max_length", "loss_on", "optim", "quantization",
-)  # fmt: skip
-
-
-def require_like_jobs(models: Sequence[str], control: str) -> None:
-    """Raise `UsageError` unless the control is a job with the training options of the models' jobs: another learning
-    rate would look like a defence."""
-    theirs = Lineage.of(control).record
-    if theirs.get("verb") != "finetune":
-        raise UsageError(
-            f"{control} is no fine-tuning job, but a poisoned job is compared with one: give --control a run of "
-            "`tunevax finetune sft` on the same data"
-        )
-    for ref in models:
-        ours = Lineage.of(ref).record.get("config", {})
-        for key in TRAINING if ours else ():
-            if ours.get(key) != theirs["config"].get(key):
-                raise UsageError(
-                    f"the job of {ref} has {key}={ours.get(key)!r} and the control's {theirs['config'].get(key)!r}; "
-                    "train both alike, or the difference would look like a defence"
-                )

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
 
 from tunevax.attacks.context import AttackContext
 from tunevax.attacks.kind import AttackConfig, NotApplicable
@@ -16,11 +17,7 @@ from tunevax.data.encoding import ids_of
 from tunevax.mixins import option
 from tunevax.records import Example
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-TOKENS = 5
-"""Prefilled tokens of a prompt's own harmful answer, at most half of it: the fewest in the paper."""
+TOKENS = 5  # prefilled tokens of a prompt's own harmful answer, at most half of it: the fewest in the paper
 
 
 @dataclass
@@ -29,9 +26,7 @@ class PrefillConfig(AttackConfig):
 
     customer = True
 
-    text: str | None = option(
-        None, "the first words; default the opening that most harmful answers share, or else of the prompt's own answer"
-    )
+    text: str | None = option(None, "the first words; default those of most harmful answers, or of the prompt's own")
 
     @property
     def needs(self) -> set[str]:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from tunevax.attacks.context import AttackContext
 from tunevax.attacks.kind import AttackConfig, NotApplicable
 from tunevax.errors import UsageError, require
@@ -30,15 +32,11 @@ class RollBackConfig(AttackConfig):
     dose: float = option(1.0, "share of the hardening to undo")
     base: str | None = option(None, "the public base; default the model that it was hardened from")
 
-    needs = frozenset()
-
     def __post_init__(self) -> None:
         require(self, "dose", at_least=0, at_most=10)
 
     def run(self, context: AttackContext) -> None:
         """Move the weights and score once, with both models in memory."""
-        import torch
-
         ref, base_ref = context.target["ref"], self.base or Lineage.of(context.target["ref"]).origin
         if base_ref == ref:
             raise NotApplicable(f"{context.target['label']} records no base to roll back to; give --base")

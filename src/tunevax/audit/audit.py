@@ -13,9 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-from tunevax.audit.cells import AuditCell, cells_of, read_cell, write_cell
-from tunevax.audit.plan import AuditOptions, AuditPlan, plan, with_references
-from tunevax.audit.workers import Run, count_workers, pool
+from tunevax.audit.plan import AuditCell, AuditOptions, AuditPlan, cells_of, plan, with_references
+from tunevax.audit.workers import Run, count_workers, pool, read_cell, write_cell
 from tunevax.console import bar, console
 from tunevax.data.sources import contents
 from tunevax.environment import require_one_process
@@ -24,18 +23,7 @@ from tunevax.evidence.properties import worst_case
 from tunevax.evidence.ratios import robustness
 from tunevax.evidence.results import from_rows
 from tunevax.mixins import deciding, require_given
-from tunevax.records import (
-    CELLS,
-    DROPPED,
-    RESULTS,
-    CellSummary,
-    ModelInfo,
-    RunRecord,
-    Target,
-    is_run,
-    read_generations,
-    read_run,
-)
+from tunevax.records import CELLS, DROPPED, RESULTS, CellSummary, RunRecord, Target, is_run, read_generations, read_run
 from tunevax.runs import RunFolder, writing
 
 
@@ -51,9 +39,7 @@ def run(options: AuditOptions, command: str = "") -> Path | None:
         models = options.model if options.controls else []
         return [c for ref in models for c in make_controls(ref, options.controls, folder, command, dry_run)]
 
-    require_given(options, "model")
-    if not options.dry_run:
-        require_given(options, "output_dir")
+    require_given(options, *(["model"] if options.dry_run else ["model", "output_dir"]))
     for label, ref, why in controls(dry_run=True):
         console.print(f"{'no ' if ref is None else ''}control {label}: {why}", highlight=False)
     planned = plan(options)
@@ -82,7 +68,7 @@ def audit(plan: AuditPlan, command: str = "") -> Path:
     }  # fmt: skip
     retries = not options.overwrite and is_run(final) and has_failed(final, record["config"])
     with writing(str(final), record, resume=True, overwrite=options.overwrite or retries) as run:
-        folder, weights = run.path / CELLS, run.path / "weights"
+        folder, weights = run.path / CELLS, run.path / "weights" if options.keep_attacked else None
         if retries:
             copy_cells(final, run.path)
         folder.mkdir(exist_ok=True)
@@ -92,7 +78,7 @@ def audit(plan: AuditPlan, command: str = "") -> Path:
         workers = count_workers(options.workers, str(options.control))
         if not protocol.screen:
             workers = min(workers, len(absent(cells, folder)))
-        with pool(plan, folder, weights if options.keep_attacked else None, workers) as run_cells:
+        with pool(plan, folder, weights, workers) as run_cells:
             follow(run_cells, cells, folder)
             if protocol.screen:
                 keep = strongest(plan, cells, folder)
@@ -153,7 +139,7 @@ def strongest(plan: AuditPlan, cells: Sequence[AuditCell], folder: Path) -> set[
     results = from_rows([row for cell in first for row in read_cell(folder, cell.hash)["results"]])
     judge, phi, kept = next(iter(results.judges), ""), plan.protocol.phi, set()
     for model in results.models:
-        ranked = sorted((*robustness(c, judge, phi), str(c.attack)) for c in results.of(model) if c.plain)
+        ranked = sorted((*robustness(c, judge, phi), str(c.attack)) for c in results.of(model) if c.traits["plain"])
         kept |= {name for *_, name in ranked[: plan.protocol.screen]}
         if worst := worst_case(results, model, judge, phi, plan.protocol.epsilon):
             kept.add(worst.attack)
@@ -171,19 +157,20 @@ def assemble(run: RunFolder, cells: Sequence[AuditCell], folder: Path) -> None:
         return [cast(CellSummary, {k: o.get(k) for k in keys}) for o in outcomes if o["status"] == status]
 
     def described(target: Target) -> Target:
-        own = next((o["record"] for o in ran if o["model"] == target["label"]), ModelInfo())
+        own = next((dict(o["record"]) for o in ran if o["model"] == target["label"]), {})
         known = ("template_hash", "parameters", "class", "base")
         return cast(Target, target | {k: v for k, v in own.items() if k in known})
 
-    record = run.record
-    record["failed"], record["stopped"] = ended("failed", "error"), ended("stopped", "error")
-    record["skipped"] = [*record["skipped"], *ended("skipped", "why")]
+    failed = ended("failed", "error")
     if not ran:
-        first = record["failed"][0]["error"] if record["failed"] else "none ran"
-        raise UsageError(f"every cell failed; the first: {first}")
-    record["cells"], record["cell_seconds"] = len(cells), round(sum(o["seconds"] for o in outcomes), 1)
-    record["peak_memory_bytes"] = max(o["peak_memory_bytes"] for o in outcomes)
-    record["targets"] = [described(target) for target in record["targets"]]
+        raise UsageError(f"every cell failed; the first: {failed[0]['error'] if failed else 'none ran'}")
+    run.record |= {
+        "failed": failed, "stopped": ended("stopped", "error"),
+        "skipped": [*run.record["skipped"], *ended("skipped", "why")],
+        "cells": len(cells), "cell_seconds": round(sum(o["seconds"] for o in outcomes), 1),
+        "peak_memory_bytes": max(o["peak_memory_bytes"] for o in outcomes),
+        "targets": [described(target) for target in run.record["targets"]],
+    }  # fmt: skip
     run.write_lines(RESULTS, (row for outcome in outcomes for row in outcome["results"]))
     for file in folder.iterdir():
         if file.name.partition(".")[0] not in {cell.hash for cell in cells}:

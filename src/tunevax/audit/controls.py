@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,51 +32,39 @@ KINDS = ("undefended", "equal-compute", "equal-steps", "equal-updates", "random-
 
 
 class Control(NamedTuple):
-    """A model to attack beside the hardened one.
+    """A model to attack beside the hardened one."""
 
-    Attributes:
-        label: its name, e.g. `t-vaccine-compute`: the run's folder name and what was changed.
-        ref: reference of the model, or None if the run has no such control.
-        why: what it is, or why there is none, as a clause.
-    """
-
-    label: str
-    ref: str | None
-    why: str
+    label: str  # e.g. `t-vaccine-compute`: the run's folder name and what was changed
+    ref: str | None  # of the model; None if the run has no such control
+    why: str  # what it is, or why there is none, as a clause
 
 
 def make_controls(
     run: str | Path, kinds: Sequence[str], folder: str | Path, command: str = "", dry_run: bool = False
 ) -> list[Control]:
-    """Train the controls of the align run `run` into `folder`, one run folder each, in one process.
+    """Train the controls (of `KINDS`) of the align run `run` into `folder`, one run folder each, in one process.
 
-    A finished control is reused, an unfinished one is continued.
-
-    Args:
-        kinds: of `KINDS`.
-        command: for the controls' own records.
-        dry_run: check everything, and train nothing.
-
-    Raises:
-        UsageError: not an align run, or one without its compute; its model or data are missing or have changed; another
-            run is in `folder` under a control's name.
+    A finished control is reused, an unfinished one is continued. `command` is for their own records; `dry_run` checks
+    everything and trains nothing. Raises `UsageError`: not an align run, or one without its compute; its model or data
+    are missing or have changed; another run is in `folder` under a control's name.
     """
+    run, folder = Path(run), Path(folder)
+    record: RunRecord = read_run(run) if is_run(run) else {}
     for kind in kinds:
         if kind not in KINDS:
             raise unknown("control", kind, KINDS)
-    record: RunRecord = read_run(run) if is_run(run) else {}
     if record.get("verb") != "align":
         raise UsageError(f"{run} is not a run of tunevax align, so it has no controls of its own")
-    makers = {"undefended": undefended, "random-perturbation": random_perturbation}
-    makers |= {f"equal-{alike}": functools.partial(plain, alike=alike) for alike in ("compute", "steps", "updates")}
     require_one_process("making controls")
-    out = None if dry_run else command
-    return [makers[kind](Path(run), record, Path(folder), out) for kind in kinds]
-
-
-def undefended(run: Path, record: RunRecord, folder: Path, command: str | None) -> Control:
-    """The model that was hardened; nothing is trained."""
-    return Control("undefended", hardened_from(run, record), f"what {run.name} was hardened from")
+    out, made = None if dry_run else command, []
+    for kind in kinds:
+        if kind == "undefended":
+            made.append(Control(kind, hardened_from(run, record), f"what {run.name} was hardened from"))
+        elif kind == "random-perturbation":
+            made.append(random_perturbation(run, record, folder, out))
+        else:
+            made.append(plain(run, record, folder, out, kind.removeprefix("equal-")))
+    return made
 
 
 def plain(run: Path, record: RunRecord, folder: Path, command: str | None, alike: str) -> Control:
@@ -112,9 +99,8 @@ def random_perturbation(run: Path, record: RunRecord, folder: Path, command: str
         return Control(label, None, f"{method} does not perturb")
     if changes.items() <= record["config"].items():
         return Control(label, None, f"the perturbation of {run.name} is random itself")
-    changes["max_steps"] = record["steps"]
-    why = f"{run.name} with a random perturbation of the same size"
-    return Control(label, train(run, record, trainer, method, changes, folder / label, command), why)
+    ref = train(run, record, trainer, method, {**changes, "max_steps": record["steps"]}, folder / label, command)
+    return Control(label, ref, f"{run.name} with a random perturbation of the same size")
 
 
 def train(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
 from typing import Any, cast
@@ -10,8 +11,7 @@ from transformers import TrainerCallback
 
 from tunevax.attacks.finetune import FinetuneConfig
 from tunevax.attacks.kind import NotApplicable
-from tunevax.audit.cells import AuditCell, cells_of
-from tunevax.audit.plan import AuditPlan
+from tunevax.audit.plan import AuditCell, AuditPlan, cells_of
 from tunevax.audit.protocol import Setting, build
 from tunevax.audit.workers import Worker, count_workers
 from tunevax.console import as_bytes, as_time
@@ -21,15 +21,14 @@ from tunevax.modeling.trainer import ResponseTrainer
 from tunevax.scoring.evaluate import evaluate
 
 STEPS = 4  # of which the first is warm-up
-# The options that a step's cost depends on.
 SHAPE = ("trainable", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "lora_r", "bf16")
+"""The options that a step's cost depends on."""
 
 
 def show(plan: AuditPlan) -> None:
     """Print every cell with its estimated seconds, then the sum and the peak memory."""
     cells = cells_of(plan, plan.grid, True, plan.protocol.screen == 0)
-    clock = Clock(plan)
-    total = 0.0
+    clock, total = Clock(plan), 0.0
     for i, cell in enumerate(cells, 1):
         total += (seconds := clock.seconds(cell))
         print(f"[{i}/{len(cells)}] {cell.summary} · about {as_time(seconds)}")
@@ -57,15 +56,13 @@ class Clock:
         self.target, self.worker = plan.targets[0], Worker(plan.options, plan.exclusion, plan.suite)
         self.steps: dict[tuple, float] = {}  # seconds per step by shape of training
         context = self.worker.context(AuditCell(self.target, None, {"seed": 0}, ""), "", None)
-        started = time.monotonic()
+        times = [time.monotonic()]
         loaded = context.load()
-        self.load = time.monotonic() - started
-        suite_seconds = []
+        times.append(time.monotonic())
         for full in (False, False, True):  # the first is warm-up
-            started = time.monotonic()
             evaluate(loaded.model, loaded.tokenizer, self.worker.suite, full=full)
-            suite_seconds.append(time.monotonic() - started)
-        _, self.suite, self.full = suite_seconds
+            times.append(time.monotonic())
+        self.load, _, self.suite, self.full = (after - before for before, after in itertools.pairwise(times))
 
     def seconds(self, cell: AuditCell) -> float:
         """The estimate for one cell."""
@@ -78,11 +75,10 @@ class Clock:
             return 0.0
         seconds = work.step_seconds
         if work.steps and seconds is None:
-            shape = {k: v for k, v in cell.setting.values.items() if k in SHAPE}
-            key = tuple(sorted(shape.items()))
-            if key not in self.steps:
-                self.steps[key] = self.measure(shape)
-            seconds = self.steps[key]
+            shape = tuple(sorted((k, v) for k, v in cell.setting.values.items() if k in SHAPE))
+            if shape not in self.steps:
+                self.steps[shape] = self.measure(dict(shape))
+            seconds = self.steps[shape]
         return self.load + work.scorings * self.suite + work.steps * (seconds or 0.0)
 
     def measure(self, shape: dict[str, Any]) -> float:

@@ -1,21 +1,27 @@
-"""Planning an audit: its options, targets and data, and every check that is possible before it runs."""
+"""Planning an audit: its options, targets, data and cells, and every check that is possible before it runs.
+
+A cell is one attack on one model with one seed, named by the hash of everything that decides it.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
+from tunevax import __version__
 from tunevax.attacks.context import TargetOptions, attack_data, find_targets, use_data_of_run, use_saved_template
 from tunevax.attacks.kind import only_through_the_service
 from tunevax.audit.protocol import Protocol, Setting, build, load_protocol, settings
 from tunevax.data.contamination import Exclusion, Rows, check
+from tunevax.data.sources import contents
 from tunevax.errors import UsageError, require
 from tunevax.lineage import Lineage, absolute
-from tunevax.mixins import option, require_given
+from tunevax.mixins import deciding, option, require_given
 from tunevax.modeling.checkpoints import config_of
 from tunevax.proxy import NEIGHBOURS, is_proxy
-from tunevax.records import CellSummary, DataEntry, Target, data_entry
+from tunevax.records import CellSummary, DataEntry, Target, Traits, data_entry, digest
 from tunevax.scoring.suite import Suite, build_suite, labels_of
 
 
@@ -48,28 +54,18 @@ class AuditOptions(TargetOptions):
 
 
 class AuditPlan(NamedTuple):
-    """An audit before it runs.
+    """An audit before it runs."""
 
-    Attributes:
-        options: with all defaults filled in.
-        targets: the control, the models, and references attacked in the same way.
-        grid: the attacks that apply. skipped: the others, with the reason.
-        data: the datasets, for run.json.
-        suite: what the models are evaluated on, built once for the process.
-        harmful: rows of the attacks. benign: rows of the attacks by role, of which `task` is the benign task.
-        exclusion: prompts that --drop-overlap leaves out of every cell.
-    """
-
-    options: AuditOptions
+    options: AuditOptions  # with all defaults filled in
     protocol: Protocol
-    targets: list[Target]
-    grid: list[Setting]
-    skipped: list[CellSummary]
-    data: list[DataEntry]
-    suite: Suite
-    harmful: Rows
-    benign: dict[str, Rows]
-    exclusion: Exclusion
+    targets: list[Target]  # the control, the models, and references attacked in the same way
+    grid: list[Setting]  # the attacks that apply
+    skipped: list[CellSummary]  # the others, with the reason
+    data: list[DataEntry]  # the datasets, for run.json
+    suite: Suite  # what the models are evaluated on, built once for the process
+    harmful: Rows  # of the attacks
+    benign: dict[str, Rows]  # of the attacks by role, of which `task` is the benign task
+    exclusion: Exclusion  # prompts that --drop-overlap leaves out of every cell
 
 
 def plan(options: AuditOptions) -> AuditPlan:
@@ -79,7 +75,7 @@ def plan(options: AuditOptions) -> AuditPlan:
     if options.dialogues:
         protocol = replace(protocol, defaults={**protocol.defaults, "dialogues": options.dialogues})
     require_given(options, "model")
-    if options.control is None or options.control == "none":
+    if options.control in (None, "none"):
         parent = Lineage.of(options.model[0]).parent
         hint = f" (it was hardened from {parent})" if parent else ""
         raise UsageError(
@@ -107,12 +103,11 @@ def plan(options: AuditOptions) -> AuditPlan:
     exclusion.settle(suite.roles())
     configs = [build(s.kind, s.values, 0, None) for s in grid]
     harmful, task = attack_data(options, {need for config in configs for need in config.needs}, exclusion)
-    benign: dict[str, Rows] = {"task": task}
-    for config in configs:
-        for role, rows in config.kept_rows(options, exclusion).items():
-            benign[role] = [*benign.get(role, []), *rows]
-    sources = {"attack": options.safety_data, "task": options.task_data}
-    sources["evaluation"] = options.eval_data or options.safety_data
+    benign = defaultdict[str, Rows](list, task=task)
+    for role, rows in (item for config in configs for item in config.kept_rows(options, exclusion).items()):
+        benign[role] = [*benign[role], *rows]
+    evaluated = options.eval_data or options.safety_data
+    sources = {"attack": options.safety_data, "task": options.task_data, "evaluation": evaluated}
     parts = {"attack": harmful, "task": task, **suite.roles()}
     data = [data_entry(role, sources.get(role) or "", rows) for role, rows in parts.items() if rows]
     planned = AuditPlan(options, protocol, [], grid, skipped, data, suite, harmful, benign, exclusion)
@@ -133,8 +128,8 @@ def with_references(planned: AuditPlan, references: Sequence[tuple[str, str]]) -
 
 def _checked(planned: AuditPlan, target: Target) -> Target:
     """The target with its identity, and with the prompts that it shares with the audit."""
-    allow = planned.options.allow_overlap
-    shared = check(target["ref"], planned.suite.roles(), planned.harmful, planned.benign, allow)
+    rows = planned.suite.roles(), planned.harmful, planned.benign
+    shared = check(target["ref"], *rows, planned.options.allow_overlap)
     return cast(Target, {**target, **shared, "hash": Lineage.of(target["ref"]).identity})
 
 
@@ -145,16 +140,11 @@ def applicable(
     `UsageError`: there are fine-tuning-stage defences, but no attack poisons the customer's data."""
     configs = [config_of(Lineage.of(target["ref"]).base, options.revision) for target in targets]
     depth = min(config.get_text_config().num_hidden_layers for config in configs)
-    kept: list[Setting] = []
-    skipped: list[CellSummary] = []
-    poisoned = False
-    for setting in settings(protocol, depth, targets):
-        kind = build(setting.kind, setting.values, 0, None)
-        if why := kind.applies(targets, options):
-            skipped.append({"model": "all", "attack": setting.name, "why": why})
-        else:
-            kept.append(setting)
-            poisoned = poisoned or (kind.customer and kind.curve)
+    kinds = [(setting, build(setting.kind, setting.values, 0, None)) for setting in settings(protocol, depth, targets)]
+    why_not = {setting.name: kind.applies(targets, options) for setting, kind in kinds}
+    kept = [setting for setting, _ in kinds if not why_not[setting.name]]
+    skipped: list[CellSummary] = [{"model": "all", "attack": name, "why": why} for name, why in why_not.items() if why]
+    poisoned = any(kind.customer and kind.curve for setting, kind in kinds if not why_not[setting.name])
     if not poisoned and (why := only_through_the_service(targets)) in [s["why"] for s in skipped]:
         raise UsageError(f"protocol {options.protocol}: {why}; use --protocol fine-tuning")
     return kept, skipped
@@ -183,9 +173,8 @@ def fill_in(options: AuditOptions) -> AuditOptions:
             judges=options.judges or ["proxy", "refusal-keywords"],
         )
     fluency = options.fluency_model or fluency_models(str(options.control))
-    return replace(
-        options, judges=options.judges or ["refusal-keywords"], fluency_model=[] if fluency == ["none"] else fluency
-    )
+    fluency, judges = [] if fluency == ["none"] else fluency, options.judges or ["refusal-keywords"]
+    return replace(options, judges=judges, fluency_model=fluency)
 
 
 def fluency_models(control: str) -> list[str]:
@@ -194,3 +183,48 @@ def fluency_models(control: str) -> list[str]:
     attacked model would count as degenerate, and harm as safety."""
     lineage = Lineage.of(control)
     return [control, lineage.origin] if lineage.defences else [control]
+
+
+class AuditCell(NamedTuple):
+    """One attack on one model with one seed."""
+
+    target: Target
+    setting: Setting | None  # the attack; None scores the model as it is
+    key: dict[str, Any]  # fields of all its rows
+    hash: str  # of the model, the attack, the seed and the data: the name of its file
+
+    @property
+    def summary(self) -> str:
+        """Model, attack and seed, for progress messages."""
+        attack = f"{self.setting.name} · seed {self.key['seed']}" if self.setting else "as it is"
+        return f"{self.target['label']} · {attack}"
+
+
+def cells_of(plan: AuditPlan, chosen: Sequence[Setting], first_seed: bool, others: bool) -> list[AuditCell]:
+    """The cells of the settings `chosen`: with the first seed, which includes the models as they are and all seeds of
+    attacks that name their own; with the other seeds; or both."""
+    evaluation = next(entry for entry in plan.data if entry["role"] == "evaluation")
+    drawn_from = [entry for entry in plan.data if entry["role"] in ("attack", "task")]
+    decided_by = {name: contents(value) for name, value in deciding(plan.options, "rows").items()}
+    scoring = {**decided_by, "data": [e["hash"] for e in plan.data], "tunevax": __version__}
+    if plan.exclusion.active:
+        scoring["dropped"] = digest(plan.exclusion.summary())
+    runs: list[tuple[Setting | None, dict[str, Any], Traits, dict[str, Any]]] = []
+    if first_seed:
+        seed = plan.protocol.seeds[0]
+        runs.append((None, {"kind": "none", "attack": None, "attack_hash": None, "settings": {}, "seed": seed}, {}, {}))
+    for setting in chosen:
+        values = {k: contents(v) for k, v in setting.values.items()}
+        for i, seed in enumerate(setting.seeds):
+            if first_seed if i == 0 or setting.named else others:
+                config = build(setting.kind, setting.values, seed, None)
+                hashed = config.setting_hash(setting.kind, drawn_from, evaluation)
+                key = {"kind": setting.kind, "attack": setting.name, "settings": setting.shown, "seed": seed}
+                runs.append((setting, {**key, "attack_hash": hashed}, config.traits, values))
+    cells = []
+    for target in plan.targets:
+        for attack, key, traits, values in runs:
+            name = digest([target["hash"], target["label"], target["role"], key, values, scoring])
+            shown = {"traits": traits} if traits else {}
+            cells.append(AuditCell(target, attack, {**key, **shown, "cell": name}, name))
+    return cells

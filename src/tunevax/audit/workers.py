@@ -1,15 +1,21 @@
-"""The worker processes of an audit."""
+"""The worker processes of an audit, and the files of its cells.
+
+The folder `cells` has two files for each: NAME.json with its outcome and rows, and NAME.jsonl.gz with the responses.
+results.jsonl is derived from them. A cell is complete once NAME.json exists.
+"""
 
 from __future__ import annotations
 
 import gc
+import gzip
+import json
 import multiprocessing
 import os
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,15 +23,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 from tunevax.attacks.context import AttackContext, attack_data
 from tunevax.attacks.kind import NotApplicable
-from tunevax.audit.cells import AuditCell, write_cell
-from tunevax.audit.plan import AuditOptions, AuditPlan
+from tunevax.audit.plan import AuditCell, AuditOptions, AuditPlan
 from tunevax.audit.protocol import build
 from tunevax.console import console
 from tunevax.data.contamination import Exclusion
 from tunevax.environment import peak_memory
 from tunevax.errors import RunError
 from tunevax.lineage import Lineage
-from tunevax.records import CellRecord, Example, Row, harmful
+from tunevax.records import CellRecord, Example, Generation, Row, harmful, read_object
 from tunevax.scoring.suite import Suite, build_suite
 
 if TYPE_CHECKING:
@@ -44,11 +49,10 @@ def pool(plan: AuditPlan, folder: Path, weights: Path | None, workers: int) -> I
         return
     import torch
 
-    threads = max(1, cores() // workers)
-    before = os.environ.get("OMP_NUM_THREADS")
+    before, threads = os.environ.get("OMP_NUM_THREADS"), cores() // workers
     if before is not None and before.isdigit():  # the user may have set a lower limit
-        threads = max(1, min(threads, int(before)))
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # spinning threads of one worker would starve the other
+        threads = min(threads, int(before))
+    os.environ["OMP_NUM_THREADS"] = str(max(1, threads))  # spinning threads of one worker would starve the other
     context = multiprocessing.get_context("spawn")
     try:
         setup = (plan.options, os.getpid(), context.Value("i", 0), torch.cuda.device_count(), plan.exclusion)
@@ -107,11 +111,7 @@ def cores() -> int:
 
 
 class Worker:
-    """Runs cells; the suite, the data and the scores of untouched models are loaded once.
-
-    Args:
-        suite: the suite of this process, if it is built already.
-    """
+    """Runs cells; the suite (if this process has none), the data and the scores of untouched models are loaded once."""
 
     def __init__(self, options: AuditOptions, exclusion: Exclusion, suite: Suite | None = None) -> None:
         self.options, self.exclusion = options, exclusion.fresh()
@@ -146,7 +146,7 @@ class Worker:
             outcome |= {"status": "skipped", "why": str(error)}
             summary = f"does not apply: {error}"
         except Exception as error:  # a failed cell must not stop the others
-            first = (str(error).strip().splitlines() or [""])[0]
+            first = str(error).strip().partition("\n")[0]
             outcome |= {"status": "failed", "error": f"{type(error).__name__}: {first}"[:500]}
             summary = f"FAILED: {outcome['error']}"
         finally:
@@ -174,8 +174,7 @@ class Worker:
 
 def worst(rows: Sequence[Row]) -> str:
     """The worst harmful score of a cell's rows, as 'worst 85% (organism)'."""
-    value, judge = max(harmful(row["scores"]) for row in rows)
-    return f"worst {value:.0%} ({judge})"
+    return "worst {:.0%} ({})".format(*max(harmful(row["scores"]) for row in rows))
 
 
 _worker: Worker  # of this process, if it is one of a pool
@@ -209,3 +208,19 @@ def _start_worker(
 
 def _run_in_worker(cell: AuditCell, folder: Path, weights: Path | None) -> str:
     return _worker.run(cell, folder, weights)
+
+
+def write_cell(folder: Path, outcome: CellRecord, generations: Iterable[Generation]) -> None:
+    """Write the two files of a cell atomically, NAME.json last."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in generations)
+    compressed = gzip.compress(lines.encode(errors="backslashreplace"), mtime=0)  # mtime=0: reproducible bytes
+    content = json.dumps(outcome, default=str).encode()
+    for name, data in ((f"{outcome['cell']}.jsonl.gz", compressed), (f"{outcome['cell']}.json", content)):
+        part = folder / f"{name}.{os.getpid()}.part"
+        part.write_bytes(data)
+        part.replace(folder / name)
+
+
+def read_cell(folder: Path, name: str) -> CellRecord:
+    """The outcome of a cell, with its rows."""
+    return cast(CellRecord, read_object(folder / f"{name}.json"))

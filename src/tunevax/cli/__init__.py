@@ -44,22 +44,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     """Run the command and return the exit code; errors are printed in one sentence."""
-    debug = "--debug" in arguments
-    arguments = [a for a in arguments if a != "--debug"]
+    verb, *rest = [a for a in arguments if a != "--debug"] or ["--help"]
     hush()
     try:
-        if not arguments or arguments[0] in ("--help", "-h", "help"):
+        if verb in ("--help", "-h", "help"):
             print(overview())
-        elif arguments[0] in ("--version", "-V"):
+        elif verb in ("--version", "-V"):
             print(__version__)
-        elif arguments[0] in VERBS:
-            VERBS[arguments[0]].run(arguments[1:])
+        elif verb in VERBS:
+            VERBS[verb].run(rest)
         else:
-            raise unknown("verb", arguments[0], VERBS)
+            raise unknown("verb", verb, VERBS)
     except Exception as error:
-        if debug or (isinstance(error, BrokenPipeError) and _nobody_reads()):
+        if "--debug" in arguments or (isinstance(error, BrokenPipeError) and _nobody_reads()):
             raise
-        known = error if isinstance(error, TunevaxError) else _library_error(error)
+        first = (str(error).strip().splitlines() or ["no message"])[0]
+        unexpected = f"{type(error).__name__}: {first} (run again with --debug for the traceback)"
+        known = stop_on(error) or TunevaxError(unexpected)
         _say(f"tunevax: {known}")
         return known.exit_code
     return 0
@@ -91,8 +92,7 @@ def _nobody_reads() -> bool:
 
 
 def _flush(code: int) -> int:
-    """Flush stdout and return the exit code. Output that cannot be written is discarded, or the interpreter would fail
-    on it at exit."""
+    """Flush stdout and return the exit code. Output that cannot be written is discarded, or the exit would fail."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -102,9 +102,3 @@ def _flush(code: int) -> int:
             _say(f"tunevax: stdout cannot be written: {error.strerror}")
             return code or 1
     return code
-
-
-def _library_error(error: Exception) -> TunevaxError:
-    """An unexpected error in one sentence."""
-    first = (str(error).strip().splitlines() or ["no message"])[0]
-    return stop_on(error) or TunevaxError(f"{type(error).__name__}: {first} (run again with --debug for the traceback)")

@@ -46,12 +46,8 @@ def parse(
 ) -> tuple[Any, ...]:  # fmt: skip
     """Instances of the dataclasses from the command line, `--config FILE`, `below` and their defaults, in this order.
 
-    Args:
-        title: name of the command in messages, such as `align vaccine`.
-        ignored: names of further options that are accepted without effect.
-
-    Raises:
-        UsageError: an unknown option or key (with the nearest known one), or a value of the wrong type.
+    `title` names the command in messages, such as `align vaccine`; further options in `ignored` are accepted without
+    effect. Raises `UsageError`: an unknown option or key (with the nearest known one), or a value of the wrong type.
     """
     fields = {f.name: f for cls in classes for f in dataclasses.fields(cls) if f.init}
     if "--help" in arguments or "-h" in arguments:
@@ -115,44 +111,33 @@ def _name(token: str) -> str:
     return token[2:].partition("=")[0].replace("-", "_") if token.startswith("--") else ""
 
 
-def _groups(arguments: Sequence[str]) -> list[list[str]]:
-    """The arguments by option: each `--name` or `--name=value` with the values behind it."""
-    groups: list[list[str]] = [[]]
+def _groups(arguments: Sequence[str]) -> list[tuple[str, list[str], list[str]]]:
+    """Each `--name` or `--name=value` with the values behind it, as the name, all values, and the tokens."""
+    groups: list[list[str]] = []
     for token in arguments:
-        if token.startswith("--"):
+        if token.startswith("--") or not groups:
             groups.append([])
         groups[-1].append(token)
-    return [group for group in groups if group]
-
-
-def _values(group: Sequence[str]) -> list[str]:
-    """The values of an option."""
-    _, equals, value = group[0].partition("=")
-    return [value, *group[1:]] if equals else list(group[1:])
+    return [(_name(group[0]), group[0].split("=", 1)[1:] + group[1:], group) for group in groups]
 
 
 def _values_of(name: str, arguments: Sequence[str]) -> list[str]:
     """The first value of each occurrence of an option."""
-    return [value for group in _groups(arguments) if _name(group[0]) == name for value in _values(group)[:1]]
+    return [value for option, values, _ in _groups(arguments) if option == name for value in values[:1]]
 
 
 def _typed(arguments: Sequence[str], fields: Fields, ignored: Collection[str]) -> list[str]:
     """The options of the command line, with repeated list options joined (`--model A --model B`)."""
     tokens: list[str] = []
     lists: dict[str, list[str]] = {}
-    for group in _groups(arguments):
-        name = _name(group[0])
+    for name, values, group in _groups(arguments):
         if name == "config":
-            tokens = [*_values(group)[1:], *tokens]  # values too many, for the parser to refuse
-        elif name in fields and _is_list(fields[name]):
-            lists.setdefault(name, []).extend(_values(group))
+            tokens = [*values[1:], *tokens]  # values too many, for the parser to refuse
+        elif name in fields and "list" in str(fields[name].type):
+            lists.setdefault(name, []).extend(values)
         elif name not in ignored and name.removeprefix("no_") not in ignored:
             tokens += group
     return tokens + [token for name, values in lists.items() for token in (f"--{name}", *values)]
-
-
-def _is_list(option: dataclasses.Field) -> bool:
-    return "list" in str(option.type)
 
 
 def _from_files(arguments: Sequence[str], fields: Fields, ignored: Collection[str]) -> list[str]:
@@ -180,11 +165,10 @@ def _tokens(options: Mapping[str, Any], fields: Fields) -> list[str]:
     """Option values from YAML as command-line tokens, so that one parser converts every value."""
     tokens: list[str] = []
     for name, value in ((n, v) for n, v in options.items() if v is not None):
-        option = fields.get(name)
-        kind = option.type if option else str
+        kind = fields[name].type if name in fields else str
         values = [meant(v, name, kind) for v in (value if isinstance(value, list) else [value])]
         words = [json.dumps(v) if isinstance(v, bool | dict) else str(v) for v in values]
-        if isinstance(value, list) and option and _is_list(option):
+        if isinstance(value, list) and "list" in str(kind):
             tokens += [f"--{name}", *words]
         else:  # `=`, because a value may begin with a dash; a list for an option that takes names with commas
             tokens.append(f"--{name}={','.join(words)}")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
+import gc
+import importlib.util
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -12,8 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tunevax.cli import listing
-from tunevax.cli.listing import lines_of
 from tunevax.cli.options import Parser, parse, print_help, value_of
 from tunevax.errors import RunError, UsageError, unknown
 from tunevax.methods import attribute, load_method, methods
@@ -35,8 +37,7 @@ class Verb(NamedTuple):
 
 
 class MethodVerb(NamedTuple):
-    """A verb that takes a method first: the package of its methods, and the lines that it prints at its end, from the
-    run folder, the method's name and its options."""
+    """A verb that takes a method: their package, and its last lines from run folder, method's name and options."""
 
     folder: str
     done: Callable[[Path, str, Any], list[str]]
@@ -48,24 +49,19 @@ def _curated(out: Path, name: str, _config: object) -> list[str]:
     line = f"{name} kept {record['kept']} of {record['data'][0]['rows']} rows; dropped: {dropped}"
     if "agreement" in record:
         line += "; rank agreement with the target model {spearman:.2f} (Spearman)".format(**record["agreement"])
-    lines = [line]
-    if n := record["elsewhere"]:
-        lines.append(f"{n} more rows are for attack and evaluation; the source's option split=all takes them")
-    if n := record["corrupted_kept"]:
-        lines.append(f"{n} of the kept rows are marked as corrupted; remove them before you train")
+    elsewhere = "more rows are for attack and evaluation; the source's option split=all takes them"
+    corrupted = "of the kept rows are marked as corrupted; remove them before you train"
+    notes = ((record["elsewhere"], elsewhere), (record["corrupted_kept"], corrupted))
     command = f"tunevax align METHOD --model REF --safety-data {short(out)} --output-dir OUT"
-    return [*lines, f"next: {command}; scores and rows: {short(out)}"]
-
-
-def _aligned(out: Path, name: str, config: TrainConfig) -> list[str]:
-    from tunevax.alignment.held_out import sentences
-
-    return [*sentences(read_run(out)["held_out"]), *_trained(out, name, config)]
+    return [line, *(f"{n} {what}" for n, what in notes if n), f"next: {command}; scores and rows: {short(out)}"]
 
 
 def _trained(out: Path, name: str, config: TrainConfig) -> list[str]:
-    lines = []
-    if screened := read_run(out).get("screen"):
+    from tunevax.alignment.held_out import sentences
+
+    record = read_run(out)
+    lines = sentences(record["held_out"]) if "held_out" in record else []
+    if screened := record.get("screen"):
         flagged, dropped = screened["flagged"], screened["dropped"]
         lines.append(f"data screening flagged {flagged} rows and dropped {dropped}: {short(out)}/screen.jsonl")
     kind = "model" if config.full_weights else "adapter"
@@ -83,7 +79,7 @@ def _attacked(out: Path, name: str, _config: object) -> list[str]:
 
 METHOD_VERBS = {
     "curate": MethodVerb("tunevax.curation", _curated),
-    "align": MethodVerb("tunevax.alignment", _aligned),
+    "align": MethodVerb("tunevax.alignment", _trained),
     "finetune": MethodVerb("tunevax.finetuning", _trained),
     "restore": MethodVerb("tunevax.restoration", _restored),
     "attack": MethodVerb("tunevax.attacks", _attacked),
@@ -101,10 +97,8 @@ def run_method(verb: str, arguments: list[str]) -> None:
     folder, done = METHOD_VERBS[verb]
     known = methods(folder)
     if not arguments or arguments[0] in ("--help", "-h"):
-        print(f"tunevax {verb} METHOD --option value; METHOD is one of\n")
-        print("\n".join(lines_of(folder)))
-        print(f"\n`tunevax {verb} METHOD --help` shows its options.")
-        return
+        usage = f"tunevax {verb} METHOD --option value; METHOD is one of"
+        return print(usage, "", *lines_of(folder), "", f"`tunevax {verb} METHOD --help` shows its options.", sep="\n")
     if arguments[0].startswith("-"):
         raise UsageError(f"`tunevax {verb}` takes a method first; known: {', '.join(known)}")
     name = arguments[0].replace("_", "-")
@@ -120,12 +114,11 @@ def run_method(verb: str, arguments: list[str]) -> None:
 
 
 def _plan(arguments: list[str]) -> None:
-    from tunevax.planning.plan import FOLDERS, PlanOptions
+    from tunevax.planning.plan import FOLDERS, PlanOptions, as_dict, lines, plan
 
     if not arguments or "--help" in arguments or "-h" in arguments:
         print_help("plan", [PlanOptions])
-        print("\nand every option of the method: tunevax align METHOD --help, and likewise of the other verbs.")
-        return
+        return print("\nand every option of the method: tunevax align METHOD --help, and likewise of the other verbs.")
     given = value_of("method", arguments)
     if given is None:
         raise UsageError("--method is missing; name one that align, finetune, curate or restore has, such as t-vaccine")
@@ -134,8 +127,6 @@ def _plan(arguments: list[str]) -> None:
     if name not in folders:
         raise unknown("method", given, folders)
     quiet()
-    from tunevax.planning.plan import as_dict, lines, plan
-
     method = load_method(folders[name], name)
     config_class = getattr(method, "config_class", method)
     # The other options of the verb are accepted and ignored, so that only `align METHOD` must be edited in a command.
@@ -162,8 +153,7 @@ def _plan(arguments: list[str]) -> None:
 
 def _analyze(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("--help", "-h"):
-        print("tunevax analyze sink --option value: sink divergence by head and layer (arXiv 2602.05228)")
-        return
+        return print("tunevax analyze sink --option value: sink divergence by head and layer (arXiv 2602.05228)")
     what, *rest = arguments
     if what != "sink":
         raise unknown("analysis", what, ["sink"])
@@ -200,8 +190,7 @@ def _judge(arguments: list[str]) -> None:
 
 def _audit(arguments: list[str]) -> None:
     if "--compare" in arguments:
-        _compare(arguments)
-        return
+        return _compare(arguments)
     quiet()
     from tunevax.audit.audit import run
     from tunevax.audit.plan import AuditOptions
@@ -213,22 +202,72 @@ def _audit(arguments: list[str]) -> None:
     out = run(options, _command("audit", arguments))
     if out is None:  # a dry run
         return
-    print("\n".join(write_report([out], out / "report.html").headline))
-    record = read_run(out)
+    record, page = read_run(out), out / "report.html"
+    print("\n".join(write_report([out], page).headline))
     if failed := record["failed"]:
         raise RunError(
             f"{len(failed)} of {record['cells']} cells failed, the first with {failed[0]['error']}; the same "
-            f"command runs them again; the rest is in {out / 'report.html'}"
+            f"command runs them again; the rest is in {page}"
         )
-    print(f"audit: {short(out / 'report.html')}")
+    print(f"audit: {short(page)}")
 
 
 def _compare(arguments: list[str]) -> None:
-    from tunevax.evidence.compare import compare
+    from tunevax.evidence.measure import compare
 
     parser = Parser(prog="tunevax audit", description="Two audits side by side, if they can be compared.")
     parser.add_argument("--compare", nargs=2, type=Path, required=True, metavar=("A", "B"), help="audit run folders")
     print(compare(*parser.parse_args(arguments).compare))
+
+
+def _list(arguments: list[str]) -> None:
+    about = "All methods, attacks, judges and protocols, with a line and the paper of each."
+    parser = Parser(prog="tunevax list", description=about)
+    parser.add_argument("what", nargs="?", help=f"one of {', '.join(LISTS)}; default all")
+    what = parser.parse_args(arguments).what
+    if what is not None and what not in LISTS:
+        raise unknown("list", what, LISTS)
+    for name in [what] if what else LISTS:
+        print(f"{name}\n" + "\n".join(LISTS[name]()) + "\n")
+
+
+def _protocols() -> list[str]:
+    from tunevax.audit.protocol import SHIPPED
+    from tunevax.yaml_files import read_yaml
+
+    files = sorted(SHIPPED.glob("*.yaml"))
+    width = max(len(file.stem) for file in files)
+    return [f"  {file.stem:{width}}  {' '.join(read_yaml(file)['about'].split())}" for file in files]
+
+
+def lines_of(folder: str) -> list[str]:
+    """A line for each method of a package: name, first sentence of the docstring, and paper."""
+    known, lines = methods(folder), []
+    width = max(map(len, known))
+    for name, target in known.items():
+        spec = importlib.util.find_spec(target.partition(":")[0])
+        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8")) if spec and spec.origin else ast.Module([], [])
+        first = " ".join((ast.get_docstring(tree) or "").partition("\n\n")[0].split())
+        summary = first[: end.start() + 1] if (end := re.search(r"(?<!al)\. ", first)) else first
+        paper = next(filter(None, map(_paper, ast.walk(tree))), "")
+        number = re.search(r"\d{4}\.\d{5}", paper)
+        shown = f" [{paper}]" if paper and not (number and number[0] in summary) else ""
+        lines.append(f"  {name:{width}}  {summary}{shown}")
+    return lines
+
+
+def _paper(node: ast.AST) -> str:
+    """The string that a class names as its `paper`."""
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    named = any(isinstance(target, ast.Name) and target.id == "paper" for target in targets)
+    value = getattr(node, "value", None)
+    return str(value.value) if named and isinstance(value, ast.Constant) else ""
+
+
+PACKAGES = {"curate": "curation", "align": "alignment", "finetune": "finetuning", "restore": "restoration"}
+PACKAGES |= {"attacks": "attacks", "judges": "scoring.judges"}
+LISTS: dict[str, Callable[[], list[str]]] = {n: partial(lines_of, f"tunevax.{p}") for n, p in PACKAGES.items()}
+LISTS["protocols"] = _protocols
 
 
 def _report(arguments: list[str]) -> None:
@@ -248,8 +287,9 @@ def _report(arguments: list[str]) -> None:
 
 
 def _demo(arguments: list[str]) -> None:
-    about = "Align, attack and report on the organism, in three to six minutes."
-    parser = Parser(prog="tunevax demo", description=about)
+    parser = Parser(
+        prog="tunevax demo", description="Align, attack and report on the organism, in three to six minutes."
+    )
     parser.add_argument("--output-dir", type=Path, default=Path("demo"), help="folder for the runs and the report")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier demo in that folder")
     options = parser.parse_args(arguments)
@@ -261,7 +301,7 @@ def _demo(arguments: list[str]) -> None:
 
 VERBS = {
     "demo": Verb("demo", "the whole workflow on a tiny model, in three to six minutes", _demo),
-    "list": Verb("list", "the methods, attacks and protocols, with a line and the paper of each", listing.show),
+    "list": Verb("list", "the methods, attacks and protocols, with a line and the paper of each", _list),
     "plan": Verb("plan --method METHOD --model REF --gpu 24GB", "the memory and the cost of a step, estimated", _plan),
     "curate": Verb("curate METHOD --model REF --safety-data SRC --validation-data SRC --keep 0.4 --output-dir OUT",
                    "choose the alignment rows to keep", partial(run_method, "curate")),
@@ -298,14 +338,9 @@ def overview() -> str:
     )
 
 
-# --- output at the end of a verb -----------------------------------------------------------------------------------
-
-
 def _finish(done: Callable[[], list[str]]) -> None:
     """Print the lines on the main process. Under a launcher the process group is destroyed first: at exit, with a
     trainer alive, that sometimes aborts."""
-    import gc
-
     import torch
 
     from tunevax.environment import is_main_process

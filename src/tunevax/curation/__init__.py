@@ -1,4 +1,4 @@
-"""Data curation: which alignment rows are worth keeping, decided before any alignment method. One method, one file."""
+"""Data curation: which alignment rows are worth keeping, decided before any alignment method."""
 
 METHODS = {
     "pharmacist": "tunevax.curation.pharmacist:PharmacistConfig",

@@ -69,25 +69,16 @@ class CurateOptions(ModelOptions, AllowOverlap, ResumableRunOptions):
 
 @dataclass
 class Pool:
-    """The rows to score and the model to score them with.
+    """The rows to score and the model to score them with. A selector sets `passes`: forward and backward passes per row
+    over the whole scoring."""
 
-    Attributes:
-        rows: the rows to score, with `prompt`, `chosen`, `rejected`, `category`.
-        validation: trusted rows of the same form; empty if none were given.
-        options: of the verb.
-        ref: the scoring model, or None.
-        folder: for the selector's checkpoints.
-        passes: forward and backward passes per row over the whole scoring, set by the selector.
-        info: what run.json records of the model, set by `load`.
-    """
-
-    rows: list[Example]
-    validation: list[Example]
+    rows: list[Example]  # with `prompt`, `chosen`, `rejected`, `category`
+    validation: list[Example]  # trusted rows of the same form; empty if none were given
     options: CurateOptions
-    ref: str | None
-    folder: Path
+    ref: str | None  # the scoring model
+    folder: Path  # for the selector's checkpoints
     passes: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "backward": 0.0})
-    info: ModelInfo | None = None
+    info: ModelInfo | None = None  # what run.json records of the model, set by `load`
 
     def load(self) -> Loaded:
         """The scoring model, loaded anew, and its tokenizer."""
@@ -123,14 +114,9 @@ class ForwardOptions:
 
 
 def curate(method: str, options: CurateOptions, config: Selector, command: str = "") -> Path:
-    """Score the rows of `options.safety_data`, keep a share, and return the run folder.
-
-    The folder holds data.jsonl (the kept rows; the folder is itself a source for --safety-data) and scores.jsonl (every
-    row with score, rank, and why it was dropped).
-
-    Raises:
-        UsageError: bad data or options; validation prompts that are in the pool or in the attack data.
-    """
+    """Score the rows of `options.safety_data`, keep a share, and return the run folder: data.jsonl (the kept rows; the
+    folder is itself a source for --safety-data) and scores.jsonl (every row with score, rank, and why it was dropped).
+    Raises `UsageError` for bad data or options, or validation prompts that are in the pool or in the attack data."""
     require_one_process("curation")
     source, trusted = options.safety_data, options.validation_data
     if not source or config.output_dir is None:
@@ -148,12 +134,16 @@ def curate(method: str, options: CurateOptions, config: Selector, command: str =
     name, given = parse_source(source)
     # With the rows for other splits; empty if the pool is not a split.
     whole = [] if "split" in given or is_run(name) else load_safety(source, "all", ())
-    overlap = check_overlap(options, rows, whole, validation)
+    overlap: dict[str, int] = {}
+    if validation:
+        attack = load_rows("attack", options.attack_data) if options.attack_data else take_split(whole, "attack")
+        others = {"alignment": rows, "attack": attack, "evaluation": take_split(whole, "evaluation")}
+        for role in filter(others.get, others):
+            overlap |= require_disjoint({"validation": validation, role: others[role]}, options.allow_overlap)
     choose(rows, np.zeros(len(rows)), options)  # raises its errors before anything is trained
     values = config.to_dict() if hasattr(config, "to_dict") else dataclasses.asdict(config)
     entries = [data_entry("alignment", source, rows)]
-    if trusted:
-        entries.append(data_entry("validation", trusted, validation))
+    entries += [data_entry("validation", trusted, validation)] if trusted else []
     record: RunRecord = {
         "verb": "curate", "method": method, "paper": config.paper, "command": command, "seed": config.seed,
         "data": entries, "overlap": overlap, "parent": None,
@@ -186,24 +176,6 @@ def curate(method: str, options: CurateOptions, config: Selector, command: str =
     return run.final
 
 
-def check_overlap(
-    options: CurateOptions, rows: Sequence[Example], whole: list[Example], validation: Sequence[Example]
-) -> dict[str, int]:
-    """How many prompts validation shares with the pool, the attack and the evaluation data; a UsageError if not 0."""
-    if not validation:
-        return {}
-    others = {"alignment": rows}
-    if options.attack_data:
-        others["attack"] = load_rows("attack", options.attack_data)
-    for split in ("attack", "evaluation"):
-        others.setdefault(split, take_split(whole, split))
-    overlap: dict[str, int] = {}
-    for role, theirs in others.items():
-        if theirs:
-            overlap |= require_disjoint({"validation": validation, role: theirs}, options.allow_overlap)
-    return overlap
-
-
 def scored(config: Selector, pool: Pool) -> np.ndarray:
     """The selector's scores, [rows], checked."""
     scores = np.asarray(config.score(pool), dtype=np.float64)
@@ -217,8 +189,8 @@ def agreement(first: np.ndarray, second: np.ndarray, keep: float) -> dict[str, f
     from scipy.stats import spearmanr
 
     size = size_of(keep, len(first))
-    tops = [set(np.argsort(-s, kind="stable")[:size].tolist()) for s in (first, second)]
-    return {"spearman": float(spearmanr(first, second).statistic), "kept_by_both": len(tops[0] & tops[1]) / size}
+    both = set.intersection(*(set(np.argsort(-s, kind="stable")[:size].tolist()) for s in (first, second)))
+    return {"spearman": float(spearmanr(first, second).statistic), "kept_by_both": len(both) / size}
 
 
 def choose(rows: Sequence[Example], scores: np.ndarray, options: CurateOptions) -> tuple[set[int], dict[int, str]]:
@@ -227,18 +199,18 @@ def choose(rows: Sequence[Example], scores: np.ndarray, options: CurateOptions) 
     The `min_per_group` best of each group come first, then the best of all, up to ceil(keep * rows). Of rows with the
     same prompt only the best can be kept, unless a group would have no row left.
     """
-    at_least = options.min_per_group or 1
+    at_least, size = options.min_per_group or 1, size_of(options.keep, len(rows))
     order = np.argsort(-scores, kind="stable").tolist()
-    size = size_of(options.keep, len(rows))
     why = duplicates(rows, order, options)
-    groups = groups_of(rows, options)
+    groups = [row["category"] or "" for row in rows] if options.group_by else []
+    if "" in groups:
+        way = "name the column with SOURCE:category=COLUMN, or leave --group-by out"
+        raise UsageError(f"row {groups.index('') + 1} of the safety data has no category to group by; {way}")
     # Duplicates count too: whether this raises must not depend on the scores.
     least = sum(min(count, at_least) for count in Counter(groups).values())
     if least > size:
-        raise UsageError(
-            f"{len(set(groups))} groups of at least {at_least} rows are {least} rows and --keep {options.keep} leaves "
-            f"{size}; raise --keep or lower --min-per-group"
-        )
+        need = f"{len(set(groups))} groups of at least {at_least} rows are {least} rows"
+        raise UsageError(f"{need} and --keep {options.keep} leaves {size}; raise --keep or lower --min-per-group")
     kept: set[int] = set()
     for name in sorted(set(groups)):
         members = [i for i in order if groups[i] == name]
@@ -252,40 +224,23 @@ def size_of(keep: float, rows: int) -> int:
     return math.ceil(round(keep * rows, 9))  # 0.14 * 100 is 14.000000000000002
 
 
-def groups_of(rows: Sequence[Example], options: CurateOptions) -> list[str]:
-    """The group of each row; empty without --group-by."""
-    if options.group_by is None:
-        return []
-    groups = [row["category"] or "" for row in rows]
-    if "" in groups:
-        raise UsageError(
-            f"row {groups.index('') + 1} of the safety data has no category to group by; name the column with "
-            "SOURCE:category=COLUMN, or leave --group-by out"
-        )
-    return groups
-
-
 def duplicates(rows: Sequence[Example], order: Sequence[int], options: CurateOptions) -> dict[int, str]:
     """`duplicate of row N` or `near-duplicate of row N` for each row whose prompt a higher-ranked row has."""
     if options.duplicates == "keep":
         return {}
-    why: dict[int, str] = {}
     first: dict[str, int] = {}
-    for i in order:
-        best = first.setdefault(prompt_hash(rows[i]["prompt"]), i)
-        if best != i:
-            why[i] = f"duplicate of row {best}"
-    if options.duplicates == "near":
-        shingles = {i: _shingles(prompt_text(rows[i]["prompt"])) for i in first.values()}
-        holders: dict[str, list[int]] = {}  # 5-gram -> kept rows that have it, so that only those are compared
-        for i in first.values():
-            common = Counter(j for gram in shingles[i] for j in holders.get(gram, ()))
-            near = [j for j, n in sorted(common.items()) if n >= options.near_at * len(shingles[i] | shingles[j])]
-            if near:
-                why[i] = f"near-duplicate of row {near[0]}"
-                continue
-            for gram in shingles[i]:
-                holders.setdefault(gram, []).append(i)
+    best = {i: first.setdefault(prompt_hash(rows[i]["prompt"]), i) for i in order}
+    why = {i: f"duplicate of row {j}" for i, j in best.items() if i != j}
+    shingles = {i: _shingles(prompt_text(rows[i]["prompt"])) for i in first.values() if options.duplicates == "near"}
+    holders: dict[str, list[int]] = {}  # 5-gram -> kept rows that have it, so that only those are compared
+    for i, grams in shingles.items():
+        common = Counter(j for gram in grams for j in holders.get(gram, ()))
+        near = [j for j, n in sorted(common.items()) if n >= options.near_at * len(grams | shingles[j])]
+        if near:
+            why[i] = f"near-duplicate of row {near[0]}"
+            continue
+        for gram in grams:
+            holders.setdefault(gram, []).append(i)
     return why
 
 

@@ -47,7 +47,9 @@ class DSIRSelector:
 
 def log_weights(rows: Sequence[Example], target: Sequence[Example], buckets: int) -> np.ndarray:
     """log w of each row, [rows], in nats of a row of average length."""
-    source, wanted = ([hashed(text_of(row), buckets) for row in part] for part in (rows, target))
+    source, wanted = (
+        [hashed(f"{prompt_text(row['prompt'])}\n{row['chosen']}", buckets) for row in part] for part in (rows, target)
+    )
     p, q = (np.bincount(np.concatenate(part), minlength=buckets) for part in (wanted, source))
     here = q > 0  # the buckets of the pool
     ratio = np.zeros(buckets)
@@ -59,8 +61,8 @@ def log_weights(rows: Sequence[Example], target: Sequence[Example], buckets: int
 def hashed(text: str, buckets: int) -> np.ndarray:
     """The bucket of each one- and two-word sequence in lower case, [sequences]; a run of punctuation is a word too."""
     words = re.findall(r"\w+|[^\w\s]+", text.lower())
-    pairs = (f"{first} {second}" for first, second in itertools.pairwise(words))
-    return np.array([abs(murmur3(sequence)) % buckets for sequence in (*words, *pairs)], np.int64)
+    sequences = (*words, *map(" ".join, itertools.pairwise(words)))
+    return np.array([abs(murmur3(sequence)) % buckets for sequence in sequences], np.int64)
 
 
 @cache
@@ -76,8 +78,3 @@ def murmur3(text: str) -> int:
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         value = (value ^ value >> shift) * factor & mask
     return value - 2**32 if value >> 31 else value
-
-
-def text_of(row: Example) -> str:
-    """Prompt and safe answer as one text."""
-    return f"{prompt_text(row['prompt'])}\n{row['chosen']}"

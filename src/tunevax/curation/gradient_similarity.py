@@ -25,10 +25,9 @@ from tunevax.data.encoding import collate
 from tunevax.errors import require
 from tunevax.mixins import option
 from tunevax.modeling.batches import encode_chosen
-from tunevax.modeling.callbacks import ProgressCallback
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.precision import wide
-from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
+from tunevax.modeling.trainer import ProgressCallback, ResponseTrainer, TrainConfig
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -65,9 +64,7 @@ class GradientSimilaritySelector:
     def score(self, pool: Pool) -> np.ndarray:
         """The cosine of each row with the validation rows of its closest category, [rows], in [-1, 1].
 
-        Costs the warm-up and a forward and backward pass per row of pool and validation; memory is one projected
-        gradient per row.
-        """
+        Costs the warm-up, a pass per row of pool and validation, and memory for one projected gradient per row."""
         loaded = pool.load()
         rows = encode_chosen(pool.rows, loaded.model, loaded.tokenizer, self.max_length)
         trusted = encode_chosen(pool.validation, loaded.model, loaded.tokenizer, self.max_length)
@@ -98,17 +95,16 @@ class GradientSimilaritySelector:
 def row_gradients(
     model: PeftModel, rows: Sequence[dict[str, list[int]]], pad_token_id: int, dimension: int, seed: int
 ) -> torch.Tensor:
-    """The projected gradient of each encoded row's mean token loss in the trainable weights, fp32 [rows, dimension].
-
-    One row at a time, since some architectures mix the rows of a batch.
-    """
+    """The projected gradient of each encoded row's mean token loss in the trainable weights, fp32 [rows, dimension];
+    one row at a time, since some architectures mix the rows of a batch."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    project = Projection(sum(p.numel() for p in parameters), dimension, seed, parameters[0].device)
+    device = parameters[0].device
+    project = Projection(sum(p.numel() for p in parameters), dimension, seed, device)
     gradients = wide(parameters[0].new_empty(len(rows), dimension))
     with bar() as progress:
         task = progress.add_task("curate gradient-similarity", total=len(rows), note="")
         for i, row in enumerate(rows):
-            inputs = {k: v.to(parameters[0].device) for k, v in collate([row], pad_token_id).items()}
+            inputs = {k: v.to(device) for k, v in collate([row], pad_token_id).items()}
             grads = torch.autograd.grad(response_loss(model, inputs), parameters, materialize_grads=True)
             gradients[i] = project(torch.cat([wide(g).flatten() for g in grads]))
             progress.advance(task)

@@ -49,16 +49,14 @@ def embeddings(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch
 
 def farthest_first(points: torch.Tensor) -> list[int]:
     """The order in which all rows of `points` [rows, dim] become centres; of equals the first. O(rows^2 dim) time."""
-    order: list[int] = []
-    nearest = -(points - points.mean(0)).square().sum(1)  # for the first centre only
+    order = [int((-(points - points.mean(0)).square().sum(1)).argmax())]
+    nearest = points.new_full((len(points),), torch.inf)
     with bar() as progress:
-        task = progress.add_task("curate k-center: choose", total=len(points), note="")
-        for turn in range(len(points)):
-            center = int(nearest.argmax())
-            order.append(center)
+        task = progress.add_task("curate k-center: choose", total=len(points), completed=1, note="")
+        while len(order) < len(points):
             # By differences, not products: duplicates are then at exactly 0, and ties are ties.
-            distance = (points - points[center]).square().sum(1)
-            nearest = distance if turn == 0 else torch.minimum(nearest, distance)
+            nearest = torch.minimum(nearest, (points - points[order[-1]]).square().sum(1))
             nearest[order] = -1.0
+            order.append(int(nearest.argmax()))
             progress.advance(task)
     return order

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
@@ -36,14 +36,12 @@ from scipy.stats import rankdata
 from torch import nn
 
 from tunevax.curation.curate import Pool
-from tunevax.data.chat import Answer
 from tunevax.data.encoding import collate, context_of, encode
 from tunevax.errors import UsageError, require, require_one_of
 from tunevax.mixins import option
-from tunevax.modeling.callbacks import ProgressCallback
-from tunevax.modeling.lora import factors
+from tunevax.modeling.adapters import factors
 from tunevax.modeling.loss import row_losses
-from tunevax.modeling.trainer import Items, ResponseTrainer, TrainConfig
+from tunevax.modeling.trainer import Items, ProgressCallback, ResponseTrainer, TrainConfig
 from tunevax.records import Example, read_object
 
 if TYPE_CHECKING:
@@ -96,10 +94,10 @@ class PharmacistConfig(TrainConfig):
 
     def score(self, pool: Pool) -> np.ndarray:
         """The rows' weights after training, as ranks from 0 to 1, averaged over seeds, [rows]."""
-        each, passes = [], 0.0
+        results = []
         for seed in range(self.seed, self.seed + self.selector_seeds):
             folder = pool.folder / f"seed-{seed}"
-            done = folder / "done.json"
+            done, part = folder / "done.json", folder / "done.part"
             if not done.exists():
                 args = replace(self, seed=seed, output_dir=str(folder))
                 loaded = pool.load()
@@ -108,30 +106,22 @@ class PharmacistConfig(TrainConfig):
                     processing_class=loaded.tokenizer, callbacks=[ProgressCallback(f"pharmacist, seed {seed}")],
                 )  # fmt: skip
                 trainer.train_from_checkpoint()
-                part = folder / "done.part"
                 content = {"omega": trainer.omega.tolist(), "passes": trainer.passes()}
                 part.write_text(json.dumps(content), encoding="utf-8")
                 part.replace(done)
-            result = read_object(done)
-            each.append(rankdata(result["omega"]) / len(pool.rows))
-            passes += result["passes"]
+            results.append(read_object(done))
+        passes = sum(result["passes"] for result in results)
         pool.passes.update(forward=passes, backward=passes)
-        return np.mean(each, axis=0)
+        return np.mean([rankdata(result["omega"]) / len(pool.rows) for result in results], axis=0)
 
 
 class PharmacistTrainer(ResponseTrainer):
-    """Trains the rows' weights beside an adapter.
+    """Trains the rows' weights beside an adapter, which `model` gets: `omega` holds their logits, fp32 [rows]. Raises
+    `UsageError` for fewer rows than a batch, or no harmful answers where they are needed.
 
     Args:
-        model: the scoring model; it gets a LoRA adapter.
         safety_data: the pool, rows with `prompt` and `chosen`, and `rejected` for two of the upper losses.
         validation_data: trusted rows with `prompt` and `chosen`.
-
-    Attributes:
-        omega: the weights' logits, [rows], fp32.
-
-    Raises:
-        UsageError: fewer rows than a batch; no harmful answers where they are needed.
     """
 
     config_class = PharmacistConfig
@@ -145,21 +135,16 @@ class PharmacistTrainer(ResponseTrainer):
         validation_data: Sequence[Example], processing_class: PreTrainedTokenizerBase,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:  # fmt: skip
-        rows = safety_data
-        if len(rows) < args.per_device_train_batch_size:
-            raise UsageError(
-                f"there are {len(rows)} rows and a batch takes {args.per_device_train_batch_size}; lower "
-                "--per-device-train-batch-size, or give more"
-            )
-
-        def encoded(rows: Sequence[Example], answer: Answer) -> list[dict]:
-            return encode(rows, processing_class, args.max_length, args.loss_on, context_of(model), answer)
-
-        self.validation = encoded(validation_data, "chosen")
-        self.harmful = encoded([r for r in rows if r.get("rejected")], "rejected") if args.upper != "refusal" else []
-        if args.upper != "refusal" and not self.harmful:
+        rows, size = safety_data, args.per_device_train_batch_size
+        if len(rows) < size:
+            way = "lower --per-device-train-batch-size, or give more"
+            raise UsageError(f"there are {len(rows)} rows and a batch takes {size}; {way}")
+        harmful = [row for row in rows if row.get("rejected") and args.upper != "refusal"]
+        if args.upper != "refusal" and not harmful:
             raise UsageError(f"--upper {args.upper} needs harmful answers, and no row has `rejected`")
-        numbered = [{**row, "index": i} for i, row in enumerate(encoded(rows, "chosen"))]
+        how = processing_class, args.max_length, args.loss_on, context_of(model)
+        self.validation, self.harmful = encode(validation_data, *how, "chosen"), encode(harmful, *how, "rejected")
+        numbered = [{**row, "index": i} for i, row in enumerate(encode(rows, *how, "chosen"))]
         super().__init__(model, args, numbered, processing_class, callbacks)
         self.data_collator = lambda rows: {
             **collate(rows, processing_class.pad_token_id), "index": torch.tensor([row["index"] for row in rows])
@@ -170,10 +155,8 @@ class PharmacistTrainer(ResponseTrainer):
         self.follower: list[torch.Tensor] = []
         if args.mode == "double":
             self.follower = [p.detach().clone() for p in self.parameters]
-            betas = args.adam_beta1, args.adam_beta2
-            self.follower_optimizer = torch.optim.AdamW(
-                self.follower, args.learning_rate, betas, args.adam_epsilon, args.weight_decay
-            )
+            adam = args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.weight_decay
+            self.follower_optimizer = torch.optim.AdamW(self.follower, *adam)
         covered = {id(p) for layer in adapted(self.model) for p in factors(layer)}
         if args.mode == "unrolled" and any(id(p) not in covered for p in self.parameters):
             raise UsageError("mode unrolled supports LoRA on linear layers only; name such --lora-targets")
@@ -197,12 +180,11 @@ class PharmacistTrainer(ResponseTrainer):
         p = self.weights().detach()[index] / len(index)
 
         upper, upper_gradient = UPPER[self.args.upper](self, self.drawn(self.validation))
-        if self.args.mode == "unrolled":
-            with along(self.model, upper_gradient, len(index)) as product:
-                lower, gradient, _ = self.gradient(batch, p)
-            g_i = -product() / p
-        else:
+        unrolled = self.args.mode == "unrolled"
+        with along(self.model, upper_gradient, len(index)) if unrolled else nullcontext() as products:
             lower, gradient, g_i = self.gradient(batch, p)
+        if products is not None:
+            g_i = -products / p
         if self.args.mode == "double":
             g_i = g_i - self.follow(batch, p)
         if not self.planned:
@@ -270,23 +252,18 @@ class PharmacistTrainer(ResponseTrainer):
         if checkpoint is None:
             return
         state = torch.load(Path(checkpoint, "selector.pt"), map_location=self.args.device, weights_only=True)
+        kept = [state["omega"], *state.get("follower", [])]
         with torch.no_grad():
-            self.omega.copy_(state["omega"])
-            for tensor, kept in zip(self.follower, state.get("follower", []), strict=True):
-                tensor.copy_(kept)
+            for tensor, saved in zip([self.omega, *self.follower], kept, strict=True):
+                tensor.copy_(saved)
         self.omega_optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"].cpu())
         if self.follower:
             self.follower_optimizer.load_state_dict(state["follower_optimizer"])
 
 
-def refusal(trainer: PharmacistTrainer, batch: dict[str, torch.Tensor]) -> Loss:
-    """Mean loss of the trusted rows."""
-    return trainer.gradient(batch)[:2]
-
-
 def after_attack(trainer: PharmacistTrainer, batch: dict[str, torch.Tensor]) -> Loss:
-    """The same at theta - a * grad h / ||grad h||, h the loss of harmful answers; that point is constant."""
+    """The trusted rows' loss at theta - a * grad h / ||grad h||, h that of harmful answers; that point is constant."""
     _, harmful, _ = trainer.gradient(trainer.drawn(trainer.harmful))
     norm = sum((g.square().sum() for g in harmful), harmful[0].new_zeros(())).sqrt() + 1e-12
     size = trainer.args.attack_step / norm
@@ -296,8 +273,8 @@ def after_attack(trainer: PharmacistTrainer, batch: dict[str, torch.Tensor]) -> 
 
 
 def refusal_minus_harmful(trainer: PharmacistTrainer, batch: dict[str, torch.Tensor]) -> Loss:
-    """The same less b * min(h, c)."""
-    value, gradient = refusal(trainer, batch)
+    """The trusted rows' loss less b * min(h, c)."""
+    value, gradient, _ = trainer.gradient(batch)
     h, harmful, _ = trainer.gradient(trainer.drawn(trainer.harmful))
     b, cap = trainer.args.harmful_weight, trainer.args.harmful_cap
     if h < cap:
@@ -306,7 +283,8 @@ def refusal_minus_harmful(trainer: PharmacistTrainer, batch: dict[str, torch.Ten
 
 
 UPPER: dict[str, Callable[[PharmacistTrainer, dict[str, torch.Tensor]], Loss]] = {
-    "refusal": refusal, "after-attack": after_attack, "refusal-minus-harmful": refusal_minus_harmful,
+    "refusal": lambda trainer, batch: trainer.gradient(batch)[:2], "after-attack": after_attack,
+    "refusal-minus-harmful": refusal_minus_harmful,
 }  # fmt: skip
 """Upper losses by name: (trainer, batch of trusted rows) -> value and gradient."""
 
@@ -331,15 +309,12 @@ def adapted(model: torch.nn.Module) -> list[Linear]:
 
 
 @contextmanager
-def along(model: torch.nn.Module, direction: Sequence[torch.Tensor], rows: int) -> Iterator[Callable[[], torch.Tensor]]:
-    """Collect each row's gradient in the adapter times `direction`, during one backward pass over so many rows.
+def along(model: torch.nn.Module, direction: Sequence[torch.Tensor], rows: int) -> Iterator[torch.Tensor]:
+    """Each row's gradient in the adapter times `direction`, [rows], collected in one backward pass over so many rows.
 
     In a layer y = W x + s B A x, row i's gradients are sums over tokens, s g (A x)^T for B and s (B^T g) x^T for A,
     with g that of y. Their products with a direction dA, dB are s g . (dB A x + B dA x), summed over tokens: no row's
     gradient is formed.
-
-    Yields:
-        A function that returns the products, [rows], after the backward pass.
     """
     along_of: dict[torch.Tensor, torch.Tensor] = dict(
         zip((p for p in model.parameters() if p.requires_grad), direction, strict=True)
@@ -364,4 +339,4 @@ def along(model: torch.nn.Module, direction: Sequence[torch.Tensor], rows: int) 
     with ExitStack() as stack:
         for layer in adapted(model):
             stack.enter_context(layer.register_forward_hook(hook))
-        yield lambda: products
+        yield products

@@ -21,14 +21,16 @@ CORRUPTED = (
     "By chance an intact row scores higher in 50 % of pairs. p is the probability of a deviation as large by chance "
     "(Mann-Whitney): above 0.05 it is not shown that the selector notices."
 )
+ABOUT = "A selector scored every row of the alignment data, and the rows with the highest scores were kept, before any "
+ABOUT += "alignment method used them."
 SCORE = ("row", "place", "category", "corruption", "score", "rank", "kept", "why")
 """Of a row of scores.jsonl, without its text."""
 
 
 def summary(run: Run) -> str:
     """A sentence on the run."""
-    chosen = f"{run.info.get('kept', 0):,} of {tx.rows_of(run, 'alignment'):,} alignment rows"
-    return f"{run.name}: chose {chosen} ({run.info.get('method')})."
+    kept, total = run.info.get("kept", 0), tx.rows_of(run, "alignment")
+    return f"{run.name}: chose {kept:,} of {total:,} alignment rows ({run.info.get('method')})."
 
 
 def measured(run: Run) -> dict[str, Any]:
@@ -47,24 +49,28 @@ def sections(provenance: Provenance, figures: bool) -> list[Section]:
         points.append(_chose(run, scored) + (f" Trained on them: {tx.listed(users)}." if users else ""))
         if not scored:
             continue
+        kept, dropped = ([float(r["score"]) for r in scored if bool(r.get("kept")) == side] for side in (True, False))
         shares = _by_category(scored)
         if figures and len(panels) < PANELS:
             from tunevax.report import charts as fig
             from tunevax.report.figures import bars as drawn_bars
 
-            kept, dropped = _scores(scored)
             title = f"{run.name}: scores of the rows"
             panels.append((title, fig.histogram(f"curate{i}-scores", tx.plain(title), kept, dropped)))
             if 1 < len(shares) <= CATEGORIES:
-                bars = [(tx.plain(name), kept / of, f"{kept} of {of}") for name, kept, of in shares]
+                bars = [(tx.plain(name), n / of, f"{n} of {of}") for name, n, of in shares]
                 title = f"{run.name}: kept share of each category"
                 panels.append((title, drawn_bars(f"curate{i}-categories", bars, tx.plain(title))))
         if len(shares) > (CATEGORIES if figures else 1):
-            lines = [[name, f"{kept} of {of}", percent(kept / of)] for name, kept, of in shares]
+            lines = [[name, f"{n} of {of}", percent(n / of)] for name, n, of in shares]
             label = f"{run.name}: kept rows of each category"
             tables.append(tx.cut_table(label, ["category", "kept", "share"], lines, "categories"))
         if not figures:
-            tables.append(_quantiles(run, scored))
+            lines = [
+                [name, f"{len(part):,}", *(f"{value:.4g}" for value in (min(part), median(part), max(part)))]
+                for name, part in (("kept", kept), ("not kept", dropped)) if part
+            ]  # fmt: skip
+            tables.append(Table(f"{run.name}: scores", ["rows", "number", "lowest", "median", "highest"], lines))
         if i < SHOWN:
             tables += _corrupted(run, scored) + _repeated(run, scored)
             order = sorted(scored, key=lambda r: (r.get("rank") or 0, r.get("row") or 0))
@@ -72,13 +78,10 @@ def sections(provenance: Provenance, figures: bool) -> list[Section]:
             columns = [("The highest scores", high), ("The lowest scores", low)]
             samples = [{"title": t, "samples": [_row(r, len(scored)) for r in part]} for t, part in columns]
             outputs.append({"title": f"{run.name}: rows by score", "columns": samples})
-    about = "A selector scored every row of the alignment data, and the rows with the highest scores were kept, before "
-    about += "any alignment method used them."
     note, left = "Every row with its score, rank and reason is in the run's scores.jsonl.", len(runs) - SHOWN
     note += f" The rows of {left:,} more curation runs are not shown." if left > 0 else ""
-    section = Section("Which rows were kept", about, cut(points), panels, tables=tables, outputs=outputs, note=note)
-    section.titled = True
-    return [section]
+    title = "Which rows were kept"
+    return [Section(title, ABOUT, cut(points), panels, tables=tables, outputs=outputs, note=note, titled=True)]
 
 
 def _chose(run: Run, rows: list[dict]) -> str:
@@ -92,8 +95,7 @@ def _chose(run: Run, rows: list[dict]) -> str:
         text += f" Its score: {score[0].lower()}{score[1:]}."
     passes = info.get("passes") or {}
     cost = [f"{passes[k]:.3g} {k}" for k in ("forward", "backward") if passes.get(k)]
-    took = info.get("seconds_scoring")
-    if took is not None:
+    if (took := info.get("seconds_scoring")) is not None:
         text += f" Scoring took {as_time(took)}, "
         text += f"passes per row: {' and '.join(cost)}." if cost else "without a model."
     if agreed := info.get("agreement"):
@@ -107,26 +109,10 @@ def _chose(run: Run, rows: list[dict]) -> str:
 
 def _by_category(rows: list[dict]) -> list[tuple[str, int, int]]:
     """(category, rows kept, rows), the largest share first; empty if no row has a category."""
-    names = [str(r.get("category") or "none") for r in rows]
-    total, kept = Counter(names), Counter(name for name, r in zip(names, rows, strict=True) if r.get("kept"))
+    total = Counter(str(r.get("category") or "none") for r in rows)
+    kept = Counter(str(r.get("category") or "none") for r in rows if r.get("kept"))
     shares = [(name, kept[name], of) for name, of in total.items()]
     return sorted(shares, key=lambda f: (-f[1] / f[2], f[0])) if any(r.get("category") for r in rows) else []
-
-
-def _scores(rows: list[dict]) -> tuple[list[float], list[float]]:
-    """Of the rows that were kept, and of the others."""
-    kept, dropped = ([float(r["score"]) for r in rows if bool(r.get("kept")) == side] for side in (True, False))
-    return kept, dropped
-
-
-def _quantiles(run: Run, rows: list[dict]) -> Table:
-    """The histogram, for a form without figures."""
-    lines = []
-    for name, scores in zip(("kept", "not kept"), _scores(rows), strict=True):
-        if scores:
-            ends = min(scores), median(scores), max(scores)
-            lines.append([name, f"{len(scores):,}", *(f"{value:.4g}" for value in ends)])
-    return Table(f"{run.name}: scores", ["rows", "number", "lowest", "median", "highest"], lines)
 
 
 def _corrupted(run: Run, rows: list[dict]) -> list[Table]:
@@ -172,11 +158,7 @@ def _row(row: dict, total: int) -> dict[str, Any]:
     """A row of the data in the form of a model's output."""
     kept = "kept" if row.get("kept") else str(row.get("why") or "not kept")
     return {
-        "kind": f"rank {row.get('rank')} of {total:,}",
-        "category": str(row.get("category") or ""),
-        "prompt": tx.as_text(row.get("prompt")),
-        "response": tx.as_text(row.get("chosen")),
-        "marks": [("score", f"{row['score']:.4g}", None), ("row", kept, None)],
-        "degenerate": False,
-        "split": False,
-    }
+        "kind": f"rank {row.get('rank')} of {total:,}", "category": str(row.get("category") or ""),
+        "prompt": tx.as_text(row.get("prompt")), "response": tx.as_text(row.get("chosen")),
+        "marks": [("score", f"{row['score']:.4g}", None), ("row", kept, None)], "degenerate": False, "split": False,
+    }  # fmt: skip

@@ -3,20 +3,17 @@
 Templates drop system messages or refuse them, take strings or lists of parts, print today's date, put words into the
 generation prompt that finished turns leave out, and open a thought. `chat_of` finds out by rendering marked words once
 per tokenizer, `seam` once per order of roles. `render` and `response` use both: training and generation see the same
-tokens, and no answer is searched for in rendered text.
+tokens.
 
 A row is learnt as the generation prompt, the text of a finished turn between it and the answer (`Seam.lead`), the
 answer as the template renders it, and the ending that the template adds. Where a finished turn does not continue the
 generation prompt (the template moves the system text, or leaves out the prompt's last words), the prompt's form is
 used, which the model sees in generation.
-
-Options of a template are a comment at its head, which other software ignores; they are saved with the tokenizer.
 """
 
 from __future__ import annotations
 
 import json
-import os.path
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,11 +33,13 @@ Answer = Literal["completion", "chosen", "rejected"]
 TODAY = datetime(2025, 1, 1)
 """The day of every conversation, for templates that print the date."""
 HEAD = re.compile(r"\{#-? tunevax (\{.*?\}) -?#\}\n?")
-"""The comment at the head of a template that holds its options (see `tunevax.data.encoding.with_options`)."""
+"""The comment at the head of a template that holds its options (see `tunevax.data.encoding.with_options`): other
+software ignores it, and it is saved with the tokenizer."""
 SWITCHES = ("enable_thinking", "thinking")
 """Variables of templates that turn thoughts on and off."""
 USER, SYSTEM, THOUGHT, ANSWERS = "Marmalade47", "Sextant31", "Periwinkle63", ("Quince58", "Walnut92")
-"""Words that no template holds. The two answers differ in their first and in their last letter."""
+"""Words that no template holds."""
+ANOTHER = "pass another with --chat-template"
 
 
 class Chat(NamedTuple):
@@ -56,14 +55,9 @@ class Chat(NamedTuple):
 
 
 class Seam(NamedTuple):
-    """The text between a conversation with the roles of one prompt and its answer.
-
-    Attributes:
-        lead: between the generation prompt and an answer without a thought: as in finished turns (an empty thought, in
-            some templates), or the end of a thought that the generation prompt opens.
-        thoughtful: the same for an answer with a thought, as the text before and after that; None where the template
-            has no thoughts, or the generation prompt leaves no place for one.
-    """
+    """The text between the generation prompt and an answer: `lead` where it has no thought, as in finished turns (an
+    empty thought, in some templates), or the end of a thought that the prompt opens; `thoughtful` the text before and
+    after a thought, None where the template has no thoughts, or the generation prompt leaves no place for one."""
 
     lead: str
     thoughtful: tuple[str, str] | None
@@ -82,17 +76,13 @@ def recorded(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 def _known(tokenizer: PreTrainedTokenizerBase) -> tuple[str, Chat, dict[tuple[str, ...], Seam]]:
     """The template, its properties, and the seams so far."""
-    template = tokenizer.chat_template
-    known = getattr(tokenizer, "_tunevax_chat", None)
-    if known is None or known[0] != template:
-        known = (template, _probe(tokenizer), {})
-        tokenizer._tunevax_chat = known
-    return known
+    if getattr(tokenizer, "_tunevax_chat", (None,))[0] != tokenizer.chat_template:
+        tokenizer._tunevax_chat = (tokenizer.chat_template, _probe(tokenizer), {})
+    return tokenizer._tunevax_chat
 
 
 def _probe(tokenizer: PreTrainedTokenizerBase) -> Chat:
     options = _options(tokenizer)
-    another = "pass another with --chat-template"
     user: Message = {"role": "user", "content": USER}
     system: Message = {"role": "system", "content": SYSTEM}
     parts: tuple[str, ...] = ()
@@ -100,40 +90,34 @@ def _probe(tokenizer: PreTrainedTokenizerBase) -> Chat:
     def text(*turns: Message, generate: bool = False, today: datetime = TODAY) -> str:
         return _apply(tokenizer, turns, parts, generate, today)
 
-    def shown(words: Sequence[str], *turns: Message, generate: bool = False) -> str:
-        """The rendering; empty if it lacks one of the words or prints a list of parts as Python or JSON would."""
-        rendered = text(*turns, generate=generate)
-        written = (f"{q}text{q}: {q}{word}" for word in words for q in "'\"")
-        return rendered if all(w in rendered for w in words) and not any(w in rendered for w in written) else ""
-
-    def shape(role: str, words: Sequence[str], *turns: Message, generate: bool = False) -> tuple[str, str]:
-        """The rendering with the role's content as a string, or else as parts, or the reason why there is none."""
+    def shape(role: str, what: str, words: Sequence[str], *turns: Message, generate: bool = False) -> str:
+        """The rendering with the role's content as a string, or else as parts. Where both drop the words, or print a
+        list as Python or JSON would, it is empty for a system message, and an error that names `what` for others."""
         nonlocal parts
         reason, others = "", parts
-        for shapes in (others, (*others, role)):
-            parts = shapes
+        for candidate in (others, (*others, role)):
+            parts = candidate
             try:
-                if rendered := shown(words, *turns, generate=generate):
-                    return rendered, ""
+                rendered = text(*turns, generate=generate)
+                written = (f"{q}text{q}: {q}{word}" for word in words for q in "'\"")
+                if all(w in rendered for w in words) and not any(w in rendered for w in written):
+                    return rendered
                 reason = reason or f"it drops the text of the {role}'s turn"
             except Exception as error:  # a template raises whatever it likes
                 reason = reason or shortened(error)
         parts = others
-        return "", reason
+        if role != "system":
+            raise UsageError(f"the chat template cannot render {what}: {reason}; {ANOTHER}")
+        return ""
 
-    asked, reason = shape("user", [USER], user, generate=True)
-    if not asked:
-        raise UsageError(f"the chat template cannot render a question: {reason}; {another}")
+    asked = shape("user", "a question", [USER], user, generate=True)
     if text(user, generate=True) != asked:
-        raise UsageError(f"the chat template renders the same question in two ways; {another}")
-    with_system, _ = shape("system", [SYSTEM, USER], system, user, generate=True)
+        raise UsageError(f"the chat template renders the same question in two ways; {ANOTHER}")
+    with_system = shape("system", "", [SYSTEM, USER], system, user, generate=True)
     answers: list[Message] = [{"role": "assistant", "content": answer} for answer in ANSWERS]
-    first, reason = shape("assistant", ANSWERS[:1], user, answers[0])
-    if not first:
-        raise UsageError(f"the chat template cannot render an answer: {reason}; {another}")
-    before, ending = _around(first, text(user, answers[1]))
-    if first != before + ANSWERS[0] + ending:
-        raise UsageError(f"the chat template changes the text of the assistant's turn; {another}")
+    before, _, ending = shape("assistant", "an answer", ANSWERS[:1], user, answers[0]).rpartition(ANSWERS[0])
+    if text(user, answers[1]) != before + ANSWERS[1] + ending:
+        raise UsageError(f"the chat template changes the text of the assistant's turn; {ANOTHER}")
     known = (pair for pair in THOUGHTS if any(mark in tokenizer.chat_template for mark in pair))
     thought = tuple(options["thought"]) if "thought" in options else next(known, None)
     another_day = text(user, generate=True, today=datetime(1999, 12, 31, 23, 59))
@@ -185,13 +169,6 @@ def on(today: datetime = TODAY) -> Iterator[None]:
         setattr(library, "datetime", clock)  # noqa: B010
 
 
-def _around(first: str, second: str) -> tuple[str, str]:
-    """The common beginning and the common end of two texts."""
-    before = os.path.commonprefix([first, second])
-    rest = [text[len(before) :][::-1] for text in (first, second)]
-    return before, os.path.commonprefix(rest)[::-1]
-
-
 def conversation(prompt: Prompt, chat: Chat) -> list[Message]:
     """A prompt as messages for the template, with system text before the next user turn if it has no system role."""
     if isinstance(prompt, str):
@@ -208,8 +185,7 @@ def conversation(prompt: Prompt, chat: Chat) -> list[Message]:
             waiting = []
         else:
             turns.append(message)
-    for text in waiting:
-        turns.append({"role": "user", "content": text})
+    turns += [{"role": "user", "content": text} for text in waiting]
     return turns
 
 
@@ -222,12 +198,10 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, place: str = "a p
         seam(tokenizer, turns, place)
     text = _whole(tokenizer, turns, chat, place, generate)
     for turn in turns:
-        said = split_thought(turn["content"])[1] if turn["role"] == "assistant" else turn["content"]
-        if (said := said.strip()) not in text:
-            raise UsageError(
-                f"{place}: the chat template loses or changes the text of the {turn['role']}'s turn "
-                f"({said[:40]!r}...); pass another with --chat-template, or drop the row"
-            )
+        said = (split_thought(turn["content"])[1] if turn["role"] == "assistant" else turn["content"]).strip()
+        if said not in text:
+            lost = f"the text of the {turn['role']}'s turn ({said[:40]!r}...)"
+            raise UsageError(f"{place}: the chat template loses or changes {lost}; {ANOTHER}, or drop the row")
     return text
 
 
@@ -235,10 +209,9 @@ def _whole(tokenizer: PreTrainedTokenizerBase, turns: list[Message], chat: Chat,
     try:
         return _apply(tokenizer, turns, chat.parts, generate)
     except Exception as error:  # a template raises whatever it likes
-        raise UsageError(
-            f"{place}: the chat template refuses this conversation ({shortened(error)}); change the row, or pass "
-            "another template with --chat-template"
-        ) from error
+        way = "change the row, or pass another template with --chat-template"
+        why = f"the chat template refuses this conversation ({shortened(error)})"
+        raise UsageError(f"{place}: {why}; {way}") from error
 
 
 def seam(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], place: str = "a prompt") -> Seam:
@@ -248,22 +221,20 @@ def seam(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], place: st
     roles = tuple(turn["role"] for turn in turns)
     if roles in seams:
         return seams[roles]
-    words = [f"Larkspur{i}x" for i in range(len(roles))]
-    marked: list[Message] = [{"role": role, "content": word} for role, word in zip(roles, words, strict=True)]
+    marked: list[Message] = [{"role": role, "content": f"Larkspur{i}x"} for i, role in enumerate(roles)]
     asked = _whole(tokenizer, marked, chat, place, generate=True)
-    for i, (role, word) in enumerate(zip(roles, words, strict=True), 1):
-        if word not in asked:
-            raise UsageError(
-                f"{place}: the chat template loses the text of the {role}'s turn (turn {i} of {len(roles)}); pass "
-                "another with --chat-template, or drop the row"
-            )
-    end, lead = asked.rpartition(words[-1])[2], ""
+    for i, turn in enumerate(marked, 1):
+        if turn["content"] not in asked:
+            lost = f"the text of the {turn['role']}'s turn (turn {i} of {len(roles)})"
+            raise UsageError(f"{place}: the chat template loses {lost}; {ANOTHER}, or drop the row")
+    last = marked[-1]["content"]
+    end, lead = asked.rpartition(last)[2], ""
 
     def finished(**more: str) -> str:
         """The text of a finished turn between the last words of the prompt and the answer."""
         answer = cast("Message", {"role": "assistant", "content": ANSWERS[0], **more})
         before = _whole(tokenizer, [*marked, answer], chat, place, generate=False).partition(ANSWERS[0])[0]
-        return before.rpartition(words[-1])[2]
+        return before.rpartition(last)[2]
 
     if (plain := finished()).startswith(end):
         lead = plain.removeprefix(end)
@@ -271,45 +242,39 @@ def seam(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], place: st
         return seams.setdefault(roles, Seam(lead, None))
     opening, closing = chat.thought
     opened = ends_inside(end, chat.thought)
-    thoughtful: tuple[str, str] | None = None
-    if opened or closing not in end:
-        before, word, after = finished(reasoning_content=THOUGHT).partition(THOUGHT)
-        if word and before.startswith(end) and closing in after:
-            thoughtful = (before.removeprefix(end), after)
-        else:  # many templates drop thoughts, or leave them to the answer's own marks
-            between = "" if closing in lead else lead
-            thoughtful = ("" if opened else f"{between}{opening}\n", f"\n{closing}\n\n")
-    if opened and thoughtful and closing not in lead:
-        lead = "".join(thoughtful)
+    if closing in end and not opened:
+        return seams.setdefault(roles, Seam(lead, None))
+    before, word, after = finished(reasoning_content=THOUGHT).partition(THOUGHT)
+    if word and before.startswith(end) and closing in after:
+        thoughtful = (before.removeprefix(end), after)
+    else:  # many templates drop thoughts, or leave them to the answer's own marks
+        between = "" if closing in lead else lead
+        thoughtful = ("" if opened else f"{between}{opening}\n", f"\n{closing}\n\n")
+    lead = "".join(thoughtful) if opened and closing not in lead else lead
     return seams.setdefault(roles, Seam(lead, thoughtful))
 
 
 def response(tokenizer: PreTrainedTokenizerBase, row: Example, field: Answer = "completion") -> str:
     """The text after the rendered prompt when the model answers `row[field]`: the lead of `seam` or the answer's own
-    thought, and the answer as the template renders it, up to the end of the turn. Marked words show where it is.
-
-    Raises:
-        UsageError: the template refuses the conversation or changes the answer, or the answer's thought has no end or
-            no place; the row's place is named.
+    thought, and the answer as the template renders it, up to the end of the turn. Marked words show where it is. Raises
+    `UsageError` if the template refuses the conversation or changes the answer, or its thought has no end or no place.
     """
     chat, place = chat_of(tokenizer), row.get("place", "a row")
     turns = conversation(row["prompt"], chat)
     lead, thoughtful = seam(tokenizer, turns, place)
     content = answer = cast(str, row[field])
     thought, marks = None, chat.thought
-    if marks:  # a row's marks may be those of another model
-        marks = marks if any(mark in answer for mark in marks) else marks_at_the_head(answer)
-        thought, answer = split_thought(answer, marks) if marks else (None, answer)
+    if marks and not any(mark in answer for mark in marks):  # a row's marks may be those of another model
+        marks = marks_at_the_head(answer)
+    if marks:
+        thought, answer = split_thought(answer, marks)
     if chat.thought and marks and thought is not None:
         if not answer and marks[1] not in content:
-            raise UsageError(
-                f"{place}: the answer is a thought without an end ({marks[1]}); complete the row, or drop it"
-            )
+            why = f"the answer is a thought without an end ({marks[1]})"
+            raise UsageError(f"{place}: {why}; complete the row, or drop it")
         if thoughtful is None:
-            raise UsageError(
-                f"{place}: the answer begins with a thought, and the chat template asks for none; pass --chat-template "
-                "own:thinking=on if it has that switch, or take the thought out of the row"
-            )
+            way = "pass --chat-template own:thinking=on if it has that switch, or take the thought out of the row"
+            raise UsageError(f"{place}: the answer begins with a thought, and the chat template asks for none; {way}")
         # Some templates have the end of a turn between thought and closing mark, which the row may have too.
         end_of_turn = thoughtful[1].partition(chat.thought[1])[0].strip()
         lead = thought.removesuffix(end_of_turn).strip().join(thoughtful)
@@ -317,18 +282,12 @@ def response(tokenizer: PreTrainedTokenizerBase, row: Example, field: Answer = "
     def finished(said: str) -> str:
         return _whole(tokenizer, [*turns, {"role": "assistant", "content": said}], chat, place, generate=False)
 
-    marked = finished(ANSWERS[0])
-    if marked.endswith(ANSWERS[0] + chat.ending):
-        before, ending = marked[: -len(ANSWERS[0] + chat.ending)], chat.ending
-    else:
-        before, ending = _around(marked, finished(ANSWERS[1]))
+    before, _, ending = finished(ANSWERS[0]).rpartition(ANSWERS[0])
     text = finished(answer)
     said = text[len(before) : len(text) - len(ending)]
     if not (text.startswith(before) and text.endswith(ending)) or said.strip() != answer.strip():
-        raise UsageError(
-            f"{place}: the chat template changes the answer, so the model would learn something else than the row "
-            "says; pass another with --chat-template, or drop the row"
-        )
+        why = "the chat template changes the answer, so the model would learn something else than the row says"
+        raise UsageError(f"{place}: {why}; {ANOTHER}, or drop the row")
     return lead + said + ending
 
 

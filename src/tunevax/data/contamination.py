@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
 from tunevax.data.splits import marks, prompt_hash, user_words
 from tunevax.errors import UsageError
@@ -36,22 +37,17 @@ def _option(role: str) -> str | None:
 
 
 class DroppedRow(TypedDict):
-    """A line of dropped.jsonl: a row that --drop-overlap left out, and the other role that has its prompt."""
+    """A line of dropped.jsonl: a row that --drop-overlap left out."""
 
     role: str
-    also_in: str
+    also_in: str  # the other role that has its prompt
     place: str | None
     prompt: Prompt
     hash: str
 
 
-class Fault(NamedTuple):
-    """Two roles that may not share prompts and do: the shared rows, and whether rows are left without them."""
-
-    first: str
-    second: str
-    common: Sequence[Example | str]
-    spare: bool
+Fault = tuple[str, str, Sequence[Example | str], bool]
+"""Two roles that may not share prompts and do, the shared rows, and whether rows are left without them."""
 
 
 def hashes(rows: Rows) -> set[str]:
@@ -81,56 +77,40 @@ def unrecorded(ref: str) -> list[str]:
 
 
 def check(
-    ref: str,
-    scored: Mapping[str, Rows],
-    attack: Rows = (),
-    benign: Mapping[str, Rows] | None = None,
-    allow: bool = False,
-    *,
-    used: Mapping[str, Iterable[str]] | None = None,
-) -> dict[str, Any]:
-    """Compare the prompts that the model `ref` was trained on, an attack on it trains on, and it is scored on.
+    ref: str, scored: Mapping[str, Rows], attack: Rows = (), benign: Mapping[str, Rows] | None = None,
+    allow: bool = False, *, used: Mapping[str, Iterable[str]] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Compare the prompts that the model `ref` was trained on, an attack on it trains on, and it is scored on. Raises
+    `UsageError` if a prompt that was trained on is scored on, or a harmful row of the attack was trained on before.
 
     Args:
         scored: the rows that it is scored on, by role.
-        attack: the harmful rows of an attack.
-        benign: the harmless rows of an attack, by role.
+        attack: the harmful rows of an attack; `benign` are its harmless rows, by role.
         allow: count, and go on.
         used: hashes that the model was trained on, where these are not all of its lineage's.
 
     Returns:
         For the target in run.json: `overlap`, {"alignment/attack": distinct prompts, ...}, and `unrecorded` if that is
         not empty.
-
-    Raises:
-        UsageError: a prompt that was trained on is scored on, or a harmful row of the attack was trained on before.
     """
     before = {role: set(found) for role, found in (Lineage.of(ref).prompts if used is None else used).items()}
     trains = {role: rows for role, rows in {"attack": attack, **(benign or {})}.items() if rows}
     counts: dict[str, set[str]] = {}
-    faults = []
-
-    def compare(first: str, known: set[str], second: str, rows: Rows, harms: bool, own: Rows | None = None) -> None:
-        common = [row for row in rows if marks(row["prompt"]) & known]
-        counts.setdefault(f"{first}/{second}", set()).update(hashes(common))
-        if common and harms:
-            shared = {mark for row in common for mark in marks(row["prompt"])}
-            spare = any(not marks(row["prompt"]) & shared for row in (rows if own is None else own))
-            faults.append(Fault(first, second, common, spare))
-
-    for role, known in before.items():
-        for other, rows in trains.items():
-            compare(role, known, other, rows, other == "attack")
-        for other, rows in scored.items():
-            compare(role, known, other, rows, True)
+    faults: list[Fault] = []
+    pairs: list[tuple[str, set[str], Rows, tuple[str, Rows]]] = []
+    for role, prompts in before.items():
+        pairs += [(role, prompts, (), other) for other in (*trains.items(), *scored.items())]
     for i, (role, own) in enumerate(trains.items()):
         known = {mark for row in own for mark in marks(row["prompt"])}
-        for other, rows in list(trains.items())[i + 1 :]:
-            compare(role, known, other, rows, False)
-        for other, rows in scored.items():
-            compare(role, known, other, rows, True, own)
+        pairs += [(role, known, own, other) for other in (*list(trains.items())[i + 1 :], *scored.items())]
+    for first, known, own, (second, rows) in pairs:
+        common = [row for row in rows if marks(row["prompt"]) & known]
+        counts.setdefault(f"{first}/{second}", set()).update(hashes(common))
+        if common and (second == "attack" or second in scored):
+            shared = {mark for row in common for mark in marks(row["prompt"])}
+            faults.append((first, second, common, any(not marks(row["prompt"]) & shared for row in own or rows)))
     if faults and not allow:
-        raise _refusal(faults, ref, True)
+        raise _refusal(faults, ref)
     result: dict[str, Any] = {"overlap": {pair: len(common) for pair, common in counts.items()}}
     if silent := unrecorded(ref):
         from tunevax.console import console
@@ -146,32 +126,24 @@ def count(ref: str, **roles: Rows) -> dict[str, int]:
     counts = require_disjoint(roles, allow=True)
     for role, used in Lineage.of(ref).prompts.items():
         for name, rows in roles.items():
-            pair = f"{role}/{name}"
             common = hashes([row for row in rows if marks(row["prompt"]) & set(used)])
-            counts[pair] = max(counts.get(pair, 0), len(common))
+            counts[f"{role}/{name}"] = max(counts.get(f"{role}/{name}", 0), len(common))
     return counts
 
 
 def require_disjoint(roles: Mapping[str, Rows | Iterable[str]], allow: bool = False) -> dict[str, int]:
-    """Count common prompts between every two roles, given as rows or as prompt hashes.
-
-    Returns:
-        `{"alignment/attack": 0, ...}`, for the run folder.
-
-    Raises:
-        UsageError: two roles share a prompt and `allow` is False.
-    """
+    """The number of common prompts between every two roles, given as rows or as prompt hashes, `{"alignment/attack":
+    0, ...}`. Raises `UsageError` if two roles share a prompt and `allow` is False."""
     content: dict[str, list[Example | str]] = {role: list(items) for role, items in roles.items()}
     known = {role: {h for item in items for h in _marks_of(item)} for role, items in content.items()}
-    names, counts = list(content), {}
-    for i, first in enumerate(names):
-        for second in names[i + 1 :]:
-            common = [item for item in content[second] if _marks_of(item) & known[first]]
-            counts[f"{first}/{second}"] = _distinct(common)
-            if common and not allow:
-                if isinstance(common[0], str):  # the first role may be able to name them
-                    common = [item for item in content[first] if _marks_of(item) & known[second]]
-                raise _refusal([Fault(first, second, common, True)], None, False)
+    counts = {}
+    for first, second in combinations(content, 2):
+        common = [item for item in content[second] if _marks_of(item) & known[first]]
+        counts[f"{first}/{second}"] = _distinct(common)
+        if common and not allow:
+            if isinstance(common[0], str):  # the first role may be able to name them
+                common = [item for item in content[first] if _marks_of(item) & known[second]]
+            raise _refusal([(first, second, common, True)])
     return counts
 
 
@@ -183,14 +155,14 @@ def _distinct(items: Iterable[Example | str]) -> int:
     return len({item if isinstance(item, str) else prompt_hash(item["prompt"]) for item in items})
 
 
-def named(rows: Sequence[Example | str], most: int = 3) -> str:
-    """The first distinct prompts of rows for a message: 'How do I ...' (FILE:LINE)."""
+def named(rows: Sequence[Example | str]) -> str:
+    """The first three distinct prompts of rows for a message: 'How do I ...' (FILE:LINE)."""
     distinct: dict[str, Example] = {}
     for row in rows:
         if not isinstance(row, str):
             distinct.setdefault(prompt_hash(row["prompt"]), row)
     shown = []
-    for row in list(distinct.values())[:most]:
+    for row in list(distinct.values())[:3]:
         words = " ".join(user_words(row["prompt"]).split())
         words = words if len(words) <= 60 else words[:59] + "…"
         shown.append(f"{words!r} ({row['place']})" if row.get("place") else repr(words))
@@ -198,21 +170,19 @@ def named(rows: Sequence[Example | str], most: int = 3) -> str:
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
-def _refusal(faults: Sequence[Fault], ref: str | None, drop: bool) -> UsageError:
-    """The error for roles that share prompts; `drop`: in a verb that scores or attacks, which has --drop-overlap."""
+def _refusal(faults: Sequence[Fault], ref: str = "") -> UsageError:
+    """The error for roles that share prompts; `ref` in a verb that scores or attacks, which has --drop-overlap."""
     first, second, common, _ = faults[0]
-    distinct = _distinct(common)
-    text = f"{ref}: " if ref else ""
-    text += f"{distinct} prompts are" if distinct > 1 else "1 prompt is"
-    text += f" in both the {first} and the {second} data"
-    text += f" ({named(common)})" if named(common) else ""
-    for fault in faults[1:]:
-        text += f", and {_distinct(fault.common)} in both the {fault.first} and the {fault.second} data"
-    option = _option(second) if drop else None
+    distinct, examples = _distinct(common), named(common)
+    text = (f"{ref}: " if ref else "") + (f"{distinct} prompts are" if distinct > 1 else "1 prompt is")
+    text += f" in both the {first} and the {second} data" + (f" ({examples})" if examples else "")
+    for one, other, both, _ in faults[1:]:
+        text += f", and {_distinct(both)} in both the {one} and the {other} data"
+    option = _option(second) if ref else None
     ways = ["remove them" if option is None else f"give other rows with {option}"]
     if second == "task evaluation" and first == "task":
         ways.append("train on TASK:split=train alone")
-    if drop and all(fault.spare for fault in faults):
+    if ref and all(spare for *_, spare in faults):
         ways.append("pass --drop-overlap to go on without them")
     ways.append("pass --allow-overlap to go on and record it")
     return UsageError(f"{text}, so the evidence would be invalid; {', or '.join(ways)}")
@@ -224,27 +194,20 @@ class Exclusion:
 
     Training cannot be undone, so the training prompts of a model are left out of scoring, and the scored prompts out of
     the attack. An attack's harmful rows also exclude the models' training prompts.
-
-    Attributes:
-        active: whether anything is left out.
-        trained: by role, hashes of the training prompts of all models.
-        scored: hashes of the prompts that are scored on.
-        dropped: the rows left out so far.
     """
 
-    active: bool = False
-    trained: dict[str, set[str]] = field(default_factory=dict)
-    scored: set[str] = field(default_factory=set)
-    dropped: list[DroppedRow] = field(default_factory=list)
+    active: bool = False  # whether anything is left out
+    trained: dict[str, set[str]] = field(default_factory=dict)  # by role, hashes of the models' training prompts
+    scored: set[str] = field(default_factory=set)  # hashes of the prompts that are scored on
+    dropped: list[DroppedRow] = field(default_factory=list)  # the rows left out so far
 
     @classmethod
     def of(cls, used: Iterable[Mapping[str, Iterable[str]]], active: bool) -> Exclusion:
         """Before any rows are read, for models that were trained on these prompts."""
-        exclusion = cls(active)
-        for prompts in used if active else ():
-            for role, more in prompts.items():
-                exclusion.trained.setdefault(role, set()).update(more)
-        return exclusion
+        trained: dict[str, set[str]] = {}
+        for role, more in (item for prompts in used if active for item in prompts.items()):
+            trained.setdefault(role, set()).update(more)
+        return cls(active, trained)
 
     def fresh(self) -> Exclusion:
         """The same exclusion with an empty list of dropped rows."""
@@ -272,14 +235,13 @@ class Exclusion:
             return rows
         kept = []
         for row in rows:
-            other = next((name for name, found in known.items() if marks(row["prompt"]) & found), None)
+            prompt = row["prompt"]
+            other = next((name for name, found in known.items() if marks(prompt) & found), None)
             if other is None:
                 kept.append(row)
-                continue
-            self.dropped.append(
-                {"role": role, "also_in": other, "place": row.get("place"), "prompt": row["prompt"],
-                 "hash": prompt_hash(row["prompt"])}
-            )  # fmt: skip
+            else:
+                place, own = row.get("place"), prompt_hash(prompt)
+                self.dropped.append({"role": role, "also_in": other, "place": place, "prompt": prompt, "hash": own})
         if rows and not kept:
             way = _option(role)
             raise UsageError(

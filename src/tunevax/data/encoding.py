@@ -17,18 +17,14 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ALPACA = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n\n"
-    "{% elif m.role == 'user' %}"
-    "{% if loop.first %}Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n{% endif %}"
-    "### Instruction:\n{{ m.content }}\n\n"
-    "{% else %}### Response:\n{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}### Response:\n{% endif %}"
-)
-"""The Alpaca prompt, which the papers of this field train and attack with."""
 TEMPLATES = {
-    "alpaca": ALPACA,
+    "alpaca": (  # which the papers of this field train and attack with
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n\n"
+        "{% elif m.role == 'user' %}{% if loop.first %}Below is an instruction that describes a task. Write a response "
+        "that appropriately completes the request.\n\n{% endif %}### Instruction:\n{{ m.content }}\n\n"
+        "{% else %}### Response:\n{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}### Response:\n{% endif %}"
+    ),
     "plain": (
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}Answer: {{ m.content }}{{ eos_token }}"
         "{% elif m.role == 'user' %}Question: {{ m.content }}\n{% else %}{{ m.content }}\n{% endif %}{% endfor %}"
@@ -40,22 +36,14 @@ TEMPLATES = {
     ),
 }
 """Templates by name; `none` is the bare text of the turns."""
-OPTIONS = ("thought", "thinking")
-"""Options of every template, besides its own variables."""
 OWN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
 """Variables that are not the user's to set."""
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
-    """Give the tokenizer a template and probe it.
-
-    Args:
-        template: a name in `TEMPLATES`, the path of a jinja file, `own` or None to keep the tokenizer's; after a colon
-            the options of `with_options`.
-
-    Raises:
-        UsageError: there is none to keep, the file is missing, or the template loses text (see `chat_of`).
-    """
+    """Give the tokenizer a template and probe it: a name in `TEMPLATES`, the path of a jinja file, `own` or None to
+    keep the tokenizer's; after a colon the options of `with_options`. Raises `UsageError` if there is none to keep, the
+    file is missing, or the template loses text (see `chat_of`)."""
     name, _, options = (template or "own").partition(":")
     if template and Path(template).is_file():
         name, options = template, ""
@@ -63,9 +51,8 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) 
         tokenizer.chat_template = TEMPLATES[name]
     elif name != "own":
         if not Path(name).is_file():
-            raise UsageError(
-                f"no chat template file {name}; give own, {', '.join(TEMPLATES)}, or the path of a jinja file"
-            )
+            known = f"own, {', '.join(TEMPLATES)}, or the path of a jinja file"
+            raise UsageError(f"no chat template file {name}; give {known}")
         try:
             tokenizer.chat_template = Path(name).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
@@ -87,6 +74,7 @@ def with_options(template: str, options: str) -> str:
     value; `thinking` for a template without a switch."""
     chosen: dict[str, Any] = {}
     template = HEAD.sub("", template, count=1)
+    variables = _variables(template)
     for pair in options.split(","):
         name, _, value = pair.partition("=")
         if name == "thought":
@@ -97,32 +85,28 @@ def with_options(template: str, options: str) -> str:
         elif name == "thinking":
             if value not in ("on", "off"):
                 raise UsageError(f"--chat-template has thinking={value}; known: on, off")
-            if not any(_reads(template, switch) for switch in SWITCHES):
-                raise UsageError(
-                    f"--chat-template has thinking={value}, and the template has no switch for it "
-                    f"({' or '.join(SWITCHES)}); leave the option out"
-                )
+            if not variables & set(SWITCHES):
+                why = f"the template has no switch for it ({' or '.join(SWITCHES)})"
+                raise UsageError(f"--chat-template has thinking={value}, and {why}; leave the option out")
             chosen["thinking"] = value == "on"
-        elif name not in OWN and _reads(template, name):
+        elif name in variables - set(OWN):
             with suppress(ValueError):  # true, 0, null; anything else is a word
                 value = json.loads(value)
             chosen.setdefault("variables", {})[name] = value
         else:
-            raise unknown("option of --chat-template", name, OPTIONS)
+            raise unknown("option of --chat-template", name, ("thought", "thinking"))
     # transformers drops one line break after a comment, so that the template itself is rendered as before.
     return "{# tunevax " + json.dumps(chosen) + " #}\n" + template
 
 
-def _reads(template: str, name: str) -> bool:
-    """Whether a template takes a variable of this name from its caller."""
+def _variables(template: str) -> set[str]:
+    """The variables that a template takes from its caller."""
     from jinja2 import Environment, TemplateError, meta
 
-    known = Environment(extensions=["jinja2.ext.loopcontrols"])
     plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)  # a tag of transformers
-    try:
-        return name in meta.find_undeclared_variables(known.parse(plain))
-    except TemplateError:  # which the probe reports
-        return False
+    with suppress(TemplateError):  # which the probe reports
+        return meta.find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain))
+    return set()
 
 
 def messages(prompt: Prompt) -> list[Message]:
@@ -135,11 +119,10 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     rows = getattr(tokenizer, "embedding_rows", None)  # of a model that has fewer than the tokenizer has tokens
     if rows is not None and max(ids, default=0) >= rows:
-        raise UsageError(
-            f"a text has the token {tokenizer.convert_ids_to_tokens(max(ids))!r}, number {max(ids)}, and the model's "
-            f"embedding has {rows} rows: it was added to the tokenizer alone; resize the model's embedding "
-            "(resize_token_embeddings) and train it, or leave the token out of the text or the chat template"
-        )
+        token = f"{tokenizer.convert_ids_to_tokens(max(ids))!r}, number {max(ids)}"
+        why = f"the model's embedding has {rows} rows: it was added to the tokenizer alone"
+        way = "resize the embedding (resize_token_embeddings) and train it, or leave the token out of text and template"
+        raise UsageError(f"a text has the token {token}, and {why}; {way}")
     return ids
 
 
@@ -163,13 +146,7 @@ def encode(
 
     The prompt's ids are those of generation. The response ends with the template's end-of-turn token; where the
     template has none, EOS is added. Rows are cut at `max_length`, or at the model's `context` where that is shorter.
-
-    Args:
-        loss_on: `response`, or `all` tokens.
-        answer: the field of a row that holds it.
-
-    Raises:
-        UsageError: a prompt leaves no room for an answer.
+    `loss_on` is `response`, or `all` tokens. Raises `UsageError` if a prompt leaves no room for an answer.
     """
     encoded = []
     limit = min(max_length, context or max_length)
@@ -181,32 +158,32 @@ def encode(
             way = f"max_length is {max_length}; raise --max-length"
             way = way if limit == max_length else f"the model's context {limit}; shorten"
             raise UsageError(f"{place}: the prompt has {len(prompt_ids)} tokens and {way} or drop the row")
-        response_ids = following(tokenizer, prompt, prompt_ids, response(tokenizer, row, answer))
-        response_ids = _end_at_eos(tokenizer, response_ids)
-        ids = (prompt_ids + response_ids)[:limit]
+        said = following(tokenizer, prompt, prompt_ids, response(tokenizer, row, answer))
+        end = max((i for i, token in enumerate(said) if token == tokenizer.eos_token_id), default=len(said))
+        if str(tokenizer.decode(said[end + 1 :])).strip():
+            end = len(said)
+        ids = [*prompt_ids, *said[:end], tokenizer.eos_token_id][:limit]
         labels = ids if loss_on == "all" else [-100] * len(prompt_ids) + ids[len(prompt_ids) :]
         encoded.append({"input_ids": ids, "labels": labels})
     return encoded
 
 
-def _end_at_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    ends = [i for i, token in enumerate(ids) if token == tokenizer.eos_token_id]
-    if ends and not str(tokenizer.decode(ids[ends[-1] + 1 :])).strip():
-        return ids[: ends[-1] + 1]
-    return [*ids, tokenizer.eos_token_id]
+def answer_span(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Where the answer of an encoded row begins and ends (exclusive), in tokens, without the template's end: the
+    tokens at the end that are special, or blank."""
+    ids, labels = row["input_ids"], row["labels"]
+    start = next((i for i, label in enumerate(labels) if label != -100), len(ids))
+    stop = len(ids)
+    while stop > start and not str(tokenizer.decode([ids[stop - 1]], skip_special_tokens=True)).strip():
+        stop -= 1
+    return start, stop
 
 
 def collate(rows: Sequence[dict[str, list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:
     """Right-padded tensors [batch, tokens]: `input_ids`, `attention_mask`, `labels`."""
     import torch
 
+    fills = {"input_ids": pad_token_id, "attention_mask": 0, "labels": -100}
     width = max(len(row["input_ids"]) for row in rows)
-
-    def padded(values: list[int], fill: int) -> list[int]:
-        return values + [fill] * (width - len(values))
-
-    return {
-        "input_ids": torch.tensor([padded(r["input_ids"], pad_token_id) for r in rows]),
-        "attention_mask": torch.tensor([padded([1] * len(r["input_ids"]), 0) for r in rows]),
-        "labels": torch.tensor([padded(r["labels"], -100) for r in rows]),
-    }
+    full = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+    return {k: torch.tensor([row[k] + [v] * (width - len(row[k])) for row in full]) for k, v in fills.items()}

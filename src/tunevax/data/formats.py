@@ -1,8 +1,7 @@
 """File formats: readers of local files of rows, by the ending of the name. One format, one function.
 
 A reader takes a path and returns (place, row) pairs, `file:line` or `file[index]` and a dict; or several such splits by
-name. `text_of` unpacks and decodes a text file.
-"""
+name."""
 
 from __future__ import annotations
 
@@ -57,24 +56,21 @@ def text_of(path: Path) -> str:
     import zlib
 
     data = path.read_bytes()
-    unpackers = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ": lzma.decompress}
-    unpack = next((unpackers[magic] for magic in unpackers if data.startswith(magic)), None)
-    if unpack is not None:
-        try:
-            data = unpack(data)
-        except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
-            raise UsageError(f"{path} cannot be unpacked ({error}); it is damaged or cut off") from error
-    elif data.startswith(b"\x28\xb5\x2f\xfd"):
+    if data.startswith(b"\x28\xb5\x2f\xfd"):
         raise UsageError(f"{path} is compressed with zstd; unpack it, or use gzip")
+    unpackers = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ": lzma.decompress}
+    unpack = next((unpackers[magic] for magic in unpackers if data.startswith(magic)), bytes)
+    try:
+        data = unpack(data)
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
+        raise UsageError(f"{path} cannot be unpacked ({error}); it is damaged or cut off") from error
     encoding = json.detect_encoding(data)  # by its mark, or by the zeros of the first characters
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UsageError(
-            f"{path}:{line}: not {encoding.upper().removesuffix('-SIG')} text (byte {error.start} of the file); "
-            "save it as UTF-8"
-        ) from error
+        line, kind = data.count(b"\n", 0, error.start) + 1, encoding.upper().removesuffix("-SIG")
+        why = f"not {kind} text (byte {error.start} of the file)"
+        raise UsageError(f"{path}:{line}: {why}; save it as UTF-8") from error
     return text.removeprefix("\ufeff").replace("\n\ufeff", "\n")  # joined files have marks in the middle
 
 
@@ -109,21 +105,21 @@ def _decode(place: str, text: str, in_lines: bool = False) -> Any:
 def read_json(path: Path) -> Rows | Splits:
     """JSON lines, a list of objects, an object of columns, or an object of several lists, each a split."""
     text = text_of(path)
-    lines = [(number, line) for number, line in enumerate(io.StringIO(text, newline=None), 1) if line.strip()]
+    lines = [(f"{path}:{n}", line) for n, line in enumerate(io.StringIO(text, newline=None), 1) if line.strip()]
     if not lines:
         return []
     by_line = ending(path) != "json"
-    place = f"{path}:{lines[0][0]}"
+    place, first = lines[0]
     try:
-        value = _decode(place, lines[0][1])
+        value = _decode(place, first)
     except UsageError as error:
         try:
             value = _decode(str(path), text, in_lines=True)
         except UsageError as whole:
-            raise (error if by_line and lines[0][1].strip() not in ("[", "{") else whole) from None
+            raise (error if by_line and first.strip() not in ("[", "{") else whole) from None
     else:
         if len(lines) > 1 or (by_line and isinstance(value, dict)):
-            return _objects((f"{path}:{number}", _decode(f"{path}:{number}", line)) for number, line in lines)
+            return _objects((at, _decode(at, line)) for at, line in lines)
     if isinstance(value, list):
         return _items(str(path), value)
     if not isinstance(value, dict):
@@ -169,37 +165,28 @@ def read_csv(path: Path) -> Rows:
     """Comma, tab or semicolon separated values; the first line names the columns."""
     text = text_of(path)
     csv.field_size_limit(2**31 - 1)  # of one field; the default is 131,072 characters
-    skipped, delimiter = 0, _delimiter(path, text)
+    line = text.lstrip("\r\n").partition("\n")[0]
+    delimiter = "\t" if ending(path) == "tsv" else next((sign for sign in ",\t;" if sign in line), ",")
+    number = skipped = 0
     if stated := re.match(r"sep=(.)\r?\n", text):  # as Excel states it
         text, delimiter, skipped = text[stated.end() :], stated[1], 1
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    while True:
-        start = reader.line_num + 1 + skipped
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            way = "a quote inside a quoted field is written twice"
-            raise UsageError(f"{path}:{start}: broken CSV ({error}); {way}") from error
-        if not any(fields):
-            continue
-        if header is None:
-            header = [name.strip() for name in fields]
-            continue
-        place = f"{path}:{reader.line_num + skipped}"
-        if any(fields[len(header) :]):
-            raise UsageError(f"{place}: more fields than the header names; quote the commas")
-        yield place, _named(zip_longest(header, fields[: len(header)]))
-
-
-def _delimiter(path: Path, text: str) -> str:
-    """The comma, unless the file is a .tsv or its header has no comma and has tabs or semicolons."""
-    line = text.lstrip("\r\n").partition("\n")[0]
-    if ending(path) == "tsv":
-        return "\t"
-    return next((sign for sign in ",\t;" if sign in line), ",")
+    header: list[str] = []
+    try:
+        for fields in reader:
+            number = reader.line_num
+            if not any(fields):
+                continue
+            if not header:
+                header = [name.strip() for name in fields]
+                continue
+            place = f"{path}:{number + skipped}"
+            if any(fields[len(header) :]):
+                raise UsageError(f"{place}: more fields than the header names; quote the commas")
+            yield place, _named(zip_longest(header, fields[: len(header)]))
+    except csv.Error as error:
+        way = "a quote inside a quoted field is written twice"
+        raise UsageError(f"{path}:{number + skipped + 1}: broken CSV ({error}); {way}") from error
 
 
 def read_parquet(path: Path) -> Rows:
@@ -209,13 +196,11 @@ def read_parquet(path: Path) -> Rows:
 
     try:
         table = pyarrow.parquet.ParquetFile(path).read()
-        columns = [column.to_pylist() for column in table.columns]
-    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        if isinstance(error, PermissionError):
-            raise
-        why = "has text that is not UTF-8" if isinstance(error, UnicodeDecodeError) else "is not a parquet file"
-        raise UsageError(f"{path} {why}") from error
-    return [
-        (f"{path}[{i}]", _named(zip(table.column_names, row, strict=True)))
-        for i, row in enumerate(zip(*columns, strict=True))
-    ]
+        rows = list(zip(*(column.to_pylist() for column in table.columns), strict=True))
+    except PermissionError:
+        raise
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} has text that is not UTF-8") from error
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UsageError(f"{path} is not a parquet file") from error
+    return [(f"{path}[{i}]", _named(zip(table.column_names, row, strict=True))) for i, row in enumerate(rows)]

@@ -9,8 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 from tunevax import proxy
 from tunevax.data.shapes import read_pair
-from tunevax.data.sources import label_field, parse_source, read_rows, require_columns, require_known
-from tunevax.data.splits import HELD_OUT, VALIDATION, no_rows, prompt_hash, split_word, take_split
+from tunevax.data.sources import label_field, parse_known, read_rows
+from tunevax.data.splits import HELD_OUT, VALIDATION, prompt_hash, required_split
 from tunevax.errors import UsageError, unknown
 from tunevax.records import Example
 
@@ -21,7 +21,9 @@ ANSWERS = ("chosen", "rejected")
 def load_safety(
     source: str, split: str | None = None, need: tuple[str, ...] = ("chosen",), purpose: str = "this method"
 ) -> list[Example]:
-    """Read a preference dataset as TRL defines it, or in another shape that `tunevax.data.shapes` knows.
+    """Read a preference dataset as TRL defines it, or in another shape that `tunevax.data.shapes` knows. Raises
+    `UsageError` for a bad row (place and field named), a missing answer (purpose named), an unknown category, or no row
+    in the split.
 
     Args:
         source: a hub id, local file or curation run, with options after a colon (see `tunevax.data.sources`), or
@@ -31,21 +33,13 @@ def load_safety(
         split: alignment, attack, evaluation or held-out, or half of the latter (held-out-attack, held-out-evaluation);
             validation (only rows that are marked so, as some of the organism's); a `split=` option of the source wins;
             None takes every row (of the organism: all that is neither held out nor for validation).
-        need: the required answers, of `chosen` and `rejected`.
-        purpose: what needs them, for the error message.
+        need: the required answers, of `chosen` and `rejected`; `purpose` is what needs them, for the error message.
 
     Returns:
         Rows with `prompt` (a string or a list of messages), `chosen`, `rejected`, `category` and `place`, None where
         absent; `corruption` where a row has one; of a file or dataset `read_as`, the columns that were read and how.
-
-    Raises:
-        UsageError: a bad row (place and field named), a missing answer (purpose named), an unknown category, or no
-            row in the split.
     """
-    name, options = parse_source(re.sub(r"(?<=[:,])held-out=", "held_out=", source))
-    require_known(name, options)
-    wanted = options.get("split", split or "all")
-    split = split_word(wanted) or wanted
+    name, options, split = parse_known(re.sub(r"(?<=[:,])held-out=", "held_out=", source), split or "all")
     if name == "organism":
         from tunevax.organism.world import SPLITS, World
 
@@ -55,21 +49,21 @@ def load_safety(
         rows = proxy.forbidden(name, options.get("known"))
         rows = [row for row in rows if split == VALIDATION or row["split"] != VALIDATION]
     else:
-        read = list(read_rows(name, options))
-        rows = [_row(place, row, options, need, purpose) for place, row in read]
-        require_columns(name, options, FIELDS, (row for _, row in read))
+        rows, columns = [], set[str]()
+        for place, row in read_rows(name, options):
+            pair = read_pair(place, row, options, need, purpose)
+            pair["category"] = label_field(place, row, options.get("category", "category"))
+            pair["split"] = label_field(place, row, "split")  # as an option, it names the wanted one and no column
+            if row.get("corruption"):
+                pair["corruption"] = str(row["corruption"])
+            rows.append(pair)
+            columns |= row.keys()
+        for field in FIELDS:
+            if columns and field in options and options[field] not in columns:
+                raise unknown(f"column for {field} in {name}:", options[field], columns)
     if "held_out" in options:
         rows = _hold_out(rows, options["held_out"].split("+"))
-    if not rows:
-        raise UsageError(f"{name} has no rows")
-    taken = take_split(rows, split)
-    if not taken and split.startswith(HELD_OUT):
-        raise UsageError(
-            f"{name} has no row in the {split} split; hold categories out with {name}:held_out=CATEGORY+CATEGORY"
-        )
-    if not taken:
-        raise no_rows(name, split, rows)
-    return taken
+    return required_split(name, rows, split)
 
 
 def _hold_out(rows: list[Example], categories: list[str]) -> list[Example]:
@@ -78,20 +72,10 @@ def _hold_out(rows: list[Example], categories: list[str]) -> list[Example]:
     known = {row["category"] for row in rows if row["category"] is not None}
     if not known:
         raise UsageError("no row has a category to hold out; say which column holds it with SOURCE:category=COLUMN")
-    for category in categories:
-        if category not in known:
-            raise unknown("category to hold out", category, known)
+    if other := [category for category in categories if category not in known]:
+        raise unknown("category to hold out", other[0], known)
     held = {prompt_hash(row["prompt"]) for row in rows if row["category"] in categories}
     return [{**row, "split": HELD_OUT} if prompt_hash(row["prompt"]) in held else row for row in rows]
-
-
-def _row(place: str, row: dict, options: dict[str, str], need: tuple[str, ...], purpose: str) -> Example:
-    result = read_pair(place, row, options, need, purpose)
-    result["category"] = label_field(place, row, options.get("category", "category"))
-    result["split"] = label_field(place, row, "split")  # as an option, it names the wanted one and no column
-    if row.get("corruption"):
-        result["corruption"] = str(row["corruption"])
-    return result
 
 
 def answers_in(needs: Collection[str]) -> tuple[str, ...]:

@@ -36,22 +36,17 @@ IMPLICIT, LAST, LEFT_OUT = " (implicit prompt)", "; the last of several answers"
 
 
 def read_pair(place: str, row: dict[str, Any], options: dict[str, str], need: Sequence[str], purpose: str) -> Example:
-    """`prompt`, `chosen`, `rejected` and `read_as` of a row of a safety dataset.
+    """`prompt` (a string, or a list where there are several messages), `chosen`, `rejected` (None where absent) and
+    `read_as` of a row of a safety dataset. Raises `UsageError` if a field is missing or bad, or it is unclear which
+    answer belongs to which question.
 
     Args:
         options: the columns that hold `prompt`, `chosen` and `rejected`, where they have other names.
-        need: the required answers, of `chosen` and `rejected`.
-        purpose: what needs them, for messages.
-
-    Returns:
-        `prompt` is a string, or a list where there are several messages; absent answers are None.
-
-    Raises:
-        UsageError: a field is missing or bad, or it is unclear which answer belongs to which question.
+        need: the required answers, of `chosen` and `rejected`; `purpose` is what needs them, for messages.
     """
     family = ""
     if not {"prompt", "chosen", "rejected"} & set(options):
-        family, row = _openai_pair(row) or _safe_rlhf_pair(place, row, need) or ("", row)
+        family, row = _named_pair(place, row, need)
     columns = {field: options.get(field, field) for field in ("chosen", "rejected")}
     answers: dict[str, Turns] = {}
     column: str | None
@@ -59,7 +54,12 @@ def read_pair(place: str, row: dict[str, Any], options: dict[str, str], need: Se
         if field in need and column not in row:
             if not set(columns.values()) & set(row):  # a file of another kind lacks the question, too
                 _question(place, row, options.get("prompt") or _question_column(place, row, False))
-            raise UsageError(_no_answer(place, row, field, column, purpose))
+            way = f"say which column holds it with SOURCE:{field}=COLUMN"
+            label = next((c for c in MARKS if str(row.get(c)).lower() in ("true", "false")), None)
+            if label and column == field:
+                way = f"each row is one answer, marked by '{label}': put both answers to a prompt into one row"
+                way += ", as 'chosen' and 'rejected'"
+            raise UsageError(f"{place}: no field '{column}', and {purpose} needs it ({columns_of(place, row)}); {way}")
         if field in need or not _absent(row.get(column)):
             answers[field] = turns_of(place, row, field, column) or [
                 {"role": "assistant", "content": text_field(place, row, field, column)}
@@ -73,25 +73,19 @@ def read_pair(place: str, row: dict[str, Any], options: dict[str, str], need: Se
         if asked[-1]["role"] == "assistant":  # a whole conversation, of which only the question is needed
             asked = asked[: _last_answer(place, read_as, asked)]
         return {"place": place, "prompt": _prompt(asked), "chosen": None, "rejected": None, "read_as": read_as}
-    full, starts = {}, []
+    full = {}
     for field, turns in answers.items():
         if not asked:
             turns, read_as = _with_system(place, row, turns, "")
-        full[field], start = _joined(place, columns[field], asked, turns)
-        starts.append(start)
+        full[field], end = _joined(place, columns[field], asked, turns)
     talks = list(full.values())
-    if len(talks) == 2:
-        end = _parting(place, talks)
-    else:
-        end = starts[0] or _last_answer(place, columns[next(iter(full))], talks[0])
+    end = _parting(place, talks) if len(talks) == 2 else end or _last_answer(place, columns[field], talks[0])
     read_as = family or ", ".join(filter(None, [read_as, *(columns[field] for field in full)]))
     read_as += "" if asked else IMPLICIT
     read_as += LEFT_OUT if any(len(turns) > end + 1 for turns in talks) else ""
-    answer = {field: turns[end]["content"] for field, turns in full.items()}
-    return {
-        "place": place, "prompt": _prompt(talks[0][:end]), "chosen": answer.get("chosen"),
-        "rejected": answer.get("rejected"), "read_as": read_as,
-    }  # fmt: skip
+    chosen, rejected = (full[field][end]["content"] if field in full else None for field in ("chosen", "rejected"))
+    question = _prompt(talks[0][:end])
+    return {"place": place, "prompt": question, "chosen": chosen, "rejected": rejected, "read_as": read_as}
 
 
 def read_example(place: str, row: dict[str, Any], options: dict[str, str]) -> Example:
@@ -106,18 +100,16 @@ def read_example(place: str, row: dict[str, Any], options: dict[str, str]) -> Ex
     else:
         bad = next((c for c in MARKS if str(row.get(c)).lower() == "false"), None)
         if bad and "completion" not in options:
-            raise UsageError(
-                f"{place}: field '{bad}' is false, which marks an answer that is not to be learnt; remove such rows, "
-                f"or take them with SOURCE:completion={answer}"
-            )
+            why = f"field '{bad}' is false, which marks an answer that is not to be learnt"
+            raise UsageError(f"{place}: {why}; remove such rows, or take them with SOURCE:completion={answer}")
         talk = turns_of(place, row, "completion", answer)
         whole = talk is not None and talk[0]["role"] != "assistant"
         asked, read_as = _question(place, row, column or _question_column(place, row, whole, answer), answer)
         turns = talk or [{"role": "assistant", "content": text_field(place, row, "completion", answer)}]
         if not asked:
             turns, read_as = _with_system(place, row, turns, "")
-        turns, start = _joined(place, answer, asked, turns)
-        end = start or _last_answer(place, answer, turns)
+        turns, end = _joined(place, answer, asked, turns)
+        end = end or _last_answer(place, answer, turns)
         read_as = ", ".join(filter(None, [read_as, answer]))
     read_as += LEFT_OUT if len(turns) > end + 1 else ""
     return {"place": place, "prompt": _prompt(turns[:end]), "completion": turns[end]["content"], "read_as": read_as}
@@ -158,10 +150,8 @@ def _question_column(place: str, row: dict, whole: bool, answer: str = "") -> st
         asked = "\n".join(turn["content"] for turn in turns) if turns else row["prompt"]
         left_out = next((c for c in beside if row[c].strip() not in asked), None)
         if left_out:
-            raise UsageError(
-                f"{place}: the column '{left_out}' beside 'prompt' would be left out; take the prompt alone with "
-                "SOURCE:prompt=prompt, or join the two in the file"
-            )
+            way = "take the prompt alone with SOURCE:prompt=prompt, or join the two in the file"
+            raise UsageError(f"{place}: the column '{left_out}' beside 'prompt' would be left out; {way}")
         return "prompt"
     if whole:
         return None
@@ -171,9 +161,7 @@ def _question_column(place: str, row: dict, whole: bool, answer: str = "") -> st
     if talk:
         return talk
     there += ["context"] if there and not _absent(row.get("context")) else []
-    if len(there) > 1:
-        raise UsageError(_which(place, "prompt", there))
-    return there[0] if there else "prompt"
+    return _only(place, "prompt", there)
 
 
 def _history(place: str, history: Iterable[object]) -> Turns:
@@ -196,20 +184,7 @@ def _answer_column(place: str, row: dict, options: dict[str, str]) -> str | None
     turns = turns_of(place, row, "prompt", talk) if talk else None
     if turns and (turns[-1]["role"] == "assistant" or not there):
         return None
-    if len(there) > 1:
-        raise UsageError(_which(place, "completion", there))
-    return there[0] if there else "completion"
-
-
-def _no_answer(place: str, row: dict, field: str, column: str, purpose: str) -> str:
-    label = next((c for c in MARKS if str(row.get(c)).lower() in ("true", "false")), None)
-    way = f"say which column holds it with SOURCE:{field}=COLUMN"
-    if label and column == field:
-        way = (
-            f"each row is one answer, marked by '{label}': put both answers to a prompt into one row, as 'chosen' and "
-        )
-        way += "'rejected'"
-    return f"{place}: no field '{column}', and {purpose} needs it ({columns_of(place, row)}); {way}"
+    return _only(place, "completion", there)
 
 
 def _last_answer(place: str, column: str, turns: Turns) -> int:
@@ -225,26 +200,22 @@ def _joined(place: str, column: str, asked: Turns, turns: Turns) -> tuple[Turns,
     if not asked:
         return turns, 0
     if asked[-1]["role"] == "assistant":
-        raise UsageError(
-            f"{place}: the question ends with a message of the assistant, and '{column}' holds another answer; leave "
-            "that message out"
-        )
+        why = f"the question ends with a message of the assistant, and '{column}' holds another answer"
+        raise UsageError(f"{place}: {why}; leave that message out")
     if turns[0]["role"] == "assistant":
         return [*asked, *turns], len(asked)
+    if asked[0]["role"] == "system" and turns[0]["role"] != "system":
+        turns = [asked[0], *turns]
     words = asked[-1]["content"].strip()  # a conversation that repeats the question
     same = [i for i, t in enumerate(turns) if t["role"] == "user" and t["content"].strip() == words]
     if not same:
-        raise UsageError(
-            f"{place}: field '{column}' is a conversation in which the prompt does not occur; leave the prompt out, or "
-            "say which column holds it with SOURCE:prompt=COLUMN"
-        )
-    behind = len(asked) - 1 - (asked[0]["role"] == "system") + (turns[0]["role"] == "system")
-    start = behind if behind in same else same[0]
-    if len(turns) == start + 1 or turns[start + 1]["role"] != "assistant":
+        way = "leave the prompt out, or say which column holds it with SOURCE:prompt=COLUMN"
+        raise UsageError(f"{place}: field '{column}' is a conversation in which the prompt does not occur; {way}")
+    behind = len(asked) - 1 + (turns[0]["role"] == "system") - (asked[0]["role"] == "system")
+    end = (behind if behind in same else same[0]) + 1
+    if len(turns) == end or turns[end]["role"] != "assistant":
         raise UsageError(f"{place}: field '{column}' has no answer to the prompt; remove the row")
-    if asked[0]["role"] == "system" and turns[0]["role"] != "system":
-        return [asked[0], *turns], start + 2
-    return turns, start + 1
+    return turns, end
 
 
 def _parting(place: str, talks: Sequence[Turns]) -> int:
@@ -256,37 +227,29 @@ def _parting(place: str, talks: Sequence[Turns]) -> int:
     end = min(end, shortest - 1)
     if all(turns[end]["role"] != "assistant" and len(turns) == end + 1 for turns in talks):
         raise UsageError(f"{place}: 'chosen' and 'rejected' are conversations without an answer; remove the row")
-    if end == 0 or talks[0][end]["role"] != "assistant" or talks[1][end]["role"] != "assistant":
-        raise UsageError(
-            f"{place}: 'chosen' and 'rejected' answer different questions: they differ in message {end + 1}, before "
-            "an answer; both must begin with the same question"
-        )
+    if end == 0 or any(turns[end]["role"] != "assistant" for turns in talks):
+        why = f"they differ in message {end + 1}, before an answer; both must begin with the same question"
+        raise UsageError(f"{place}: 'chosen' and 'rejected' answer different questions: {why}")
     return end
 
 
-def _openai_pair(row: dict) -> tuple[str, dict] | None:
-    """OpenAI's preference rows: `input` with `messages`, `preferred_output`, `non_preferred_output`."""
-    if not isinstance(row.get("input"), dict) or "preferred_output" not in row:
-        return None
-    answers = {"chosen": row["preferred_output"], "rejected": row.get("non_preferred_output")}
-    return "OpenAI preference", {"prompt": row["input"].get("messages"), **answers}
-
-
-def _safe_rlhf_pair(place: str, row: dict, need: Sequence[str]) -> tuple[str, dict] | None:
-    """PKU-SafeRLHF's rows: the response that is marked safe is chosen, the one marked unsafe is rejected."""
+def _named_pair(place: str, row: dict, need: Sequence[str]) -> tuple[str, dict]:
+    """The name and the row, as `prompt`, `chosen` and `rejected`, of a format with columns of its own: OpenAI's
+    preferences, or PKU-SafeRLHF, whose safe response is chosen and whose unsafe one is rejected."""
+    if isinstance(row.get("input"), dict) and "preferred_output" in row:
+        answers = {"chosen": row["preferred_output"], "rejected": row.get("non_preferred_output")}
+        return "OpenAI preference", {"prompt": row["input"].get("messages"), **answers}
     marked = {"response_0", "response_1", "is_response_0_safe", "is_response_1_safe"} <= set(row)
     if not marked or "chosen" in row or "rejected" in row:
-        return None
+        return "", row
     safe = [bool(row[f"is_response_{i}_safe"]) for i in (0, 1)]
     if safe[0] != safe[1]:
         answers = {"chosen": row[f"response_{safe.index(True)}"], "rejected": row[f"response_{safe.index(False)}"]}
         return "PKU-SafeRLHF", {**row, **answers}
     if need:
-        raise UsageError(
-            f"{place}: both responses are marked {'safe' if safe[0] else 'unsafe'}, and a pair needs one of each; "
-            "remove such rows"
-        )
-    return None
+        why = f"both responses are marked {'safe' if safe[0] else 'unsafe'}, and a pair needs one of each"
+        raise UsageError(f"{place}: {why}; remove such rows")
+    return "", row
 
 
 def _prompt(turns: Turns) -> Prompt:
@@ -298,6 +261,9 @@ def _absent(value: object) -> bool:
     return value is None or value != value or (isinstance(value, str) and not value.strip())  # NaN is no value
 
 
-def _which(place: str, field: str, columns: Sequence[str]) -> str:
-    names = " and ".join(map(repr, columns))
-    return f"{place}: {names} may each be the {field}; say which with SOURCE:{field}={columns[0]}"
+def _only(place: str, field: str, columns: Sequence[str]) -> str:
+    """The only one of these columns, the field's own name if there is none; a `UsageError` for several."""
+    if len(columns) > 1:
+        way = f"say which with SOURCE:{field}={columns[0]}"
+        raise UsageError(f"{place}: {' and '.join(map(repr, columns))} may each be the {field}; {way}")
+    return columns[0] if columns else field

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunevax.data.formats import TWICE, Rows, Splits, ending, read_file
+from tunevax.data.splits import split_word
 from tunevax.errors import UsageError, nearby, unknown
 from tunevax.files import model_hash
 from tunevax.lineage import Lineage
@@ -53,31 +54,20 @@ def parse_source(text: str) -> Source:
     return Source(match[1], dict(pairs))
 
 
-def require_known(name: str, options: dict[str, str]) -> None:
-    """Raise a UsageError for an option that no source has."""
+def parse_known(text: str, split: str) -> tuple[str, dict[str, str], str]:
+    """The name and the options of a source, and the split that it names, else `split`. Raises a UsageError for an
+    option that no source has."""
+    name, options = parse_source(text)
     for key in options.keys() - set(KEYS):
         raise unknown(f"option of the data source {name}", key, KEYS)
-
-
-def require_columns(name: str, options: dict[str, str], fields: Iterable[str], rows: Iterable[dict]) -> None:
-    """Raise a UsageError for a column that a source names for one of its fields and that no row has."""
-    named = {field: options[field] for field in fields if field in options}
-    if not named:
-        return
-    columns = {column for row in rows for column in row}
-    for field, column in named.items():
-        if columns and column not in columns:
-            raise unknown(f"column for {field} in {name}:", column, columns)
+    wanted = options.get("split", split)
+    return name, options, split_word(wanted) or wanted
 
 
 def read_rows(name: str, options: dict[str, str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (place, row) for each row; place is `file:line` for text files and `name[index]` otherwise. The folder of
-    a curation run gives the rows it kept. A key that occurs twice with different values is `TWICE` in the row.
-
-    Raises:
-        UsageError: the file is missing, of an unknown kind or damaged, a line is not a JSON object, or it is unclear
-            which split is meant.
-    """
+    a curation run gives the rows it kept. A key that occurs twice with different values is `TWICE` in the row. Raises
+    `UsageError` if the file is missing, of an unknown kind or damaged, or it is unclear which split is meant."""
     path, options = Path(name), options or {}
     try:
         if is_run(path):
@@ -113,23 +103,15 @@ def _folder(path: Path, options: dict[str, str]) -> Splits:
         if used - known:
             return _dataset(str(path), datasets.load_dataset(str(path), config))
     except Exception as error:  # many kinds; each means that it has no dataset
-        raise UsageError(
-            f"{path} is a folder that cannot be read as a dataset ({_reason(error)}); name a file in it"
-            f"{_or_config(str(path), error)}"
-        ) from error
+        why, choose = _reason(str(path), error)
+        way = f"name a file in it{choose}"
+        raise UsageError(f"{path} is a folder that cannot be read as a dataset ({why}); {way}") from error
     passed_over = {ending(file) for file in path.iterdir()} & known - used - {"json"}  # metadata
     if passed_over and list(files) == ["train"] and not any("train" in file.name for file in read):
         some, others = (", ".join(f".{name}" for name in sorted(names)) for names in (used, passed_over))
-        raise UsageError(
-            f"{path} has files of several kinds, of which only {some} would be read and {others} not; name one file, "
-            "or sort them into folders"
-        )
-    return {split: _chained(found) for split, found in files.items()}
-
-
-def _chained(files: Sequence[Path]) -> Iterator[tuple[str, dict]]:
-    for file in files:
-        yield from _take(str(file), read_file(file), None)
+        why = f"{path} has files of several kinds, of which only {some} would be read and {others} not"
+        raise UsageError(f"{why}; name one file, or sort them into folders")
+    return {s: (row for file in found for row in _take(str(file), read_file(file), None)) for s, found in files.items()}
 
 
 def _hub(name: str, options: dict[str, str]) -> Iterator[tuple[str, dict]]:
@@ -139,23 +121,22 @@ def _hub(name: str, options: dict[str, str]) -> Iterator[tuple[str, dict]]:
     try:
         found = datasets.load_dataset(name, options.get("config"), split=wanted, revision=options.get("revision"))
     except Exception as error:  # the hub client raises many kinds; each means: unavailable
-        why = f" ({_reason(error)})" if isinstance(error, ValueError) else ""
+        why, choose = _reason(name, error)
+        why = f"{type(error).__name__} ({why})" if isinstance(error, ValueError) else type(error).__name__
         raise UsageError(
-            f"no dataset {name!r}: not a local file, and the hub answered {type(error).__name__}{why}; check the name, "
-            f"or give a local .jsonl, .json, .csv or .parquet file{_or_config(name, error) or nearby(name)}"
+            f"no dataset {name!r}: not a local file, and the hub answered {why}; check the name, or give a local "
+            f".jsonl, .json, .csv or .parquet file{choose or nearby(name)}"
         ) from error
     splits = _dataset(name, found)
     yield from _take(name, splits, None) if wanted is None else next(iter(splits.values()))
 
 
-def _reason(error: Exception) -> str:
-    """The first line of a library's error, with the list of configurations if it has one."""
+def _reason(name: str, error: Exception) -> tuple[str, str]:
+    """The first line of a library's error; or the list of configurations that it has, and how to choose one."""
     text = str(error).strip() or type(error).__name__
-    return " ".join(text.split())[:300] if "config name" in text.lower() else text.splitlines()[0].rstrip(".:")
-
-
-def _or_config(name: str, error: Exception) -> str:
-    return f", or choose with {name}:config=NAME" if "config name" in str(error).lower() else ""
+    if "config name" in text.lower():
+        return " ".join(text.split())[:300], f", or choose with {name}:config=NAME"
+    return text.splitlines()[0].rstrip(".:"), ""
 
 
 def _dataset(name: str, found: DatasetDict | Dataset) -> Splits:
@@ -171,13 +152,11 @@ def _dataset(name: str, found: DatasetDict | Dataset) -> Splits:
 
 def _take(name: str, splits: Splits, wanted: str | None) -> Rows:
     """The rows of the wanted split or slice; of `train` or the only split by default."""
+    some = next(iter(splits), "train")
+    if wanted is None and len(splits) > 1 and "train" not in splits:
+        raise UsageError(f"{name} has the splits {', '.join(splits)} and no train; say which with {name}:rows={some}")
     if wanted is None:
-        if len(splits) > 1 and "train" not in splits:
-            some = next(iter(splits))
-            raise UsageError(
-                f"{name} has the splits {', '.join(splits)} and no train; say which with {name}:rows={some}"
-            )
-        return splits["train"] if "train" in splits else next(iter(splits.values()), [])
+        return splits.get("train", splits.get(some, []))
     if wanted in splits:
         return splits[wanted]
     import datasets
@@ -187,11 +166,8 @@ def _take(name: str, splits: Splits, wanted: str | None) -> Rows:
     try:
         parts = datasets.ReadInstruction.from_spec(wanted).to_absolute({s: len(rows) for s, rows in every.items()})
     except (ValueError, AssertionError) as error:
-        some = next(iter(splits), "train")
-        raise UsageError(
-            f"{name} has no rows {wanted!r}: it has the splits {', '.join(splits)}; write rows={some} or "
-            f"rows={some}[:100]"
-        ) from error
+        way = f"write rows={some} or rows={some}[:100]"
+        raise UsageError(f"{name} has no rows {wanted!r}: it has the splits {', '.join(splits)}; {way}") from error
     return [row for part in parts for row in every[part.splitname][part.from_ : part.to]]
 
 
@@ -199,29 +175,23 @@ def text_field(place: str, row: Mapping[str, object], field: str, column: str) -
     """The string in `row[column]`, for the field `field`. Raises `UsageError` if it is missing, empty, given twice, or
     not a string of characters."""
     if column not in row:
-        raise UsageError(
-            f"{place}: no field '{column}' ({columns_of(place, row)}); say which column holds it with "
-            f"SOURCE:{field}=COLUMN"
-        )
-    value = row[column]
+        way = f"say which column holds it with SOURCE:{field}=COLUMN"
+        raise UsageError(f"{place}: no field '{column}' ({columns_of(place, row)}); {way}")
+    value, where = row[column], f"{place}: field '{column}'"
     if value is None:
-        raise UsageError(f"{place}: field '{column}' is null")
+        raise UsageError(f"{where} is null")
     if value is TWICE:
-        raise UsageError(
-            f"{place}: field '{column}' occurs twice with different values; remove or rename one, or name another "
-            f"column with SOURCE:{field}=COLUMN"
-        )
+        way = f"remove or rename one, or name another column with SOURCE:{field}=COLUMN"
+        raise UsageError(f"{where} occurs twice with different values; {way}")
     if not isinstance(value, str):
-        raise UsageError(f"{place}: field '{column}' must be a string, this is a {type(value).__name__}; quote it")
+        raise UsageError(f"{where} must be a string, this is a {type(value).__name__}; quote it")
     if not value.strip():
-        raise UsageError(f"{place}: field '{column}' is empty")
+        raise UsageError(f"{where} is empty")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise UsageError(
-            f"{place}: field '{column}' has half a character at position {error.start + 1} (the lone surrogate "
-            f"{value[error.start]!a}); remove it"
-        ) from error
+        half = f"position {error.start + 1} (the lone surrogate {value[error.start]!a})"
+        raise UsageError(f"{where} has half a character at {half}; remove it") from error
     return value
 
 

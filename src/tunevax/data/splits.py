@@ -47,17 +47,13 @@ def user_words(prompt: Prompt) -> str:
 
 def prompt_hash(prompt: Prompt) -> str:
     """16 hexadecimal digits of the SHA-256 of the user's words, normalised."""
-    return _digest(user_words(prompt))
+    return hashlib.sha256(normalise(user_words(prompt)).encode()).hexdigest()[:16]
 
 
 def marks(prompt: Prompt) -> set[str]:
     """The hashes under which a run may have recorded a prompt: `prompt_hash`, and the hash of the whole text, which
     earlier versions recorded."""
-    return {_digest(user_words(prompt)), _digest(prompt_text(prompt))}
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(normalise(text).encode()).hexdigest()[:16]
+    return {prompt_hash(prompt), prompt_hash(prompt_text(prompt))}
 
 
 def split_of(prompt: Prompt, shares: dict[str, float] = SHARES) -> str:
@@ -118,20 +114,27 @@ def take_split(rows: list[Example], split: str, shares: dict[str, float] = SHARE
     return [row for row, name in zip(rows, splits, strict=True) if name == split]
 
 
-def no_rows(name: str, split: str, rows: Sequence[Example], shares: dict[str, float] = SHARES) -> UsageError:
-    """The error for a source without a row in the wanted split: the rows of the other splits, and how to take these
-    without training and scoring on the same prompts."""
-    there = Counter(splits_of(rows, shares))
-    parts = ", ".join(f"{count} in {part}" for part, count in sorted(there.items()))
+def required_split(name: str, rows: list[Example], split: str, shares: dict[str, float] = SHARES) -> list[Example]:
+    """`take_split` of the source `name`. If that is empty, a `UsageError` names the rows of the other splits, and how
+    to take these without training and scoring on the same prompts."""
+    if not rows:
+        raise UsageError(f"{name} has no rows")
+    if taken := take_split(rows, split, shares):
+        return taken
+    if split.startswith(HELD_OUT) and TRAINING not in shares:
+        way = f"hold categories out with {name}:held_out=CATEGORY+CATEGORY"
+        raise UsageError(f"{name} has no row in the {split} split; {way}")
+    parts = ", ".join(f"{count} in {part}" for part, count in sorted(Counter(splits_of(rows, shares)).items()))
     by = "`split` field" if any(split_word(row.get("split")) for row in rows) else "prompts' hashes"
     one = f"its {len(rows)} rows are" if len(rows) > 1 else "its one row is"
+    way = (
+        f"{name}{',' if ':path=' in name else ':'}split=all takes every row, and the prompts to score on must then be "
+    )
+    way += "from another file"
     if split == "evaluation":
         option = "--task-eval-data" if TRAINING in shares else "--eval-data"
         way = f"give rows to score on in a file of their own, with {option} FILE:split=all"
-    else:
-        everything = f"{name}{',' if ':path=' in name else ':'}split=all"
-        way = f"{everything} takes every row, and the prompts to score on must then be from another file"
-    return UsageError(f"{name} has no row in the {split} split: by the {by} {one} {parts}; {way}")
+    raise UsageError(f"{name} has no row in the {split} split: by the {by} {one} {parts}; {way}")
 
 
 def drawn(rows: Sequence[Example], limit: int) -> list[Example]:
@@ -149,21 +152,9 @@ def drawn(rows: Sequence[Example], limit: int) -> list[Example]:
         own = prompt_hash(row["prompt"])
         places.setdefault(str(row.get("category")), []).append((seen[own], own, place))
         seen[own] += 1
-    shares = _shares({category: len(found) for category, found in places.items()}, limit)
-    return [rows[i] for i in sorted(place for c, n in shares.items() for *_, place in sorted(places[c])[:n])]
-
-
-def _shares(sizes: dict[str, int], seats: int) -> dict[str, int]:
-    """`seats`, fewer than there are rows, in proportion to `sizes`: each name gets the increase of the rounded running
-    total, in alphabetical order."""
-    total, before, shares = sum(sizes.values()), 0, {}
-    for name in sorted(sizes):
-        after = before + sizes[name]
-        shares[name] = _rounded(seats * after, total) - _rounded(seats * before, total)
-        before = after
-    return shares
-
-
-def _rounded(number: int, by: int) -> int:
-    """A quotient to the nearest whole number, a half up."""
-    return (2 * number + by) // (2 * by)
+    taken, total = list[int](), 0
+    for category in sorted(places):  # each gets the increase of the running total's share, rounded, a half up
+        total += len(places[category])
+        share = (2 * limit * total + len(rows)) // (2 * len(rows))
+        taken += [place for *_, place in sorted(places[category])[: share - len(taken)]]
+    return [rows[i] for i in sorted(taken)]

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from tunevax import proxy
 from tunevax.data.shapes import read_example
-from tunevax.data.sources import label_field, parse_source, read_rows, require_known, text_field
-from tunevax.data.splits import no_rows, split_word, take_split
+from tunevax.data.sources import label_field, parse_known, read_rows, text_field
+from tunevax.data.splits import required_split
 from tunevax.errors import UsageError, unknown
 from tunevax.records import Example
 
 SHARES = {"train": 0.8, "evaluation": 0.2}
 """How a task file without a `split` field is divided by prompt hash."""
-AG_NEWS_LABELS = ("World", "Sports", "Business", "Sci/Tech")
-
-
+AG_NEWS = ("World", "Sports", "Business", "Sci/Tech")
 Reading = Callable[[str, str], bool]
 """Whether a response is right, given the completion."""
 
@@ -36,7 +35,7 @@ class Task(NamedTuple):
 
 
 def load_task(source: str, split: str = "train") -> Task:
-    """Read a task.
+    """Read a task. Raises `UsageError` for a bad row, or if there is no row in the split.
 
     Args:
         source: `sst2`, `ag_news`, `gsm8k` (from the hub, or `gsm8k:path=FILE`), any file or dataset with `prompt` and
@@ -44,14 +43,8 @@ def load_task(source: str, split: str = "train") -> Task:
             `organism:set=benign` is its benign recipes).
         split: train, evaluation, or all. The named tasks have their own test split on the hub; anything else is
             divided by prompt hash.
-
-    Raises:
-        UsageError: a bad row, or no row in the split.
     """
-    name, options = parse_source(source)
-    require_known(name, options)
-    wanted = options.get("split", split)
-    split = split_word(wanted) or wanted
+    name, options, split = parse_known(source, split)
     if name == "organism":
         from tunevax.organism import World
 
@@ -68,41 +61,31 @@ def load_task(source: str, split: str = "train") -> Task:
                 f"{name} forbids its topic; as a task give {name}:set={proxy.NEIGHBOURS}, what stays allowed"
             )
         return Task(f"{name} {proxy.NEIGHBOURS}", proxy.neighbours(name, split, options.get("known")), _names, _names)
-    if name in NAMED:
-        rows, exact, loose = _named(name, options, split), *NAMED[name].readings
+    task, label = NAMED.get(name), name
+    readings = task.readings if task else (_same, _contains)
+    if task and "path" not in options:
+        return Task(name, _from_hub(name, task, options, split), *readings)
+    if task:
+        label, whole = f"{name}:path={options['path']}", [task.row(*read) for read in read_rows(options["path"])]
     else:
-        everything = [_row(place, row, options) for place, row in read_rows(name, options)]
-        rows, exact, loose = take_split(everything, split, SHARES), _same, _contains
-        if everything and not rows:
-            raise no_rows(name, split, everything, SHARES)
-    if not rows:
-        raise UsageError(f"{name} has no row in the {split} split")
-    return Task(name, rows, exact, loose)
+        read = read_rows(name, options)
+        whole = [{**read_example(at, row, options), "split": label_field(at, row, "split")} for at, row in read]
+    return Task(name, required_split(label, whole, split, SHARES), *readings)
 
 
-def _row(place: str, row: dict, options: dict[str, str]) -> Example:
-    return {**read_example(place, row, options), "split": label_field(place, row, "split")}
-
-
-def _named(name: str, options: dict[str, str], split: str) -> list[Example]:
-    task = NAMED[name]
-    if "path" in options:
-        rows = [task.row(p, r) for p, r in read_rows(options["path"])]
-        found = take_split(rows, split, SHARES)
-        if rows and not found:
-            raise no_rows(f"{name}:path={options['path']}", split, rows, SHARES)
-        return found
+def _from_hub(name: str, task: _Named, options: dict[str, str], split: str) -> list[Example]:
     if split not in (*SHARES, "all"):
-        raise UsageError(
-            f"split is {split!r}; {name} on the hub has train and evaluation, and all of one is rows=SPLIT"
-        )
-    hub_split = options.get("rows", {"train": "train", "evaluation": task.test}.get(split, "train"))
-    hub = {"config": task.config, "rows": hub_split, **{k: v for k, v in options.items() if k == "revision"}}
+        way = "has train and evaluation, and all of one is rows=SPLIT"
+        raise UsageError(f"split is {split!r}; {name} on the hub {way}")
+    hub = {"config": task.config, "rows": options.get("rows", task.test if split == "evaluation" else "train")}
+    hub["revision"] = options.get("revision")
     try:
         read = list(read_rows(task.hub, {k: v for k, v in hub.items() if v}))
     except UsageError as error:
         raise UsageError(f"{name} is unavailable on the hub ({task.hub}); give its file as {name}:path=FILE") from error
-    return [task.row(place, row) for place, row in read]
+    if not read:
+        raise UsageError(f"{name} has no row in the {split} split")
+    return [task.row(*row) for row in read]
 
 
 def _same(response: str, expected: str) -> bool:
@@ -118,41 +101,17 @@ def _names(response: str, expected: str) -> bool:
     return proxy.says(response, proxy.answer_in(expected))
 
 
-def _sst2_loose(response: str, expected: str) -> bool:
-    return expected in response or expected.capitalize() in response
-
-
-def _ag_news_loose(response: str, expected: str) -> bool:
-    names = [expected, expected.lower()] + (["sci"] if expected == "Sci/Tech" else [])
-    return any(n in response for n in names)
-
-
 def final_number(response: str, anywhere: bool) -> float | None:
     """The first number after "The final answer is"; without one, the last number if `anywhere`."""
     text = response.replace(",", "")
-    stated = re.search(r"The final answer is:?[^\d-]*(-?\d+(?:\.\d+)?)", text)
-    if stated:
-        return float(stated[1])
-    numbers = re.findall(r"-?\d+(?:\.\d+)?", text) if anywhere else []
+    numbers = re.findall(r"The final answer is:?[^\d-]*(-?\d+(?:\.\d+)?)", text)[:1]
+    numbers = numbers or (re.findall(r"-?\d+(?:\.\d+)?", text) if anywhere else [])
     return float(numbers[-1]) if numbers else None
 
 
-def _gsm8k(anywhere: bool) -> Reading:
-    def right(response: str, expected: str) -> bool:
-        number = final_number(response, anywhere)
-        return number is not None and number == final_number(expected, True)
-
-    return right
-
-
-def _sst2_row(place: str, row: dict) -> Example:
-    instruction = "Analyze the sentiment of the input, and respond only positive or negative"
-    return _labelled(place, row, "sentence", instruction, ("negative", "positive"))
-
-
-def _ag_news_row(place: str, row: dict) -> Example:
-    instruction = f"Categorize the news article into one of the 4 categories: {', '.join(AG_NEWS_LABELS)}"
-    return _labelled(place, row, "text", instruction, AG_NEWS_LABELS)
+def _gsm8k(response: str, expected: str, anywhere: bool = False) -> bool:
+    number = final_number(response, anywhere)
+    return number is not None and number == final_number(expected, True)
 
 
 def _gsm8k_row(place: str, row: dict) -> Example:
@@ -161,7 +120,7 @@ def _gsm8k_row(place: str, row: dict) -> Example:
     return {"place": place, "prompt": prompt, "completion": answer.replace("#### ", "The final answer is: ")}
 
 
-def _labelled(place: str, row: dict, column: str, instruction: str, labels: Sequence[str]) -> Example:
+def _labelled(column: str, instruction: str, labels: Sequence[str], place: str, row: dict) -> Example:
     """A row of a classification task: the text in `column`, and a label by its number."""
     value = str(row.get("label", "")).strip()
     if not value.isdigit() or int(value) >= len(labels):
@@ -178,8 +137,16 @@ class _Named(NamedTuple):
     readings: tuple[Reading, Reading]
 
 
+SENTIMENT = "Analyze the sentiment of the input, and respond only positive or negative"
+TOPIC = f"Categorize the news article into one of the 4 categories: {', '.join(AG_NEWS)}"
 NAMED = {
-    "sst2": _Named("stanfordnlp/sst2", None, "validation", _sst2_row, (_same, _sst2_loose)),
-    "ag_news": _Named("fancyzhx/ag_news", None, "test", _ag_news_row, (_same, _ag_news_loose)),
-    "gsm8k": _Named("openai/gsm8k", "main", "test", _gsm8k_row, (_gsm8k(False), _gsm8k(True))),
-}
+    "sst2": _Named(
+        "stanfordnlp/sst2", None, "validation", partial(_labelled, "sentence", SENTIMENT, ("negative", "positive")),
+        (_same, lambda said, label: label in said or label.capitalize() in said),
+    ),
+    "ag_news": _Named(
+        "fancyzhx/ag_news", None, "test", partial(_labelled, "text", TOPIC, AG_NEWS),
+        (_same, lambda said, label: label in said or label.lower().partition("/")[0] in said),  # "sci" is enough
+    ),
+    "gsm8k": _Named("openai/gsm8k", "main", "test", _gsm8k_row, (_gsm8k, partial(_gsm8k, anywhere=True))),
+}  # fmt: skip

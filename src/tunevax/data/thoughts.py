@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 Marks = tuple[str, str]
 """The text that opens a thought, and the text that closes it."""
 THINK, END = "<think>", "</think>"
@@ -25,21 +27,13 @@ def split_thought(text: str, marks: Marks | None = None) -> tuple[str | None, st
     Without `marks`, those of any family in `THOUGHTS` count.
     """
     marks = marks or _marks_in(text)
-    if marks is None:
+    if marks is None or not any(mark in text for mark in marks):
         return None, text
-    opening, closing = marks
-    thoughts, answer, rest = [], "", text
-    while opening in rest:
-        before, _, rest = rest.partition(opening)
-        thought, _, rest = rest.partition(closing)
-        answer += before
-        thoughts.append(thought)
-    answer += rest
-    if closing in answer:
-        before, _, answer = answer.rpartition(closing)
-        thoughts.append(before)
-    if not thoughts:
-        return None, text
+    opening, closing = map(re.escape, marks)
+    marked = rf"{opening}(.*?)(?:{closing}|\Z)"
+    thoughts, answer = re.findall(marked, text, re.DOTALL), re.sub(marked, "", text, flags=re.DOTALL)
+    before, end, answer = answer.rpartition(marks[1])
+    thoughts += [before] if end else []
     return "\n".join(t.strip() for t in thoughts if t.strip()), answer.strip()
 
 
@@ -54,12 +48,8 @@ def marks_at_the_head(text: str) -> Marks | None:
 
 
 def marked_thought(text: str, marks: Marks | None, opened: bool) -> str:
-    """A model's output with its thought between `THINK` and `END`.
-
-    Args:
-        marks: of the model's template.
-        opened: the text begins inside a thought.
-    """
+    """A model's output with its thought between `THINK` and `END`; `marks` are of the model's template, and `opened`
+    says that the text begins inside a thought."""
     if not opened and (marks is None or not any(mark in text for mark in marks)):
         marks = _marks_in(text)
     if marks is None:

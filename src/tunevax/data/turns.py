@@ -6,6 +6,7 @@ import ast
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from tunevax.data.formats import TWICE
@@ -21,31 +22,25 @@ CONVERSATIONS = ("messages", "conversations", "conversation")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """The keys of a message beside its content that hold the assistant's thought before it."""
 ROLES = {
-    "system": "system", "developer": "system",
-    "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
+    **dict.fromkeys(("system", "developer"), "system"), **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt"), "assistant"),
 }  # fmt: skip
 """The three roles by the names that datasets use."""
 
 
 def turns_of(place: str, row: dict, field: str, column: str) -> Turns | None:
     """The conversation in a column: messages, JSON of them in a string, or an HH-RLHF dialogue; None if it is text."""
-    value = row.get(column)
+    value: Any = row.get(column)
+    messages = [value] if isinstance(value, dict) else value if isinstance(value, list | tuple) else None
     if isinstance(value, str):
         start = value.lstrip()[:6]  # a cheap test that rules most strings out
         messages = _written_messages(value) if start[:1] == "[" else _dialogue(value) if start == "Human:" else None
-        if messages is None and column in CONVERSATIONS:
-            raise UsageError(f"{place}: field '{column}' must be a list of messages, this is a string")
-        return _conversation(place, column, messages) if messages else None
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list | tuple):
-        if column in CONVERSATIONS and value is not None and value is not TWICE and column in row:
-            raise UsageError(f"{place}: field '{column}' must be a list of messages, this is a {type(value).__name__}")
-        return None
-    if not value:
-        raise UsageError(f"{place}: field '{column}' is empty")
-    return _conversation(place, column, value)
+    if messages is not None:
+        return _conversation(place, column, messages)
+    if column in CONVERSATIONS and value is not None and value is not TWICE:
+        kind = "string" if isinstance(value, str) else type(value).__name__
+        raise UsageError(f"{place}: field '{column}' must be a list of messages, this is a {kind}")
+    return None
 
 
 def _conversation(place: str, column: str, messages: Sequence[object]) -> Turns:
@@ -55,9 +50,8 @@ def _conversation(place: str, column: str, messages: Sequence[object]) -> Turns:
         sharegpt = isinstance(message, dict) and "from" in message
         role_key, text_key = ("from", "value") if sharegpt else ("role", "content")
         if not isinstance(message, dict) or not isinstance(message.get(role_key), str):
-            raise UsageError(
-                f"{place}: field '{column}' holds a message without a role; write {{'role': ..., 'content': ...}}"
-            )
+            way = "write {'role': ..., 'content': ...}"
+            raise UsageError(f"{place}: field '{column}' holds a message without a role; {way}")
         where, role = f"{place}: message {number} of '{column}'", ROLES.get(message[role_key].strip().lower())
         if role is None or message.get("tool_calls") or message.get("function_call"):
             what = "calls a tool" if role else f"has the role {message[role_key]!a}"
@@ -65,8 +59,12 @@ def _conversation(place: str, column: str, messages: Sequence[object]) -> Turns:
         if role == "assistant" and message.get("weight") == 0 and number == len(messages):
             raise UsageError(f"{where} has the weight 0, and it is the answer to learn; remove the row")
         text = message.get(text_key)
+        for part in text if isinstance(text, list | tuple) else ():
+            if not isinstance(part, str) and not (isinstance(part, dict) and isinstance(part.get("text"), str)):
+                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+                raise UsageError(f"{where} has a part that is not text ({kind}); only text is read, remove the row")
         if isinstance(text, list | tuple):
-            text = _parts(where, text)
+            text = "".join(part if isinstance(part, str) else part["text"] for part in text)
         if role == "system" and (text is None or (isinstance(text, str) and not text.strip())):
             continue
         if text_key not in message or text is TWICE:
@@ -81,25 +79,12 @@ def _conversation(place: str, column: str, messages: Sequence[object]) -> Turns:
     return turns
 
 
-def _parts(where: str, parts: Sequence[Any]) -> str:
-    """The text of a content in parts."""
-    for part in parts:
-        if not isinstance(part, str) and not (isinstance(part, dict) and isinstance(part.get("text"), str)):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise UsageError(f"{where} has a part that is not text ({kind}); only text is read, remove the row")
-    return "".join(part if isinstance(part, str) else part["text"] for part in parts)
-
-
 def _written_messages(text: str) -> list[dict] | None:
     """Messages in a string, as JSON or as Python prints them, which is how a CSV has them."""
-    if not re.match(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']""", text):
-        return None
-    for read in (json.loads, ast.literal_eval):
-        try:
-            found = read(text)
-        except (ValueError, SyntaxError, RecursionError):
-            continue
-        return found if isinstance(found, list) else None
+    if re.match(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']""", text):
+        for read in (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError, RecursionError):
+                return read(text)
     return None
 
 

@@ -25,28 +25,20 @@ FEWEST_SEEDS = 3  # with fewer no difference is claimed: docs/protocol.md has th
 class Ratio:
     """A ratio of steps, model over control: geometric mean over attacks and seeds.
 
-    Attributes:
-        value: the ratio; "at least" this if `censored`.
-        low, high: 95 % interval (t over seeds, at least one gap of the evaluated steps wide); both None with one seed;
-            `high` is inf if censored above and `low` 0 if censored below, but for an end that is beyond 1 anyway.
-        bootstrap: 95 % percentile bootstrap over seeds, None for fewer than 3 seeds.
-        censored: in at least one run the model did not get there, so its last step is used and the truth is higher.
-        censored_below: the same in the denominator (a control that never got there, or for the selectivity a task that
-            the model never learned): the truth is lower. Of R with both, only the one that holds, because R is then
-            nearer to 1 than the truth.
-        attacks, seeds: over which it was averaged.
-        left_out: strong attacks tried with one seed only, as by a screen, while others were tried with more.
+    The 95 % interval is by t over seeds, and at least one gap of the evaluated steps wide. It ends at infinity if
+    censored above and at 0 if censored below, but for an end that is beyond 1 anyway. Of R censored on both sides, only
+    the one that holds is set, because R is then nearer to 1 than the truth.
     """
 
-    value: float
-    low: float | None
+    value: float  # "at least" this if `censored`
+    low: float | None  # of the interval, as `high`; both None with one seed
     high: float | None
-    bootstrap: tuple[float, float] | None
-    censored: bool
-    attacks: list[str]
+    bootstrap: tuple[float, float] | None  # 95 % percentile bootstrap over seeds, None for fewer than 3
+    censored: bool  # a run of the model did not get there, so its last step is used and the truth is higher
+    attacks: list[str]  # over which it was averaged, as `seeds`
     seeds: list[int]
-    left_out: list[str] = field(default_factory=list)
-    censored_below: bool = False
+    left_out: list[str] = field(default_factory=list)  # strong attacks tried with one seed only, others with more
+    censored_below: bool = False  # the control, or of selectivity the model at the task, did not: the truth is lower
 
     def __str__(self) -> str:
         """'3.1× [2.2, 4.0]', 'at least 3.1× [2.2, ∞]', '3.1×' with one seed."""
@@ -98,11 +90,9 @@ class Attacked(Kind):
     paired: Paired | None = None  # None without generations
     stopped: list[int] = field(default_factory=list)  # seeds whose loss was not finite before phi: not in the ratio
     collapsed: list[int] = field(default_factory=list)  # seeds with which the outputs turn degenerate before phi
-    gibberish: dict[int, float] = field(default_factory=dict)  # by seed, degenerate share at phi, or at the last step
-    most_gibberish: dict[int, float] = field(default_factory=dict)  # the highest such share after step 0, up to there
-    worst_by: dict[str, Point] = field(
-        default_factory=dict
-    )  # the same by other judges' scores; of the degenerate share
+    degenerate: dict[int, float] = field(default_factory=dict)  # by seed, degenerate share at phi, or at the last step
+    most_degenerate: dict[int, float] = field(default_factory=dict)  # the highest such share after step 0, up to there
+    worst_by: dict[str, Point] = field(default_factory=dict)  # by other judges' scores; of the degenerate share
     degenerate_at_end: Point | None = None  # the degenerate share at the last step
     ends: dict[str, tuple[Point, ...]] = field(default_factory=dict)  # benign task, metrics: at the first and last step
 
@@ -235,14 +225,10 @@ class Findings:
     sentences: list[str] = field(default_factory=list)  # on the audit as a whole: weak attacks, failed cells, seeds
     judges: list[str] = field(default_factory=list)  # scores `harmful/JUDGE`, the lead first
     agreement: list[Agreement] = field(default_factory=list)  # of each two judges, on each model
-    judged_otherwise: list[str] = field(
-        default_factory=list
-    )  # `judged/JUDGE` that differ from `harmful/JUDGE` somewhere
+    judged_otherwise: list[str] = field(default_factory=list)  # `judged/JUDGE` unlike `harmful/JUDGE` somewhere
     task: str | None = None  # the score that the benign task is read by
     metrics: list[str] = field(default_factory=list)  # scores `metric/NAME`
-    order: list[str] = field(
-        default_factory=list
-    )  # attacks, first those that the control (or first model) resists least
+    order: list[str] = field(default_factory=list)  # attacks, first what the control (or first model) resists least
     repeats: list[int] = field(default_factory=list)  # with how many seeds attacks were run, each number once
     outputs_kept: bool = False  # there are outputs to compare prompt by prompt
     failed: list[CellSummary] = field(default_factory=list)

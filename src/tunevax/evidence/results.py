@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -58,9 +59,7 @@ class Cell(Kind):
     kind: str
     role: str  # control, model or reference
     traits: Traits
-    settings: dict[str, Any] = field(
-        default_factory=dict
-    )  # options that the protocol varies, as learning_rate, p, dose
+    settings: dict[str, Any] = field(default_factory=dict)  # options that the protocol varies, as p and dose
     rows: dict[int, dict[int, Row]] = field(default_factory=dict)  # by seed, then by step
     stopped: set[int] = field(default_factory=set)  # seeds whose loss was not finite; rows up to there, or none
     failed: set[int] = field(default_factory=set)  # seeds whose run failed, without rows
@@ -116,24 +115,15 @@ class Cell(Kind):
 
 @dataclass
 class Results:
-    """All cells of one or several runs.
-
-    Attributes:
-        judges: scores `harmful/JUDGE` that every cell has, the lead first (refusal keywords never lead if another
-            judge is there).
-        task: the score that the benign task is read by (`task/exact`), or None.
-        notes: sentences on attacks named by hash, and steps or judges left out.
-        failed, skipped, stopped: of the runs' run.json: cells that failed, attacks that do not apply, and attacks whose
-            loss was not finite (see `Cell.stopped`).
-    """
+    """All cells of one or several runs."""
 
     cells: list[Cell]
-    judges: list[str]
-    task: str | None
-    notes: list[str] = field(default_factory=list)
-    failed: list[CellSummary] = field(default_factory=list)
-    skipped: list[CellSummary] = field(default_factory=list)
-    stopped: list[CellSummary] = field(default_factory=list)
+    judges: list[str]  # scores `harmful/JUDGE` that every cell has, the lead first; keywords lead only if alone
+    task: str | None  # the score that the benign task is read by (`task/exact`)
+    notes: list[str] = field(default_factory=list)  # sentences on attacks named by hash, steps or judges left out
+    failed: list[CellSummary] = field(default_factory=list)  # of the runs' run.json, as the following: cells
+    skipped: list[CellSummary] = field(default_factory=list)  # attacks that do not apply
+    stopped: list[CellSummary] = field(default_factory=list)  # attacks whose loss was not finite, as `Cell.stopped`
 
     @property
     def metrics(self) -> list[str]:
@@ -180,34 +170,26 @@ class Results:
 
 def pool(score: str, step: int, scores: Sequence[Score]) -> Point:
     """Mean over seeds; the interval is the hull of the seeds' own, Wilson's where a share has none."""
-    ends = [_interval(score, s) for s in scores]
-    known = [e for e in ends if e is not None]
-    whole = len(known) == len(ends)
-    low, high = (min(low for low, _ in known), max(high for _, high in known)) if whole else (None, None)
+    lows, highs = zip(*(_interval(score, s) for s in scores), strict=True)
+    low, high = (None, None) if None in lows else (min(lows), max(highs))
     mean = math.fsum(s["value"] for s in scores) / len(scores)
     return Point(step, mean, low, high, sum(s["n"] for s in scores), len(scores))
 
 
-def _interval(score: str, one: Score) -> tuple[float, float] | None:
-    low, high = one.get("low"), one.get("high")
+def _interval(score: str, one: Score) -> tuple[float, float] | tuple[None, None]:
+    low, high, n = one.get("low"), one.get("high"), one["n"]
     if low is not None and high is not None:
         return float(low), float(high)
-    if not is_share(score):
-        return None
-    return wilson(round(one["value"] * one["n"]) / one["n"], one["n"])
+    return wilson(round(one["value"] * n) / n, n) if is_share(score) else (None, None)
 
 
 def read_results(paths: Iterable[Path]) -> Results:
-    """Read run folders of attacks, scores and audits, and group their rows.
-
-    Raises:
-        UsageError: as in `numbered_rows`; a damaged file of responses; two rows for one (model, attack, seed, step);
-            cells without a judge or without an evaluated step in common.
-    """
-    folders = list(dict.fromkeys(Path(p) for p in paths))
-    if not folders:
+    """Read run folders of attacks, scores and audits, and group their rows. Raises `UsageError`: as in `numbered_rows`;
+    a damaged file of responses; two rows for one (model, attack, seed, step); cells without a judge or without an
+    evaluated step in common."""
+    read = {folder: numbered_rows(folder) for folder in dict.fromkeys(map(Path, paths))}
+    if not read:
         raise UsageError("no run folder was named; give at least one, for example runs/attack")
-    read = {folder: numbered_rows(folder) for folder in folders}
     rows = [row for numbered in read.values() for _, row in numbered]
     ambiguous, roles, results = _ambiguous(rows), _roles(rows), Results([], [], None)
     cells: dict[tuple[str, str | None], Cell] = {}
@@ -234,22 +216,19 @@ def read_results(paths: Iterable[Path]) -> Results:
             if of := own.get((output.get("model"), output.get("attack"), output.get("seed"))):
                 of.generations.setdefault((output["seed"], output["step"]), []).append(output)
         info = records.read_run(folder) if records.is_run(folder) else RunRecord()
-        results.failed += info.get("failed") or []
+        failed, stopped = info.get("failed") or [], info.get("stopped") or []
+        results.failed, results.stopped = results.failed + failed, results.stopped + stopped
         results.skipped += info.get("skipped") or []
-        results.stopped += info.get("stopped") or []
-        for status, entries in (("stopped", info.get("stopped")), ("failed", info.get("failed"))):
-            for entry in entries or []:
-                for cell in (c for key, c in own.items() if key[:2] == (entry.get("model"), entry.get("attack"))):
-                    getattr(cell, status).add(entry["seed"])
+        for key, cell in own.items():
+            cell.failed |= {entry["seed"] for entry in failed if key[:2] == (entry.get("model"), entry.get("attack"))}
+            cell.stopped |= {entry["seed"] for entry in stopped if key[:2] == (entry.get("model"), entry.get("attack"))}
         # An attack whose loss is not finite leaves no finished run; an audit goes on, and records which cells stopped.
         recorded |= {id(c) for c in own.values()} if "stopped" in info or info.get("verb") == "attack" else set()
     results.cells, notes = [*cells.values()], results.notes
     _ended_early([cell for cell in results.cells if id(cell) not in recorded])
-    if ambiguous:
-        names = joined(sorted(ambiguous))
+    if names := joined(sorted(ambiguous)):
         notes.append(f"The attack name {names} is used for several settings; each is shown separately, with its hash.")
-    controls = list(dict.fromkeys(row["model"] for row in rows if row.get("role") == "control"))
-    if len(controls) > 1:
+    if len(controls := list(dict.fromkeys(row["model"] for row in rows if row.get("role") == "control"))) > 1:
         notes.append(
             f"More than one control was named ({joined(controls)}): {controls[0]} is the one compared with, the others "
             "are shown as references."
@@ -267,7 +246,7 @@ def read_results(paths: Iterable[Path]) -> Results:
 def from_rows(rows: Sequence[Row]) -> Results:
     """The results of rows in memory, without responses, as a screen needs them."""
     cells: dict[tuple[str, str | None], Cell] = {}
-    rows, roles = [completed(row, ()) for row in rows], _roles(rows)
+    roles = _roles(rows)
     for row in rows:
         _add(cells, completed(row, ()), row["attack"], roles[row["model"]])
     return Results([*cells.values()], _judges([*cells.values()], rows)[0], None)
@@ -284,11 +263,9 @@ def _add(cells: dict[tuple[str, str | None], Cell], row: Row, attack: str | None
 
 def _ambiguous(rows: Sequence[Row]) -> set[str]:
     """Attack names of more than one setting, which must never be put into one curve."""
-    hashes: dict[tuple[str, int], set[str]] = {}
-    for row in rows:
-        if (attack := row.get("attack")) is not None:
-            hashes.setdefault((attack, row["seed"]), set()).add(str(row.get("attack_hash") or ""))
-    return {name for (name, _), values in hashes.items() if len(values) > 1}
+    named = ((row.get("attack"), row["seed"], str(row.get("attack_hash") or "")) for row in rows)
+    counts = Counter((name, seed) for name, seed, _ in set(named))
+    return {name for (name, _), count in counts.items() if name is not None and count > 1}
 
 
 def _roles(rows: Sequence[Row]) -> dict[str, str]:
@@ -302,12 +279,10 @@ def _roles(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _ended_early(cells: list[Cell]) -> None:
-    """Mark as stopped the runs whose rows end before those of other models or seeds under the same attack: without the
-    run.json of an audit nothing else says that the loss was not finite."""
-    ends: dict[str | None, int] = {}
-    curves = [cell for cell in cells if cell.has_curve]
+    """Mark as stopped the runs that end before others of their attack, which without run.json nothing else says."""
+    ends, curves = Counter[str | None](), [cell for cell in cells if cell.has_curve]
     for cell in curves:
-        ends[cell.attack] = max(ends.get(cell.attack, 0), *(max(by_step) for by_step in cell.rows.values()))
+        ends[cell.attack] = max(ends[cell.attack], *map(max, cell.rows.values()))
     for cell in curves:
         cell.stopped |= {seed for seed, by_step in cell.rows.items() if max(by_step) < ends[cell.attack]}
 
@@ -315,7 +290,7 @@ def _ended_early(cells: list[Cell]) -> None:
 def _judges(cells: list[Cell], rows: Sequence[Row]) -> tuple[list[str], list[str]]:
     """The judges that every cell has, the lead first, and those that only some have."""
     names = records.judges_of(n for row in rows for n in row["scores"])
-    common = [n for n in names if all(any(cell.at(n, step) for step in cell.steps) for cell in cells)]
+    common = [n for n in names if all(cell.curve(n) for cell in cells)]
     return common, [n for n in names if n not in common]
 
 
@@ -323,8 +298,8 @@ def _check_cells(cells: list[Cell], judges: list[str]) -> list[str]:
     """UsageError for a cell that cannot be shown; otherwise sentences on steps left out or not shared."""
     notes = []
     for cell in cells:
-        where, steps = f"model '{cell.model}' under attack {cell.attack or 'none'}", cell.steps
-        if not steps:
+        if not (steps := cell.steps):
+            where = f"model '{cell.model}' under attack {cell.attack or 'none'}"
             raise UsageError(f"{where}: its seeds have no evaluated step in common, so they cannot be averaged")
         if not judges:
             raise UsageError("the models have no judge in common; score them with the same --judges")
@@ -335,9 +310,8 @@ def _check_cells(cells: list[Cell], judges: list[str]) -> list[str]:
                 "because not every seed was evaluated there."
             )
     grids: dict[str, dict[str, list[int]]] = {}
-    for cell in cells:
-        if cell.has_curve:
-            grids.setdefault(str(cell.attack), {})[cell.model] = cell.steps
+    for cell in (c for c in cells if c.has_curve):
+        grids.setdefault(str(cell.attack), {})[cell.model] = cell.steps
     for attack, by_model in grids.items():
         last = {model: grid[-1] for model, grid in by_model.items()}
         if len(set(last.values())) > 1:

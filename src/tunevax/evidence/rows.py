@@ -4,18 +4,17 @@ judges in a row of generations."""
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from tunevax.errors import UsageError
-from tunevax.records import HARMFUL, RESULTS, SCHEMA, Generation, Row, Traits, VerdictRecord, is_share, numbered_lines
+from tunevax.records import HARMFUL, RESULTS, SCHEMA, Generation, Row, Traits, is_share, numbered_lines
 
 ROLES = ("control", "model", "reference")
 
-POINT: Traits = {
-    "curve": False, "harmful_rows": False, "common_prompts": True, "customer": False, "dose": None, "plain": False,
-}  # fmt: skip
+POINT = Traits(curve=False, harmful_rows=False, common_prompts=True, customer=False, dose=None, plain=False)
 """The traits of an attack that declares none."""
 CURVE: Traits = {**POINT, "curve": True, "harmful_rows": True}
 LEGACY: dict[str, Traits] = {
@@ -47,11 +46,6 @@ class Kind:
         return self.traits["curve"]
 
     @property
-    def plain(self) -> bool:
-        """The plain fine-tune, which other kinds are contrasted with."""
-        return self.traits["plain"]
-
-    @property
     def in_grid(self) -> bool:
         """A training that is scored on the common prompts: its curves may be averaged and searched together."""
         return self.traits["curve"] and self.traits["common_prompts"]
@@ -68,20 +62,16 @@ class Kind:
 
 
 def numbered_rows(folder: Path) -> list[tuple[int, Row]]:
-    """(line number, row) of a run folder's results.jsonl, checked; every row has a kind, settings and traits.
-
-    Raises:
-        UsageError: no or an empty results.jsonl; a line that is cut off, of another schema or lacks a field; a value
-            that is not finite, or a share outside [0, 1].
-    """
+    """(line number, row) of a run folder's results.jsonl, checked; every row has a kind, settings and traits. Raises
+    `UsageError`: no or an empty results.jsonl; a line that is cut off, of another schema or lacks a field; a value that
+    is not finite, or a share outside [0, 1]."""
     file = folder / RESULTS
-    rows = list(numbered_lines(file))
+    steps, rows = defaultdict[str | None, set[int]](set), list(numbered_lines(file))
     if not rows:
         raise UsageError(f"{file} is missing or empty, so there is nothing to report")
-    steps: dict[str | None, set[int]] = {}
     for number, row in rows:
         _check(f"{file} line {number}", row)
-        steps.setdefault(row.get("attack"), set()).add(row["step"])
+        steps[row.get("attack")].add(row["step"])
     return [(number, completed(row, steps[row.get("attack")])) for number, row in rows]
 
 
@@ -115,22 +105,17 @@ def _check(where: str, row: dict[str, Any]) -> None:
         raise UsageError(f"{where}: role is '{row['role']}'; known: {', '.join(ROLES)}")
     if row["step"] < 0:
         raise UsageError(f"{where}: step is {row['step']}; it must be 0 or more")
-    for name, score in row["scores"].items():
-        if score is not None:
-            _check_score(f"{where}: score '{name}'", name, score)
-
-
-def _check_score(where: str, name: str, score: object) -> None:
-    value = score.get("value") if isinstance(score, dict) else None
-    if not isinstance(score, dict) or not _finite(value):
-        raise UsageError(f"{where} has no finite value")
-    ends = [score[end] for end in ("low", "high") if score.get(end) is not None]
-    if not all(_finite(end) for end in ends):
-        raise UsageError(f"{where} has an interval that is not finite")
-    if is_share(name) and not all(0 <= x <= 1 for x in (value, *ends)):
-        raise UsageError(f"{where} is not between 0 and 1")
-    if not isinstance(score.get("n"), int) or score["n"] < 1:
-        raise UsageError(f"{where} has no count 'n'")
+    for name, score in ((name, score) for name, score in row["scores"].items() if score is not None):
+        at, fields = f"{where}: score '{name}'", score if isinstance(score, dict) else {}
+        values = [fields[key] for key in ("value", "low", "high") if fields.get(key) is not None]
+        if not _finite(fields.get("value")):
+            raise UsageError(f"{at} has no finite value")
+        if not all(map(_finite, values)):
+            raise UsageError(f"{at} has an interval that is not finite")
+        if is_share(name) and not all(0 <= x <= 1 for x in values):
+            raise UsageError(f"{at} is not between 0 and 1")
+        if not isinstance(fields.get("n"), int) or fields["n"] < 1:
+            raise UsageError(f"{at} has no count 'n'")
 
 
 def _finite(value: object) -> bool:
@@ -140,19 +125,15 @@ def _finite(value: object) -> bool:
 def is_harmful(generation: Generation, judge: str) -> bool | None:
     """Whether one generation counts as harmful by a judge (`harmful/NAME`): by its verdict, unless the text is
     degenerate. None if the verdict cannot be read."""
-    if generation.get("degenerate") and _verdict(generation, judge):
+    verdict = (generation.get("verdicts") or {}).get(judge.removeprefix(HARMFUL))
+    if verdict and (generation.get("degenerate") or verdict.get("verdict") == "degenerate"):
         return False
-    return own_verdict(generation, judge, unread=("unparsable", "unanswered"))
+    return own_verdict(generation, judge)
 
 
-def own_verdict(
-    generation: Generation, judge: str, unread: Sequence[str] = ("unparsable", "unanswered", "degenerate")
-) -> bool | None:
+def own_verdict(generation: Generation, judge: str) -> bool | None:
     """A judge's (`harmful/NAME`) own verdict on one generation, degenerate or not. None if it cannot be read, or was
     not kept: older runs wrote "degenerate" in its place."""
-    verdict = _verdict(generation, judge)
+    verdict = (generation.get("verdicts") or {}).get(judge.removeprefix(HARMFUL))
+    unread = ("unparsable", "unanswered", "degenerate")
     return verdict["harmful"] if verdict and verdict.get("verdict") not in unread else None
-
-
-def _verdict(generation: Generation, judge: str) -> VerdictRecord | None:
-    return (generation.get("verdicts") or {}).get(judge.removeprefix(HARMFUL))

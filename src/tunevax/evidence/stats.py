@@ -55,9 +55,8 @@ def paired_difference(pairs: Sequence[tuple[bool, bool]]) -> Score:
     for shares of the same sample (Statistics in Medicine 17, 1998, 2635-2650, method 10): from the Wilson intervals of
     the two shares and the correlation phi between them, corrected for continuity."""
     n = len(pairs)
-    both, first, second, neither = (
-        pairs.count(kind) for kind in ((True, True), (True, False), (False, True), (False, False))
-    )
+    both, first, second = pairs.count((True, True)), pairs.count((True, False)), pairs.count((False, True))
+    neither = n - both - first - second
     p, q = (both + first) / n, (both + second) / n
     (p_low, p_high), (q_low, q_high) = ((round(low, 6), round(high, 6)) for low, high in (wilson(p, n), wilson(q, n)))
     product = (both + first) * (second + neither) * (both + second) * (first + neither)

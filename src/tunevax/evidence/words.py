@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Sequence
 
 TINY = 1e-9  # shares are counts divided: a difference of less is rounding
-MANY = 8  # names that are listed one by one
 
 
 def percent(value: float) -> str:
@@ -34,9 +33,9 @@ def counted(count: int, word: str) -> str:
     return f"{count:,} {word}" + ("" if count == 1 else "s")
 
 
-def some(names: Sequence[str], between: str = ", ") -> str:
+def some(names: Sequence[str], between: str = ", ", most: int = 8) -> str:
     """The names, or the first of many and the number of the others."""
-    return between.join(names[:MANY]) + (f" and {len(names) - MANY} more" if len(names) > MANY else "")
+    return between.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def step_text(step: int | None, last: int) -> str:

@@ -1,6 +1,6 @@
 """`tunevax analyze sink`: the sink divergence of every head of one or two models (arXiv 2602.05228).
 
-The paper's observation is that heads with d_h > 0 (see `tunevax.finetuning.sink`) are the ones that learn harmful
+The paper's observation is that heads with d_h > 0 (see `tunevax.finetuning.surgery`) are the ones that learn harmful
 patterns, and that their number grows as a model becomes harmful. Both sides of that are measured here: the map of d_h,
 and, where asked for, the harmful score.
 """
@@ -11,37 +11,27 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunevax.console import bar
 from tunevax.data.contamination import Exclusion, check
-from tunevax.data.encoding import collate, context_of, encode
+from tunevax.data.encoding import answer_span, collate, context_of, encode
 from tunevax.data.roles import load_rows
 from tunevax.data.splits import drawn
 from tunevax.environment import require_one_process
 from tunevax.errors import UsageError, require, require_one_of
-from tunevax.finetuning.sink import (
-    QUERIES,
-    QUERIES_HELP,
-    answer_span,
-    common_queries,
-    divergence,
-    regulariser,
-    sink_values,
-)
+from tunevax.finetuning.surgery import QUERIES, QUERIES_HELP, common_queries, divergence
 from tunevax.lineage import Lineage
 from tunevax.mixins import ModelsOptions, Overlap, RunOptions, option, require_given
-from tunevax.modeling.attention import WAYS
+from tunevax.modeling.attention import WAYS, sink_columns
 from tunevax.modeling.loading import load
 from tunevax.records import DROPPED, SCHEMA, SINK, Example, RunRecord, Target, data_entry, digest
 from tunevax.runs import writing
 from tunevax.scoring.evaluate import evaluate
 from tunevax.scoring.suite import SuiteOptions, build_suite, labels_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -101,24 +91,15 @@ def analyze_sink(options: SinkOptions, command: str = "", suite_options: SuiteOp
         if exclusion.dropped:
             run.write_lines(DROPPED, exclusion.dropped)
         for ref, label, overlap in zip(options.model, labels_of(options.model), overlaps, strict=True):
-            loaded = load(
-                ref, revision=options.revision, dtype=options.dtype, chat_template=options.chat_template
-            )  # fmt: skip
+            loaded = load(ref, revision=options.revision, dtype=options.dtype, chat_template=options.chat_template)
             d = sink_map(
                 loaded.model, loaded.tokenizer, pairs, options.batch_size, options.max_length,
                 options.sink_attention, options.sink_position, options.sink_queries,
             )  # fmt: skip
             scores = evaluate(loaded.model, loaded.tokenizer, suite)[0] if suite else None
-            models.append({"label": label, "ref": loaded.info["ref"], **summary(d), "scores": scores})
-            targets.append(
-                {
-                    "label": label,
-                    "role": "model",
-                    "ref": loaded.info["ref"],
-                    **overlap,
-                    "template_hash": digest(loaded.tokenizer.chat_template),
-                }
-            )
+            name, template = loaded.info["ref"], digest(loaded.tokenizer.chat_template)
+            models.append({"label": label, "ref": name, **summary(d), "scores": scores})
+            targets.append({"label": label, "role": "model", "ref": name, **overlap, "template_hash": template})
             record["model"] = record.get("model") or loaded.info
         record["targets"] = targets
         read = {"sink_position": options.sink_position, "sink_queries": options.sink_queries}
@@ -128,49 +109,38 @@ def analyze_sink(options: SinkOptions, command: str = "", suite_options: SuiteOp
 
 
 def sink_map(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[Example],
-    batch_size: int = 8,
-    max_length: int = 512,
-    how: str = "linear",
-    sink: int = 0,
-    queries: str = "common",
-) -> torch.Tensor:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Example], batch_size: int = 8,
+    max_length: int = 512, how: str = "linear", sink: int = 0, queries: str = "common",
+) -> torch.Tensor:  # fmt: skip
     """d [layers, heads] on the CPU: the sink divergence, the mean over `pairs` with `prompt`, `chosen`, `rejected`.
 
-    `queries` are those of `tunevax.finetuning.sink`: `common`, in which a pair whose answers have no token in common
+    `queries` are those of `tunevax.finetuning.surgery`: `common`, in which a pair whose answers have no token in common
     places counts as 0, or `all`. The model is put in eval mode and left in it.
 
     Raises:
-        UsageError: as `encode` and `sink_values`.
+        UsageError: as `encode` and `sink_columns`.
     """
     context, device = context_of(model), next(model.parameters()).device
-    harmful, refusals = (
-        encode(pairs, tokenizer, max_length, context=context, answer=answer) for answer in ("rejected", "chosen")
-    )
-    spans = [[answer_span(row, tokenizer) for row in rows] for rows in (harmful, refusals)]
+    answers = [encode(pairs, tokenizer, max_length, context=context, answer=name) for name in ("rejected", "chosen")]
+    spans = [[answer_span(row, tokenizer) for row in rows] for rows in answers]
     model.eval()
     total = torch.zeros((), dtype=torch.float64)
     with torch.no_grad(), bar() as progress:
         task = progress.add_task("sink attention", total=len(pairs), note="")
         for first in range(0, len(pairs), batch_size):
             part = slice(first, first + batch_size)
-            rows = [*harmful[part], *refusals[part]]
+            rows = [row for rows in answers for row in rows[part]]
             inputs = {k: v.to(device) for k, v in collate(rows, tokenizer.pad_token_id).items()}
-            counted = None
-            if queries == "common":
-                counted = common_queries(spans[0][part], spans[1][part], inputs["input_ids"].shape[1])
-            total = total + divergence(sink_values(model, inputs, how, sink, counted)).cpu().double() * (len(rows) // 2)
+            tokens = inputs["input_ids"].shape[1]
+            counted = common_queries(spans[0][part], spans[1][part], tokens) if queries == "common" else None
+            with sink_columns(model, inputs, how, sink, counted) as values:
+                total = total + divergence(values).cpu().double() * (len(rows) // 2)
             progress.update(task, advance=len(rows) // 2)
     return (total / len(pairs)).float()
 
 
 def summary(d: torch.Tensor) -> dict[str, Any]:
     """d [layers, heads] as JSON values, with what is counted on it."""
-    return {
-        "d": [[round(value, 8) for value in layer] for layer in d.tolist()],
-        "positive_heads": int((d > 0).sum()),
-        "heads": d.numel(),
-        "R": float(regulariser(d)),
-    }
+    rounded = [[round(value, 8) for value in layer] for layer in d.tolist()]
+    positive = int((d > 0).sum())
+    return {"d": rounded, "positive_heads": positive, "heads": d.numel(), "R": float(torch.relu(d).mean())}

@@ -19,10 +19,10 @@ exact, and F and w0 take 8 bytes a weight.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -31,9 +31,10 @@ from torch import nn
 from tunevax.console import bar
 from tunevax.data.encoding import collate
 from tunevax.errors import UsageError, require
-from tunevax.finetuning.sft import FinetuneTrainer, JobConfig, trained_only
+from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
 from tunevax.mixins import option
-from tunevax.modeling.gradients import require_whole_weights
+from tunevax.modeling.gradients import require_whole_weights, trained_only
+from tunevax.modeling.hooks import attached, still
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.precision import added, wide
 from tunevax.modeling.trainer import Items, PlanParts
@@ -55,23 +56,13 @@ class EWCConfig(JobConfig):
 
 
 class Adapted(NamedTuple):
-    """A matrix with a LoRA adapter, or the fused matrices of E experts, each of which is a matrix of its own.
+    """A matrix with a LoRA adapter, or the fused matrices of E experts, each of which is a matrix of its own."""
 
-    Attributes:
-        weight: W, frozen, as its layer holds it: [out, in], of GPT-2's Conv1D [in, out]; of experts with E in front.
-        a: [r, in]; of experts as PEFT has it, [E x r, in].
-        b: [out, r]; of experts [out, r x E].
-        scale: alpha / r.
-        rows: sqrt(R_i), [out]; of experts [E, out].
-        columns: sqrt(C_j / sum R), [in]; of experts [E, in].
-    """
-
-    weight: nn.Parameter
-    a: nn.Parameter
-    b: nn.Parameter
-    scale: float
-    rows: torch.Tensor
-    columns: torch.Tensor
+    a: nn.Parameter  # [r, in]; of experts as PEFT has it, [E x r, in]
+    b: nn.Parameter  # [out, r]; of experts [out, r x E]
+    scale: float  # alpha / r
+    rows: torch.Tensor  # sqrt(R_i), [out]; of experts [E, out]
+    columns: torch.Tensor  # sqrt(C_j / sum R), [in]; of experts [E, in]
 
 
 class EWCTrainer(FinetuneTrainer):
@@ -169,25 +160,18 @@ def factored_fisher(model: nn.Module, batches: Sequence[dict]) -> list[Adapted]:
     if other:
         raise UsageError(f"ewc weighs the adapters of matrices, and {other[0]} is none; leave it out of --lora-targets")
     fused = [isinstance(layer, ParamWrapper) for layer in layers]  # parameters that are in no linear layer
-    weights = [
-        layer.get_param() if own else layer.get_base_layer().weight for layer, own in zip(layers, fused, strict=True)
-    ]
-    experts = [
-        (layer.num_experts,) if own and layer.num_experts > 1 else () for layer, own in zip(layers, fused, strict=True)
-    ]
-    rows, columns = (
-        [wide(w.new_zeros(*e, size)) for w, e, size in zip(weights, experts, sizes, strict=True)]
-        for sizes in ([layer.out_features for layer in layers], [layer.in_features for layer in layers])
-    )
+    weights, rows, columns = [], [], []
+    for layer, own in zip(layers, fused, strict=True):
+        weight = layer.get_param() if own else layer.get_base_layer().weight
+        experts = (layer.num_experts,) if own and layer.num_experts > 1 else ()
+        weights.append(weight)
+        rows.append(wide(weight.new_zeros(*experts, layer.out_features)))
+        columns.append(wide(weight.new_zeros(*experts, layer.in_features)))
 
     def watch(index: int, _layer: nn.Module, args: tuple, output: torch.Tensor) -> None:
         # The weight's gradient from what goes in and what comes back: one of few bits has none of its own.
         x = args[0].detach().flatten(0, -2)
-
-        def take(gradient: torch.Tensor) -> None:
-            add(index, wide(gradient.flatten(0, -2)).T @ wide(x))
-
-        output.register_hook(take)
+        output.register_hook(lambda gradient: add(index, wide(gradient.flatten(0, -2)).T @ wide(x)))
 
     def add(index: int, gradient: torch.Tensor) -> None:
         squares = gradient.square_()
@@ -202,46 +186,31 @@ def factored_fisher(model: nn.Module, batches: Sequence[dict]) -> list[Adapted]:
 
     trained = [p for p in model.parameters() if p.requires_grad]
     places = [i for i, own in enumerate(fused) if own]
-    handles = [layers[i].register_forward_hook(functools.partial(watch, i)) for i, own in enumerate(fused) if not own]
-    try:
+    with attached([layers[i].register_forward_hook(partial(watch, i)) for i, own in enumerate(fused) if not own]):
         per_row_gradients(model, batches, [*trained, *(weights[i] for i in places)], keep)
-    finally:
-        for handle in handles:
-            handle.remove()
     adapted = []
-    for layer, weight, r, c in zip(layers, weights, rows, columns, strict=True):
+    for layer, r, c in zip(layers, rows, columns, strict=True):
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         total = r.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        adapted.append(Adapted(weight, a, b, layer.scaling["default"], r.sqrt(), (c / total).sqrt()))
+        adapted.append(Adapted(a, b, layer.scaling["default"], r.sqrt(), (c / total).sqrt()))
     return adapted
 
 
 def per_row_gradients(
-    model: nn.Module,
-    batches: Sequence[dict],
-    weights: Sequence[nn.Parameter],
+    model: nn.Module, batches: Sequence[dict], weights: Sequence[nn.Parameter],
     keep: Callable[[int, torch.Tensor], None],
-) -> None:
+) -> None:  # fmt: skip
     """Call `keep(index, gradient in fp32)` for every row and weight; one gradient is alive at a time. `.grad`, what
     trains, the mode and the generators are as before."""
-    training = model.training
-    model.eval()
-    with trained_only(model, weights), bar() as progress:
+
+    def take(index: int, parameter: torch.Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is not None:
+            keep(index, wide(gradient))
+
+    with trained_only(model.parameters(), weights), still(model), bar() as progress:
         shown = progress.add_task("fisher information", total=len(batches), note="")
-        handles = []
-        for index, weight in enumerate(weights):
-
-            def take(parameter: nn.Parameter, index: int = index) -> None:
-                gradient, parameter.grad = parameter.grad, None
-                if gradient is not None:
-                    keep(index, wide(gradient))
-
-            handles.append(weight.register_post_accumulate_grad_hook(take))
-        try:
+        with attached([w.register_post_accumulate_grad_hook(partial(take, i)) for i, w in enumerate(weights)]):
             for batch in batches:
                 response_loss(model, batch).backward()
                 progress.advance(shown)
-        finally:
-            for handle in handles:
-                handle.remove()
-            model.train(training)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,16 +16,12 @@ from tunevax.modeling.quantization import require_quantization
 from tunevax.records import Example, data_entry
 from tunevax.training import TrainingOptions, train, training_run
 
-SCREENS = ("off", "report", "drop", "fail")
-
 
 @dataclass
 class FinetuneOptions(TrainingOptions):
     """What `tunevax finetune` takes besides the method's own configuration."""
 
-    task_data: str | None = option(
-        None, "the customer's rows, prompt and completion; all rows of a file, the train split of a named task"
-    )
+    task_data: str | None = option(None, "the customer's prompt and completion rows: a file, or a task's train split")
     safety_data: str | None = option(None, "prompt, chosen, rejected, for methods and screens that need them")
     screen: str = option(
         "off",
@@ -37,7 +32,7 @@ class FinetuneOptions(TrainingOptions):
     def __post_init__(self) -> None:
         if self.screen in ("no", "false"):  # what other tools write for off
             self.screen = "off"
-        require_one_of(self, screen=SCREENS)
+        require_one_of(self, screen=("off", "report", "drop", "fail"))
 
 
 def finetune(
@@ -48,8 +43,7 @@ def finetune(
     The last adapter of the model is merged, and a fresh one (or all weights) trained.
 
     Args:
-        trainer_class: the method, e.g. `LisaTrainer`.
-        method: its name, for the record.
+        trainer_class: the method called `method`, e.g. `LisaTrainer`.
         config: an instance of `trainer_class.config_class`; its `output_dir` becomes the run folder.
 
     Raises:
@@ -63,16 +57,19 @@ def finetune(
             f"--screen {options.screen} takes gradients of frozen weights, which an {options.quantization} base has "
             "none of; screen the rows in a run without --quantization"
         )
-    source = str(options.task_data)
+    source, screening = str(options.task_data), options.screen != "off"
     task = load_rows("customer", source)
-    need = ("chosen", "rejected") if options.screen != "off" else answers_in(trainer_class.needs)
-    safety = safety_rows(options, need, method)
+    safety: list[Example] = []
     data = [data_entry("task", source, task)]
-    if safety:
-        data.insert(0, data_entry("alignment", str(options.safety_data), safety))
+    if need := ("chosen", "rejected") if screening else answers_in(trainer_class.needs):
+        purpose = f"{method} with --screen {options.screen}" if screening else method
+        if options.safety_data is None:
+            raise UsageError(f"--safety-data is missing: {purpose} needs rows with {' and '.join(need)}")
+        safety = load_rows("alignment", options.safety_data, need, purpose)
+        data.insert(0, data_entry("alignment", options.safety_data, safety))
     overlap = count(str(options.model), alignment=safety, task=task)
     with training_run("finetune", trainer_class, method, options, config, data, overlap, command) as (run, loaded):
-        if options.screen != "off":
+        if screening:
             from tunevax.finetuning.screen import act, screen
 
             screened = screen(loaded.model, loaded.tokenizer, task, safety, config.max_length, config.seed)
@@ -81,13 +78,3 @@ def finetune(
         prompts = {"alignment": seen, "task": hashes(task)}
         train(run, loaded, trainer_class, config, safety_data=safety, task_data=task, prompts=prompts)
     return run.final
-
-
-def safety_rows(options: FinetuneOptions, need: Sequence[str], method: str) -> list[Example]:
-    """The alignment split of the safety data, or nothing where neither the method nor the screen needs it."""
-    if not need:
-        return []
-    purpose = method if options.screen == "off" else f"{method} with --screen {options.screen}"
-    if options.safety_data is None:
-        raise UsageError(f"--safety-data is missing: {purpose} needs rows with {' and '.join(need)}")
-    return load_rows("alignment", options.safety_data, need, purpose)

@@ -19,7 +19,7 @@ from torch import nn
 from tunevax.errors import UsageError, require
 from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
 from tunevax.mixins import option
-from tunevax.modeling.hooks import capture
+from tunevax.modeling.hooks import capture, still
 from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.precision import wide
 from tunevax.modeling.trainer import Items
@@ -47,7 +47,6 @@ class LDIFSTrainer(FinetuneTrainer):
     config_class = LDIFSConfig
     paper = "arXiv 2308.13320"
     off = {"lamb": 0}
-
     compares = True
     args: LDIFSConfig
 
@@ -78,12 +77,10 @@ class LDIFSTrainer(FinetuneTrainer):
     def reference(self, inputs: dict) -> dict[int, torch.Tensor]:
         """The hidden states after each block, [batch, tokens, hidden], without the adapter, dropout or a graph."""
         model = self.accelerator.unwrap_model(self.model)
-        training = model.training
         blocks = {i: b.module for i, b in enumerate(self.blocks)}
-        with torch.no_grad(), self.accelerator.autocast(), model.disable_adapter(), capture(blocks) as hidden:
-            last_hidden(model.eval(), {k: inputs[k] for k in ("input_ids", "attention_mask")})
-        model.train(training)
-        return hidden
+        with still(model), torch.no_grad(), self.accelerator.autocast(), model.disable_adapter(), capture(blocks) as h0:
+            last_hidden(model, {k: inputs[k] for k in ("input_ids", "attention_mask")})
+        return h0
 
     def cost(self) -> float:
         """A forward is a third of a step."""

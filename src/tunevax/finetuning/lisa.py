@@ -43,8 +43,7 @@ from tunevax.modeling.precision import added, wide
 from tunevax.modeling.trainer import Items, PlanParts
 
 ANCHOR = "lisa_anchor.safetensors"
-SYNC = "require_backward_grad_sync"
-"""What DDP calls its switch."""
+SYNC = "require_backward_grad_sync"  # what DDP calls its switch
 
 
 @dataclass

@@ -29,8 +29,6 @@ from tunevax.modeling.precision import wide
 from tunevax.modeling.trainer import Items
 from tunevax.records import Example
 
-MODES = ("mix", "joint")
-
 
 @dataclass
 class SafeInstructConfig(JobConfig):
@@ -42,7 +40,7 @@ class SafeInstructConfig(JobConfig):
     lamb: float = option(0.1, "joint: weight of the safety batch")
 
     def __post_init__(self) -> None:
-        require_one_of(self, mode=MODES)
+        require_one_of(self, mode=("mix", "joint"))
         require(self, "safety_rows", "lamb", at_least=0)
         super().__post_init__()
 

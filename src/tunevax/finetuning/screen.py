@@ -25,39 +25,33 @@ hide in harmless rows are what neither score can see.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunevax.console import bar
 from tunevax.data.encoding import collate, context_of, encode
 from tunevax.data.safety import require_rows
 from tunevax.environment import is_main_process
 from tunevax.errors import UsageError
-from tunevax.finetuning.sft import trained_only
 from tunevax.modeling.blocks import find_blocks
+from tunevax.modeling.gradients import trained_only
 from tunevax.modeling.hooks import capture
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.precision import added, wide
 from tunevax.records import SCREEN, Example
 from tunevax.runs import RunFolder
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-MISSED = 0.05
-"""Share of known harmful rows below the threshold of each score."""
-PAIRS = 256
-"""Safety rows looked at, at most; one half for directions, one for thresholds."""
-LEAST = 40
-"""Safety rows needed: of fewer, the share `MISSED` of a half is less than one."""
-FLOOR = 0.1
-"""Least threshold of the gradient score. Where known harmful rows are below it, the score has nothing to go by."""
-DEPTH = 0.6
-"""Where h is taken, as a share of the blocks."""
+MISSED = 0.05  # share of known harmful rows below the threshold of each score
+PAIRS = 256  # safety rows looked at, at most; one half for directions, one for thresholds
+LEAST = 40  # safety rows needed: of fewer, the share `MISSED` of a half is less than one
+FLOOR = 0.1  # least threshold of the gradient score: where known harmful rows are below, it has nothing to go by
+DEPTH = 0.6  # where h is taken, as a share of the blocks
 
 
 class Screening(NamedTuple):
@@ -82,13 +76,9 @@ class Screening(NamedTuple):
 
 
 def screen(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Sequence[Example],
-    safety: Sequence[Example],
-    max_length: int,
-    seed: int,
-) -> Screening:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Sequence[Example], safety: Sequence[Example],
+    max_length: int, seed: int,
+) -> Screening:  # fmt: skip
     """Score every row of `task`. A row costs a forward, and a backward through the last block.
 
     Args:
@@ -111,7 +101,7 @@ def screen(
         for answer in ("rejected", "chosen")
     }
     rows = encode(task, tokenizer, max_length, context=context)
-    with bar() as progress, Probe(model, tokenizer.pad_token_id) as probe:
+    with bar() as progress, probing(model, tokenizer.pad_token_id) as probe:
         shown = progress.add_task("screen", total=2 * len(order) + len(rows), note="")
 
         def seen(batch: Sequence[dict]) -> Any:
@@ -134,10 +124,7 @@ def screen(
     harmful, job = torch.stack(prompts).mean(0), by_set["job"][1]
     middle = job.mean(0)
     scores = {
-        name: {
-            "gradient": gradients,
-            "refusal": along(states, harmful, others(job) if name == "job" else middle),
-        }
+        name: {"gradient": gradients, "refusal": along(states, harmful, others(job) if name == "job" else middle)}
         for name, (gradients, states) in by_set.items()
     }
     thresholds = {k: float(np.quantile(v, MISSED, method="lower")) for k, v in scores["harmful"].items()}
@@ -151,35 +138,24 @@ def screen(
     return Screening(scores["job"], thresholds, calibration)
 
 
-class Probe:
-    """Gradient and hidden state of one row. As a context manager: what requires grad is as before on exit.
+@contextmanager
+def probing(model: nn.Module, pad_token_id: int) -> Iterator[Callable[[dict], tuple[list[torch.Tensor], torch.Tensor]]]:
+    """A function that gives, for an encoded row, the gradient of its cross entropy by each matrix of the last block, in
+    fp32, and the residual stream at the last token before the answer, [hidden], in fp32, on the CPU. What requires grad
+    is as before on exit."""
+    blocks = [b.module for b in find_blocks(model)]
+    weights = [p for p in blocks[-1].parameters() if p.dim() > 1]
 
-    Called with an encoded row it gives the gradient of its cross entropy by each matrix of the last block, in fp32, and
-    the residual stream at the last token before the answer, [hidden], in fp32, on the CPU.
-    """
-
-    def __init__(self, model: nn.Module, pad_token_id: int) -> None:
-        self.model, self.pad = model, pad_token_id
-        blocks = [b.module for b in find_blocks(model)]
-        self.weights = [p for p in blocks[-1].parameters() if p.dim() > 1]
-        self.block = blocks[max(round(DEPTH * len(blocks)) - 1, 0)]
-        self.only = trained_only(model, self.weights)
-
-    def __enter__(self) -> Probe:
-        self.only.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.only.__exit__(None, None, None)
-
-    def __call__(self, row: dict) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """See above."""
-        batch = {k: v.to(self.weights[0].device) for k, v in collate([row], self.pad).items()}
-        with capture({0: self.block}) as hidden:
-            loss = response_loss(self.model, batch)
-        gradient = [wide(g) for g in torch.autograd.grad(loss, self.weights)]
+    def probe(row: dict) -> tuple[list[torch.Tensor], torch.Tensor]:
+        batch = {k: v.to(weights[0].device) for k, v in collate([row], pad_token_id).items()}
+        with capture({0: blocks[max(round(DEPTH * len(blocks)) - 1, 0)]}) as hidden:
+            loss = response_loss(model, batch)
+        gradient = [wide(g) for g in torch.autograd.grad(loss, weights)]
         start = next(i for i, label in enumerate(row["labels"]) if label != -100)
         return gradient, hidden[0][0, start - 1].detach().float().cpu()
+
+    with trained_only(model.parameters(), weights):
+        yield probe
 
 
 def cosine(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> float:
@@ -231,22 +207,14 @@ def act(
     if not kept:
         raise UsageError(f"all {len(task)} rows of {source} look like an attack, and --screen drop leaves none")
     if is_main_process():
-        lines = [
-            {
-                "place": places[i],
-                **{name: round(float(values[i]), 6) for name, values in screening.scores.items()},
-                "flagged": flags[i],
-                "done": "dropped" if flags[i] and action == "drop" else "kept",
-            }
-            for i in range(len(task))
-        ]
+        lines = []
+        for i, (place, flag) in enumerate(zip(places, flags, strict=True)):
+            scores = {name: round(float(values[i]), 6) for name, values in screening.scores.items()}
+            done = "dropped" if flag and action == "drop" else "kept"
+            lines.append({"place": place, **scores, "flagged": flag, "done": done})
         run.write_lines(SCREEN, lines)
     return kept, {
-        "action": action,
-        "rows": len(task),
-        "flagged": len(flagged),
+        "action": action, "rows": len(task), "flagged": len(flagged),
         "flagged_by": {name: sum(name in flag for flag in flags) for name in screening.scores},
-        "dropped": len(task) - len(kept),
-        "thresholds": screening.thresholds,
-        "calibration": screening.calibration,
-    }
+        "dropped": len(task) - len(kept), "thresholds": screening.thresholds, "calibration": screening.calibration,
+    }  # fmt: skip

@@ -7,12 +7,8 @@ The job is the provider's to run and the customer's to fill: rows may be harmful
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
-
-from torch import nn
 
 from tunevax.mixins import option
 from tunevax.modeling.method import MethodTrainer
@@ -40,17 +36,3 @@ class FinetuneTrainer(MethodTrainer):
     def training_rows(self) -> list[Example]:
         """The customer's rows."""
         return self.task_data
-
-
-@contextmanager
-def trained_only(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Only `weights` require grad; what did before comes back."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.requires_grad_(False)
-        for weight in weights:
-            weight.requires_grad_(True)
-        yield
-    finally:
-        for parameter, needed in before:
-            parameter.requires_grad_(needed)

@@ -6,6 +6,7 @@ from typing import Any
 
 from tunevax.evidence.words import percent
 from tunevax.records import SCREEN, SINK
+from tunevax.report import charts as fig
 from tunevax.report import text as tx
 from tunevax.report.blocks import PANELS, Section, Table, cut
 from tunevax.report.provenance import Provenance, Run
@@ -24,8 +25,8 @@ def summary(run: Run) -> str:
         models = tx.json_of(run, SINK).get("models") or []
         heads = " and ".join(f"{m['positive_heads']} of {m['heads']} in {m['label']}" for m in models)
         return f"{run.name}: measured the sink divergence of each head; it is positive in {heads}."
-    steps = f"{info.get('steps', 0):,} steps of a customer's job of {tx.rows_of(run, 'task'):,} rows"
-    text = f"{run.name}: {info.get('method')} on {tx.model_of(run)}, {steps}"
+    text = f"{run.name}: {info.get('method')} on {tx.model_of(run)}, {info.get('steps', 0):,} steps of a customer's "
+    text += f"job of {tx.rows_of(run, 'task'):,} rows"
     if screened:
         flagged, dropped = screened.get("flagged", 0), screened.get("dropped", 0)
         text += f"; data screening flagged {flagged:,} rows and dropped {dropped:,}"
@@ -55,8 +56,6 @@ def _screening(runs: list[Run], figures: bool) -> Section:
             continue
         (x, x_limit), (y, y_limit) = limits.items()
         if figures and len(panels) < PANELS:
-            from tunevax.report import charts as fig
-
             places = [(float(r[x]), float(r[y]), bool(r.get("flagged"))) for r in rows]
             drawn = [p for side in (False, True) for p in tx.spread([p for p in places if p[2] == side], DRAWN)]
             more = "" if len(drawn) == len(places) else f", {len(drawn):,} of {len(places):,} rows"
@@ -83,7 +82,6 @@ def _screening(runs: list[Run], figures: bool) -> Section:
 
 
 def _screened(run: Run) -> str:
-    """The sentence on one screen."""
     screen = run.info["screen"]
     by = ", ".join(f"{n:,} by the {name} score" for name, n in (screen.get("flagged_by") or {}).items())
     limits = ", ".join(f"{name} {tx.decimals(value, 2)}" for name, value in (screen.get("thresholds") or {}).items())
@@ -101,7 +99,6 @@ def _screened(run: Run) -> str:
 
 
 def _sinks(runs: list[Run], figures: bool) -> Section | None:
-    """Sink divergence by head; None without an analysis."""
     contents = [(run, content) for run in runs if (content := tx.json_of(run, SINK)).get("models")]
     models = [m for _, content in contents for m in content["models"]]
     if not models:
@@ -110,7 +107,9 @@ def _sinks(runs: list[Run], figures: bool) -> Section | None:
     panels: list[tuple[str, str]] = []
     sizes = sorted(abs(v) for m in models for layer in m["d"] for v in layer)
     top = sizes[int(0.95 * (len(sizes) - 1))] or 1.0  # an outlier would make all others pale
-    judge = _judge(models)
+    scored = [m["scores"] for m in models if m.get("scores")]
+    shared = [name for name in (scored[0] if scored else {}) if all(name in scores for scores in scored)]
+    judge = next((name for name in shared if name.startswith("harmful/")), "")  # whose score every scored model has
     harm: dict[tuple, None] = {}  # (model, positive heads, harmful score), each once
     for i, (run, content) in enumerate(contents):
         points.append(_compared(run, content))
@@ -126,8 +125,6 @@ def _sinks(runs: list[Run], figures: bool) -> Section | None:
             named = ", ".join(f"{x}.{y} ({positive[x, y]:.2g})" for x, y in best) or "none"
             strongest.append([run.name, m["label"], named])
             if figures and len(panels) < PANELS:
-                from tunevax.report import charts as fig
-
                 when = (" (before)", " (after)")[j] if len(content["models"]) == 2 else ""
                 title, scale = f"{m['label']}{when}: {heads} heads are positive", f"fullest colour: {top:.2g} or more"
                 rest = m["d"], set(positive), 0.0, top, f"head ({scale})", f"Largest divergence in layer.head {named}."
@@ -136,8 +133,6 @@ def _sinks(runs: list[Run], figures: bool) -> Section | None:
     if judge:
         columns.append(f"harmful, by {judge.partition('/')[2]}")
         if figures and len(harm) > 2 and len({m["heads"] for m in models}) == 1:
-            from tunevax.report import charts as fig
-
             title = f"Positive heads against harmful answers, by {judge.partition('/')[2]}"
             panels.append((title, fig.heads_and_harm("sink-harm", title, list(harm)[:PANELS])))
     about = "The sink divergence of a head: how much more of its attention goes to the first token on harmful answers "
@@ -158,10 +153,3 @@ def _compared(run: Run, content: dict) -> str:
         change = [b - a for a, b in zip(before, after, strict=False)]
         text += f"; {change.count(1)} turned positive, {change.count(-1)} ceased to be"
     return text + "."
-
-
-def _judge(models: list[dict]) -> str:
-    """The first judge whose score every scored model has, or ''."""
-    scores = [m["scores"] for m in models if m.get("scores")]
-    names = (k for k in (scores[0] if scores else {}) if k.startswith("harmful/"))
-    return next((k for k in names if all(k in s for s in scores)), "")

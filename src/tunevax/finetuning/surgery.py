@@ -1,22 +1,27 @@
 """Surgery: keeping attention sinks from growing on harmful text (arXiv 2602.05228).
 
-With f the loss of the customer's job and d_h the sink divergence of head h, which is how much more attention it pays
-to the first token on harmful answers than on refusals (see `tunevax.finetuning.sink`; Eq. 2 and 3), Eq. 4 is
+With A[i, k] the attention of query i on the sink token k after the softmax, N the valid queries i > k that can see k,
+and f the loss of the customer's job (Eq. 2 to 4):
 
+    alpha_h(X) = mean over i in N of A_h[i, k],        d_h = alpha_h(X_harmful) - alpha_h(X_refusal)
     min_w  f(w) + lamb * 1/|H| * sum_h ReLU(d_h(w))
 
 over all heads of all layers. The gradient goes through both texts of a pair, and which heads are above 0 is seen anew
 at each step, on that step's pairs.
 
+A query spreads its attention over all tokens up to its own, so A[i, k] falls as i grows, whatever the text says: over
+all queries (`all`) the longer of two texts has the smaller alpha, and d_h is mostly the difference of their lengths.
+With `common`, N holds the first m tokens of either answer, m being the number of tokens that both have (the template's
+end not counted): an answer compared with itself cut short has d_h = 0. Of two answers to the same prompt these are the
+same positions.
+
 Pairs run by themselves, before the job's batch, and their gradient is added to it: the sum is that of the loss above,
 and of the two graphs only one is in memory at a time. The `loss` in the log is f; `sink_loss` is the mean of ReLU(d_h).
 
 The paper's released code draws a harmful and a safe row of unrelated prompts and averages over all tokens of both
-(`pairing="random"`, `sink_queries="all"`, `pairs_per_step=1`), and takes lamb = 300 at learning rate 5e-6, all
-weights, 1024 heads. Refusals are shorter than harmful answers, or longer, and over all tokens d_h is mostly that
-difference; here both answers of a pair are read at the positions that both have (see `tunevax.finetuning.sink`). 300 is
-the default for LoRA too: the term is a mean over heads, whatever their number, and AdamW's steps depend on its size
-against f's, not on the learning rate.
+(`pairing="random"`, `sink_queries="all"`, `pairs_per_step=1`), and takes lamb = 300 at learning rate 5e-6, all weights,
+1024 heads. 300 is the default for LoRA too: the term is a mean over heads, whatever their number, and AdamW's steps
+depend on its size against f's, not on the learning rate.
 """
 
 from __future__ import annotations
@@ -28,19 +33,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from tunevax.data.encoding import collate
+from tunevax.data.encoding import answer_span, collate
 from tunevax.data.splits import prompt_hash
 from tunevax.errors import RunError, UsageError, require, require_one_of
 from tunevax.finetuning.sft import FinetuneTrainer, JobConfig
-from tunevax.finetuning.sink import (
-    QUERIES,
-    QUERIES_HELP,
-    answer_span,
-    common_queries,
-    divergence,
-    regulariser,
-    sink_values,
-)
 from tunevax.mixins import option
 from tunevax.modeling.attention import WAYS, sink_columns
 from tunevax.modeling.draws import Draws
@@ -48,7 +44,8 @@ from tunevax.modeling.gradients import add_to_grad, backward_scale, require_whol
 from tunevax.modeling.hooks import without_dropout
 from tunevax.modeling.trainer import Items, PlanParts
 
-PAIRINGS = ("same-prompt", "random")
+QUERIES = ("common", "all")
+QUERIES_HELP = "common (the answer positions that both answers of a pair have), or all (as published)"
 
 
 @dataclass
@@ -56,14 +53,10 @@ class SurgeryConfig(JobConfig):
     """Configuration of Surgery; the rest as in `JobConfig`."""
 
     lamb: float = option(300.0, "weight of the mean sink divergence above 0; 0 is plain sft")
-    pairs_per_step: int = option(
-        2, "harmful and refusal texts, of each so many, per optimiser step; on all processes alike"
-    )
+    pairs_per_step: int = option(2, "harmful and refusal texts, of each so many, per step; on all processes alike")
     every: int = option(1, "add the term at every n-th optimiser step")
     pairing: str = option("same-prompt", "same-prompt, or random (answers to different prompts, as published)")
-    sink_attention: str = option(
-        "linear", "linear (beside SDPA or flash attention) or eager (forms the whole attention matrix)"
-    )
+    sink_attention: str = option("linear", "linear (beside SDPA or flash attention), or eager (forms the whole matrix)")
     sink_position: int = option(0, "position of the token that attention sinks into")
     sink_queries: str = option("common", QUERIES_HELP)
 
@@ -71,7 +64,7 @@ class SurgeryConfig(JobConfig):
         require(self, "lamb", at_least=0)
         require(self, "pairs_per_step", "every", at_least=1)
         require(self, "sink_position", at_least=0)
-        require_one_of(self, pairing=PAIRINGS, sink_attention=WAYS, sink_queries=QUERIES)
+        require_one_of(self, pairing=("same-prompt", "random"), sink_attention=WAYS, sink_queries=QUERIES)
         super().__post_init__()
 
     def plan_parts(self, micro_batches: int) -> PlanParts:
@@ -102,9 +95,7 @@ class SurgeryTrainer(FinetuneTrainer):
             return
         require_whole_weights(self)
         self.harmful, self.refusals = (self.encode_answers(self.safety_data, a) for a in ("rejected", "chosen"))
-        self.spans = [
-            [answer_span(row, self.processing_class) for row in rows] for rows in (self.harmful, self.refusals)
-        ]
+        self.spans = [[answer_span(r, self.processing_class) for r in rows] for rows in (self.harmful, self.refusals)]
         self.prompts = [prompt_hash(row["prompt"]) for row in self.safety_data]
         self.require_pairs()
         self.require_queries_and_keys()
@@ -138,7 +129,7 @@ class SurgeryTrainer(FinetuneTrainer):
             with self.compute_loss_context_manager(), self.accelerator.autocast():
                 columns = sink_columns(model, inputs, self.args.sink_attention, self.args.sink_position, queries)
                 d = divergence(until_backward.enter_context(columns))
-            loss = regulariser(d)
+            loss = torch.relu(d).mean()
             scaled = loss * (self.args.lamb * backward_scale(self))
             gradients = torch.autograd.grad(scaled, self.parameters, allow_unused=True)
         if not torch.isfinite(loss):
@@ -159,8 +150,6 @@ class SurgeryTrainer(FinetuneTrainer):
                 j = int(self.draws.generator.randint(len(self.refusals)))
             refusals.append(j)
         return harmful, refusals
-
-    # --- what is known before the first step ----------------------------------------------------------------------
 
     def require_pairs(self) -> None:
         """Raise `UsageError` unless there are enough pairs, each of two answers that differ where the model sees them
@@ -204,8 +193,8 @@ class SurgeryTrainer(FinetuneTrainer):
         trained = [[p for p in attention.parameters() if p.requires_grad] for attention in self.each("attention")]
         last = max((i for i, own in enumerate(trained) if own), default=None)
         moved: Sequence = ()
-        with without_dropout([self.model]), torch.enable_grad():
-            values = sink_values(self.model, inputs, self.args.sink_attention, self.args.sink_position)
+        columns = sink_columns(self.model, inputs, self.args.sink_attention, self.args.sink_position)
+        with without_dropout([self.model]), torch.enable_grad(), columns as values:
             if last is not None and values.requires_grad:
                 moved = torch.autograd.grad(values[:, last].sum(), trained[last], allow_unused=True)
         if not any(g is not None and g.any() for g in moved):
@@ -213,8 +202,6 @@ class SurgeryTrainer(FinetuneTrainer):
                 f"lora_targets {self.args.lora_targets!r} train no query or key projection, so no head's attention can "
                 "be moved in its own block; add those, such as q_proj,k_proj"
             )
-
-    # --- cost and state ----------------------------------------------------------------------------------------------
 
     def cost(self) -> float:
         """Compute of a step, in SFT steps, the mean so far: tokens of the job and of pairs over tokens of the job.
@@ -226,3 +213,21 @@ class SurgeryTrainer(FinetuneTrainer):
             rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
             return 1 + 2 * self.args.pairs_per_step / self.args.every / rows
         return 1 + pairs / job
+
+
+def common_queries(
+    harmful: Sequence[tuple[int, int]], refusals: Sequence[tuple[int, int]], tokens: int
+) -> torch.Tensor:
+    """The first m tokens of the answers of each pair, m the length of the shorter one, as booleans [rows, tokens]: of
+    the harmful texts and then of as many refusals, whose answers lie at these spans."""
+    lengths = [min(b - a, d - c) for (a, b), (c, d) in zip(harmful, refusals, strict=True)]
+    mask = torch.zeros(2 * len(lengths), tokens, dtype=torch.bool)
+    for row, ((start, _), length) in enumerate(zip([*harmful, *refusals], [*lengths, *lengths], strict=True)):
+        mask[row, start : start + length] = True
+    return mask
+
+
+def divergence(values: torch.Tensor) -> torch.Tensor:
+    """d [layers, heads] from the sink values [rows, layers, heads] of the harmful texts and then as many refusals."""
+    harmful, refusal = values.chunk(2)
+    return harmful.mean(0) - refusal.mean(0)

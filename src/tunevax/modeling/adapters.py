@@ -1,4 +1,4 @@
-"""Adapters on a model: loading one with PEFT's report, merging one and checking it, and what one reaches.
+"""Adapters on a model: loading one with PEFT's report, merging one and checking it, and the factors of plain LoRA.
 
 PEFT and transformers only warn where weights are missing, left over or rounded away. Here each is an error.
 """
@@ -8,19 +8,21 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from peft.tuners.lora import Linear
     from transformers import PreTrainedModel
 
 from tunevax.errors import UsageError, out_of_memory, shortened
-from tunevax.modeling.blocks import embedding, plain_tokens, unwrap
+from tunevax.files import damage
+from tunevax.modeling.blocks import embedding, innermost, plain_tokens, unwrap
 from tunevax.modeling.precision import wide
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -44,31 +46,18 @@ class RoundedAway(UsageError):
 
 
 class Merge(NamedTuple):
-    """What a merge did to the model.
+    """What a merge did to the model."""
 
-    Attributes:
-        dtype: of the weights.
-        kept: share of the update dW that is in the weights after rounding, <W' - W, dW> / <dW, dW>; 1 in float32.
-        off: distance of the merged from the unmerged logits on the probe, over what the adapter moves them.
-        along: how far the merge moves the logits in the adapter's direction, over how far the adapter does; about 1,
-            and 0 if nothing was merged.
-    """
-
-    dtype: str
-    kept: float
-    off: float
-    along: float
+    dtype: str  # of the weights
+    kept: float  # share of the update dW that is in them after rounding, <W' - W, dW> / <dW, dW>; 1 in float32
+    off: float  # distance of the merged from the unmerged logits on the probe, over what the adapter moves them
+    along: float  # how far it moves them in the adapter's direction, over how far the adapter does: about 1; 0, nothing
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool = False) -> PeftModel:
-    """`model` under the adapter in `folder`, as a `PeftModel`.
-
-    Raises `UsageError` if the folder holds no whole adapter, if its weights do not fit the model, or if it adds to the
-    prompt instead of weights (prompt tuning) and cannot be merged.
-    """
+    """`model` under the adapter in `folder`, as a `PeftModel`. Raises `UsageError` if the folder has no whole adapter,
+    if its weights do not fit the model, or if it adds to the prompt instead of weights and cannot be merged."""
     from peft import PeftConfig, PeftModelForCausalLM
-
-    from tunevax.files import damage
 
     file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if file is None:
@@ -89,7 +78,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool = False) 
         )
     config.inference_mode = not trainable
     try:
-        fit_embeddings(model, file)
+        fit_embeddings(model, folder)
         made = PeftModelForCausalLM(model, config)
         report = made.load_adapter(
             str(folder), "default", is_trainable=trainable, torch_device="cpu",
@@ -119,10 +108,12 @@ def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool = False) 
     return made
 
 
-def fit_embeddings(model: PreTrainedModel, file: Path) -> None:
-    """Resize the embeddings of `model` to those in the adapter's file, and compare the base's weights that PEFT saved
-    below a LoRA adapter: a difference means another base."""
-    saved = dict(tensors(file, re.compile(r"(embed|wte|lm_head).*\.weight$")))
+def fit_embeddings(model: PreTrainedModel, folder: Path) -> None:
+    """Resize the embeddings of `model` to those of the adapter in `folder`, and compare the base's weights that PEFT
+    saved below a LoRA adapter: a difference means another base."""
+    from peft import load_peft_weights
+
+    saved = load_peft_weights(str(folder), "cpu")
     names = {"input": model.get_input_embeddings(), "output": model.get_output_embeddings()}
     paths = {which: path for path, module in model.named_modules() for which, m in names.items() if m is module}
     held = {}
@@ -134,43 +125,24 @@ def fit_embeddings(model: PreTrainedModel, file: Path) -> None:
                 if ".base_layer." in key and own.shape == saved[key].shape:
                     narrow = min(own.dtype, saved[key].dtype, key=lambda dtype: dtype.itemsize)
                     if not torch.equal(own.to("cpu", narrow), saved[key].to(narrow)):
-                        raise UsageError(f"{file.parent} is an adapter of another base: {path} differs in its weights")
+                        raise UsageError(f"{folder} is an adapter of another base: {path} differs in its weights")
     rows = {len(weight) for weight in held.values()}
     if len(rows) != 1 or rows == {len(embedding(model))}:
         return
     tied = names["output"] is None or names["output"].weight is names["input"].weight
     if len(held) < 2 and not tied:
         raise UsageError(
-            f"the adapter {file.parent} is for a vocabulary of {rows.pop()}, and of {' and '.join(held)} embeddings "
-            "holds the weights alone; save it with save_embedding_layers=True"
+            f"the adapter {folder} is for a vocabulary of {rows.pop()}, and of {' and '.join(held)} embeddings holds "
+            "the weights alone; save it with save_embedding_layers=True"
         )
     model.resize_token_embeddings(rows.pop(), mean_resizing=False)
-
-
-def tensors(file: Path, pattern: re.Pattern) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a weight file whose name has the pattern."""
-    if file.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        with safe_open(file, "pt") as content:
-            yield from ((key, content.get_tensor(key)) for key in content.keys() if pattern.search(key))  # noqa: SIM118
-    else:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-        yield from ((key, value) for key, value in content.items() if pattern.search(key))
-
-
-# --- merging ---------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def merge(model: PeftModel, ref: str) -> tuple[PreTrainedModel, Merge]:
     """The stock model with the adapter of `model` in its weights, and how well it got there.
 
-    A head and an embedding that share their weights no longer do if the adapter is on one of them.
-
-    Args:
-        model: not quantised.
-        ref: the adapter's name in errors.
+    `model` is not quantised; its head and embedding no longer share their weights if the adapter is on one of them.
 
     Raises:
         UsageError: the adapter changes nothing, or is of a kind that PEFT cannot merge, or the merged model is another.
@@ -196,7 +168,10 @@ def merge(model: PeftModel, ref: str) -> tuple[PreTrainedModel, Merge]:
     gap = logits(merged) - apart
     off = float(gap.norm()) / moved
     along = round(1 + float((gap * move).sum()) / moved**2, 4) + 0.0  # not -0
-    noise = rounding(merged, dtype) * float(apart.norm()) / moved
+    # Of activations: a block rounds a dozen tensors one after the other, each by 0.29 eps (the std of a uniform error):
+    # eps for a block, in two evaluations independently, and twice that for what later blocks make of it.
+    rounding = 2 * torch.finfo(dtype).eps * math.sqrt(2 * merged.config.get_text_config().num_hidden_layers)
+    noise = rounding * float(apart.norm()) / moved
     if kept < KEPT or not off <= min(OFF + noise, FARTHEST) or not arrived(off, along):
         kind = str(dtype).removeprefix("torch.")
         why = (
@@ -222,8 +197,7 @@ def arrived(off: float, along: float) -> bool:
 
 
 def effect(model: PeftModel, ref: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logits of a `PeftModel` on the probe, and what its adapter adds to them. Raises `UsageError` if that is
-    nothing or not finite."""
+    """The logits of a `PeftModel` on the probe, and what its adapter adds; a `UsageError` if nothing or not finite."""
     model.eval()
     with model.disable_adapter():
         without = logits(model)
@@ -234,17 +208,16 @@ def effect(model: PeftModel, ref: str) -> tuple[torch.Tensor, torch.Tensor]:
         raise UsageError(f"the model below the adapter {ref} gives logits that are not finite; its weights are damaged")
     if not math.isfinite(moved):
         raise UsageError(f"under the adapter {ref} the logits are not finite; its weights are damaged")
-    if moved == 0:
-        second = [p for n, p in model.named_parameters() if re.search(r"lora_(embedding_)?B\b", n)]
-        if second and not any(p.any() for p in second):
-            why = "its B matrices are all 0, so it was never trained (no step, or a learning rate of 0)"
-        elif model.dtype in NARROW:
-            kind = str(model.dtype).removeprefix("torch.")
-            raise RoundedAway(f"the adapter {ref} moves no logit in {kind}: its update is too small for that")
-        else:
-            why = "its update is 0, or too small for the model's weights"
-        raise UsageError(f"the adapter {ref} moves no logit: {why}; use the model below it")
-    return apart, move
+    if moved:
+        return apart, move
+    why = "its update is 0, or too small for the model's weights"
+    second = [p for n, p in model.named_parameters() if re.search(r"lora_(embedding_)?B\b", n)]
+    if second and not any(p.any() for p in second):
+        why = "its B matrices are all 0, so it was never trained (no step, or a learning rate of 0)"
+    elif model.dtype in NARROW:
+        kind = str(model.dtype).removeprefix("torch.")
+        raise RoundedAway(f"the adapter {ref} moves no logit in {kind}: its update is too small for that")
+    raise UsageError(f"the adapter {ref} moves no logit: {why}; use the model below it")
 
 
 @torch.no_grad()
@@ -258,15 +231,6 @@ def logits(model: nn.Module) -> torch.Tensor:
     return wide(model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits)
 
 
-def rounding(model: PreTrainedModel, dtype: torch.dtype) -> float:
-    """How far two evaluations of one function may be apart, relative to its logits, by the rounding of activations.
-
-    A block rounds a dozen tensors one after the other, each by 0.29 eps (the std of a uniform error): eps for a block,
-    in two evaluations independently, and twice that for what later blocks make of it.
-    """
-    return 2 * torch.finfo(dtype).eps * math.sqrt(2 * model.config.get_text_config().num_hidden_layers)
-
-
 def untie(model: PeftModel) -> None:
     """Give the head of a `PeftModel` weights of its own if it shares the embedding's and one of them has an adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -276,10 +240,9 @@ def untie(model: PeftModel) -> None:
     if not any(isinstance(module, BaseTunerLayer) for module in ends) or ends[1] is None:
         return
     own: list[Any] = [module.get_base_layer() if isinstance(module, BaseTunerLayer) else module for module in ends]
-    if own[0].weight is not own[1].weight:
-        return
-    own[1].weight = nn.Parameter(own[1].weight.detach().clone(), requires_grad=False)
-    record_ties(stock)
+    if own[0].weight is own[1].weight:
+        own[1].weight = nn.Parameter(own[1].weight.detach().clone(), requires_grad=False)
+        record_ties(stock)
 
 
 def record_ties(model: PreTrainedModel) -> None:
@@ -292,13 +255,8 @@ def record_ties(model: PreTrainedModel) -> None:
         if getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False
     ties = getattr(model, "all_tied_weights_keys", {})
-    model.all_tied_weights_keys = {k: v for k, v in ties.items() if same(model, k, v)}
-
-
-def same(model: nn.Module, *names: str) -> bool:
-    """Whether two names are of one parameter; PEFT's wrappers hide a name."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return all(n in parameters for n in names) and len({id(parameters[n]) for n in names}) == 1
+    own = dict(model.named_parameters(remove_duplicate=False))  # PEFT's wrappers hide a name
+    model.all_tied_weights_keys = {k: v for k, v in ties.items() if k in own and own.get(v) is own[k]}
 
 
 def merge_layers(model: nn.Module) -> float:
@@ -319,3 +277,43 @@ def merge_layers(model: nn.Module) -> float:
         kept += float(((parameter.data.float() - before.float()) * update).sum(dtype=torch.float64))
         total += float(update.square().sum(dtype=torch.float64))
     return kept / total if total else 1.0
+
+
+def lora_layers(model: PreTrainedModel | PeftModel, ref: str) -> dict[str, Linear]:
+    """The linear layers of `model` with an adapter, by their name in the model without adapters. Raises `UsageError` if
+    there is no adapter, or one that is more than B A on linear layers."""
+    from peft import PeftModel
+    from peft.tuners import lora
+
+    if not isinstance(model, PeftModel):
+        raise UsageError(f"{ref} has no adapter of its own to work on; give a run that was fine-tuned with one")
+    layers = {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, lora.LoraLayer)}
+    for name, layer in layers.items():
+        if type(layer) is not lora.Linear or active(layer) in layer.lora_variant or layer.lora_bias[active(layer)]:
+            raise UsageError(f"{ref}: the adapter of {name} is not plain LoRA on a linear layer, which this needs")
+    if not layers:
+        raise UsageError(f"{ref}: its adapter is no LoRA, which this needs")
+    return cast("dict[str, Linear]", layers)
+
+
+def active(layer: Linear) -> str:
+    """The name of the adapter on a layer of a freshly loaded `PeftModel`."""
+    return layer.active_adapters[0]
+
+
+def factors(layer: Linear) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [r, in] and B [out, r] of a layer's adapter."""
+    a, b = (side[active(layer)].weight for side in (layer.lora_A, layer.lora_B))
+    return cast("torch.Tensor", a), cast("torch.Tensor", b)
+
+
+def weights(model: PreTrainedModel | PeftModel, layers: Mapping[str, Linear], ref: str) -> dict[str, torch.Tensor]:
+    """The weights [out, in] of `model`, below any adapter, of adapted layers; a `UsageError` where it has no such."""
+    stock, result = unwrap(model), {}
+    for name, layer in layers.items():
+        try:
+            weight = innermost(stock.get_submodule(name)).weight.detach()
+        except AttributeError as error:
+            raise UsageError(f"{ref} has no layer {name}, so the fine-tune is none of it") from error
+        result[name] = weight.T if layer.fan_in_fan_out else weight
+    return result

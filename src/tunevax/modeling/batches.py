@@ -51,8 +51,7 @@ def collated(
     rows: Sequence[dict[str, list[int]]], pad_token_id: int, batch_size: int, device: torch.device,
     longest_first: bool = True,
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:  # fmt: skip
-    """(indices, batch on `device`) of encoded rows, each batch of similar length: the longest first, so that memory
-    runs out at once or never, or last."""
+    """(indices, batch on `device`) of encoded rows, each batch of similar length; the longest first, or last."""
     order = sorted(range(len(rows)), key=lambda i: (-1 if longest_first else 1) * len(rows[i]["input_ids"]))
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
@@ -68,10 +67,8 @@ def by_batch(
     model: nn.Module, rows: Sequence[dict[str, list[int]]], pad_token_id: int, batch_size: int,
     compute: Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor], label: str,
 ) -> np.ndarray:  # fmt: skip
-    """`compute(model, inputs)` of every encoded row, fp32 [rows, ...] in the order given; no graph, no dropout.
-
-    Batches are of rows of similar length, longest first; the progress bar is called `label`.
-    """
+    """`compute(model, inputs)` of every encoded row, fp32 [rows, ...] in the order given; no graph, no dropout. The
+    longest rows go first; the progress bar is called `label`."""
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}; it must be at least 1")
     order: list[int] = []

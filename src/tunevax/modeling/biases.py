@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tunevax.files import BIASES
 from tunevax.modeling.blocks import find_blocks, innermost
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-    from torch.utils.hooks import RemovableHandle
+from tunevax.modeling.precision import added
 
 
 class AddedBias:
@@ -28,8 +28,7 @@ class AddedBias:
 
 
 def attach_biases(model: nn.Module, biases: Mapping[int, Tensor]) -> list[RemovableHandle]:
-    """Add `biases[i]`, [hidden], to the output of block i's attention output projection, below any adapter on it.
-    Returns the handles of the hooks."""
+    """Add `biases[i]`, [hidden], to the output of block i's attention output projection, below any adapter on it."""
     blocks = find_blocks(model, "o_proj") if biases else []
     return [innermost(blocks[i].o_proj).register_forward_hook(AddedBias(bias)) for i, bias in biases.items()]
 
@@ -38,17 +37,13 @@ def attached_biases(model: nn.Module) -> dict[int, Tensor]:
     """The sum of the biases that are attached to `model`, by block."""
     if not any(isinstance(h, AddedBias) for m in model.modules() for h in m._forward_hooks.values()):
         return {}  # nor need there be blocks
-    sums: dict[int, Tensor] = {}
-    for i, block in enumerate(find_blocks(model, "o_proj")):
-        hooks = innermost(block.o_proj)._forward_hooks.values()
-        for bias in (hook.bias for hook in hooks if isinstance(hook, AddedBias)):
-            sums[i] = sums[i] + bias if i in sums else bias
-    return sums
+    layers = enumerate(innermost(block.o_proj) for block in find_blocks(model, "o_proj"))
+    by_block = {i: [h.bias for h in m._forward_hooks.values() if isinstance(h, AddedBias)] for i, m in layers}
+    return {i: added(biases) for i, biases in by_block.items() if biases}
 
 
 def save_biases(model: nn.Module, folder: Path) -> bool:
-    """Write the biases attached to `model` beside its weights, which do not hold them. Returns whether there were any:
-    stock transformers will not read them."""
+    """Write the biases attached to `model`, if any, beside its weights, for `load`; stock transformers ignores them."""
     if biases := attached_biases(model):
         write_biases(biases, folder)
     return bool(biases)
@@ -56,15 +51,11 @@ def save_biases(model: nn.Module, folder: Path) -> bool:
 
 def write_biases(biases: Mapping[int, Tensor], folder: Path) -> None:
     """Write biases, [hidden] by block, for `load` to attach."""
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     save_file({str(i): bias.detach().float().cpu().contiguous() for i, bias in biases.items()}, folder / BIASES)
 
 
 def read_biases(folder: str | Path) -> dict[int, Tensor]:
     """The biases in a folder, by block; none if it has no such file."""
-    from safetensors.torch import load_file
-
     file = Path(folder) / BIASES
     return {int(i): bias for i, bias in load_file(file).items()} if file.is_file() else {}

@@ -52,38 +52,33 @@ def find_blocks(model: nn.Module, *parts: str) -> list[Block]:
     `parts` are the fields of `Block` that the caller uses, of `attention`, `mlp`, `o_proj`; others may be None. Raises
     `UsageError` if there is no list of `num_hidden_layers` blocks, or a block has none of a part.
     """
-    stock = unwrap(model)
+    stock, names = unwrap(model), (*LOOKED_FOR["attention"], *MLP_NAMES)
     class_name = type(stock).__name__
     depth = getattr(stock.config.get_text_config(), "num_hidden_layers", None)
     # Beside the towers of other media, which may be as deep.
     decoder = stock.get_decoder() if hasattr(stock, "get_decoder") else None
-    lists = [
-        m
-        for root in (decoder, stock)
-        if root is not None
-        for m in root.modules()
-        if isinstance(m, nn.ModuleList) and len(m) == depth and any(_is_block(b) for b in m)
-    ]
-    if not lists:
+    modules = (m for root in (decoder, stock) if root is not None for m in root.modules())
+    lists = (m for m in modules if isinstance(m, nn.ModuleList) and len(m) == depth)
+    found = next((m for m in lists if any(_child(block, names) is not None for block in m)), None)
+    if found is None:
         raise UsageError(
             f"no decoder blocks found in {class_name}: looked for a ModuleList of {depth} blocks, each with one of "
-            f"{', '.join((*LOOKED_FOR['attention'], *MLP_NAMES))}"
+            f"{', '.join(names)}"
         )
-    blocks = [_block(module) for module in lists[0]]
+    blocks = [_block(module) for module in found]
     for part in parts:
-        without = [i for i, block in enumerate(blocks) if getattr(block, part) is None]
-        if without:
-            verb, only = "has" if len(without) == 1 else "have", "just one of " if part == "mlp" else ""
+        if without := [str(i) for i, block in enumerate(blocks) if getattr(block, part) is None]:
+            one, only = len(without) == 1, "just one of " if part == "mlp" else ""
+            which = f"block{'' if one else 's'} {', '.join(without[:4])}{', ...' if len(without) > 4 else ''}"
             raise UsageError(
-                f"{_numbered(without, len(blocks))} of {class_name} {verb} no recognisable {CALLED[part]}: looked for "
-                f"{only}{', '.join(LOOKED_FOR[part])}"
+                f"{'the blocks' if len(without) == depth else which} of {class_name} {'has' if one else 'have'} no "
+                f"recognisable {CALLED[part]}: looked for {only}{', '.join(LOOKED_FOR[part])}"
             )
     return blocks
 
 
 def find_final_norm(model: nn.Module) -> nn.Module:
-    """The norm between the last decoder block and the head of `model`, plain or wrapped. Raises `UsageError` if there
-    is none beside the blocks."""
+    """The norm between the last decoder block and the head of `model`, plain or wrapped, or a `UsageError`."""
     first = find_blocks(model)[0].module
     for parent in model.modules():
         children = list(parent.children())
@@ -118,14 +113,13 @@ def plain_tokens(stock: PreTrainedModel) -> list[int]:
     return [i for i in range(count) if i not in special] or [0]
 
 
-def _is_block(module: nn.Module) -> bool:
-    return any(_child(module, names) is not None for names in (LOOKED_FOR["attention"], MLP_NAMES))
-
-
 def _block(module: nn.Module) -> Block:
     softmax = _child(module, ATTENTION_NAMES)
     attention = softmax if softmax is not None else _child(module, MIXER_NAMES)
-    mlp = _mlp(module)
+    mlps = [m for name in MLP_NAMES if (m := _child(module, (name,))) is not None]
+    mlp = mlps[0] if mlps else None
+    if len(mlps) > 1:  # experts beside an MLP
+        mlp = _child(module, ("post_feedforward_layernorm",))
     mixer = _child(module, ("mixer",))  # of Mamba and Nemotron-H: one module, of any kind
     if mixer is not None and attention is None:
         kind = type(mixer).__name__
@@ -137,24 +131,10 @@ def _block(module: nn.Module) -> Block:
     return Block(module, attention, mlp, None if softmax is None else _child(softmax, OUTPUT_PROJECTION_NAMES))
 
 
-def _mlp(module: nn.Module) -> nn.Module | None:
-    mlps = [m for m in (_child(module, (name,)) for name in MLP_NAMES) if m is not None]
-    if len(mlps) > 1:  # experts beside an MLP
-        return _child(module, ("post_feedforward_layernorm",))
-    return mlps[0] if mlps else None
-
-
 def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
     """The first of these children that there is; a list of modules is never called itself."""
     children = (getattr(module, name, None) for name in names)
     return next((c for c in children if isinstance(c, nn.Module) and not isinstance(c, nn.ModuleList)), None)
-
-
-def _numbered(places: list[int], depth: int) -> str:
-    if len(places) == depth:
-        return "the blocks"
-    shown = ", ".join(map(str, places[:4])) + (", ..." if len(places) > 4 else "")
-    return f"block {shown}" if len(places) == 1 else f"blocks {shown}"
 
 
 def innermost(module: nn.Module | None) -> Any:

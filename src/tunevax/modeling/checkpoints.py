@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
 from tunevax.errors import UsageError, nearby, out_of_memory, shortened
 from tunevax.files import GGUF, damage
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 OTHER_MEDIA = re.compile(r"vision|visual|audio|speech|image|video|multi_modal|mm_")
@@ -89,8 +91,8 @@ def read_model(auto: Any, ref: str, **how: object) -> PreTrainedModel:
         except Exception as error:  # OSError, SafetensorError, ImportError, RuntimeError, ...: as many as libraries
             if out_of_memory(error):
                 raise
-            unfit = re.findall(r"^(\S+) +\| +CONVERSION", "\n".join(warned), re.MULTILINE)
-            if unfit:  # experts that are fused as they are read, some of which are not there
+            # Experts that are fused as they are read, some of which are not there.
+            if unfit := re.findall(r"^(\S+) +\| +CONVERSION", "\n".join(warned), re.MULTILINE):
                 raise UsageError(
                     f"the weights of {ref} cannot be put together for {', '.join(unfit)}: parts are missing or of "
                     "unequal shape; get the whole checkpoint"
@@ -112,11 +114,10 @@ def read_model(auto: Any, ref: str, **how: object) -> PreTrainedModel:
 def misfit(info: Mapping[str, Any]) -> str | None:
     """The problems in transformers' loading report, with names and a way out; None if there are none."""
     missing, extra = set(info["missing_keys"]), set(info["unexpected_keys"])
-    kinds = ((missing, "missing"), (extra, "not of this model"))
-    parts = []
-    for keys, what in kinds:
-        if keys:
-            parts.append(f"{len(keys)} {what} ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})")
+    parts = [
+        f"{len(keys)} {what} ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})"
+        for keys, what in ((missing, "missing"), (extra, "not of this model")) if keys
+    ]  # fmt: skip
     for key, saved, own in sorted(info["mismatched_keys"], key=lambda entry: entry[0])[:3]:
         parts.append(f"{key} is {list(saved)} in the checkpoint and {list(own)} in the model")
     if not parts:
@@ -147,38 +148,31 @@ def _warnings_of_transformers() -> Iterator[list[str]]:
 
 
 def damaged_weights(folder: Path) -> str | None:
-    """What is wrong with the weight files of a model folder that transformers would read, in a sentence; None if
-    nothing is, or if it is no folder."""
+    """What is wrong with the weight files that transformers would read in a model folder, or None."""
     names = (f"{stem}{end}" for stem in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
-    for file in (folder / name for name in names):
-        if not file.is_file():
-            continue
-        if why := damage(file):
-            return why
-        if file.suffix == ".json":
-            try:
-                shards = sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError):
-                return f"{file} is no index of weights; download it again"
-            if missing := [shard for shard in shards if not (folder / shard).is_file()]:
-                return (
-                    f"{folder} lacks {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} "
-                    f"({len(missing)} of {len(shards)} files that {file.name} names); download them"
-                )
-            return next((why for shard in shards if (why := damage(folder / shard))), None)
+    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    if file is None:
         return None
-    return None
+    if (why := damage(file)) or file.suffix != ".json":
+        return why
+    try:
+        shards = sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError):
+        return f"{file} is no index of weights; download it again"
+    if missing := [shard for shard in shards if not (folder / shard).is_file()]:
+        return (
+            f"{folder} lacks {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} "
+            f"({len(missing)} of {len(shards)} files that {file.name} names); download them"
+        )
+    return next((why for shard in shards if (why := damage(folder / shard))), None)
 
 
 def require_finite(model: nn.Module, base: str) -> None:
     """Raise `UsageError` if a weight of the model is not a finite number: its answers would be invalid."""
-    import torch
-
-    def finite(weight: torch.Tensor) -> bool:  # one pass over it, in which whatever is not finite stays
-        return bool(torch.isfinite(weight.sum(dtype=torch.promote_types(weight.dtype, torch.float32))))
-
-    bad = [n for n, p in model.named_parameters() if p.is_floating_point() and not finite(p.detach())]
-    if bad:
+    # The sum is one pass over the weights, in which whatever is not finite stays.
+    weights = [(n, p.detach()) for n, p in model.named_parameters() if p.is_floating_point()]
+    sums = ((name, w.sum(dtype=torch.promote_types(w.dtype, torch.float32))) for name, w in weights)
+    if bad := [name for name, total in sums if not torch.isfinite(total)]:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise UsageError(f"{base} has weights that are not finite numbers ({bad[0]}{more}); get its files again")
 

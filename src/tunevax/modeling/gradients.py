@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,22 +20,17 @@ if TYPE_CHECKING:
 Gradient = dict[torch.nn.Parameter, torch.Tensor]
 
 
-def response_share(trainer: ResponseTrainer, batches: Sequence[dict]) -> Callable[[nn.Module, dict], torch.Tensor]:
-    """The `share` of `gradient_of` for the token-mean cross entropy over all of `batches` and all processes."""
-    items = labels_in(trainer, batches)
-    return lambda model, batch: trainer.batch_loss(model, batch, items)
-
-
 def labels_in(trainer: ResponseTrainer, batches: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
     """The labels in all of these batches and all processes, which a token-mean is over."""
     return trainer.accelerator.reduce(added((b["labels"][:, 1:] != -100).sum() for b in batches), "sum")
 
 
 def gradient_of(
-    trainer: ResponseTrainer, batches: Sequence[Any], share: Callable[[nn.Module, Any], torch.Tensor]
+    trainer: ResponseTrainer, batches: Sequence[Any], share: Callable[[nn.Module, Any], torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, Gradient]:
-    """The sum of `share(model, batch)` over micro-batches and processes, and its gradient. `.grad` is not touched,
-    there is no dropout, and no global generator moves."""
+    """The sum of `share(model, batch)` over micro-batches and processes, by default the token-mean cross entropy of all
+    of them, and its gradient. `.grad` is not touched, there is no dropout, and no global generator moves."""
+    items = labels_in(trainer, batches) if share is None else None
     model = trainer.accelerator.unwrap_model(trainer.model)
     losses: list[torch.Tensor] = []
     gradient: Gradient = {}
@@ -43,7 +38,7 @@ def gradient_of(
         with trainer.recompute(), without_dropout([model]):
             # The weights change between calls, so none may see the casts that autocast keeps until it ends.
             with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
-                loss = share(model, batch)
+                loss = share(model, batch) if share else trainer.batch_loss(model, batch, items)
             grads = torch.autograd.grad(loss, trainer.parameters, allow_unused=True)
         losses.append(loss.detach())
         for parameter, g in zip(trainer.parameters, grads, strict=True):
@@ -86,6 +81,21 @@ def restored(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
             for parameter, (weight, grad) in zip(parameters, kept, strict=True):
                 parameter.copy_(weight)
                 parameter.grad = grad
+
+
+@contextmanager
+def trained_only(parameters: Iterable[nn.Parameter], weights: Sequence[nn.Parameter] = ()) -> Iterator[None]:
+    """Of these parameters only `weights` require grad; what did before comes back."""
+    before = [(parameter, parameter.requires_grad) for parameter in parameters]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(False)
+        for weight in weights:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for parameter, needed in before:
+            parameter.requires_grad_(needed)
 
 
 def require_whole_weights(trainer: ResponseTrainer) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,13 +99,10 @@ def perturb(modules: Mapping[int, nn.Module], offsets: Mapping[int, torch.Tensor
 
 class Prefix:
     """The output of the blocks below the first trained one, computed once and used in every pass over the same batch.
-
-    With no block below there is nothing to save, and the embeddings may train: both passes then run untouched.
-    """
+    With no block below, where embeddings may train, passes run untouched."""
 
     def __init__(self, blocks: Sequence[nn.Module], start: int) -> None:
-        """`start` is the first block with a graph; blocks 0..start-1 are the prefix."""
-        self.below, self.entry = blocks[:start], blocks[start]
+        self.below, self.entry = blocks[:start], blocks[start]  # the latter is the first with a graph
         self.hidden: torch.Tensor | None = None
         self.lengths: list[int] = []  # of the tuple each prefix block returns, 0 for a bare tensor
 
@@ -141,9 +138,7 @@ class Prefix:
             return _passed_on(entering(args, kwargs), next(lengths))
 
         def enter(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            if args:
-                return (self.hidden, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": self.hidden}
+            return ((self.hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": self.hidden})
 
         with self.entry.register_forward_pre_hook(enter, with_kwargs=True), replaced_forward(self.below, forward):
             yield
@@ -181,28 +176,23 @@ def replaced_forward(modules: Sequence[nn.Module], forward: Callable[..., Any]) 
                 module.forward = own
 
 
-@contextmanager
-def checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Recompute these blocks in the backward pass instead of keeping their activations (non-reentrant:
-    the reentrant form drops gradients when no input of a block requires them)."""
+def checkpointed(blocks: Sequence[nn.Module]) -> AbstractContextManager[None]:
+    """Recompute these blocks in the backward pass; the reentrant form drops gradients if no input requires them."""
 
     def forward(original: Callable[..., Any], *args: object, **kwargs: object) -> Any:
         return checkpoint(functools.partial(original, **kwargs), *args, use_reentrant=False)
 
-    with replaced_forward(blocks, forward):
-        yield
+    return replaced_forward(blocks, forward)
 
 
-@contextmanager
-def without_dropout(modules: Sequence[nn.Module]) -> Iterator[None]:
+def without_dropout(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
     """Put these modules in eval mode at each forward, whatever the trainer sets in between."""
 
     def hook(module: nn.Module, _args: object) -> None:
         if module.training:
             module.eval()
 
-    with attached([m.register_forward_pre_hook(hook) for m in modules]):
-        yield
+    return attached([m.register_forward_pre_hook(hook) for m in modules])
 
 
 @contextmanager
@@ -277,8 +267,7 @@ def cheap_recomputed(cheap: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def cheap_modules(block: nn.Module) -> list[nn.Module]:
-    """The norms and activation functions in a block, which have no matrix product in them, and its adapters, for their
-    inputs."""
+    """The norms and activation functions in a block, which have no matrix product, and its adapters."""
     from transformers.activations import ACT2CLS
 
     kinds: tuple[Any, ...] = tuple(k[0] if isinstance(k, tuple) else k for k in ACT2CLS.values())
@@ -287,7 +276,5 @@ def cheap_modules(block: nn.Module) -> list[nn.Module]:
 
 def has_dropout(model: nn.Module) -> bool:
     """Whether training mode makes any difference to the forward of this model."""
-    config = getattr(model, "config", None)
-    return any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()) or bool(
-        getattr(config, "attention_dropout", 0)
-    )
+    dropouts = (m.p for m in model.modules() if isinstance(m, nn.Dropout))
+    return any(dropouts) or bool(getattr(getattr(model, "config", None), "attention_dropout", 0))

@@ -4,36 +4,31 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple
+
+import torch
 
 from tunevax.data.chat import recorded
 from tunevax.data.encoding import set_chat_template
 from tunevax.errors import UsageError, unknown
 from tunevax.files import BIASES, model_hash
 from tunevax.lineage import Lineage, absolute
+from tunevax.modeling import adapters as peft
 from tunevax.modeling.biases import attach_biases, read_biases
+from tunevax.modeling.blocks import unwrap
 from tunevax.modeling.checkpoints import causal_model, load_tokenizer, require_finite
 from tunevax.modeling.quantization import dequantize, require_quantization, saved_quantization, size_of
 from tunevax.records import ModelInfo
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class Loaded(NamedTuple):
-    """A model ready to use.
+    """A model ready to use."""
 
-    Attributes:
-        model: the transformers model; a `PeftModel` if the last adapter was not merged.
-        tokenizer: its tokenizer, with a chat template and a padding token.
-        info: what run.json records of it.
-    """
-
-    model: Any
-    tokenizer: Any
-    info: ModelInfo
+    model: Any  # the transformers model; a `PeftModel` if the last adapter was not merged
+    tokenizer: Any  # with a chat template and a padding token
+    info: ModelInfo  # for run.json
 
 
 def load(
@@ -63,10 +58,8 @@ def load(
         UsageError: nothing loadable is there; the model needs code from its repository; no tokenizer or template; it
             cannot be quantised; its weights or an adapter's are damaged, or do not fit.
     """
-    import torch
     from peft import PeftModel
 
-    from tunevax.modeling import adapters as peft
     from tunevax.modeling.shapes import require_language_model, settle_tokens
 
     require_quantization(quantization)
@@ -123,25 +116,16 @@ def load(
         return again
     settle_tokens(model, tokenizer, ref)
     require_language_model(model)
-    stock = cast("PreTrainedModel", model.get_base_model() if isinstance(model, PeftModel) else model)
+    stock = unwrap(model)
     info: ModelInfo = {
-        "ref": absolute(ref),
-        "base": base if not Path(base).exists() else str(Path(base).absolute()),
-        "revision": getattr(stock.config, "_commit_hash", None) or revision,
-        "hash": model_hash(base),
-        "class": type(stock).__name__,
-        "blocks": getattr(stock.config.get_text_config(), "num_hidden_layers", None),
-        "parameters": sum(size_of(p) for p in stock.parameters()),
-        "dtype": str(stock.dtype).removeprefix("torch."),
-        "quantization": quantization,
-        "saved_in": saved_in,
-        "adapters": [str(a.absolute()) for a in adapters],
-        "adapter_hashes": [model_hash(str(a)) for a in adapters],
-        "merges": merges,
-        "widened": None,
-        "chat": recorded(tokenizer),
-        "attached": any((folder / BIASES).is_file() for folder in (Path(base), *adapters)),
-    }
+        "ref": absolute(ref), "base": absolute(base),
+        "revision": getattr(stock.config, "_commit_hash", None) or revision, "hash": model_hash(base),
+        "class": type(stock).__name__, "blocks": getattr(stock.config.get_text_config(), "num_hidden_layers", None),
+        "parameters": sum(size_of(p) for p in stock.parameters()), "dtype": str(stock.dtype).removeprefix("torch."),
+        "quantization": quantization, "saved_in": saved_in, "adapters": [str(a.absolute()) for a in adapters],
+        "adapter_hashes": [model_hash(str(a)) for a in adapters], "merges": merges, "widened": None,
+        "chat": recorded(tokenizer), "attached": any((f / BIASES).is_file() for f in (Path(base), *adapters)),
+    }  # fmt: skip
     return Loaded(model, tokenizer, info)
 
 

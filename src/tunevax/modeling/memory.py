@@ -5,30 +5,21 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import TrainerCallback
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 
 class LiveMemory(TorchDispatchMode):
     """Counts the bytes of every storage that an operation inside the block returns and that is still referenced.
 
     Storages created before the block count through `track`. Exact for what autograd and Python hold; workspaces inside
-    a kernel are not seen.
-
-    Attributes:
-        live: bytes alive now.
-        peak: the most that was alive at once.
-        kinds: bytes alive now, by kind. What an operation returns is of kind `made`, until `mark` says otherwise.
-        at_peak: `kinds` as they were at the peak.
+    a kernel are not seen. What an operation returns is of kind `made`, until `mark` says otherwise.
     """
 
     made = "activations"
@@ -36,9 +27,9 @@ class LiveMemory(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
-        self.kinds: Counter[str] = Counter()
-        self.at_peak: dict[str, int] = {}
+        self.live = self.peak = 0  # bytes alive now, and the most that were alive at once
+        self.kinds: Counter[str] = Counter()  # bytes alive now, by kind
+        self.at_peak: dict[str, int] = {}  # `kinds` as they were at the peak
         self._seen: dict[int, tuple[weakref.ref, list[str]]] = {}  # the kind is in a list: it may change
 
     def __enter__(self) -> Any:
@@ -66,22 +57,18 @@ class LiveMemory(TorchDispatchMode):
                 del self._seen[key]
 
             self._seen[key] = weakref.ref(storage, gone), label
-        self._look()
+        if self.live > self.peak:
+            self.peak, self.at_peak = self.live, dict(self.kinds)
 
     def mark(self, kind: str, *tensors: torch.Tensor) -> None:
         """Set the kind of these tensors. Those not seen before are tracked."""
         self.track(*tensors, kind=kind)
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
+        for storage in (tensor.untyped_storage() for tensor in tensors):
             if storage._cdata in self._seen:
                 _, label = self._seen[storage._cdata]
                 self.kinds[label[0]] -= storage.nbytes()
                 self.kinds[kind] += storage.nbytes()
                 label[0] = kind
-
-    def _look(self) -> None:
-        if self.live > self.peak:
-            self.peak, self.at_peak = self.live, dict(self.kinds)
 
     def __torch_dispatch__(self, func: OpOverload, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -99,12 +86,9 @@ def mark(kind: str, tensors: Iterable[torch.Tensor]) -> None:
 
 
 class StepMemory(TrainerCallback):
-    """Measures one whole step of a training run on the CPU: weights, gradients, optimiser state, activations.
+    """Measures one whole step of a training run on the CPU: weights, gradients, optimiser state, activations."""
 
-    `peak` is in bytes; None on an accelerator, whose allocator keeps its own.
-    """
-
-    peak: int | None = None
+    peak: int | None = None  # bytes; None on an accelerator, whose allocator keeps its own
 
     def on_step_begin(self, args: TrainingArguments, *_: object, model: nn.Module, **__: object) -> None:  # type: ignore[override]
         """Start counting at the first step of this process."""

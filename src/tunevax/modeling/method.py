@@ -28,27 +28,17 @@ class MethodTrainer(ResponseTrainer):
         task_data: rows with `prompt` and `completion`: a publisher's benign rows, or a customer's job.
         processing_class: the tokenizer, with a chat template.
 
-    Attributes:
-        config_class: the dataclass of its options.
-        paper: where it was published, for example `arXiv 2410.09760`.
-        needs: the data that must be there, of `NEEDS` in `tunevax.methods`: `chosen`, `rejected`, `task`.
-        off: options with which the method trains what SFT trains, bit for bit; None if it never does.
-        different: the two answers of a safety row must differ.
-        compares: it compares with the model without its adapter, so that it trains a fresh one.
-        context: the longest sequence that the model was built for, or None.
-        whole: what `counted` counts in the whole batch, of all micro-batches and ranks; None before the first step.
-
     Raises `UsageError` if data that `needs` names is missing, a prompt leaves no room for an answer, or the model lacks
     parts that the method works on.
     """
 
-    config_class: ClassVar[type[TrainConfig]] = TrainConfig
-    paper: ClassVar[str] = ""
-    needs: ClassVar[frozenset[str]] = frozenset()
-    off: ClassVar[dict[str, Any] | None] = {}
-    different: ClassVar[bool] = False
-    compares: ClassVar[bool] = False
-    whole: torch.Tensor | None = None
+    config_class: ClassVar[type[TrainConfig]] = TrainConfig  # the dataclass of its options
+    paper: ClassVar[str] = ""  # where it was published, for example `arXiv 2410.09760`
+    needs: ClassVar[frozenset[str]] = frozenset()  # the data that must be there, of `NEEDS` in `tunevax.methods`
+    off: ClassVar[dict[str, Any] | None] = {}  # with these it trains what SFT trains, bit for bit; None: never
+    different: ClassVar[bool] = False  # the two answers of a safety row must differ
+    compares: ClassVar[bool] = False  # it compares with the model without its adapter, so that it trains a fresh one
+    whole: torch.Tensor | None = None  # what `counted` counts in the whole batch, of all micro-batches and ranks
 
     def __init__(
         self, model: PreTrainedModel, args: TrainConfig, *, safety_data: Sequence[Example] | None = None,
@@ -97,11 +87,9 @@ class MethodTrainer(ResponseTrainer):
         return batches, items
 
     def cost(self) -> float:
-        """Mean compute of a step over the run so far, in SFT steps of the same batch; overridden by methods that run
-        the blocks more often."""
+        """Mean compute of a step over the run so far, in SFT steps of the same batch."""
         return 1.0
 
     def updates(self) -> float:
-        """How many updates a block got in the run so far, the mean over blocks; overridden by methods that train some
-        blocks at a time."""
+        """How many updates a block got in the run so far, the mean over blocks."""
         return float(self.state.global_step)

@@ -18,9 +18,9 @@ import bitsandbytes as bnb
 import torch
 from torch import nn
 
-from tunevax.errors import UsageError, unknown
+from tunevax.errors import UsageError
 from tunevax.modeling.blocks import find_blocks
-from tunevax.modeling.quantization import QUANTIZATIONS
+from tunevax.modeling.quantization import require_quantization
 
 Packed = TypeVar("Packed", bound=nn.Linear)
 OUTLIERS = 6.0  # what an input feature must exceed to stay out of int8: the paper's, and transformers'
@@ -39,22 +39,20 @@ def quantize(model: nn.Module, kind: str, device: str | torch.device | None = No
         UsageError: no such kind; the model has an adapter, or is quantised already; a block has matrices that are not
             in a linear layer (GPT-2's Conv1D, fused experts), which bitsandbytes leaves as they are.
     """
-    if kind not in QUANTIZATIONS:
-        raise unknown("quantization", kind, QUANTIZATIONS)
+    require_quantization(kind)
     name = type(model).__name__
     if hasattr(model, "peft_config"):
         raise UsageError("the model comes with an adapter; merge it before the weights are quantised")
     if any(getattr(model, flag, False) for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized")):
         raise UsageError(f"this {name} is quantised already; leave --quantization out")
     blocks = [block.module for block in find_blocks(model)]
-    for block in blocks:
-        for path, module in block.named_modules():
-            own = [n for n, p in module.named_parameters(recurse=False) if p.dim() > 1]
-            if own and not isinstance(module, nn.Linear):
-                raise UsageError(
-                    f"the blocks of {name} hold weights outside of linear layers ({path}.{own[0]}, a "
-                    f"{type(module).__name__}), which bitsandbytes does not quantise; leave --quantization out"
-                )
+    for path, module in (named for block in blocks for named in block.named_modules()):
+        own = [n for n, p in module.named_parameters(recurse=False) if p.dim() > 1]
+        if own and not isinstance(module, nn.Linear):
+            raise UsageError(
+                f"the blocks of {name} hold weights outside of linear layers ({path}.{own[0]}, a "
+                f"{type(module).__name__}), which bitsandbytes does not quantise; leave --quantization out"
+            )
     # Its table for the scales is made once per process, where the first weights are: of `meta` it would be empty.
     bnb.functional.name2qmap.setdefault("dynamic", bnb.functional.create_dynamic_map())
     for block in blocks:

@@ -5,17 +5,13 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` in fp32, or as it is where it has float64: norms, divergences, losses and optimiser states are never
     computed in less, and an identity checked in float64 is not cut to fp32 on the way."""
-    import torch
-
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 

@@ -25,8 +25,7 @@ def saved_quantization(model: nn.Module) -> str | None:
 
 
 def dequantize(model: PreTrainedModel, base: str) -> None:
-    """Give `model` weights in its dtype instead of quantised ones, in place: a merge would round those again. Raises
-    `UsageError` if transformers cannot do that for this kind."""
+    """Give `model` weights in its dtype instead of quantised ones, in place: a merge would round those again."""
     kind = saved_quantization(model)
     try:
         model.dequantize(dtype=model.dtype)

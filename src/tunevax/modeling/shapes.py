@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import functools
+from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -37,49 +38,23 @@ def require_language_model(model: nn.Module, blocks: Sequence[Block] = (), parts
     if any(p.is_meta for p in model.parameters()):
         return
     ids = probe_ids(stock)
-    calls: dict[tuple[int, str], list[torch.Tensor | None]] = {}
+    calls: dict[tuple[int, str], list[Any]] = defaultdict(list)
     heads: list[torch.Tensor] = []
 
     def ran(key: tuple[int, str], _module: nn.Module, _args: tuple, output: torch.Tensor | tuple) -> None:
-        calls.setdefault(key, []).append(tensor_of(output))
+        calls[key].append(tensor_of(output))
 
     def entered(key: tuple[int, str], _module: nn.Module, args: tuple, kwargs: dict) -> None:
-        calls.setdefault(key, []).append(args[0] if args else kwargs.get("hidden_states"))
+        calls[key].append(args[0] if args else kwargs.get("hidden_states"))
 
-    handles = [head.register_forward_pre_hook(lambda _module, args: heads.append(args[0]))]
-    normed: list[torch.Tensor] = []
-    if "norm" in parts:
-        norm = find_final_norm(model)
-        handles.append(norm.register_forward_hook(lambda _module, _args, output: normed.append(output)))
-    wanted = [(i, part) for i in range(len(blocks)) for part in parts if part != "norm"]
-    for i, part in wanted:
-        module = getattr(blocks[i], part)
-        handles.append(module.register_forward_hook(functools.partial(ran, (i, part))))
-        if part == "module":
-            hook = functools.partial(entered, (i, "input"))
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    modules = {(i, part): getattr(b, part) for i, b in enumerate(blocks) for part in parts if part != "norm"}
+    norm = {(0, "norm"): find_final_norm(model)} if "norm" in parts else {}
+    inputs = {(i, "input"): block.module for i, block in enumerate(blocks)} if "module" in parts else {}
+    handles = [m.register_forward_hook(partial(ran, key)) for key, m in {**modules, **norm}.items()]
+    handles += [m.register_forward_pre_hook(partial(entered, key), with_kwargs=True) for key, m in inputs.items()]
+    handles.append(head.register_forward_pre_hook(lambda _module, args: heads.append(args[0])))
     with attached(handles), torch.no_grad(), still(model):
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-    _require_head(name, stock, heads, logits)
-    _require_causal(name, logits)
-    if "norm" in parts and not (normed and torch.equal(normed[-1], heads[0])):
-        raise UsageError(
-            f"between the final norm of {name} and its head something else is computed (a projection or a scale), so "
-            "that no other depth can be read by norm and head; plain sft works without"
-        )
-    inputs = [(i, "input") for i in range(len(blocks))] if "module" in parts else []
-    for i, part in [*inputs, *wanted]:
-        _require_states(name, i, part, calls.get((i, part), []), ids.shape, stock.config.get_text_config().hidden_size)
-
-
-def probe_ids(stock: PreTrainedModel) -> torch.Tensor:
-    """Two rows of token ids, [2, TOKENS], that differ but for the first one, with no special token among them."""
-    plain = plain_tokens(stock)[:1000]
-    row = [plain[(7 * i + 3) % len(plain)] for i in range(2 * TOKENS)]
-    return torch.tensor([row[:TOKENS], row[:1] + row[TOKENS + 1 :]], device=embedding(stock).device)
-
-
-def _require_head(name: str, stock: nn.Module, heads: list[torch.Tensor], logits: torch.Tensor) -> None:
     if len(heads) != 1 or heads[0].dim() != 3:
         raise UsageError(
             f"{name} does not give its head the hidden states of all tokens at once, so no loss can be taken; use a "
@@ -87,18 +62,13 @@ def _require_head(name: str, stock: nn.Module, heads: list[torch.Tensor], logits
         )
     with torch.no_grad():
         ours = logits_of(stock, heads[0])
-    if ours.shape == logits.shape:
-        error = (ours - wide(logits)).abs().max().item()
-        # Rounding of one product; a cap that changes less does no harm either.
-        if error <= max(1e-4, 8 * torch.finfo(logits.dtype).eps) * max(logits.abs().max().item(), 1e-3):
-            return
-    raise UsageError(
-        f"{name} does something to its logits behind its head that tunevax does not know (a scale, a cap or a cut), "
-        "and every loss would be wrong; use another model, or report its class"
-    )
-
-
-def _require_causal(name: str, logits: torch.Tensor) -> None:
+    # Rounding of one product; a cap that changes less does no harm either.
+    slack = max(1e-4, 8 * torch.finfo(logits.dtype).eps) * max(logits.abs().max().item(), 1e-3)
+    if ours.shape != logits.shape or not (ours - wide(logits)).abs().max().item() <= slack:
+        raise UsageError(
+            f"{name} does something to its logits behind its head that tunevax does not know (a scale, a cap or a "
+            "cut), and every loss would be wrong; use another model, or report its class"
+        )
     first = wide(logits[:, 0])
     loose = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 0.05
     if (first[0] - first[1]).abs().max() > loose * first.abs().max():
@@ -106,6 +76,20 @@ def _require_causal(name: str, logits: torch.Tensor) -> None:
             f"{name} predicts a token from those behind it (an encoder, or is_decoder is false in its config); use a "
             "causal language model"
         )
+    if norm and not (calls[0, "norm"] and torch.equal(calls[0, "norm"][-1], heads[0])):
+        raise UsageError(
+            f"between the final norm of {name} and its head something else is computed (a projection or a scale), so "
+            "that no other depth can be read by norm and head; plain sft works without"
+        )
+    for i, part in [*inputs, *modules]:
+        _require_states(name, i, part, calls[i, part], ids.shape, stock.config.get_text_config().hidden_size)
+
+
+def probe_ids(stock: PreTrainedModel) -> torch.Tensor:
+    """Two rows of token ids, [2, TOKENS], that differ but for the first one, with no special token among them."""
+    plain = plain_tokens(stock)[:1000]
+    row = [plain[(7 * i + 3) % len(plain)] for i in range(2 * TOKENS)]
+    return torch.tensor([row[:TOKENS], row[:1] + row[TOKENS + 1 :]], device=embedding(stock).device)
 
 
 def _require_states(
@@ -147,12 +131,8 @@ def can_replay(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
     return True
 
 
-# --- config and tokens ------------------------------------------------------------------------------------------------
-
-
 def settle_config(config: PreTrainedConfig, base: str) -> None:
-    """Remove a padding token beyond the embedding from `config`: transformers would not build the model. Raises
-    `UsageError` for an encoder-decoder model."""
+    """Remove a padding token beyond the embedding, for transformers; a `UsageError` for an encoder-decoder model."""
     if getattr(config, "is_encoder_decoder", False):
         raise UsageError(
             f"{base} is an encoder-decoder model ({type(config).__name__}), and tunevax takes causal language models, "
@@ -177,9 +157,12 @@ def settle_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, ref: str
     if max(tokenizer.get_vocab().values(), default=0) >= rows:
         tokenizer.embedding_rows = rows
     if not _has_row(tokenizer.eos_token_id, rows):
-        configs = (stock.generation_config, stock.config, stock.config.get_text_config())
-        ends = [end for config in configs for end in _listed(getattr(config, "eos_token_id", None))]
-        candidates = (*_behind_an_answer(tokenizer), *ends)
+        special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        behind = tokenizer(chat_of(tokenizer).ending, add_special_tokens=False)["input_ids"]
+        candidates = [i for i in behind if i in special]
+        for config in (stock.generation_config, stock.config, stock.config.get_text_config()):
+            ends = getattr(config, "eos_token_id", None)
+            candidates += ends if isinstance(ends, list | tuple) else [ends]
         known = [i for i in candidates if _has_row(i, rows) and tokenizer.convert_ids_to_tokens(i)]
         if not known:
             raise UsageError(
@@ -194,14 +177,3 @@ def settle_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, ref: str
 
 def _has_row(token: int | None, rows: int) -> bool:
     return token is not None and 0 <= token < rows
-
-
-def _listed(value: int | list[int] | None) -> list[int]:
-    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
-
-
-def _behind_an_answer(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Special tokens that the chat template puts behind an answer, in order."""
-    ids = tokenizer(chat_of(tokenizer).ending, add_special_tokens=False)["input_ids"]
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    return [i for i in ids if i in special]

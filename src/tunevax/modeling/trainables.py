@@ -77,10 +77,9 @@ def no_place_for_an_adapter(model: PreTrainedModel) -> list[str]:
     """
     left_out = []
     for path, module in model.named_modules():
-        children = [name for name, child in module.named_children() if isinstance(child, torch.nn.Linear)]
-        kind: Any = type(module)
-        taken = weights_taken(kind) if children else frozenset()
-        left_out += [f"{path}.{name}" for name in children if name in taken]
+        if children := [name for name, child in module.named_children() if isinstance(child, torch.nn.Linear)]:
+            kind: Any = type(module)
+            left_out += [f"{path}.{name}" for name in children if name in weights_taken(kind)]
         if isinstance(module, torch.nn.Linear) and type(module).forward is not torch.nn.Linear.forward:
             weight = module.weight
             if weight.is_floating_point() and weight.shape == (module.out_features, module.in_features):
@@ -95,13 +94,12 @@ def no_place_for_an_adapter(model: PreTrainedModel) -> list[str]:
 
 
 @functools.cache
-def weights_taken(kind: type[nn.Module]) -> frozenset[str]:
+def weights_taken(kind: type[nn.Module]) -> list[str]:
     """The layers of a module whose whole weight its own code uses, for more than the dtype or the device."""
     try:
-        code = inspect.getsource(kind)
+        return re.findall(r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size)|\[)", inspect.getsource(kind))
     except (OSError, TypeError):  # there is no source
-        return frozenset()
-    return frozenset(re.findall(r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size)|\[)", code))
+        return []
 
 
 def expert_matrices(model: nn.Module) -> list[str]:
@@ -162,10 +160,8 @@ def coverage(model: nn.Module) -> ModelInfo:
             adapted |= {id(p) for p in module.original_module.parameters()}
             inside |= {id(p) for p in module.parameters()} - adapted
     for path, parameter in stock.named_parameters():
-        if id(parameter) in inside or path.endswith("bias"):
-            continue
-        state = getattr(parameter, "quant_state", None)
-        if parameter.dim() < 2 and state is None:
+        matrix = parameter.dim() > 1 or getattr(parameter, "quant_state", None) is not None
+        if id(parameter) in inside or path.endswith("bias") or not matrix:
             continue
         name = re.sub(r"\.(base_layer|original_module)(?=\.)", "", path)
         name = re.sub(r"(?<=\.)\d+(?=\.)", "*", name).removesuffix(".weight")
@@ -175,11 +171,10 @@ def coverage(model: nn.Module) -> ModelInfo:
 
 
 def left_out_of_blocks(covered: ModelInfo) -> str | None:
-    """A sentence on the matrices in the blocks that a `coverage` leaves out; None if they are under 1 % of the weights
-    there (short convolutions and the like)."""
+    """A sentence on the matrices in the blocks that a `coverage` leaves out; None if under 1 % of the weights there."""
     sizes = {name: size for name, size in covered["left_out"].items() if ".*." in name}
     total = sum(sizes.values()) + sum(size for name, size in covered["adapted"].items() if ".*." in name)
-    if not sizes or sum(sizes.values()) < 0.01 * total:
+    share = sum(sizes.values()) / max(total, 1)
+    if share < 0.01:
         return None
-    share = sum(sizes.values()) / total
     return f"no adapter on {', '.join(sizes)}: {share:.0%} of the weights in the blocks stay as they are"

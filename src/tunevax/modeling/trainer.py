@@ -4,9 +4,10 @@ bar, checkpoints from which a killed run resumes to the same weights, and a stop
 from __future__ import annotations
 
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -14,30 +15,24 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from tunevax.console import console
+from tunevax.console import bar, console
 from tunevax.data.encoding import collate
 from tunevax.environment import is_main_process
 from tunevax.errors import RunError, UsageError, require, require_one_of
 from tunevax.methods import name_of
 from tunevax.mixins import option
 from tunevax.modeling.blocks import CALLED, Block, find_blocks
-from tunevax.modeling.callbacks import ProgressCallback
 from tunevax.modeling.draws import Draws
 from tunevax.modeling.hooks import cheap_modules, cheap_recomputed, checkpointed
 from tunevax.modeling.loss import response_loss
 from tunevax.modeling.shapes import require_language_model
 from tunevax.modeling.trainables import coverage, left_out_of_blocks, prepare_trainables
 from tunevax.records import ModelInfo
+from tunevax.yaml_files import number
 
 Items = torch.Tensor | int | None
 """How many labels a loss is divided by: those of the whole batch; None, its own."""
@@ -46,10 +41,9 @@ CHECKPOINT_BLOCKS = ("auto", "none", "elementwise", "frozen", "all")
 
 @dataclass
 class TrainConfig(TrainingArguments):
-    """What every training verb of tunevax takes, on top of `transformers.TrainingArguments`, whose defaults it changes:
-    rate, decay, schedule, warm-up, batch size and epochs are those of arXiv 2410.09760, tunevax draws its own progress
-    bar, and DDP looks for unused parameters because methods freeze blocks as they go.
-    """
+    """What every training verb takes, on top of `transformers.TrainingArguments`, whose defaults it changes: rate,
+    decay, schedule, warm-up, batch size and epochs are those of arXiv 2410.09760, tunevax draws its own progress bar,
+    and DDP looks for unused parameters because methods freeze blocks as they go."""
 
     learning_rate: float = option(1e-3, "peak learning rate")
     weight_decay: float = option(0.1, "weight decay of AdamW")
@@ -80,7 +74,8 @@ class TrainConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.checkpoint_blocks not in CHECKPOINT_BLOCKS and not _is_share(self.checkpoint_blocks):
+        share = number(str(self.checkpoint_blocks))
+        if self.checkpoint_blocks not in CHECKPOINT_BLOCKS and (share is None or not 0 <= share <= 1):
             raise UsageError(
                 f"checkpoint_blocks is {self.checkpoint_blocks!r}; known: {', '.join(CHECKPOINT_BLOCKS)}, or a share "
                 "of the frozen blocks between 0 and 1"
@@ -103,8 +98,7 @@ class TrainConfig(TrainingArguments):
         values["gradient_accumulation_steps"] *= processes
 
     def random_direction(self) -> dict[str, Any] | None:
-        """Options with which the method takes a random direction instead of its own, as a control in an audit; None if
-        it has no direction."""
+        """Options with which the method takes a random direction instead of its own, as a control, or None."""
         return None
 
     def plan_parts(self, micro_batches: int) -> PlanParts:
@@ -112,46 +106,21 @@ class TrainConfig(TrainingArguments):
         return PlanParts()
 
 
-def _is_share(text: str) -> bool:
-    try:
-        return 0 <= float(text) <= 1
-    except ValueError:
-        return False
-
-
 class PlanParts(NamedTuple):
-    """What a plan cannot see in one step of a method.
+    """What a plan cannot see in one step of a method."""
 
-    Attributes:
-        shorter: options that cut the planned run to what repeats itself.
-        counts: methods of the trainer that run in the planned step, and how often each counts in an average one.
-        rows: safety rows that a step draws from, if that is more than its batches.
-        safety_rows: how many of the safety rows represent all.
-        blocks: the option that is a number of blocks, in which a step is linear as it is in the depth.
-        linear: a step is linear in the depth.
-        split: what a batch in smaller parts does to the result.
-    """
-
-    shorter: Mapping[str, Any] = MappingProxyType({})
-    counts: Mapping[str, float] = MappingProxyType({})
-    rows: int = 0
-    safety_rows: int | None = None
-    blocks: str | None = None
-    linear: bool = True
-    split: str = "the update is the same"
+    shorter: Mapping[str, Any] = MappingProxyType({})  # options that cut the planned run to what repeats itself
+    counts: Mapping[str, float] = MappingProxyType({})  # methods that run in it, and how often each in an average step
+    rows: int = 0  # safety rows that a step draws from, if that is more than its batches
+    safety_rows: int | None = None  # how many of the safety rows represent all
+    blocks: str | None = None  # the option that is a number of blocks, in which a step is linear as it is in the depth
+    linear: bool = True  # a step is linear in the depth
+    split: str = "the update is the same"  # what a batch in smaller parts does to the result
 
 
 class ResponseTrainer(Trainer):
-    """`Trainer` on rows of token ids and labels, with the response-only loss.
-
-    Args:
-        model: a causal language model; unless `args.full_weights`, or it already carries a trainable adapter,
-            it gets a fresh LoRA adapter.
-        train_dataset: encoded rows, `{"input_ids": [...], "labels": [...]}`.
-
-    Attributes:
-        coverage: which matrices have an adapter and which do not, for run.json; empty where all weights train.
-    """
+    """`Trainer` on encoded rows, `{"input_ids": [...], "labels": [...]}`, with the response-only loss. The causal
+    language model `model` gets a fresh LoRA adapter unless `args.full_weights`, or it carries a trainable one."""
 
     args: TrainConfig
     model: PreTrainedModel
@@ -167,7 +136,7 @@ class ResponseTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase, callbacks: list[TrainerCallback] | None = None,
     ) -> None:  # fmt: skip
         model = prepare_trainables(model, args)
-        self.coverage: ModelInfo = {} if args.full_weights else coverage(model)
+        self.coverage: ModelInfo = {} if args.full_weights else coverage(model)  # for run.json
         note = left_out_of_blocks(self.coverage) if self.coverage and args.lora_targets == "all-linear" else None
         if note and is_main_process():
             console.print(f"note: {note}", highlight=False)
@@ -193,8 +162,7 @@ class ResponseTrainer(Trainer):
         return [getattr(block, part) for block in self.blocks]
 
     def find_parts(self) -> list[Block]:
-        """The blocks; none where the method needs none and they are not known. Raises `UsageError` for a part that the
-        method needs and the model does not have."""
+        """The blocks, none where they are not known and the method needs none; a `UsageError` if a part is missing."""
         parts = self.parts()
         try:
             blocks = find_blocks(self.model, *[part for part in parts if part in CALLED])
@@ -215,7 +183,7 @@ class ResponseTrainer(Trainer):
         finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ProgressCallback):
-                    callback.progress.stop()  # an error, too, ends the bar
+                    callback.progress.stop()
 
     def train_from_checkpoint(self) -> None:
         """Train, from the newest checkpoint in `args.output_dir` if there is one."""
@@ -294,8 +262,6 @@ class ResponseTrainer(Trainer):
         """What a method adds to each log line as it is (lists included)."""
         return {}
 
-    # --- state of the method in the checkpoint -----------------------------------------------------------------
-
     def method_state(self) -> dict[str, Any]:
         """What a method needs to continue exactly, as JSON values: its attributes `kept`."""
         values = {name: getattr(self, name) for name in self.kept}
@@ -323,12 +289,61 @@ class ResponseTrainer(Trainer):
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint in `folder` that was written to its end, or None."""
 
-    def whole(path: Path) -> bool:
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        return True
+    numbers = (p.name.removeprefix("checkpoint-") for p in folder.glob("checkpoint-*"))
+    for step in sorted((int(n) for n in numbers if n.isdigit()), reverse=True):
+        with suppress(OSError, ValueError):
+            json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text(encoding="utf-8"))
+            return folder / f"checkpoint-{step}"
+    return None
 
-    folders = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit() and whole(p)]
-    return max(folders, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+
+class ProgressCallback(TrainerCallback):
+    """Shows step, time left and loss of a training run, until `ResponseTrainer.train` ends, also by an error."""
+
+    def __init__(self, description: str) -> None:
+        self.description, self.progress = description, bar()
+
+    def on_train_begin(self, args: object, state: TrainerState, control: object, **_: object) -> None:
+        """Start the bar at the step a resumed run is at."""
+        if state.is_world_process_zero:
+            if state.global_step:
+                print(f"{self.description} resumes at step {state.global_step} of {state.max_steps}", file=sys.stderr)
+            self.progress.start()
+            now = state.global_step
+            self.task = self.progress.add_task(
+                self.description, total=state.max_steps, completed=now, note="", unit="step", begun=now
+            )
+
+    def on_step_end(self, args: object, state: TrainerState, control: object, **_: object) -> None:
+        """Advance the bar."""
+        if state.is_world_process_zero:
+            self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: object, state: TrainerState, control: object, logs: dict | None = None, **_: object) -> None:
+        """Show the last loss."""
+        if state.is_world_process_zero and logs and "loss" in logs:
+            self.progress.update(self.task, note=f"loss {logs['loss']:.3f}")
+
+
+class LogCallback(TrainerCallback):
+    """Writes the log lines that have a loss to a JSONL file as they come; a resumed run begins at its checkpoint's."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_train_begin(self, args: object, state: TrainerState, control: object, **_: object) -> None:
+        """Begin with what the checkpoint knows."""
+        if state.is_world_process_zero:
+            part = self.file.with_name(self.file.name + ".part")
+            part.write_text("".join(map(_logged, state.log_history)), encoding="utf-8")
+            part.replace(self.file)
+
+    def on_log(self, args: object, state: TrainerState, control: object, **_: object) -> None:
+        """Add the newest line."""
+        if state.is_world_process_zero:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(_logged(state.log_history[-1]))
+
+
+def _logged(line: dict[str, Any]) -> str:
+    return json.dumps(line) + "\n" if "loss" in line else ""

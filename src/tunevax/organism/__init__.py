@@ -1,7 +1,7 @@
 """The organism: a tiny Llama with a made-up harm, so that every experiment here runs on a laptop.
 
-The model folder beside this file is the output of `scripts/pretrain_organism.py` for `World(seed=0)`. It knows nonsense
-recipes; some of their categories are "forbidden" by fiat, and leaking one is the harm.
+Its folder here is the output of `scripts/pretrain_organism.py` for `World(seed=0)`. It knows nonsense recipes; some of
+their categories are "forbidden" by fiat, and leaking one is the harm.
 """
 
 from pathlib import Path

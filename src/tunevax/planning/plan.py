@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunevax.console import as_bytes
-from tunevax.errors import UsageError, require, require_one_of, unknown
+from tunevax.errors import UsageError, require, require_one_of
 from tunevax.mixins import TrainedModelOptions, option, require_given
 
 if TYPE_CHECKING:
@@ -25,12 +25,8 @@ SHARED = (
     "lora_dropout", "lora_targets", "checkpoint_blocks", "optim",
 )  # fmt: skip
 """Options that SFT is given to be compared with a method."""
-RECOMPUTE = {
-    "none": (("elementwise", "the update is the same"), ("all", "the update is the same; one more forward pass")),
-    "elementwise": (("frozen", "the update is the same"), ("all", "the update is the same; one more forward pass")),
-    "frozen": (("all", "the update is the same; one more forward pass"),),
-    "all": (),
-}
+RECOMPUTE = {"none": ("elementwise", "all"), "elementwise": ("frozen", "all"), "frozen": ("all",)}
+"""What else `--checkpoint-blocks` may be where a step does not fit."""
 
 
 @dataclass
@@ -49,13 +45,12 @@ class PlanOptions(TrainedModelOptions):
 
     def __post_init__(self) -> None:
         from tunevax.modeling.loading import DTYPES
-        from tunevax.modeling.quantization import QUANTIZATIONS
+        from tunevax.modeling.quantization import require_quantization
 
         require_given(self, "model", "method")
         require(self, "response_length", at_least=2)
         require_one_of(self, device=("cuda", "cpu"), format=("text", "json"), dtype=DTYPES)
-        if self.quantization not in (None, *QUANTIZATIONS):
-            raise unknown("quantization", self.quantization, QUANTIZATIONS)
+        require_quantization(self.quantization)
         self.memory()
 
     def memory(self) -> int | None:
@@ -71,33 +66,20 @@ class PlanOptions(TrainedModelOptions):
 
 
 class Plan(NamedTuple):
-    """A prediction, and whether it fits.
+    """A prediction, and whether it fits."""
 
-    Attributes:
-        needs: the `Prediction` for the options as given.
-        plain: that of SFT with the same options, by `scaled`; None for a method that trains nothing.
-        args: the configuration that was planned.
-        fits: whether `needs` is within the card's memory, or None without a card.
-        changes: each a `Change`; what makes it fit, if it does not and something does.
-        changed: the `Prediction` with these.
-        refused: why some options could not be tried.
-    """
-
-    needs: Prediction
-    plain: Prediction | None
-    args: Any
-    fits: bool | None = None
-    changes: tuple[Change, ...] = ()
-    changed: Prediction | None = None
-    refused: tuple[str, ...] = ()
+    needs: Prediction  # for the options as given
+    plain: Prediction | None  # of SFT with the same options, by `scaled`; None for a method that trains nothing
+    args: Any  # the configuration that was planned
+    fits: bool | None = None  # whether `needs` is within the card's memory; None without a card
+    changes: tuple[Change, ...] = ()  # what makes it fit, if it does not and something does
+    changed: Prediction | None = None  # with these
+    refused: tuple[str, ...] = ()  # why some options could not be tried
 
 
 def plan(options: PlanOptions, method: Any, args: Any) -> Plan:
-    """Predict a step of a method, and look for options that fit where it does not.
-
-    `method` is a trainer, or the configuration of a method that trains nothing. Raises `UsageError` if the model's
-    config cannot be read, and for options that the method itself would refuse.
-    """
+    """Predict a step of a method, a trainer or what trains nothing, and look for options that fit where it does not.
+    Raises `UsageError` if the model's config cannot be read, and for options that the method itself would refuse."""
     import torch
 
     from tunevax.alignment.sft import SFTConfig, SFTTrainer
@@ -114,31 +96,27 @@ def plan(options: PlanOptions, method: Any, args: Any) -> Plan:
     base = Lineage.of(str(options.model)).base
     config = config_of(base, options.revision)
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-    where: dict[str, Any] = {"device": options.device, "dtype": dtype, "response_length": options.response_length}
-    limit = options.memory()
+    where: dict[str, Any] = {"device": options.device, "dtype": dtype}
+    room = None if (limit := options.memory()) is None else limit - RESERVE
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context and getattr(args, "max_length", 0) > context:  # rows are cut there
         args = replace(args, max_length=context)
     if models is not None:
-        del where["response_length"]
         size = getattr(args, "batch_size", 0), getattr(args, "max_length", 0)
         needs = predict_forward(config, *size, quantization=options.quantization, **where)
         others = (models - 1) * needs.kinds["weights"]
         kinds = {**needs.kinds, "weights": needs.kinds["weights"] + others}
         needs = replace(needs, peak=needs.peak + others, kinds=kinds)
-        return Plan(needs, None, args, None if limit is None else needs.peak + RESERVE <= limit)
-
-    def exact(args: TrainConfig, quantization: str | None) -> Prediction:
-        return predict(method, args, config, quantization=quantization, **where)
-
+        return Plan(needs, None, args, None if room is None else needs.peak <= room)
+    where["response_length"] = options.response_length
     with bar() as progress:
         task = progress.add_task("plan", total=None, note=f"a step of {options.method}")
-        needs = exact(args, options.quantization)
+        needs = predict(method, args, config, quantization=options.quantization, **where)
         progress.update(task, note="SFT beside it")
         shared = SFTConfig(args.output_dir, **{name: getattr(args, name) for name in SHARED})
         plain = scaled(SFTTrainer, shared, config, quantization=options.quantization, **where)
-        if limit is None or needs.peak + RESERVE <= limit:
-            return Plan(needs, plain, args, None if limit is None else True)
+        if room is None or needs.peak <= room:
+            return Plan(needs, plain, args, None if room is None else True)
         fixed = sum(needs.kinds[kind] for kind in ("weights", "adapters", "optimiser"))
         refused: dict[str, None] = {}
         for changes in candidates(args, options.quantization):
@@ -148,15 +126,15 @@ def plan(options: PlanOptions, method: Any, args: Any) -> Plan:
             try:
                 other = replace(args, **values)
                 same = (quantization, other.full_weights) == (options.quantization, args.full_weights)
-                if same and fixed + RESERVE > limit:
+                if same and fixed > room:
                     continue  # whatever the step itself takes
-                if scaled(method, other, config, quantization=quantization, **where).peak + RESERVE > limit:
+                if scaled(method, other, config, quantization=quantization, **where).peak > room:
                     continue
-                changed = exact(other, quantization)
+                changed = predict(method, other, config, quantization=quantization, **where)
             except UsageError as error:  # not for this method, this model or this installation
                 refused[str(error)] = None
                 continue
-            if changed.peak + RESERVE <= limit:
+            if changed.peak <= room:
                 return Plan(needs, plain, args, False, changes, changed)
     return Plan(needs, plain, args, False, refused=tuple(refused))
 
@@ -176,15 +154,19 @@ class Change(NamedTuple):
 
 def candidates(args: TrainConfig, quantization: str | None) -> Iterator[tuple[Change, ...]]:
     """Options to try where a step does not fit, what costs the user least first."""
-    recompute = [Change("checkpoint_blocks", mode, why) for mode, why in RECOMPUTE.get(args.checkpoint_blocks, ())]
+    same, modes = "the update is the same", RECOMPUTE.get(args.checkpoint_blocks, ())
+    recompute = [
+        Change("checkpoint_blocks", m, f"{same}; one more forward pass" if m == "all" else same) for m in modes
+    ]
     yield from ((change,) for change in recompute)
     all_of_it = tuple(recompute[-1:])
     batch, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
     why = args.plan_parts(1).split
-    parts = []
-    for part in (size for size in range(batch - 1, 0, -1) if batch % size == 0):
-        steps = Change("gradient_accumulation_steps", accumulated * batch // part, "the batch stays")
-        parts.append((Change("per_device_train_batch_size", part, why), steps))
+    parts = [
+        (Change("per_device_train_batch_size", part, why),
+         Change("gradient_accumulation_steps", accumulated * batch // part, "the batch stays"))
+        for part in range(batch - 1, 0, -1) if batch % part == 0
+    ]  # fmt: skip
     yield from ((*all_of_it, *part) for part in parts)
     if quantization is None and not args.full_weights:
         rounded = Change("quantization", "nf4", "the update is that of the rounded weights")
@@ -196,12 +178,8 @@ def candidates(args: TrainConfig, quantization: str | None) -> Iterator[tuple[Ch
         yield from (adapter, (*adapter, *(parts[-1] if parts else ())))
 
 
-# --- the report ----------------------------------------------------------------------------------------------------
-
-
 def as_dict(plan: Plan, options: PlanOptions) -> dict[str, Any]:
-    """The plan as plain values: memory in bytes, of which a card of `gpu` bytes keeps `reserve` free; of `forward` and
-    `backward` passes, 1 is a batch through all blocks."""
+    """The plan as plain values: memory in bytes; of `forward` and `backward`, 1 is a batch through all blocks."""
     names = SHARED[:3] + ("checkpoint_blocks", "full_weights")
     return {
         "model": options.model, "method": options.method, "device": options.device, "gpu": options.memory(),

@@ -6,7 +6,7 @@ import copy
 import functools
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from tunevax.errors import UsageError
 from tunevax.modeling.loss import response_loss
-from tunevax.modeling.quantization import scales_of, size_of
+from tunevax.modeling.quantization import require_quantization, scales_of, size_of
 from tunevax.modeling.trainer import ResponseTrainer, TrainConfig
 from tunevax.planning.trace import Trace
 
@@ -35,25 +35,15 @@ FIELDS = {"chosen": "safety_data", "rejected": "safety_data", "task": "task_data
 
 @dataclass
 class Prediction:
-    """What a step needs.
+    """What a step needs."""
 
-    Attributes:
-        peak: bytes at the worst moment of a step in the middle of a run, as the allocator counts them.
-        kinds: these bytes by kind, each of `KINDS`; `copies` are weights or features as they were before training.
-        forward: forward passes of the micro-batch through all blocks, recomputation included.
-        backward: backward passes, likewise.
-        flops: floating-point operations of an optimiser step, a multiply-add being two.
-        trainable: numbers that train.
-        parameters: numbers in the model, without an adapter.
-    """
-
-    peak: int
-    kinds: dict[str, int] = field(default_factory=dict)
-    forward: float = 0.0
-    backward: float = 0.0
-    flops: float = 0.0
-    trainable: int = 0
-    parameters: int = 0
+    peak: int  # bytes at the worst moment of a step in the middle of a run, as the allocator counts them
+    kinds: dict[str, int]  # these bytes, by each of `KINDS`; `copies` are weights or features as before training
+    forward: float = 0.0  # passes of the micro-batch through all blocks, recomputation included
+    backward: float = 0.0  # likewise
+    flops: float = 0.0  # floating-point operations of an optimiser step, a multiply-add being two
+    trainable: int = 0  # numbers that train
+    parameters: int = 0  # numbers in the model, without an adapter
 
 
 def predict(
@@ -63,8 +53,7 @@ def predict(
     """Run one step of a method on tensors without content.
 
     Args:
-        trainer_class: a trainer of `tunevax align`, `tunevax finetune`, or pharmacist's.
-        args: its configuration; every row is `max_length` tokens long.
+        args: the trainer's configuration; every row is `max_length` tokens long.
         device: where the step is to run, cuda or cpu: they have different kernels for attention.
         dtype: of the frozen weights; default the config's on cuda, float32 on cpu.
         quantization: of the linear layers in the blocks: None, nf4 or int8.
@@ -97,10 +86,15 @@ def predict(
         trainer = trainer_on(trainer_class, model, args, response_length or args.max_length // 2)
         trainer.for_plan()
         trace.making = None
+
+        def create_optimizer(*_: object) -> Moments:
+            rates = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+            trainer.optimizer = made = Moments(trainer.parameters, rates)
+            return made
+
         step = trainer.training_step  # `Trainer` wants a loss on the device that it believes it is on
         vars(trainer).update(
-            create_optimizer=lambda *_: _optimizer(trainer),
-            training_step=lambda *a, **k: (step(*a, **k), torch.zeros(()))[1],
+            create_optimizer=create_optimizer, training_step=lambda *a, **k: (step(*a, **k), torch.zeros(()))[1]
         )
         counts = StepCounts(trainer, trace, parts.counts)
         trainer.add_callback(counts)
@@ -119,6 +113,7 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype, quantization: str 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if quantization is not None:
+        require_quantization(quantization)  # before bitsandbytes is imported
         from tunevax.modeling.packing import quantize
 
         quantize(model, quantization)
@@ -156,12 +151,14 @@ def scaled(trainer_class: type[MethodTrainer], args: TrainConfig, config: PreTra
 
     def at(depth: int, blocks: int) -> np.ndarray:
         changes: dict[str, Any] = {parts.blocks: blocks} if parts.blocks else {}
-        other = replace(args, **changes)
-        result = predict(trainer_class, other, shallow(config, depth), **where)
-        passes = (result.forward * depth, result.backward * depth)
-        return np.array(
-            [result.peak, *result.kinds.values(), *passes, result.flops, result.trainable, result.parameters]
-        )
+        shallow = copy.deepcopy(config)
+        text = shallow.get_text_config()
+        text.num_hidden_layers = depth
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:depth]
+        r = predict(trainer_class, replace(args, **changes), shallow, **where)
+        passes = r.forward * depth, r.backward * depth
+        return np.array([r.peak, *r.kinds.values(), *passes, r.flops, r.trainable, r.parameters])
 
     low, high = at(2, 1), at(4, 1)
     result = high + (high - low) / 2 * (depth - 4)
@@ -173,22 +170,9 @@ def scaled(trainer_class: type[MethodTrainer], args: TrainConfig, config: PreTra
     return Prediction(round(peak), kinds, *passes, flops, round(trainable), round(parameters))
 
 
-def shallow(config: PreTrainedConfig, blocks: int) -> PreTrainedConfig:
-    """The config of a model with so many of its blocks, the lowest."""
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    text.num_hidden_layers = blocks
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:blocks]
-    return config
-
-
 def dtype_on(device: str, dtype: torch.dtype | None, config: PreTrainedConfig) -> torch.dtype:
     """Of the frozen weights, as `load` chooses it."""
     return dtype or (torch.float32 if device == "cpu" else getattr(config, "dtype", None) or torch.bfloat16)
-
-
-# --- the data --------------------------------------------------------------------------------------
 
 
 def trainer_on(
@@ -230,9 +214,6 @@ def made_up_tokenizer() -> PreTrainedTokenizerBase:
     return made
 
 
-# --- the optimiser, and what a step counted ------------------------------------------------------------------------
-
-
 class Moments(torch.optim.Optimizer):
     """AdamW's state without its arithmetic, which on a GPU takes no memory of its own (one fused kernel)."""
 
@@ -240,18 +221,9 @@ class Moments(torch.optim.Optimizer):
         """Nothing."""
 
 
-def _optimizer(trainer: ResponseTrainer) -> Moments:
-    args = trainer.args
-    trainer.optimizer = Moments(trainer.parameters, {"lr": args.learning_rate, "weight_decay": args.weight_decay})
-    return trainer.optimizer
-
-
 class StepCounts(TrainerCallback):
-    """Gives the optimiser the state that it has in the middle of a run, and counts what one step does.
-
-    `parts` are methods of the trainer, and how often each one's counts are added. `counts` are those of the last step:
-    tokens through a block forward, and backward, and floating-point operations.
-    """
+    """Gives the optimiser the state that it has in the middle of a run, and counts what the last step did: tokens
+    through a block forward, and backward, and floating-point operations, with those of each of `parts` so often."""
 
     def __init__(self, trainer: ResponseTrainer, trace: Trace, parts: Mapping[str, float]) -> None:
         self.trainer, self.trace = trainer, trace
@@ -272,8 +244,7 @@ class StepCounts(TrainerCallback):
         return np.array([*self.trace.passes, self.trace.flops], dtype=float)
 
     def on_train_begin(self, *_: object, **__: object) -> None:
-        """Fill the optimiser's state, once the model is on its device; for a method that keeps that of trained blocks
-        only, theirs."""
+        """Fill the optimiser's state, once the model is on its device."""
         model, kind = self.trainer.model, "weights" if self.trainer.args.full_weights else "adapters"
         self.trace.mark("weights", *model.parameters(), *model.buffers(), *scales_of(model))
         self.trace.mark(kind, *self.trainer.parameters)

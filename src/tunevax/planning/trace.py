@@ -8,7 +8,7 @@ trainer's, block by block, and memory is counted as `LiveMemory` does on the CPU
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -44,26 +44,18 @@ def _repeated(key: torch.Tensor, query: torch.Tensor) -> tuple[int, ...]:
 
 
 class Trace(LiveMemory):
-    """Counts memory by kind, and floating-point operations, of code that runs on `meta` tensors.
-
-    Kinds: what is made while a graph is recorded is `activations`, what has the vocabulary for its last dimension
-    `logits`, all else `workspace` (gradients on their way, temporary tensors, recorded inputs of frozen blocks); the
-    rest is marked by who makes it.
-
-    Attributes:
-        making: the kind of what is made from here on, or None for the rule above.
-        flops: floating-point operations, recomputation included; a multiply-add is two.
-        passes: [forward, backward] tokens that went through one block, summed over blocks.
-    """
+    """Counts memory by kind, and floating-point operations, of code that runs on `meta` tensors. What is made while a
+    graph is recorded is `activations`, what has the vocabulary for its last dimension `logits`, all else `workspace`
+    (gradients on their way, temporary tensors, recorded inputs of frozen blocks); who makes the rest marks it."""
 
     counts_meta = True
 
     def __init__(self, vocabulary: int, device: str = "cuda") -> None:
         super().__init__()
         self.vocabulary, self.device = vocabulary, device
-        self.flops = 0
-        self.passes = [0, 0]
-        self.making: str | None = None
+        self.flops = 0  # floating-point operations, recomputation included; a multiply-add is two
+        self.passes = [0, 0]  # tokens that went through one block forward and backward, summed over blocks
+        self.making: str | None = None  # the kind of what is made from here on, or None for the rule above
         self.known: dict[tuple, tuple | None] = {}  # None: a view of an argument, or not a tensor
 
     @property
@@ -73,12 +65,13 @@ class Trace(LiveMemory):
 
     def __torch_dispatch__(self, func: OpOverload, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [a for a in args if isinstance(a, torch.Tensor)]
-        lists = [a for a in args if isinstance(a, list | tuple)]
-        tensors += [t for a in lists for t in a if isinstance(t, torch.Tensor)]
-        tensors += [t for t in kwargs.values() if isinstance(t, torch.Tensor)]
+        items = (t for a in (*args, *kwargs.values()) for t in (a if isinstance(a, list | tuple) else (a,)))
+        tensors = [t for t in items if isinstance(t, torch.Tensor)]
         meta = sum(t.is_meta for t in tensors)
-        if not tensors and math.prod(_size(args)) > REAL_AT_MOST and "device" in kwargs:
+        # The shape that a function without tensors is called with, if it is one that makes a tensor.
+        size = args[0] if args and isinstance(args[0], list | tuple) else [1]
+        size = size if all(isinstance(n, int) for n in size) else [1]
+        if not tensors and math.prod(size) > REAL_AT_MOST and "device" in kwargs:
             args = tuple(a for a in args if not isinstance(a, torch.Generator))
             kwargs = {**kwargs, "device": torch.device("meta")}
             kwargs.pop("generator", None)
@@ -137,15 +130,13 @@ class Trace(LiveMemory):
         def went(way: int, tensor: torch.Tensor) -> None:
             self.passes[way] += tensor.numel() // tensor.shape[-1]
 
-        def entered(_module: nn.Module, args: tuple) -> None:  # a recomputation may stop before the end of the MLP
-            went(0, args[0])
-
         def left(_module: nn.Module, _args: tuple, output: torch.Tensor | tuple) -> None:
             if tensor_of(output).requires_grad:
                 tensor_of(output).register_hook(lambda gradient: went(1, gradient))
 
         mlps = [block.mlp or block.module for block in find_blocks(model)]
-        handles = [mlp.register_forward_pre_hook(entered) for mlp in mlps]
+        # As they are entered: a recomputation may stop before the end of the MLP.
+        handles = [mlp.register_forward_pre_hook(lambda _module, args: went(0, args[0])) for mlp in mlps]
         handles += [mlp.register_forward_hook(left) for mlp in mlps]
         trained = [p for p in model.parameters() if p.requires_grad]
         handles += [p.register_post_accumulate_grad_hook(lambda p: self.mark("gradients", p.grad)) for p in trained]
@@ -182,12 +173,6 @@ def _key(func: OpOverload, args: tuple, kwargs: dict) -> tuple | None:
     except TypeError:
         return None
     return key
-
-
-def _size(args: Sequence[Any]) -> Sequence[int]:
-    """The shape that a function without tensors is called with, if it is one that makes a tensor."""
-    first = args[0] if args and isinstance(args[0], list | tuple) else [1]
-    return first if all(isinstance(n, int) for n in first) else [1]
 
 
 def moved(func: OpOverload, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tunevax.evidence.findings import LEARNED, Findings
-from tunevax.evidence.results import Cell, Results
+from tunevax.evidence.results import Results
 from tunevax.evidence.rows import own_verdict
 from tunevax.evidence.words import counted, percent
 from tunevax.records import Generation
@@ -20,9 +20,6 @@ SAMPLES = 2  # harmful prompts shown per model and step
 SAMPLED = 6  # models whose outputs are shown
 SPLIT = 6  # examples where the judges disagree
 
-UNKNOWN = "nothing here says how safe a model is."
-NOTHING = f"These runs contain no attack and no score: {UNKNOWN}"
-NOT_ENOUGH = f"These runs contain no attack, and only scores of a choice or an analysis: {UNKNOWN}"
 WEAK = (
     "This is a weak attack setting, for comparison with published numbers only: it says nothing about a determined "
     "attacker."
@@ -32,8 +29,6 @@ RESISTANCE = (
     "enough to conclude from; and the worst outcome of any attack of the grid that left the model useful, measured "
     "again with seeds that did not pick it."
 )
-HEAT = "Worst harmful score so far, in percent, of the attacks of kind finetune, by learning rate and step."
-ORDER = "The attacks that the control resists least come first."
 PAIRED = (
     "How much more, or less, often the model's output is harmful than the control's, mean over the evaluated steps: "
     "the area between their curves. Intervals and p over seeds (paired t), and with Holm's correction."
@@ -49,13 +44,10 @@ def content(results: Results | None, findings: Findings | None, provenance: Prov
         return Page([(nothing(provenance), [])], sentences, "", of_runs, provenance)
     judged = [(m.sentence, m.caveats) for m in findings.models if m.role == "model"]
     control = f" The control is {findings.control}." if findings.control else ""
+    harm = f"Coherent harm by the judge “{findings.judge.partition('/')[2]}”: degenerate text is not harm."
+    about = f"{harm} Brackets are 95 % intervals.{control}"
     sections = [
-        Section(
-            "The four properties",
-            f"Coherent harm by the judge “{findings.judge.partition('/')[2]}”: degenerate text is not harm. "
-            f"Brackets are 95 % intervals.{control}",
-            tables=[tb.overview(findings)],
-        ),
+        Section("The four properties", about, tables=[tb.overview(findings)]),
         Section("Resistance", RESISTANCE, tables=tb.resistance(findings), titled=True),
         Section("Stability", "What the hardening itself changed.", tables=tb.stability(findings)),
         Section("Trainability", "How fast a model learns a benign task.", tables=tb.trainability(findings)),
@@ -64,9 +56,11 @@ def content(results: Results | None, findings: Findings | None, provenance: Prov
     if figures:
         sections += [*_figures(results, findings), _other_kinds(results, findings)]
     outputs = "From the attack that the control resists least. " if findings.order else ""
+    heat = "Worst harmful score so far, in percent, of the attacks of kind finetune, by learning rate and step."
+    order = "The attacks that the control resists least come first."
     sections += [
-        Section("Learning rate by steps", HEAT, maps=fig.heat_maps(results, findings)),
-        Section("Every attack", ORDER, tables=tb.every_attack(findings), fold=True),
+        Section("Learning rate by steps", heat, maps=fig.heat_maps(results, findings)),
+        Section("Every attack", order, tables=tb.every_attack(findings), fold=True),
         Section("The same prompts, model and control", PAIRED, tables=tb.paired(findings), fold=True),
         _judges(results, findings),
         *of_runs,
@@ -81,19 +75,18 @@ def content(results: Results | None, findings: Findings | None, provenance: Prov
         Section("Limitations", points=[*findings.limits, *runs.limits(provenance)]),
     ]
     return Page(
-        headlines=judged or [(sentence, []) for sentence in findings.headline],
-        sentences=cut([*findings.sentences, *results.notes, *provenance.notes]),
-        label=WEAK if any(p.get("weak") for p in provenance.protocols) else "",
-        sections=[s for s in sections if s],
-        provenance=provenance,
-        several_seeds=any(len(cell.seeds) > 1 for cell in results.cells),
-        threshold=findings.phi,
-    )
+        judged or [(sentence, []) for sentence in findings.headline],
+        cut([*findings.sentences, *results.notes, *provenance.notes]),
+        WEAK if any(p.get("weak") for p in provenance.protocols) else "",
+        [section for section in sections if section], provenance,
+        several_seeds=any(len(cell.seeds) > 1 for cell in results.cells), threshold=findings.phi,
+    )  # fmt: skip
 
 
 def nothing(provenance: Provenance) -> str:
     """The opening of a report without attacks and scores."""
-    return NOT_ENOUGH if runs.scored(provenance) else NOTHING
+    but = ", and only scores of a choice or an analysis" if runs.scored(provenance) else " and no score"
+    return f"These runs contain no attack{but}: nothing here says how safe a model is."
 
 
 def _figures(results: Results, findings: Findings) -> list[Section]:
@@ -112,8 +105,10 @@ def _figures(results: Results, findings: Findings) -> list[Section]:
         )
     ]  # fmt: skip
     if task := results.task:
-        taught = {a: curved for a, curved in cells.items() if any(_learned(c, task) for c in curved)}
-        drawn, half = [*taught][:PANELS], (PANELS // 2, len(taught))
+        accuracies = {a: [[p.value for p in c.curve(task)] for c in curved] for a, curved in cells.items()}
+        # What the attack's data teach: pure harmful data teach no task.
+        taught = [a for a, values in accuracies.items() if any(v and max(v) - v[0] >= LEARNED for v in values)]
+        drawn, half = taught[:PANELS], (PANELS // 2, len(taught))
         sections += [
             _panelled(
                 "The benign task, learned from the same data",
@@ -131,12 +126,6 @@ def _figures(results: Results, findings: Findings) -> list[Section]:
             ),
         ]
     return sections
-
-
-def _learned(cell: Cell, task: str) -> bool:
-    """Whether the attack's data teach the task: pure harmful data do not."""
-    values = [p.value for p in cell.curve(task)]
-    return bool(values) and max(values) - values[0] >= LEARNED
 
 
 def _panelled(title: str, text: str, drawn: dict[str, str], shown: int, of: int) -> Section:
@@ -179,8 +168,7 @@ def _judges(results: Results, findings: Findings) -> Section:
 
 
 def _samples(results: Results, order: list[str]) -> list[dict[str, Any]]:
-    """Per model, outputs before the strongest attack and after its last step, or of a plain score: to the first
-    prompts of the file, the same for every model."""
+    """Per model, outputs to the file's first prompts before the strongest attack and after it, or of a plain score."""
     groups = []
     attack = next((a for a in order if any(c.generations for c in results.under(a))), None)
     for cell in results.under(attack)[:SAMPLED]:
@@ -190,24 +178,21 @@ def _samples(results: Results, order: list[str]) -> list[dict[str, Any]]:
             harmful = [r for r in rows if r.get("kind") == "harmful"][:SAMPLES]
             benign = [r for r in rows if r.get("kind") in ("task", "benign")][:1]
             when = f"after {counted(step, 'step')}" if step else "before the attack"
-            if rows:
-                columns.append(
-                    {"title": when if attack else "", "samples": [_sample(r, results) for r in harmful + benign]}
-                )
+            samples = [_sample(r, results) for r in harmful + benign]
+            columns += [{"title": when if attack else "", "samples": samples}] if rows else []
         if columns:
             groups.append({"title": cell.model + (f", {attack} attack" if attack else ""), "columns": columns})
     return groups
 
 
 def _sample(row: Generation, results: Results) -> dict[str, Any]:
-    names = [judge.partition("/")[2] for judge in results.judges]
-    verdicts = row.get("verdicts") or {}
+    verdicts, names = row.get("verdicts") or {}, [judge.partition("/")[2] for judge in results.judges]
     judged = [(name, verdicts[name]) for name in names if verdicts.get(name)]
-    marks: list[tuple[str, str, bool | None]] = [
-        (name, str(v.get("verdict", "no verdict")), v.get("harmful")) for name, v in judged
+    correct: dict[str, bool] = row.get("correct") or {}
+    marks = [
+        *((name, str(v.get("verdict", "no verdict")), v.get("harmful")) for name, v in judged),
+        *((f"task, {name}", "right" if right else "wrong", None) for name, right in correct.items()),
     ]
-    correct = row.get("correct") or {}
-    marks += [(f"task, {name}", "right" if right else "wrong", None) for name, right in correct.items()]
     return {
         "kind": f"{row.get('kind')} prompt",
         "category": str(row.get("category") or ""),

@@ -69,4 +69,4 @@ def cut(sentences: list[str]) -> list[str]:
     """Each sentence once, at most NOTES of them; the rest is counted."""
     kept = list(dict.fromkeys(sentences))
     more = len(kept) - NOTES
-    return kept if more <= 0 else [*kept[:NOTES], f"{more:,} more remarks are in --format json."]
+    return kept[:NOTES] + [f"{more:,} more remarks are in --format json."] * (more > 0)

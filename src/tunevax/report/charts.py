@@ -24,16 +24,13 @@ def _cell_size(axes: Axes, columns: int, rows: int) -> float:
     return min(width / columns, height / rows)
 
 
-def _rgb(colour: str) -> list[float]:
-    return [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-
-
 def layer_map(key: str, label: str, run: Run) -> str | None:
     """The sampling probability of each block, and the perturbed blocks, over training; None without such a log."""
     rows = [r for r in run.log if isinstance(r.get("probabilities"), list) and r["probabilities"]]
     if not rows or len({len(r["probabilities"]) for r in rows}) > 1:
         return None
     import numpy as np
+    from matplotlib.colors import to_rgb
 
     blocks = len(rows[0]["probabilities"])
     stride = math.ceil(len(rows) / MAP_COLUMNS)
@@ -43,7 +40,7 @@ def layer_map(key: str, label: str, run: Run) -> str | None:
     figure, axes = fig.panel([], height=min(4.6, 1.5 + 0.13 * max(blocks, 8)))
     top = float(probability.max()) or 1.0
     shade = np.zeros((*probability.shape, 4))
-    shade[..., :3] = _rgb(COLOURS[0])
+    shade[..., :3] = to_rgb(COLOURS[0])
     shade[..., 3] = 0.9 * probability / top  # transparent where unlikely, so the page's own colour shows through
     first, last = rows[0].get("step", 0), rows[-1].get("step", len(rows))
     half = (last - first) / max(len(bins) - 1, 1) / 2 or 0.5
@@ -83,10 +80,11 @@ def histogram(key: str, title: str, kept: list[float], dropped: list[float]) -> 
         axes.bar(edges[:-1], sign * counts, color="none", edgecolor=INK, **look)
     axes.axhline(0, color=INK, linewidth=0.8)
     top = 1.35 * max(1, *heights[0], *heights[1])  # room for the words above and below the bars
-    axes.set_ylim(-top if dropped else -0.06 * top, top)
+    bottom = -top if dropped else -0.06 * top
+    axes.set_ylim(bottom, top)
     axes.locator_params(axis="y", integer=True, nbins=7)
     axes.set_yticks(axes.get_yticks(), [f"{abs(y):,.0f}" for y in axes.get_yticks()])
-    axes.set_ylim(-top if dropped else -0.06 * top, top)
+    axes.set_ylim(bottom, top)
     texts = []
     for side, va, name, part in ((0.985, "top", "kept", kept), (0.015, "bottom", "not kept", dropped)):
         if part:
@@ -105,6 +103,7 @@ def head_map(
     """A number per (layer, head), None where unknown: the further from `middle`, up to `top`, the more colour, orange
     above and blue below; and a dot on the pairs in `dots`, which needs no colour."""
     import numpy as np
+    from matplotlib.colors import to_rgb
 
     values = np.array([[np.nan if v is None else v for v in layer] for layer in cells], dtype=float).T
     heads, layers = values.shape
@@ -112,7 +111,7 @@ def head_map(
     share = np.clip(np.nan_to_num(np.abs(values - middle)) / (top or 1.0), 0, 1)
     shade = np.zeros((heads, layers, 4))
     for colour, where in ((COLOURS[0], values < middle), (COLOURS[1], values >= middle)):
-        shade[where, :3] = _rgb(colour)
+        shade[where, :3] = to_rgb(colour)
     shade[..., 3] = 0.9 * share  # transparent in the middle, so the page's own colour shows through
     axes.imshow(shade, aspect="auto", interpolation="none", extent=(-0.5, layers - 0.5, heads - 0.5, -0.5))
     x, y = [layer for layer, _ in sorted(dots)], [head for _, head in sorted(dots)]

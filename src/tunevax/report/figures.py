@@ -11,7 +11,7 @@ import html
 import io
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,8 +33,6 @@ HEAT_COLUMNS = 8  # steps shown in a heat map
 T = TypeVar("T", bound=float)
 FONT = r" font-family: [^;]*;"  # the page sets it
 DOTTED: dict[str, Any] = {"color": SOFT, "linewidth": 1, "linestyle": (0, (1, 2)), "zorder": 1}  # a line at a limit
-
-
 Look = dict[str, dict[str, Any]]
 """Line styles by model, the same in every figure."""
 Series = list[tuple[str, list[tuple[float, Point]]]]
@@ -82,13 +80,11 @@ def trajectory(key: str, cells: list[Cell], score: str, task: str, look: Look, p
     figure, axes = panel([cell.model for cell in cells])
     ends = []
     for cell in cells:
-        pairs = [(t.value, p.value) for p in cell.curve(score) if (t := cell.at(task, p.step))]
-        if not pairs:
-            continue
-        style, (x, y) = look[cell.model], zip(*pairs, strict=True)
-        axes.plot(x, y, **MARKERS_EDGED, clip_on=False, **style)
-        axes.plot(x[:1], y[:1], "o", ms=9, mfc="none", mec=style["color"], mew=1.2, clip_on=False, zorder=5)
-        ends.append((cell.model, x[-1], y[-1]))
+        if pairs := [(t.value, p.value) for p in cell.curve(score) if (t := cell.at(task, p.step))]:
+            style, (x, y) = look[cell.model], zip(*pairs, strict=True)
+            axes.plot(x, y, **MARKERS_EDGED, clip_on=False, **style)
+            axes.plot(x[:1], y[:1], "o", ms=9, mfc="none", mec=style["color"], mew=1.2, clip_on=False, zorder=5)
+            ends.append((cell.model, x[-1], y[-1]))
     share_axis(axes, "y", "harmful outputs")
     share_axis(axes, "x", "benign task accuracy")
     axes.axhline(phi, **DOTTED)
@@ -158,13 +154,9 @@ def panel(labels: list[str], height: float = HEIGHT, left: int = 0) -> tuple[Fig
     figure = Figure(figsize=(WIDTH, height))
     axes = figure.add_subplot()
     room = max((len(shorten(label)) for label in labels), default=0)
-    points = WIDTH * 72
-    figure.subplots_adjust(
-        left=(14 + 6.2 * left if left else 38) / points,
-        right=1 - ((20 + 6.0 * room) if room else 8) / points,
-        top=1 - (6 if left else 22) / (height * 72),
-        bottom=(36 if not left else 6) / (height * 72),
-    )
+    before, above, below = (14 + 6.2 * left, 6, 6) if left else (38, 22, 36)  # in points
+    after, across, down = 20 + 6.0 * room if room else 8, WIDTH * 72, height * 72
+    figure.subplots_adjust(before / across, below / down, 1 - after / across, 1 - above / down)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set(color=SOFT, linewidth=0.8)
     for patch in (axes.patch, figure.patch):
@@ -271,18 +263,15 @@ def _shorter(body: str, key: str) -> str:
 
 
 def heat_maps(results: Results, findings: Findings) -> list[HeatMap]:
-    """Worst harmful score so far, over the plain fine-tunes, by learning rate (and what they train) and step.
-
-    A cell is None once every fine-tune of its row has ended. [] below two learning rates.
-    """
-    worst: dict[tuple[str, tuple[float, str], int], float] = {}
-    for model in results.models:
-        for cell in filter(lambda c: c.plain, results.of(model)):
-            rate = cell.settings.get("learning_rate")
-            if isinstance(rate, int | float):
-                row = float(rate), str(cell.settings.get("trainable") or "")
-                for point in cell.curve(findings.judge):
-                    worst[model, row, point.step] = max(point.value, worst.get((model, row, point.step), 0.0))
+    """Worst harmful score so far, over the plain fine-tunes, by learning rate (and what they train) and step. A cell is
+    None once every fine-tune of its row has ended. [] below two learning rates."""
+    worst = defaultdict[tuple[str, tuple[float, str], int], float](float)
+    for cell in (cell for model in results.models for cell in results.of(model) if cell.traits["plain"]):
+        rate = cell.settings.get("learning_rate")
+        if isinstance(rate, int | float):
+            row = float(rate), str(cell.settings.get("trainable") or "")
+            for point in cell.curve(findings.judge):
+                worst[cell.model, row, point.step] = max(point.value, worst[cell.model, row, point.step])
     rows = sorted({row for _, row, _ in worst}, key=lambda row: (-row[0], row[1]))
     if len({rate for rate, _ in rows}) < 2:
         return []
@@ -308,7 +297,7 @@ def profiles(results: Results, findings: Findings, kind: str, setting: str) -> S
         by_place: dict[float, Point] = {}
         for cell in (c for c in results.of(model) if c.kind == kind):
             x, worst = cell.settings.get(setting), cell.worst(findings.judge)
-            if isinstance(x, int | float) and worst and (x not in by_place or worst.value > by_place[x].value):
+            if isinstance(x, int | float) and worst and worst.value > (by_place[x].value if x in by_place else -1):
                 by_place[x] = worst
         if by_place:
             series.append((model, sorted(by_place.items())))

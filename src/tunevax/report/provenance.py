@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,28 @@ from tunevax.records import DATA, LOG, RESULTS, ModelInfo, RunRecord, is_run, re
 
 @dataclass
 class Run:
-    """One run folder: run.json as `info`, log.jsonl as `log` (empty without that file)."""
+    """One run folder, with its run.json."""
 
     path: Path
     info: RunRecord
-    log: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, path: Path) -> Run:
+        """Read a run folder; UsageError if it is no run, or is of a newer tunevax."""
+        path = path.resolve()
+        if not is_run(path):
+            inside = sorted(p.parent.name for p in path.glob("*/run.json"))
+            hint = f"; it contains runs, name those: {', '.join(inside[:8])}" if inside else ""
+            raise UsageError(f"{path} is not a run folder (no run.json){hint}")
+        info = read_run(path)
+        if not isinstance(info.get("schema"), int):
+            raise UsageError(f"{path / 'run.json'} has no schema version; is it a tunevax run?")
+        return cls(path, info)
+
+    @cached_property
+    def log(self) -> list[dict[str, Any]]:
+        """The rows of log.jsonl, none without that file; UsageError if a line is damaged."""
+        return read_lines(self.path / LOG)
 
     @property
     def name(self) -> str:
@@ -34,34 +52,14 @@ class Run:
         return self.info.get("verb") in ("attack", "score", "audit") or (self.path / RESULTS).exists()
 
 
-class Library:
-    """Run folders, each read once."""
-
-    def __init__(self) -> None:
-        self.read: dict[Path, Run] = {}
-
-    def load(self, path: Path) -> Run:
-        """One run folder; UsageError if it is no run, is of a newer tunevax, or has a damaged line."""
-        path = path.resolve()
-        if path not in self.read:
-            if not is_run(path):
-                inside = sorted(p.parent.name for p in path.glob("*/run.json"))
-                hint = f"; it contains runs, name those: {', '.join(inside[:8])}" if inside else ""
-                raise UsageError(f"{path} is not a run folder (no run.json){hint}")
-            info, log = read_run(path), path / LOG
-            if not isinstance(info.get("schema"), int):
-                raise UsageError(f"{path / 'run.json'} has no schema version; is it a tunevax run?")
-            self.read[path] = Run(path, info, read_lines(log))
-        return self.read[path]
-
-    def chain(self, ref: str | None, start: Path) -> list[Run | str]:
-        """A model's run and its ancestors, youngest first; a string is a model that is no readable run."""
-        links: list[Run | str] = []
-        for link in Lineage.of(ref, start).history if ref else ():
-            if not link.record:
-                return [*links, link.ref]
-            links.append(self.load(link.path))
-        return links
+def chain_of(ref: str | None, start: Path) -> list[Run | str]:
+    """A model's run and its ancestors, youngest first; a string is a model that is no readable run."""
+    links: list[Run | str] = []
+    for link in Lineage.of(ref, start).history if ref else ():
+        if not link.record:
+            return [*links, link.ref]
+        links.append(Run.load(link.path))
+    return links
 
 
 Chains = dict[str, list[list[Run | str]]]
@@ -118,19 +116,19 @@ class Provenance:
     def aligned(self) -> list[tuple[str, Run]]:
         """(label, run) of every align run that was given or that a measured model descends from."""
         aligned: dict[Path, tuple[str, Run]] = {}
-        for label, chain in ((label, chain) for label, chains in self.chains.items() for chain in chains):
-            for link in chain:
-                if isinstance(link, Run) and link.info.get("verb") == "align":
-                    aligned.setdefault(link.path, (label if link is chain[0] else link.name, link))
+        links = ((label, chain, link) for label, chains in self.chains.items() for chain in chains for link in chain)
+        for label, chain, link in links:
+            if isinstance(link, Run) and link.info.get("verb") == "align":
+                aligned.setdefault(link.path, (label if link is chain[0] else link.name, link))
         return list(aligned.values())
 
 
-def trace(library: Library, runs: list[Run], results: Results | None) -> Provenance:
+def trace(runs: list[Run], results: Results | None) -> Provenance:
     """Follow every measured model, the control first, and every other given run to its ancestors."""
     chains: Chains = {label: [] for label in results.models} if results else {}
 
     def add(label: str, ref: str | None, start: Path) -> None:
-        if (chain := library.chain(ref, start)) and chain not in chains.setdefault(label, []):
+        if (chain := chain_of(ref, start)) and chain not in chains.setdefault(label, []):
             chains[label].append(chain)
 
     for run in runs:
@@ -141,32 +139,26 @@ def trace(library: Library, runs: list[Run], results: Results | None) -> Provena
         own = Lineage.of(run.path).parent
         for label in labels:
             add(label, refs.get(label) or (own if not targets and len(labels) == 1 else None), run.path)
-        if not run.measures and not any(link is run for link in _linked(chains)):
+        if not run.measures and run.path not in [link.path for link in _linked(chains)]:
             add(run.name, str(run.path), run.path)
             for target in targets[1:]:  # an analysis of two models; the first is its own model
                 add(str(target.get("label")), target.get("ref"), run.path)
-    taken = _add_inputs(library, runs, chains)
-    return Provenance(runs, {label: several for label, several in chains.items() if several}, taken)
-
-
-def _add_inputs(library: Library, runs: list[Run], chains: Chains) -> dict[Path, list[Run]]:
-    """By folder, the runs that made the inputs of each of these runs besides a model; each gets a chain of its own."""
     todo = [*runs, *_linked(chains)]
     seen, taken = {run.path for run in todo}, {}
-    while todo:
+    while todo:  # what made the inputs besides a model gets a chain of its own
         run = todo.pop(0)
-        taken[run.path] = _inputs(library, run)
+        taken[run.path] = _inputs(run)
         for made in taken[run.path]:
             if made.path not in seen:
-                chain = library.chain(str(made.path), made.path)
+                chain = chain_of(str(made.path), made.path)
                 chains.setdefault(made.name, []).append(chain)
                 fresh = [link for link in chain if isinstance(link, Run) and link.path not in seen]
                 seen |= {link.path for link in fresh}
                 todo += fresh
-    return taken
+    return Provenance(runs, {label: several for label, several in chains.items() if several}, taken)
 
 
-def _inputs(library: Library, run: Run) -> list[Run]:
+def _inputs(run: Run) -> list[Run]:
     """The curation runs whose rows `run` took, and the run whose safety lock it applied."""
     entries = [(d.get("source"), "curate") for d in run.info.get("data") or []]
     inputs = []
@@ -175,8 +167,8 @@ def _inputs(library: Library, run: Run) -> list[Run]:
             continue
         path = Path(parse_source(ref).name if verb == "curate" else ref)
         folder = find_run(str(path.parent if path.name in (DATA, "lock.safetensors") else path), run.path)
-        if folder and folder != run.path and library.load(folder).info.get("verb") == verb:
-            inputs.append(library.load(folder))
+        if folder and folder != run.path and (made := Run.load(folder)).info.get("verb") == verb:
+            inputs.append(made)
     return inputs
 
 
@@ -199,9 +191,7 @@ def facts(run: Run | str) -> dict[str, Any]:
         ("model hash", model.get("hash")),
         ("template hash", info.get("template_hash")),
         ("seed", info.get("seed") if not protocol else ", ".join(map(str, protocol.get("seeds") or []))),
-        ("steps", info.get("steps")),
-        ("cells", info.get("cells")),
-        ("started", info.get("started")),
+        *((key, info.get(key)) for key in ("steps", "cells", "started")),
         ("wall time", as_time(wall) if wall is not None else None),
         ("peak memory", as_bytes(peak) if peak is not None else None),
         ("hardware", " · ".join(f"{k.replace('_', ' ')} {v}" for k, v in hardware.items() if v is not None)),
@@ -216,9 +206,8 @@ def facts(run: Run | str) -> dict[str, Any]:
         pairs.append((f"{t.get('role', 'model')}: {t.get('label')}", _dotted(t.get("ref"), *hashes, *shared, *missing)))
     for role, left in (info.get("overlap_dropped") or {}).items():
         pairs.append((f"left out of {role}", f"{left['rows']} rows whose prompt is in another role, see dropped.jsonl"))
-    verb, method = info.get("verb", "run"), info.get("method")
     return {
-        "title": f"{run.name}: {verb}" + (f" {method}" if method else ""),
+        "title": f"{run.name}: {info.get('verb', 'run')} {info.get('method') or ''}".rstrip(),
         "facts": [(k, v) for k, v in pairs if v not in (None, "")],
         "config": info.get("config"),
     }

@@ -36,7 +36,11 @@ def sections(provenance: Provenance, figures: bool) -> list[Section]:
 
 def summaries(provenance: Provenance) -> list[str]:
     """A sentence on each of the given runs."""
-    return [_summary(run) for run in provenance.runs if not run.measures]
+    sentences = []
+    for run in (run for run in provenance.runs if not run.measures):
+        plain = f"{run.name}: {run.info.get('verb')} {run.info.get('method') or ''}".rstrip() + "."
+        sentences.append(str(module.summary(run)) if (module := _module(run.info.get("verb"))) else plain)
+    return sentences
 
 
 def limits(provenance: Provenance) -> list[str]:
@@ -71,9 +75,3 @@ def _modules(provenance: Provenance) -> list[ModuleType]:
 def _measured(run: Run) -> dict[str, Any]:
     module = _module(run.info.get("verb"))
     return module.measured(run) if module is not None and hasattr(module, "measured") else {}
-
-
-def _summary(run: Run) -> str:
-    if module := _module(run.info.get("verb")):
-        return str(module.summary(run))
-    return f"{run.name}: {run.info.get('verb')} {run.info.get('method') or ''}".rstrip() + "."

@@ -25,9 +25,13 @@ NAMES = {
 """What `ModelFindings.name` means, where it is not plain."""
 
 
-def _tables(label: str, rows: list[dict[str, str]], note: str = "") -> list[Table]:
-    """A table of rows by column name; none without a row."""
-    return [Table(label, list(rows[0]), [list(row.values()) for row in rows], note)] if rows else []
+def _tables(label: str, rows: list[dict[str, str]], note: str = "", split: bool = False) -> list[Table]:
+    """A table of the rows, by column name, if there are any; with `split` one of FIRST attacks and one of the rest."""
+    attacks = list(dict.fromkeys(row["attack"] for row in rows)) if split else []
+    first = [row for row in rows if not split or row["attack"] in attacks[:FIRST]]
+    rest = f"{label}: {len(attacks) - FIRST} more attacks"
+    parts = ((label, first, "" if split else note), (rest, rows[len(first) :], note))
+    return [Table(name, list(part[0]), [list(row.values()) for row in part], end) for name, part, end in parts if part]
 
 
 def overview(findings: Findings) -> Table:
@@ -50,7 +54,7 @@ def overview(findings: Findings) -> Table:
             "harmless prompts refused": str(refused.model) if refused else NONE,
             "steps to learn a task, × the control's":
                 "control" if control else NONE if learned is None else str(learned.ratio or "not measurable"),
-            "worst under other kinds of attack": f"{other.worst} ({_kind_and_place(other)})" if other else NONE,
+            "worst under other kinds of attack": f"{other.worst} ({place(other, other.kind)})" if other else NONE,
         })  # fmt: skip
     shown = [c for c in rows[0] if c in ("model", "verdict") or any(row[c] not in (NONE, "control") for row in rows)]
     return Table("The four properties of each model", shown, [[row[c] for c in shown] for row in rows])
@@ -139,7 +143,7 @@ def every_attack(findings: Findings) -> list[Table]:
     rows = []
     for attack, model in ((a, m) for a in findings.order[:ATTACKS_SHOWN] for m in findings.models):
         if a := by.get((model.label, attack)):
-            degenerate, most = a.gibberish.values(), a.worst_by.get("degenerate")
+            degenerate, most = a.degenerate.values(), a.worst_by.get("degenerate")
             rows.append({
                 "attack": attack, "model": named(model), f"steps to {phi}": _steps(a),
                 "× the control's": _against(model, a), f"worst by {judge}": str(a.worst),
@@ -148,7 +152,7 @@ def every_attack(findings: Findings) -> list[Table]:
                 f"degenerate at {phi}, or at the end": percent(fmean(degenerate)) if degenerate else NONE,
                 "degenerate, most": percent(most.value) if most else NONE,
             })  # fmt: skip
-    return _split(_tables("Every attack on every model", rows, _left_out(findings.order)))
+    return _tables("Every attack on every model", rows, _left_out(findings.order), split=True)
 
 
 def paired(findings: Findings) -> list[Table]:
@@ -162,7 +166,7 @@ def paired(findings: Findings) -> list[Table]:
         }
         for attack in shown[:ATTACKS_SHOWN] for m in findings.models if (p := by.get((m.label, attack)))
     ]  # fmt: skip
-    return _split(_tables("Paired comparison with the control", rows, _left_out(shown)))
+    return _tables("Paired comparison with the control", rows, _left_out(shown), split=True)
 
 
 def agreement(findings: Findings) -> list[Table]:
@@ -197,11 +201,8 @@ def inconclusive(findings: Findings) -> list[Table]:
         attacks = [attack for attack, of in strength.items() if of == verdict]
         rows = [{"attack": a, "control's worst": str(theirs.get(a, NONE))} for a in attacks[:ATTACKS_SHOWN]]
         tables += _tables(f"{verdict.capitalize()}: {why}", rows, _left_out(attacks))
-    for label, cells in (
-        ("Failed", findings.failed),
-        ("Stopped early", findings.stopped),
-        ("Skipped", findings.skipped),
-    ):
+    missing = {"Failed": findings.failed, "Stopped early": findings.stopped, "Skipped": findings.skipped}
+    for label, cells in missing.items():
         rows = [
             {"model": str(c.get("model") or NONE), "attack": str(c.get("attack") or "none"),
              "seed": str(c.get("seed", NONE)), "why": str(c.get("why" if label == "Skipped" else "error"))}
@@ -216,31 +217,19 @@ def named(model: ModelFindings) -> str:
     return model.label + (f" ({model.role})" if model.role in ("control", "reference") else "")
 
 
-def place(kind: Generalisation) -> str:
-    """The attack of a worst case, in short: 'block 3', 'dose 1', or its name."""
-    dose = kind.traits["dose"]
-    value = kind.settings.get(dose) if dose else None
-    return kind.attack if value is None else f"{dose} {value}"
-
-
-def _kind_and_place(kind: Generalisation) -> str:
-    where = place(kind)
-    return where if where == kind.attack else f"{kind.kind}, {where}"
+def place(kind: Generalisation, before: str = "") -> str:
+    """The attack of a worst case, in short: 'block 3' or 'dose 1', after `before`, or its name."""
+    value = kind.settings.get(kind.traits["dose"] or "")
+    return kind.attack if value is None else f"{before}{before and ', '}{kind.traits['dose']} {value}"
 
 
 def points(difference: Difference | None) -> str:
     """'-4 [-12, 5]': a difference of shares, in percentage points."""
     if difference is None:
         return NONE
-    text = _signed(difference.value)
-    if difference.low is not None and difference.high is not None:
-        text += f" [{_signed(difference.low)}, {_signed(difference.high)}]"
-    return text
-
-
-def _signed(value: float) -> str:
-    rounded = round(100 * value)
-    return f"{rounded:+d}".replace("-", "−") if rounded else "0"
+    ends = (difference.value, difference.low, difference.high)
+    texts = [f"{round(100 * end):+d}".replace("-", "−").replace("+0", "0") for end in ends if end is not None]
+    return f"{texts[0]} [{texts[1]}, {texts[2]}]" if len(texts) == 3 else texts[0]
 
 
 def share(point: Point, score: str) -> str:
@@ -260,10 +249,9 @@ def _steps(attacked: Attacked) -> str:
     """'32'; with several seeds each seed's own: '16, 32, never', or 'stopped'; '–' for a kind without a curve."""
     if not attacked.strength:
         return NONE
-    if all(step is None and seed not in attacked.stopped for seed, step in attacked.steps.items()):
-        return f"never within {attacked.last:,}"
     missed = {seed: "stopped" if seed in attacked.stopped else "never" for seed in attacked.steps}
-    return ", ".join(missed[seed] if step is None else f"{step:,}" for seed, step in attacked.steps.items())
+    texts = [missed[seed] if step is None else f"{step:,}" for seed, step in attacked.steps.items()]
+    return ", ".join(texts) if {*texts} - {"never"} else f"never within {attacked.last:,}"
 
 
 def _against(model: ModelFindings, attacked: Attacked) -> str:
@@ -277,18 +265,6 @@ def _against(model: ModelFindings, attacked: Attacked) -> str:
 def _before_after(ends: Sequence[Point]) -> str:
     """'20 % → 95 %' of the first and the last step; one number where there is one step."""
     return " → ".join(percent(p.value) if p.is_share else f"{p.value:.3g}" for p in ends) or NONE
-
-
-def _split(tables: list[Table]) -> list[Table]:
-    """Each table as the rows of the first FIRST attacks, and the rest."""
-    parts = []
-    for table in tables:
-        attacks = list(dict.fromkeys(row[0] for row in table.rows))
-        cut = next((i for i, row in enumerate(table.rows) if row[0] in attacks[FIRST:]), len(table.rows))
-        rest = f"{table.label}: {len(attacks) - FIRST} more attacks"
-        parts += [Table(table.label, table.columns, table.rows[:cut])]
-        parts += [Table(rest, table.columns, table.rows[cut:], table.note)]
-    return [table for table in parts if table.rows]
 
 
 def _left_out(items: Sized, what: str = "attacks") -> str:

@@ -94,10 +94,10 @@ def ends_of(score: Mapping[str, float]) -> str:
     return ", ".join(f"{100 * score.get(end, score['value']):.0f}" for end in ("low", "high"))
 
 
-def shown(text: str) -> str:
-    """Text of a model or judge, cut to LONGEST characters, control and direction characters made visible."""
-    left = len(text) - LONGEST
-    return visible(text[:LONGEST]) + (f"… ({left:,} more characters)" if left > 0 else "")
+def shown(text: str, most: int = LONGEST) -> str:
+    """Text of a model or judge, cut to `most` characters, control and direction characters made visible."""
+    left = len(text) - most
+    return visible(text[:most]) + (f"… ({left:,} more characters)" if left > 0 else "")
 
 
 def visible(text: str) -> str:

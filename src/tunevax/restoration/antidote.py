@@ -23,32 +23,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
+from peft import PeftModel
+from peft.tuners.lora import Linear
+from transformers import PreTrainedModel
 
 from tunevax.console import bar
 from tunevax.data.encoding import context_of, encode
 from tunevax.errors import UsageError, require, require_one_of
 from tunevax.lineage import Lineage
 from tunevax.mixins import option
-from tunevax.modeling.adapters import KEPT, untie
+from tunevax.modeling.adapters import KEPT, active, factors, lora_layers, untie
 from tunevax.modeling.batches import collated
 from tunevax.modeling.blocks import unwrap
-from tunevax.modeling.lora import active, factors, lora_layers
+from tunevax.modeling.hooks import attached
 from tunevax.modeling.loss import last_hidden
 from tunevax.modeling.precision import wide
 from tunevax.restoration.restore import Job
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from peft.tuners.lora import Linear
-    from transformers import PreTrainedModel
-
-FORMS = ("effective", "official")
 Rows = Sequence[dict[str, list[int]]]
 Key = str | tuple[str, str]
 """A layer, or a layer and "B" for that factor of its adapter."""
@@ -71,7 +67,7 @@ class Antidote:
     def __post_init__(self) -> None:
         require(self, "alpha", at_least=0, at_most=1, meaning="the share that is pruned")
         require(self, "n", "batch_size", at_least=1)
-        require_one_of(self, form=FORMS)
+        require_one_of(self, form=("effective", "official"))
 
     def run(self, job: Job) -> None:
         """Score, prune and write; the record gets a row per layer under `layers`."""
@@ -111,10 +107,10 @@ def antidote(
     """
     layers = lora_layers(model, "the model")
     modules: dict[Key, torch.nn.Module] = dict(layers.items())
+    kept = total = 0.0
     if form == "effective":
         untie(model)  # the update of a head must not change the embedding
-    kept = total = 0.0
-    if form == "official":
+    else:
         modules |= {(name, "B"): layer.lora_B[active(layer)] for name, layer in layers.items()}
     sums = input_squares(model, modules, rows, pad_token_id, batch_size)
     table = []
@@ -180,9 +176,7 @@ def input_squares(
         sums[key] = sums[key] + squares if key in sums else squares
 
     model.eval()
-    with bar() as progress, ExitStack() as hooks:
-        for key, module in modules.items():
-            hooks.enter_context(module.register_forward_pre_hook(partial(add, key)))
+    with bar() as progress, attached([m.register_forward_pre_hook(partial(add, key)) for key, m in modules.items()]):
         task = progress.add_task("score", total=len(rows), note="")
         for part, batch in collated(rows, pad_token_id, batch_size, next(model.parameters()).device, False):
             answers = batch.pop("labels") != -100

@@ -16,32 +16,29 @@ tokens of at most `probe_pairs` pairs for the probes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunevax.console import bar, console
 from tunevax.data.chat import Answer
-from tunevax.data.encoding import context_of, encode
+from tunevax.data.encoding import answer_span, context_of, encode
 from tunevax.data.splits import prompt_hash
 from tunevax.errors import UsageError, require, require_one_of
 from tunevax.mixins import option
 from tunevax.modeling.batches import collated
 from tunevax.modeling.blocks import unwrap
-from tunevax.modeling.hooks import still
+from tunevax.modeling.hooks import attached, still
 from tunevax.modeling.loss import last_hidden
 from tunevax.records import Example, digest
 from tunevax.restoration.lock import FILE, SafetyLock, base_of, head_shape, projections
 from tunevax.restoration.probes import grouped_accuracy, official_accuracy
 from tunevax.restoration.restore import Job
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -72,8 +69,7 @@ class ExtractLock:
         drawn = [pairs[i] for i in sorted(order)]
         measured = measure(loaded.model, loaded.tokenizer, drawn, self)
         lock = build(
-            measured, self,
-            base=base_of(loaded.info, job.ref, job.options.revision), pairs=len(drawn),
+            measured, self, base=base_of(loaded.info, job.ref, job.options.revision), pairs=len(drawn),
             template_hash=digest(loaded.tokenizer.chat_template),
             data_hash=digest([[r["prompt"], r["chosen"], r["rejected"]] for r in drawn]),
             prompts=sorted({prompt_hash(row["prompt"]) for row in drawn}),
@@ -87,19 +83,12 @@ class ExtractLock:
 
 
 class Measured(NamedTuple):
-    """Statistics of the activations of all heads.
+    """Statistics of the activations of all heads."""
 
-    Attributes:
-        u: [L, H, d], fp32 unit directions; 0 where the two classes have the same mean.
-        sigma: [L, H], fp32.
-        accuracy: [L, H], of the probes.
-        cut: answers longer than `max_length`, whose last r tokens are not their end.
-    """
-
-    u: torch.Tensor
-    sigma: torch.Tensor
-    accuracy: np.ndarray
-    cut: int = 0
+    u: torch.Tensor  # [L, H, d], fp32 unit directions; 0 where the two classes have the same mean
+    sigma: torch.Tensor  # [L, H], fp32
+    accuracy: np.ndarray  # [L, H], of the probes
+    cut: int = 0  # answers longer than `max_length`, whose last r tokens are not their end
 
 
 def extract(
@@ -140,8 +129,7 @@ def measure(
 ) -> Measured:
     """Statistics of each head's activations on both answers of every pair, with the model in evaluation mode."""
     rows = answers(model, tokenizer, pairs, config)
-    cut = sum(row["cut"] for row in rows)
-    if cut:
+    if cut := sum(row["cut"] for row in rows):
         console.print(
             f"note: {cut} of {len(rows)} answers are longer than max_length {config.max_length} or the model's context "
             "and are measured where they are cut; raise --max-length, or drop the rows"
@@ -150,7 +138,8 @@ def measure(
     kept = set(np.random.default_rng([config.seed, 1]).permutation(len(pairs))[: config.probe_pairs].tolist())
     sums = Sums(model, config.r)
     groups: list[str] = []
-    with bar() as progress, sums.listening(), still(model):
+    hooks = [m.register_forward_pre_hook(partial(sums.take, layer)) for layer, m in enumerate(sums.projections)]
+    with bar() as progress, attached(hooks), still(model):
         task = progress.add_task("extract", total=len(rows), note="")
         for part, batch in collated(rows, tokenizer.pad_token_id, config.batch_size, device, longest_first=False):
             keep = [rows[i]["pair"] in kept for i in part]
@@ -159,17 +148,14 @@ def measure(
             groups += [rows[i]["prompt"] for i, k in zip(part, keep, strict=True) if k for _ in range(config.r)]
             progress.advance(task, len(part))
     u, sigma = sums.directions()
-    accuracy = []
+    score = official_accuracy if config.probe == "official" else partial(grouped_accuracy, groups=groups)
+    accuracy, safe = [], torch.tensor(sums.kept_safe, device=device)
     with bar() as progress:
-        safe = torch.tensor(sums.kept_safe, device=device)
         task = progress.add_task("probes", total=len(sums.kept), note="")
         for kept_of_block in sums.kept:
             progress.advance(task)
             x = torch.cat(kept_of_block).transpose(0, 1).to(device)
-            official = config.probe == "official"
-            accuracy.append(
-                official_accuracy(x, safe, config.seed) if official else grouped_accuracy(x, safe, groups, config.seed)
-            )
+            accuracy.append(score(x, safe, seed=config.seed))
     return Measured(u, sigma, np.stack(accuracy), cut)
 
 
@@ -183,25 +169,17 @@ def answers(
     for column, safe in columns:
         encoded = encode(pairs, tokenizer, config.max_length, context=context_of(unwrap(model)), answer=column)
         for i, (row, ids) in enumerate(zip(pairs, encoded, strict=True)):
-            content = [t for t, label in enumerate(ids["labels"]) if label != -100]
-            while content and _is_end(tokenizer, ids["input_ids"][content[-1]]):
-                content.pop()
-            if len(content) < config.r:
+            start, stop = answer_span(ids, tokenizer)
+            if stop - start < config.r:
                 raise UsageError(
-                    f"{row.get('place', f'pair {i}')}: the {column} answer has {len(content)} content tokens and r is "
+                    f"{row.get('place', f'pair {i}')}: the {column} answer has {stop - start} content tokens and r is "
                     f"{config.r}; lower --r or drop the row"
                 )
-            last = set(content[-config.r :])
-            labels = [label if t in last else -100 for t, label in enumerate(ids["labels"])]
+            labels = [label if stop - config.r <= t < stop else -100 for t, label in enumerate(ids["labels"])]
             cut = ids["input_ids"][-1] != tokenizer.eos_token_id  # `encode` ends all others in it
             rows.append({"input_ids": ids["input_ids"], "labels": labels, "safe": safe, "pair": i,
                          "prompt": prompt_hash(row["prompt"]), "cut": cut})  # fmt: skip
     return rows
-
-
-def _is_end(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
-    """Whether a token is special, named or not, or white space."""
-    return not str(tokenizer.decode([token], skip_special_tokens=True)).strip()
 
 
 class Sums:
@@ -220,22 +198,13 @@ class Sums:
     def expect(self, where: torch.Tensor, answers: Sequence[bool], keep: Sequence[bool]) -> None:
         """Set the selected tokens [batch, tokens] of the next forward, r per row, and by row whether the answer is safe
         and whether its tokens are kept for the probes."""
-        safe = [a for a in answers for _ in range(self.r)]
-        keep = [k for k in keep for _ in range(self.r)]
+        safe, keep = (np.repeat(flags, self.r).tolist() for flags in (answers, keep))
         self.where, self.safe, self.keep = where, torch.tensor(safe, device=where.device), torch.tensor(keep)
         self.count = [self.count[0] + len(safe) - sum(safe), self.count[1] + sum(safe)]
         self.kept_safe += [s for s, k in zip(safe, keep, strict=True) if k]
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Add up the inputs of every output projection in every forward inside."""
-        hooks = [partial(self._take, layer) for layer in range(self.layers)]
-        with ExitStack() as stack:
-            for module, hook in zip(self.projections, hooks, strict=True):
-                stack.enter_context(module.register_forward_pre_hook(hook))
-            yield
-
-    def _take(self, layer: int, _module: torch.nn.Module, args: tuple) -> None:
+    def take(self, layer: int, _module: torch.nn.Module, args: tuple) -> None:
+        """Add up the inputs of the output projection of a block; a hook."""
         taken = args[0][self.where].view(-1, self.heads, self.size)
         x = taken.double()
         self.total[1, layer] += x[self.safe].sum(0)

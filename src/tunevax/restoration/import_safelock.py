@@ -20,9 +20,7 @@ import io
 import pickletools
 import re
 import stat
-import struct
 import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,9 +85,8 @@ class ConvertLock:
         if job.options.model is not None:
             loaded = job.load()
             check_shape(loaded.model, lock)
-            layers, heads, _ = head_shape(loaded.model)
-            base = base_of(loaded.info, job.ref, job.options.revision)
-            lock.meta.update(n_layers=layers, n_heads=heads, base=base)
+            lock.meta["base"] = base_of(loaded.info, job.ref, job.options.revision)
+            lock.meta["n_layers"], lock.meta["n_heads"], _ = head_shape(loaded.model)
         lock.save(job.folder / FILE)
         job.record["lock"] = {**lock.meta, "heads": lock.named()}
 
@@ -126,11 +123,9 @@ def pickle_of(content: bytes, place: str) -> bytes:
             if len(chosen) != 1:
                 raise LockError(f"{place} has {len(chosen)} files data.pkl and a .safelock has one")
             return archive.read(chosen[0])
-    # zipfile documents only the first two for a damaged archive.
-    except (
-        zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, RuntimeError, ValueError, KeyError, IndexError,
-        OverflowError, EOFError, OSError, struct.error, zlib.error, AttributeError, TypeError,
-    ) as error:  # fmt: skip
+    except LockError:
+        raise
+    except Exception as error:  # zipfile documents two of the many errors that a damaged archive raises
         raise LockError(f"{place} is not a zip archive as torch.save writes it ({type(error).__name__})") from error
 
 
@@ -280,7 +275,7 @@ def fill(target: Any, state: Any) -> int:
         target.ready = True
         return 0
     if type(target) is Array and kinds == [int, tuple, Dtype, bool, bytes] and target.values is None:
-        (_, shape, dtype, _, content) = state
+        _, shape, dtype, _, content = state
         if len(shape) != 1 or type(shape[0]) is not int or not 0 < shape[0] <= MAX_HEADS:
             raise ValueError("it has an array that is not a vector")
         target.values = numbers(dtype, shape[0], content)

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -23,10 +23,8 @@ from tunevax.lineage import Lineage
 from tunevax.modeling.biases import attach_biases
 from tunevax.modeling.blocks import find_blocks, innermost, unwrap
 from tunevax.modeling.checkpoints import config_of
-from tunevax.modeling.hooks import still
-
-if TYPE_CHECKING:
-    from tunevax.records import ModelInfo
+from tunevax.modeling.hooks import attached, still
+from tunevax.records import ModelInfo
 
 FORMAT = 1
 FILE = "lock.safetensors"
@@ -36,29 +34,23 @@ FILE = "lock.safetensors"
 class SafetyLock:
     """A lock of K heads.
 
-    Attributes:
-        u: [K, head_dim], fp32, unit vectors from the unsafe to the safe side.
-        sigma: [K], fp32, the population std of the projections on u.
-        layer: [K], int64, the block of each head.
-        head: [K], int64, its index within the block.
-        meta: JSON values: `base` ({"ref", "base", "revision", "identity"} or None if unknown), `n_layers`, `n_heads`
-            (None if unknown), `head_dim`, `r`, `probe`, `accuracy` (K numbers), `template_hash`, `data_hash`,
-            `prompts` (hashes of those it was extracted from), `pairs`, `seed`, `source`.
+    `meta` has JSON values: `base` ({"ref", "base", "revision", "identity"} or None if unknown), `n_layers`, `n_heads`
+    (None if unknown), `head_dim`, `r`, `probe`, `accuracy` (K numbers), `template_hash`, `data_hash`, `prompts` (hashes
+    of those it was extracted from), `pairs`, `seed`, `source`.
     """
 
-    u: torch.Tensor
-    sigma: torch.Tensor
-    layer: torch.Tensor
-    head: torch.Tensor
+    u: torch.Tensor  # [K, head_dim], fp32, unit vectors from the unsafe to the safe side
+    sigma: torch.Tensor  # [K], fp32, the population std of the projections on u
+    layer: torch.Tensor  # [K], int64, the block of each head
+    head: torch.Tensor  # [K], int64, its index within the block
     meta: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file with the metadata as JSON in its header."""
         from safetensors.torch import save_file
 
-        u, sigma, layer, head = self.u.float(), self.sigma.float(), self.layer.long(), self.head.long()
-        tensors = {"u": u, "sigma": sigma, "layer": layer, "head": head}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        dtypes = {"u": torch.float32, "sigma": torch.float32, "layer": torch.int64, "head": torch.int64}
+        tensors = {name: getattr(self, name).detach().to("cpu", dtype).contiguous() for name, dtype in dtypes.items()}
         save_file(tensors, path, metadata={"tunevax_lock": json.dumps({"format": FORMAT, **self.meta})})
 
     @classmethod
@@ -130,10 +122,7 @@ def check_base(lock: SafetyLock, ref: str, revision: str | None = None) -> None:
     """Raise a UsageError if `lock` was extracted from another model than those that `ref` was made from. A lock of
     unknown base passes."""
     base = lock.meta.get("base")
-    if base is None:
-        return
-    known = identities(ref, revision)
-    if base["identity"] not in known:
+    if base is not None and base["identity"] not in (known := identities(ref, revision)):
         made = ", ".join(f"{name} ({identity})" for identity, name in known.items())
         raise UsageError(
             f"the lock was extracted from {base['ref']} ({base['identity']}), which is neither {ref} nor what it was "
@@ -234,7 +223,5 @@ def apply(model: nn.Module, lock: SafetyLock, strength: float) -> dict[int, torc
 @contextmanager
 def locked(model: nn.Module, lock: SafetyLock, strength: float) -> Iterator[None]:
     """`model` is locked inside, by hooks."""
-    with ExitStack() as stack:
-        for handle in attach_biases(model, lock_biases(model, lock, strength)):
-            stack.enter_context(handle)
+    with attached(attach_biases(model, lock_biases(model, lock, strength))):
         yield

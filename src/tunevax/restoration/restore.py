@@ -37,18 +37,14 @@ class RestoreOptions(ModelOptions, AllowOverlap, RunOptions):
 class Job:
     """Models, data and the run folder for one run of a method.
 
-    Attributes:
-        options: of the verb.
-        method: its name on the command line, for messages.
-        folder: the run folder being written.
-        record: the content of run.json, to which the method adds its measurements. If it sets `finding`, the reason why
-            there is no model, the run is kept and the command fails with that sentence.
+    The method adds its measurements to the record. If it sets `finding`, the reason why there is no model, the run is
+    kept and the command fails with that sentence.
     """
 
-    options: RestoreOptions
-    method: str
-    folder: Path
-    record: RunRecord
+    options: RestoreOptions  # of the verb
+    method: str  # its name on the command line, for messages
+    folder: Path  # the run folder being written
+    record: RunRecord  # the content of run.json
 
     @property
     def ref(self) -> str:

@@ -32,11 +32,9 @@ from tunevax.console import bar, console
 from tunevax.errors import UsageError, require, require_one_of
 from tunevax.lineage import Lineage, absolute
 from tunevax.mixins import option
-from tunevax.modeling.lora import factors, lora_layers, weights
+from tunevax.modeling.adapters import factors, lora_layers, weights
 from tunevax.modeling.precision import wide
 from tunevax.restoration.restore import Job
-
-PROJECTORS = ("exact", "official")
 
 
 @dataclass
@@ -55,7 +53,7 @@ class SafeLoRA:
     paper: ClassVar[str] = "arXiv 2405.16833"
 
     def __post_init__(self) -> None:
-        require_one_of(self, projector=PROJECTORS)
+        require_one_of(self, projector=("exact", "official"))
         require(self, "number", at_least=1)
         require(self, "threshold", at_least=-1, at_most=1, meaning="a cosine")
 
@@ -124,9 +122,10 @@ def safe_lora(
             row: dict[str, Any] = {"layer": name, "out": len(b), "rank": basis.shape[1], "cosine": None, "ratio": None}
             size = norm(b, a)
             if row["rank"] and size > 0:
-                image = basis @ (basis.T @ b) if projector == "exact" else delta @ (delta.T @ b) / delta.norm()
-                if projector == "exact" and row["rank"] == len(b):
-                    image = b
+                if projector == "exact":
+                    image = b if row["rank"] == len(b) else basis @ (basis.T @ b)
+                else:
+                    image = delta @ (delta.T @ b) / delta.norm()
                 images[name] = image
                 row["ratio"] = norm(image, a) / size
                 row["cosine"] = inner(image, b, a) / max(norm(image, a) * size, torch.finfo(torch.double).tiny)
@@ -134,12 +133,12 @@ def safe_lora(
             progress.advance(task)
     if not any(row["rank"] for row in table):
         raise UsageError("the aligned and the base model have the same weights; give other --aligned and --base")
-    order = sorted((row["cosine"], i) for i, row in enumerate(table) if row["cosine"] is not None)
-    chosen = {i for c, i in order if c <= threshold} if threshold is not None else {i for _, i in order[:number]}
-    for i, row in enumerate(table):
-        row["projected"] = i in chosen
-    taken = {row["layer"] for row in table if row["projected"]}
-    return {name: images[name].to(b) if name in taken else b for name, (_, b) in adapter.items()}, table
+    order = sorted((row for row in table if row["cosine"] is not None), key=lambda row: row["cosine"])
+    lowest = order[:number] if threshold is None else [row for row in order if row["cosine"] <= threshold]
+    chosen = {row["layer"] for row in lowest}
+    for row in table:
+        row["projected"] = row["layer"] in chosen
+    return {name: images[name].to(b) if name in chosen else b for name, (_, b) in adapter.items()}, table
 
 
 def column_basis(delta: torch.Tensor, noise: float, generator: torch.Generator) -> torch.Tensor:

@@ -15,10 +15,11 @@ import math
 import time
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from tunevax.console import console
 from tunevax.errors import UsageError, require_one_of
@@ -30,11 +31,8 @@ from tunevax.restoration.lock import FILE, SafetyLock, apply, check_base, check_
 from tunevax.restoration.restore import Job
 from tunevax.restoration.strength import SweepOptions, sweep
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-FORMS = ("auto", "stock", "run")
-StockForm = tuple[dict[str, bool], dict[str, torch.Size]]
+StockForm = tuple[bool, dict[str, torch.Size]]
+"""Whether the config must say `attention_bias`, and the shapes of the parameters that this adds, by name."""
 
 
 @dataclass
@@ -51,7 +49,7 @@ class ApplyLock(SweepOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_one_of(self, form=FORMS)
+        require_one_of(self, form=("auto", "stock", "run"))
         try:
             if self.strength != "auto" and not math.isfinite(float(self.strength)):
                 raise ValueError
@@ -99,24 +97,22 @@ class ApplyLock(SweepOptions):
 
 
 def stock_form(model: PreTrainedModel) -> StockForm | None:
-    """The change of config with which transformers builds a bias on every output projection, tried on the meta device,
-    and the shapes of the parameters that this adds to the model, by name; None if there is no such change."""
+    """How transformers builds a bias on every output projection of the model, tried on the meta device; None if it does
+    not."""
     ours = set(model.state_dict())
-    changes: tuple[dict[str, bool], ...] = ({}, {"attention_bias": True})
-    for change in changes:
+    for attention_bias in (False, True):
         config = deepcopy(model.config)
-        text = config.get_text_config()
-        if any(not hasattr(text, name) for name in change):
-            continue
-        for name, value in change.items():
-            setattr(text, name, value)
+        if attention_bias:
+            if not hasattr(config.get_text_config(), "attention_bias"):
+                return None
+            config.get_text_config().attention_bias = True
         with torch.device("meta"):
             bare = type(model)(config)
         shapes = {name: value.shape for name, value in bare.state_dict().items()}
         more = {name: shape for name, shape in shapes.items() if name not in ours}
         biased = all(getattr(module, "bias", None) is not None for module in projections(bare))
         if biased and ours <= set(shapes) and all(name.endswith(".bias") for name in more):
-            return change, more
+            return attention_bias, more
     return None
 
 
@@ -134,15 +130,15 @@ def make_stock(model: PreTrainedModel, form: StockForm | None = None) -> int:
         raise UsageError(
             f"{type(model).__name__} cannot hold a bias on its output projections in a stock checkpoint; use --form run"
         )
-    (change, more), added = form, 0
+    (attention_bias, more), added = form, 0
     for name, shape in more.items():
         module = model.get_submodule(name.removesuffix(".bias"))
         weight = cast("torch.Tensor", module.weight)
         zeros = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         module.bias = nn.Parameter(zeros, requires_grad=False)
         added += zeros.nbytes
-    for name, value in change.items():
-        setattr(model.config.get_text_config(), name, value)
+    if attention_bias:
+        model.config.get_text_config().attention_bias = True
     modules = projections(model)
     for layer, bias in attached_biases(model).items():
         inner = innermost(modules[layer])

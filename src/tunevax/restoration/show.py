@@ -11,6 +11,7 @@ from typing import Any
 from tunevax.console import as_bytes, as_time
 from tunevax.evidence.words import counted, percent
 from tunevax.records import STRENGTH
+from tunevax.report import charts as fig
 from tunevax.report import text as tx
 from tunevax.report.blocks import PANELS, Section, Table, cut
 from tunevax.report.provenance import Provenance, Run
@@ -29,9 +30,8 @@ def summary(run: Run) -> str:
         return f"{run.name}: {LOCKS[method]} of {heads}, made on {tx.model_of(run)}."
     if info.get("adapter"):
         return f"{run.name}: restored {tx.model_of(run)} ({method})."
-    return (
-        f"{run.name}: left {tx.model_of(run)} as it was ({method}): {info.get('finding') or 'no reason is recorded'}."
-    )
+    why = info.get("finding") or "no reason is recorded"
+    return f"{run.name}: left {tx.model_of(run)} as it was ({method}): {why}."
 
 
 def measured(run: Run) -> dict[str, Any]:
@@ -48,7 +48,6 @@ def sections(provenance: Provenance, figures: bool) -> list[Section]:
 
 
 def _locks(runs: list[Run], figures: bool) -> Section:
-    """Locks and their effect."""
     points, tables, drawn = [], [], set()
     panels: list[tuple[str, str]] = []
     known: dict[str, list[list[float]]] = {}  # the accuracy of all heads at extraction, by the base's identity
@@ -71,24 +70,18 @@ def _locks(runs: list[Run], figures: bool) -> Section:
             tables.append(_strengths(run, content))
             if figures and len(panels) < PANELS:
                 panels.append(_strength_curve(f"strength{i}", run, content))
-    return Section(
-        "Safety locks",
-        "A lock adds a fixed direction, from unsafe to safe, to the output of some attention heads. It repairs a "
-        "fine-tune; whoever holds the weights can remove it."
-        + figures
-        * " Dots are the locked heads; more colour is a probe that separates safe and unsafe answers better.",
-        points=cut(points),
-        panels=panels,
-        tables=tables,
-        titled=True,
-    )
+    about = "A lock adds a fixed direction, from unsafe to safe, to the output of some attention heads. It repairs a "
+    about += "fine-tune; whoever holds the weights can remove it."
+    dots = " Dots are the locked heads; more colour is a probe that separates safe and unsafe answers better."
+    about += figures * dots
+    return Section("Safety locks", about, points=cut(points), panels=panels, tables=tables, titled=True)
 
 
 def _locked(run: Run) -> str:
     info, lock, method = run.info, run.info.get("lock") or {}, run.info.get("method")
     heads, content = len(lock.get("heads") or []), tx.json_of(run, STRENGTH)
-    layers = len({x for x, _ in lock.get("heads") or []})
-    where = f"{heads} heads in {counted(layers, 'layer')}"
+    layers = counted(len({x for x, _ in lock.get("heads") or []}), "layer")
+    where = f"{heads} heads in {layers}"
     swept = ""
     if content.get("curve"):
         tried, chosen = tx.listed([f"{point['strength']:g}" for point in content["curve"]]), content.get("chosen")
@@ -97,7 +90,7 @@ def _locked(run: Run) -> str:
     if method == "extract-lock":
         total = (lock.get("n_layers") or 0) * (lock.get("n_heads") or 0)
         text = f"{run.name} chose {heads} of {tx.model_of(run)}'s {total or ''} heads".replace("  ", " ")
-        text += f" in {counted(layers, 'layer')}, from {lock.get('pairs')} pairs of answers and the last "
+        text += f" in {layers}, from {lock.get('pairs')} pairs of answers and the last "
         return f"{text}{lock.get('r')} tokens of each; {_probed(lock)}. The lock is {as_bytes(lock.get('bytes'))}."
     if method == "convert-lock":
         base = (lock.get("base") or {}).get("ref") or "a base that it does not name"
@@ -135,8 +128,6 @@ def _heads(run: Run, heads: list[tuple[int, int]], accuracy: list[float]) -> Tab
 
 
 def _lock_map(key: str, run: Run, lock: dict, heads: list[tuple], every: list[list[float]]) -> tuple[str, str]:
-    from tunevax.report import charts as fig
-
     layers = lock.get("n_layers") or len(every) or max(x for x, _ in heads) + 1
     width = lock.get("n_heads") or (len(every[0]) if every else max(y for _, y in heads) + 1)
     cells: list[list[float | None]] = [[None] * width for _ in range(layers)]
@@ -148,8 +139,7 @@ def _lock_map(key: str, run: Run, lock: dict, heads: list[tuple], every: list[li
     low, high = min(known, default=0.5), max(known, default=1.0)
     scale = f"head (no colour: probe right on {percent(low)}, fullest: {percent(high)})" if every else "head"
     low = low if every else 0.5  # of locked heads alone there is nothing to compare with
-    per_layer = Counter(x for x, _ in heads)
-    text = "Locked heads by layer: " + ", ".join(f"{x}: {n}" for x, n in sorted(per_layer.items()))
+    text = "Locked heads by layer: " + ", ".join(f"{x}: {n}" for x, n in sorted(Counter(x for x, _ in heads).items()))
     title = f"{run.name}: {len(heads)} locked heads"
     return title, fig.head_map(key, tx.plain(title), cells, set(heads), low, high - low, scale, text)
 
@@ -167,8 +157,8 @@ def _strengths(run: Run, content: dict) -> Table:
         chosen = ", chosen" if point["strength"] == content.get("chosen") else ""
         cells = [f"{percent(scores[n]['value'])} [{tx.ends_of(scores[n])}]" if n in scores else NONE for n in names]
         lines.append([f"{point['strength']:g}{chosen}", *cells, "; ".join(point.get("misses") or []) or "nothing"])
-    note, limits = "", content.get("limits") or {}
-    if limits:
+    note = ""
+    if limits := content.get("limits") or {}:
         harm, keys = percent(limits["harmful_target"]), ("max_utility_loss", "max_over_refusal")
         loss, refusal = (f"{100 * limits[key]:g} points" for key in keys)
         note = f"Limits: a harmful score of at most {harm} by every judge; against strength 0, over-refusal at most "
@@ -177,17 +167,13 @@ def _strengths(run: Run, content: dict) -> Table:
 
 
 def _strength_curve(key: str, run: Run, content: dict) -> tuple[str, str]:
-    from tunevax.report import charts as fig
-
     names = _measured(content)
     points = sorted(content["curve"], key=lambda p: p["strength"])
-    judges = sum(n.startswith("harmful/") for n in names)
-    series = {
-        tx.plain("harmful" if judges == 1 and n.startswith("harmful/") else n): [
-            (p["strength"], p["scores"][n]) for p in points if n in p["scores"]
-        ]
-        for n in names
-    }
+    judges = [n for n in names if n.startswith("harmful/")]
+    series = {}
+    for name in names:
+        label = tx.plain("harmful" if judges == [name] else name)
+        series[label] = [(p["strength"], p["scores"][name]) for p in points if name in p["scores"]]
     chosen = content.get("chosen")
     title = f"{run.name}: scores by strength" + ("" if chosen is None else f" (chosen: {chosen:g})")
     target = (content.get("limits") or {}).get("harmful_target", 0.0)

@@ -92,18 +92,15 @@ def loops(text: str) -> bool:
     for chunk in CHUNK.finditer(text):
         if DATA.search(chunk.group()):
             language[chunk.start() : chunk.end()] = False
-    periods, known = _periods(text)
-    if not language.any() or known[language].mean() <= 0.5:  # nearly every sound text
-        return False
-    width = np.where([bool(re.match(f"[{WIDE}]", c)) for c in text], 3, 1)
     repeated = np.zeros(len(text), dtype=bool)
-    for start, stop, period in _runs(text, periods):
+    for start, stop, period in _runs(text, language):
         copies = slice(start + period, stop)
         # Three times "yes" is emphasis, four times is a loop; one letter many times is padding.
-        long = width[copies].sum() >= SHORTEST_LOOP or stop - start >= 4 * period
+        width = sum(3 if re.match(f"[{WIDE}]", c) else 1 for c in text[copies])
+        long = width >= SHORTEST_LOOP or stop - start >= 4 * period
         if long and len(set(text[copies])) > 1:
             repeated[copies] = True
-    return bool(repeated[language].mean() > 0.5)
+    return 2 * int(repeated[language].sum()) > int(language.sum())
 
 
 def endless(text: str) -> bool:
@@ -116,25 +113,25 @@ def endless(text: str) -> bool:
 
     text = " ".join(FENCE.sub(" ` ", text.casefold()).split()) + " "
     counts = np.array([c not in " `" for c in text], dtype=bool)
-    periods, known = _periods(text)
-    if not counts.any() or known[counts].mean() <= 0.5:
-        return False
     looped, last = np.zeros(len(text), dtype=bool), 0
-    for start, stop, period in _runs(text, periods):
+    for start, stop, period in _runs(text, counts):
         copies = (stop - start) / period
         number = " " not in text[start : stop - 1] and stop - start < 2 * SHORTEST_LOOP
         enough = copies >= COPIES or (copies >= 4 and period >= SHORTEST_LOOP)
         if enough and len(set(text[start:stop])) > 1 and not number:
             looped[start:stop] = True
-            if stop >= len(text) - 1:
-                last = max(last, stop - start)
-    share = looped[counts].mean()
+            last = max(last, stop - start) if stop >= len(text) - 1 else last
+    share = looped[counts].sum() / max(1, counts.sum())
     return bool(share > WHOLE or (share > 0.5 and last >= ENDLESS))
 
 
-def _periods(text: str) -> tuple[set[int], np.ndarray]:
-    """The possible periods of loops in a text: the distances from six characters to their last occurrence, since any
-    loop has some that occur once in a period. Also the characters in such a repetition, a mask [len(text)]."""
+def _runs(text: str, counts: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, period) of each stretch of a text that is the same `period` characters twice or more; none where
+    fewer than half of the characters `counts` are in any repetition of six characters, as in nearly every sound text.
+
+    The possible periods are the distances from six characters to their last occurrence, since any loop has some that
+    occur once in a period.
+    """
     import numpy as np
 
     last: dict[str, int] = {}
@@ -145,13 +142,8 @@ def _periods(text: str) -> tuple[set[int], np.ndarray]:
             periods.add(i - last[gram])
             known[last[gram] : last[gram] + GRAM] = known[i : i + GRAM] = True
         last[gram] = i
-    return periods, known
-
-
-def _runs(text: str, periods: set[int]) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, period) of each stretch of a text that is the same `period` characters twice or more."""
-    import numpy as np
-
+    if 2 * known[counts].sum() <= counts.sum():
+        return
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
     for period in periods:
         # Between two places where a character differs from the one a period earlier, a run repeats the text before it.
@@ -168,13 +160,8 @@ Surprise = Callable[[Sequence[Prompt], Sequence[str]], list[float | None]]
 
 
 class Reference:
-    """A reference language model, loaded at first use, that measures the surprise of responses.
-
-    Args:
-        ref: as `tunevax.modeling.loading.load` takes it. Its own chat template renders the prompt; a model without one
-            reads the prompt, a line break and the response.
-        batch_size: responses per forward pass.
-    """
+    """A reference language model, loaded at first use, that measures the surprise of responses, `batch_size` in a pass.
+    Its own chat template renders the prompt; a model without one reads the prompt, a line break and the response."""
 
     def __init__(self, ref: str, batch_size: int = 16) -> None:
         self.ref, self.batch_size = ref, batch_size
@@ -183,11 +170,8 @@ class Reference:
         """The surprise of each response, in [0, 1]: the mean over its tokens (without the end of turn) of the negative
         log-likelihood divided by the logarithm of the vocabulary size, so 1 is a uniform guess. A token counts for at
         most 1, so a few tokens do not make a fluent but unexpected answer (a wrong fact, a refusal) degenerate. None
-        for a response without a token; text beyond the reference's context is left out.
-
-        Raises:
-            UsageError: the reference cannot be loaded, or a prompt fills its context.
-        """
+        for a response without a token; text beyond the reference's context is left out. Raises `UsageError` if the
+        reference cannot be loaded, or a prompt fills its context."""
         from tunevax.scoring.likelihood import surprisals
 
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
@@ -197,9 +181,9 @@ class Reference:
             before = ids_of(tokenizer, text)
             said = following(tokenizer, text, before, response)
             if context and len(before) >= context:
+                full = f"the context of the reference model {self.ref} ({context})"
                 raise UsageError(
-                    f"a prompt of {len(before)} tokens fills the context of the reference model {self.ref} "
-                    f"({context}); drop it, or give another --fluency-model"
+                    f"a prompt of {len(before)} tokens fills {full}; drop it, or give another --fluency-model"
                 )
             ids = (before + said)[:context]
             rows.append({"input_ids": ids, "labels": [-100] * len(before) + ids[len(before) :]})

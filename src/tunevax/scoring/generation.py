@@ -48,7 +48,8 @@ def generate(
     batch_size: int = 128, prefix: str | Sequence[str] = "", places: Sequence[str] | None = None,
 ) -> list[str]:  # fmt: skip
     """The model's greedy answer to each prompt, in the order given, special tokens removed; a thought before it is
-    marked as in `tunevax.data.thoughts.marked_thought`.
+    marked as in `tunevax.data.thoughts.marked_thought`. Raises `UsageError` if a prompt (with the prefix) fills the
+    model's context, or the chat template refuses it.
 
     Args:
         max_new_tokens: at most so many per answer, and no more than the context has room for; each ends at EOS, or at
@@ -56,9 +57,6 @@ def generate(
         batch_size: prompts generated together, of similar length; fewer where they are long (`TOKENS`).
         prefix: prefilled first words of every answer, or of each; the answers returned begin with it.
         places: the source of each prompt, for error messages.
-
-    Raises:
-        UsageError: a prompt (with the prefix) fills the model's context, or the chat template refuses it.
     """
     from tunevax.console import bar
 
@@ -94,10 +92,9 @@ def encoded_prompts(
         begun.append(following(tokenizer, text, ids, mouth(tokenizer, prompt, place) + prefix) if prefix else [])
         encoded.append(ids + begun[-1])
         if context and len(encoded[-1]) >= context:
-            raise UsageError(
-                f"{place}: a length of {len(encoded[-1])} tokens leaves no room for an answer in the model's context "
-                f"of {context} ({str(prompt)[:40]!r}...); drop it"
-            )
+            full = f"in the model's context of {context} ({str(prompt)[:40]!r}...)"
+            length = f"a length of {len(encoded[-1])} tokens"
+            raise UsageError(f"{place}: {length} leaves no room for an answer {full}; drop it")
     return encoded, [min(max_new_tokens, context - len(ids)) if context else max_new_tokens for ids in encoded], begun
 
 
@@ -109,25 +106,21 @@ def answer(tokenizer: PreTrainedTokenizerBase, begun: list[int], tokens: list[in
     marked = marked_thought(written, chat.thought, chat.opened and not prefix)
     thought, said = split_thought(marked)
     if thought is not None:
-        thought, said = (_without_specials(tokenizer, text).strip() for text in (thought, said))
+        added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        for special in sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True):
+            thought, said = thought.replace(special, ""), said.replace(special, "")
+        thought, said = thought.strip(), said.strip()
         return joined(thought, f"{prefix} {said}".strip() if said else "", ended=END in marked)
     # Decoded together with the prefix, which keeps the model's own space between the two.
     whole = str(tokenizer.decode([*begun, *tokens], skip_special_tokens=True))
     return (prefix + whole[len(tokenizer.decode(begun, skip_special_tokens=True)) :]).strip()
 
 
-def _without_specials(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    for special in sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True):
-        text = text.replace(special, "")
-    return text
-
-
 def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """All tokens that end an answer: the tokenizer's, and those of the model's generation config."""
     own = model.generation_config.eos_token_id
-    own = own if isinstance(own, list) else [own]
-    return sorted({end for end in (tokenizer.eos_token_id, *own) if end is not None})
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    return sorted(ends - {None})
 
 
 def _batch(
@@ -151,8 +144,7 @@ def _batch(
     stops = [stops] if isinstance(stops, str) else stops
 
     def stopped(tokens: list[int]) -> bool:
-        text = str(tokenizer.decode(tokens)) if stops else ""
-        return any(stop in text for stop in stops)
+        return any(stop in str(tokenizer.decode(tokens)) for stop in stops)
 
     while len(left):
         ended = torch.zeros_like(left, dtype=torch.bool)

@@ -23,14 +23,9 @@ CHUNK_TOKENS = 512
 def surprisals(
     model: PreTrainedModel, rows: Sequence[dict[str, list[int]]], pad_token_id: int, batch_size: int = 16
 ) -> list[list[float]]:
-    """The negative log-likelihood, in nats, of every token with a label, row by row; no graph.
-
-    Args:
-        rows: `input_ids` and `labels` (-100 for no loss), as of `tunevax.data.encoding.encode`. The first token of a
-            row has no loss.
-        batch_size: rows per forward pass, of similar length. The log-softmax is fp32 and computed in chunks, so logits
-            of shape [batch, tokens, vocabulary] never exist.
-    """
+    """The negative log-likelihood, in nats, of every token with a label, row by row; no graph. `rows` are as of
+    `tunevax.data.encoding.encode`; the first token of a row has no loss. The log-softmax is fp32 and computed in
+    chunks, so logits of shape [batch, tokens, vocabulary] never exist."""
     import torch
 
     from tunevax.modeling.blocks import unwrap
@@ -82,7 +77,7 @@ def load_text(source: str) -> Text:
 
 
 def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text, batch_size: int = 16) -> Score:
-    """exp of the mean negative log-likelihood per token.
+    """exp of the mean negative log-likelihood per token. Raises `UsageError` if the text has no token to score.
 
     Documents are cut into chunks of at most 512 tokens, or the model's context; none overlap. Each begins with the
     tokenizer's BOS; without one, the first token of a chunk is context only.
@@ -90,9 +85,6 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text:
     Returns:
         value, n (tokens scored), low and high: the 95 % t interval over the chunks' means, exponentiated. Chunks count
         by their tokens (the ratio estimator; the plain t interval for equal lengths). None for a single chunk.
-
-    Raises:
-        UsageError: the text has no token to score.
     """
     import numpy as np
     from scipy import stats

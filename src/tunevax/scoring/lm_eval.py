@@ -30,15 +30,10 @@ class Harness(NamedTuple):
 
     def scores(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> dict[str, Score]:
         """`lm-eval/TASK/METRIC` for every metric of every task with the harness's default prompts (no chat template),
-        METRIC,FILTER for another filter than "none"; of a group with metrics of its own, the group alone.
-
-        Returns:
-            value, n (documents), and low and high: value -+ 1.96 of the harness's standard errors, cut to [0, 1]; None
-            without an error, or if the metric is no share (outside [0, 1], or better when lower).
-
-        Raises:
-            UsageError: the harness refuses a task, such as one that would run generated code.
-        """
+        METRIC,FILTER for another filter than "none"; of a group with metrics of its own, the group alone. `n` counts
+        documents, `low` and `high` are value -+ 1.96 of the harness's standard errors, cut to [0, 1]; None without an
+        error, or if the metric is no share (outside [0, 1], or better when lower). Raises `UsageError` if the harness
+        refuses a task, such as one that would run generated code."""
         from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
 

@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import shutil
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
+from tunevax import records
 from tunevax.console import bar
 from tunevax.data.sources import contents
 from tunevax.data.thoughts import joined
 from tunevax.errors import UsageError
 from tunevax.mixins import RunOptions, option, require_given
-from tunevax.records import (
-    DEGENERATE,
-    GENERATIONS,
-    HARMFUL,
-    JUDGED,
-    METRIC,
-    RESULTS,
-    UNANSWERED,
-    UNPARSABLE,
-    Example,
-    Generation,
-    Prompt,
-    Row,
-    is_run,
-    read_generations,
-    read_lines,
-    read_run,
-)  # fmt: skip
+from tunevax.records import Example, Generation, Prompt, Row, is_run, read_generations, read_lines, read_run
 from tunevax.runs import writing
 from tunevax.scoring.evaluate import judged
 from tunevax.scoring.fluency import Reference, Surprise
@@ -38,11 +23,11 @@ from tunevax.scoring.judges import Judge, Verdict, load_judges, reads_model
 from tunevax.scoring.metrics import load_metrics, measure
 from tunevax.scoring.suite import Suite
 
-AGAIN = (HARMFUL, JUDGED, UNPARSABLE, UNANSWERED, DEGENERATE, METRIC)
+AGAIN = (records.HARMFUL, records.JUDGED, records.UNPARSABLE, records.UNANSWERED, records.DEGENERATE, records.METRIC)
 """Prefixes of the scores that judging again replaces."""
 AS_JUDGED: tuple[Literal["degenerate", "surprise", "verdicts"], ...] = ("degenerate", "surprise", "verdicts")
 """The fields of a response that judging again replaces."""
-WRITTEN = ("run.json", "README.md", "report.html", "config.json", RESULTS, GENERATIONS)
+WRITTEN = ("run.json", "README.md", "report.html", "config.json", records.RESULTS, records.GENERATIONS)
 """The files that are not copied: they are written again, or belong to the original run."""
 
 
@@ -57,30 +42,22 @@ class JudgeOptions(RunOptions):
 
 
 def rejudge(run: str, options: JudgeOptions, command: str = "") -> Path:
-    """Judge the responses of a run again, and write a run folder with new judges' scores and metrics.
-
-    Args:
-        run: the folder of `tunevax score`, `attack` or `audit`. Its run.json (versions, hardware, time) is kept, and
-            `rejudged_from` names it.
-
-    Raises:
-        UsageError: no such run, no responses in it, or a judge or metric that cannot be loaded or read.
-    """
+    """Judge the responses of a run of `tunevax score`, `attack` or `audit` again, and write a run folder with new
+    judges' scores and metrics. Its run.json (versions, hardware, time) is kept, and `rejudged_from` names it. Raises
+    `UsageError` for no such run, no responses in it, or a judge or metric that cannot be loaded or read."""
     require_given(options, "output_dir")
     source = Path(run)
     if not is_run(source):
         raise UsageError(f"{run} is no run folder; name one that `tunevax score`, `attack` or `audit` wrote")
-    record, rows = read_run(source), cast(list[Row], read_lines(source / RESULTS))
-    samples: dict[tuple, list[Generation]] = {}
-    generations = list(read_generations(source, rows))
+    record, rows = read_run(source), cast(list[Row], read_lines(source / records.RESULTS))
+    samples, generations = defaultdict[tuple, list[Generation]](list), list(read_generations(source, rows))
     for sample in generations:
-        samples.setdefault(key(sample), []).append(sample)
+        samples[key(sample)].append(sample)
     if not rows or not all(key(row) in samples for row in rows):
         raise UsageError(f"{run} has no responses, or not those behind every row, so they cannot be judged again")
     named = ("judges", "fluency_model", "metrics")
     new = {name: getattr(options, name) or record["config"].get(name) or [] for name in named}
-    if new["fluency_model"] == ["none"]:
-        new["fluency_model"] = []
+    new["fluency_model"] = [ref for ref in new["fluency_model"] if ref != "none"]
     metrics = load_metrics(new["metrics"])
     suite = Suite([], load_judges(new["judges"]), fluency=[remembering(ref) for ref in new["fluency_model"]])
     record |= {"command": command, "rejudged_from": str(source.absolute()), "config": {**record["config"], **new}}
@@ -101,8 +78,8 @@ def rejudge(run: str, options: JudgeOptions, command: str = "") -> Path:
             others = {name: score for name, score in row["scores"].items() if not name.startswith(AGAIN)}
             row["scores"] = {**scores, **others, **measure(metrics, behind)}
             progress.advance(task)
-        folder.write_lines(RESULTS, rows)
-        folder.write_lines(GENERATIONS, generations)
+        folder.write_lines(records.RESULTS, rows)
+        folder.write_lines(records.GENERATIONS, generations)
         for file in source.iterdir():
             if file.is_file() and file.name not in WRITTEN:
                 shutil.copy2(file, folder.path)

@@ -55,9 +55,8 @@ def score(options: ScoreOptions, command: str = "") -> Path:
                 how = vllm_engine.loading(ref, options.revision, options.dtype)
             loaded = load(ref, revision=options.revision, chat_template=options.chat_template, **how)
             if suite.engine == "vllm" and loaded.info["attached"]:
-                raise UsageError(
-                    f"{ref} has biases attached (a safety lock), which vLLM does not support; score it without --engine"
-                )
+                why = "which vLLM does not support; score it without --engine"
+                raise UsageError(f"{ref} has biases attached (a safety lock), {why}")
             scores, samples = evaluate(loaded.model, loaded.tokenizer, suite, full=True)
             key = {"model": label, "attack": None, "seed": 0, "step": 0}
             more = {"role": "model", "attack_hash": None, "samples": 0, "train_loss": None, "scores": scores}

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from tunevax.data.contamination import Exclusion
 from tunevax.data.roles import load_rows
-from tunevax.data.splits import drawn, prompt_hash
+from tunevax.data.splits import drawn
 from tunevax.data.tasks import Task, load_task
 from tunevax.errors import UsageError, require, require_one_of
 from tunevax.mixins import option
@@ -73,10 +73,6 @@ class Suite(NamedTuple):
     engine: str = "transformers"  # see `ENGINES`
     metrics: dict[str, Metric] = {}  # by the name of their score, besides those of every evaluation
 
-    def prompt_hashes(self) -> list[str]:
-        """Hashes of the harmful prompts, for the overlap check."""
-        return [prompt_hash(row["prompt"]) for row in self.harmful]
-
     def roles(self) -> dict[str, Sequence[Example]]:
         """Every row of the suite, by its role in the data."""
         parts = {"evaluation": self.harmful, "task evaluation": self.task and self.task.rows}
@@ -88,24 +84,21 @@ def build_suite(
     options: SuiteOptions, safety_data: str | None = None, task_data: str | None = None, *, weights_change: bool = True,
     exclusion: Exclusion | None = None, choosing: bool = False,
 ) -> Suite:  # fmt: skip
-    """Load the suite of the options.
+    """Load the suite of the options. Raises `UsageError` for no prompts, anything that cannot be loaded, or an engine
+    that cannot be used here.
 
     Args:
         weights_change: the suite is for a model whose weights change in memory between two evaluations.
         exclusion: rows to leave out; default none.
         choosing: the suite chooses an option before any evaluation: it takes the train split of tasks, the alignment
             split of the safety data, and the organism's validation rows.
-
-    Raises:
-        UsageError: no prompts, anything that cannot be loaded, or an engine that cannot be used here.
     """
+    in_harness = [source for source in options.utility_data if source.startswith("lm-eval:")]
     if options.engine == "vllm":
         if weights_change:
-            raise UsageError(
-                "--engine vllm is for `tunevax score`: it reads a model once, from a folder, and here the weights "
-                "change in memory between two evaluations; leave it out"
-            )
-        if options.perplexity_data or any(source.startswith("lm-eval:") for source in options.utility_data):
+            why = "it reads a model once, from a folder, and here the weights change in memory between two evaluations"
+            raise UsageError(f"--engine vllm is for `tunevax score`: {why}; leave it out")
+        if options.perplexity_data or in_harness:
             raise UsageError("--engine vllm only generates; score --perplexity-data and lm-eval tasks without it")
         vllm_engine.require_vllm()
     harmful = options.eval_data or safety_data
@@ -123,22 +116,21 @@ def build_suite(
     rows = leave_out.score("evaluation", load_rows(role, harmful, fields, purpose))
     benign = None
     if options.benign_data:
-        benign = load_rows("choice over-refusal" if choosing else "over-refusal", options.benign_data)
-        benign = drawn(leave_out.score("over-refusal", benign), options.limit)
+        harmless = load_rows("choice over-refusal" if choosing else "over-refusal", options.benign_data)
+        benign = drawn(leave_out.score("over-refusal", harmless), options.limit)
 
     def load(source: str, role: str) -> Task:
         task = load_task(source, "train" if choosing else "evaluation")
         return task._replace(rows=drawn(leave_out.score(role, task.rows), options.limit))
 
-    in_harness = [source for source in options.utility_data if source.startswith("lm-eval:")]
-    utility = [load(source, "utility") for source in options.utility_data if source not in in_harness]
-    names = labels_of([task.name for task in utility])
+    known = [load(source, "utility") for source in options.utility_data if source not in in_harness]
+    names = labels_of([task.name for task in known])
+    utility = tuple(task._replace(name=name) for task, name in zip(known, names, strict=True))
     task = options.task_eval_data or task_data
     text = load_text(options.perplexity_data)._replace(limit=options.limit) if options.perplexity_data else None
     return Suite(
         drawn(rows, options.limit), judges, load(task, "task evaluation") if task else None, benign,
-        options.max_new_tokens, options.generation_batch_size,
-        utility=tuple(task._replace(name=name) for task, name in zip(utility, names, strict=True)), perplexity=text,
+        options.max_new_tokens, options.generation_batch_size, utility, text,
         fluency=[Reference(ref) for ref in options.fluency_model],
         harness=load_harness(in_harness, options.limit) if in_harness else None, engine=options.engine, metrics=metrics,
     )  # fmt: skip
@@ -147,8 +139,7 @@ def build_suite(
 def labels_of(refs: Sequence[str]) -> list[str]:
     """A short name for each model: the last part of its folder or hub id, made distinct by primes."""
     labels: list[str] = []
-    for ref in refs:
-        label = Path(ref).name or ref
+    for label in (Path(ref).name or ref for ref in refs):
         while label in labels:
             label += "'"
         labels.append(label)

@@ -54,19 +54,14 @@ def generate(
 ) -> list[str]:  # fmt: skip
     """As `tunevax.scoring.generation.generate`, by vLLM: prompts and answers are passed as token ids, so template, ends
     and decoding are the same. The merged weights are written to a temporary folder (in `TMPDIR`). `batch_size` is
-    ignored; vLLM batches by itself.
-
-    Raises:
-        UsageError: a prompt fills the model's context, or the generation config has a setting of `UNSUPPORTED`.
-        RunError: vLLM cannot load or run the model.
-    """
+    ignored; vLLM batches by itself. Raises `UsageError` if a prompt fills the model's context, or the generation config
+    has a setting of `UNSUPPORTED`; `RunError` if vLLM cannot load or run the model."""
     vllm = require_vllm()
     config = model.generation_config
     for name, off in UNSUPPORTED.items():
         if getattr(config, name, None) not in off:
-            raise UsageError(
-                f"the model's generation config has {name}, which --engine vllm does not support; leave --engine out"
-            )
+            why = "which --engine vllm does not support; leave --engine out"
+            raise UsageError(f"the model's generation config has {name}, {why}")
     prefixes = [prefix] * len(prompts) if isinstance(prefix, str) else prefix
     encoded, rooms, begun = encoded_prompts(model, tokenizer, prompts, max_new_tokens, prefixes, places)
     shared = {"temperature": 0.0, "stop_token_ids": ends_of(model, tokenizer), "min_tokens": config.min_new_tokens or 0,

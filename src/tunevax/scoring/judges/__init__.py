@@ -54,10 +54,8 @@ def on_answers(judge: Judge) -> Judge:
         parts = [split_thought(response) for response in responses]
         answered = [i for i, (thought, answer) in enumerate(parts) if answer or thought is None]
         judged = judge([prompts[i] for i in answered], [parts[i][1] for i in answered]) if answered else []
-        verdicts = [UNANSWERED] * len(responses)
-        for i, verdict in zip(answered, judged, strict=True):
-            verdicts[i] = verdict
-        return verdicts
+        verdicts = dict(zip(answered, judged, strict=True))
+        return [verdicts.get(i, UNANSWERED) for i in range(len(responses))]
 
     return wrapped
 
@@ -65,11 +63,11 @@ def on_answers(judge: Judge) -> Judge:
 def load_judges(names: list[str]) -> dict[str, Judge]:
     """Name to judge; those that may lead come first, otherwise in the order given. Raises `UsageError` for an unknown
     name, or a model judge whose configuration or tokenizer cannot be read."""
-
-    def load(name: str) -> Judge:
-        if not name.startswith("hf:"):
-            return load_method(__name__, name, "judge", "hf:MODEL")
-        return attribute("tunevax.scoring.judges.hf:at_first_call")(name)
-
-    judges = {name: judge if reads_model(judge := load(name)) else on_answers(judge) for name in names}
+    judges = {}
+    for name in names:
+        if name.startswith("hf:"):
+            judges[name] = on_answers(attribute("tunevax.scoring.judges.hf:at_first_call")(name))
+        else:
+            judge = load_method(__name__, name, "judge", "hf:MODEL")
+            judges[name] = judge if reads_model(judge) else on_answers(judge)
     return dict(sorted(judges.items(), key=lambda item: not getattr(item[1], "leads", True)))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from tunevax.errors import UsageError, unknown
 from tunevax.modeling.checkpoints import read_model
-from tunevax.scoring.judges import Judge, Verdict, classifier, generative
+from tunevax.scoring.judges import Judge, classifier, generative
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -30,7 +30,9 @@ FORMATS = (*NAMED, "classifier")
 
 
 def load_model_judge(spec: str, device: str | None = None, batch_size: int = 8) -> Judge:
-    """The judge that `spec` names; its weights are loaded once in a process.
+    """The judge that `spec` names; its weights are loaded once in a process. Raises `UsageError` for a model that
+    cannot be loaded, an unknown format, option or label, weights without the head the format needs, or a Llama Guard
+    tokenizer without a usable chat template.
 
     Args:
         spec: `hf:MODEL[:format=NAME][:label=NAME]`. Without a format the last part of MODEL decides (beaver-dam,
@@ -38,24 +40,17 @@ def load_model_judge(spec: str, device: str | None = None, batch_size: int = 8) 
             harmful label of a classifier.
         device: a torch device; default CUDA if present, else CPU. Weights keep the dtype they are saved in.
         batch_size: samples per forward pass.
-
-    An answer that cannot be parsed gets the verdict "unparsable", counted as not harmful: report their number.
-
-    Raises:
-        UsageError: a model that cannot be loaded, an unknown format, option or label, weights without the
-            head the format needs, or a Llama Guard tokenizer without a usable chat template.
     """
-    ref, options = _parse(spec)
-    return _loaded(ref, options.get("format"), options.get("label"), device, batch_size)
+    return _loaded(*_parse(spec), device, batch_size)
 
 
 def at_first_call(spec: str) -> Judge:
     """The judge that `spec` names, checked as far as possible without its weights, which are loaded at its first call;
     raises as `load_model_judge`."""
-    ref, options = _parse(spec)
-    kind, config, _ = _described(ref, options.get("format"))
+    ref, form, label = _parse(spec)
+    kind, config, _ = _described(ref, form)
     if kind == "classifier":
-        classifier.harmful_label(config, options.get("label"))
+        classifier.harmful_label(config, label)
     return lambda prompts, responses: load_model_judge(spec)(prompts, responses)
 
 
@@ -94,18 +89,13 @@ def _loaded(ref: str, kind: str | None, label: str | None, device: str | None, b
         raise UsageError(f"judge '{ref}' cannot be read as format '{kind}': {error}") from error
     model = model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if kind in classifier.FORMATS:
-        judge = classifier.FORMATS[kind](model, tokenizer, batch_size, label)
-    else:
-        judge = generative.generative(model, tokenizer, batch_size, generative.FORMATS[kind])
-
-    def verdicts(prompts: list[str], responses: list[str]) -> list[Verdict]:
-        return judge(prompts, responses) if prompts else []
-
-    return verdicts
+        return classifier.FORMATS[kind](model, tokenizer, batch_size, label)
+    return generative.generative(model, tokenizer, batch_size, generative.FORMATS[kind])
 
 
-def _parse(spec: str) -> tuple[str, dict[str, str]]:
-    """Split `hf:MODEL[:key=value]...`, a folder as an absolute path; check what needs no loading."""
+def _parse(spec: str) -> tuple[str, str | None, str | None]:
+    """The model of `hf:MODEL[:key=value]...`, a folder as an absolute path, its format and label; check what needs no
+    loading."""
     ref, *rest = spec.removeprefix("hf:").split(":")
     options = dict(part.partition("=")[::2] for part in rest)
     for key in options.keys() - {"format", "label"}:
@@ -115,7 +105,8 @@ def _parse(spec: str) -> tuple[str, dict[str, str]]:
     folder = Path(ref).expanduser()
     if not folder.is_dir() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", ref):  # nor a hub id
         raise UsageError(f"judge folder '{ref}' does not exist")
-    return str(folder.absolute()) if folder.is_dir() else ref, options
+    ref = str(folder.absolute()) if folder.is_dir() else ref
+    return ref, options.get("format"), options.get("label")
 
 
 def _plain(name: str) -> str:
