@@ -68,6 +68,18 @@ class Paired:
 
 
 @dataclass
+class Margin:
+    """The margin of a judge that reads the model, of model and control under one attack."""
+
+    attack: str
+    score: str  # margin/JUDGE
+    difference: Difference  # mean over the evaluated steps after 0 and seeds, in nats; t interval over seeds
+    p: float | None  # paired t test over seeds; None with one seed, or where all seeds agree exactly
+    p_holm: float | None  # after Holm's correction over the attacks
+    seeds: int
+
+
+@dataclass
 class Attacked(Kind):
     """One model under one attack, beside the control.
 
@@ -202,6 +214,7 @@ class ModelFindings:
     selectivity: Ratio | None = None
     generalisation: list[Generalisation] = field(default_factory=list)
     attacks: list[Attacked] = field(default_factory=list)
+    margins: list[Margin] = field(default_factory=list)  # of every attack with a curve and harmful rows
     before: dict[str, Point] = field(default_factory=dict)  # every score before any attack
     by_judge: dict[str, Ratio | None] = field(default_factory=dict)  # the resistance by each judge but the lead
     as_judged: AsJudged | None = None  # None where the judges' own verdicts were not kept

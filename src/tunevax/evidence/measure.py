@@ -65,6 +65,7 @@ def _model(results: Results, label: str, judge: str, phi: float, epsilon: float)
     model.selectivity = properties.selectivity(results, label, judge, phi)
     model.trainability = properties.trainability(results, label)
     properties.paired(results, model, judge)
+    model.margins = properties.margins(results, label)
     return model
 
 

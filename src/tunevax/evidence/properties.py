@@ -13,7 +13,7 @@ from tunevax.evidence.results import Cell, Point, Results, pool
 from tunevax.evidence.rows import is_harmful
 from tunevax.evidence.stats import holm, newcombe, paired_difference
 from tunevax.evidence.words import TINY
-from tunevax.records import METRIC, UTILITY, Generation
+from tunevax.records import MARGIN, METRIC, UTILITY, Generation
 
 
 def resistance(results: Results, label: str, judge: str, phi: float, cells: list[Cell] | None = None) -> Ratio | None:
@@ -173,13 +173,14 @@ def stability(results: Results, label: str) -> list[Compared]:
     """Every score that describes the model before any attack, beside the control's."""
     ours = untouched(results, label)
     theirs = untouched(results, results.control) if results.control not in (None, label) else {}
-    order = ("utility/", "perplexity/", "lm-eval/", METRIC, "over-refusal", "harmful/", "judged/", "degenerate")
+    order = ("utility/", "perplexity/", "lm-eval/", METRIC, MARGIN, "over-refusal", "harmful/", "judged/", "degenerate")
     names = [n for prefix in order for n in ours if n.startswith(prefix)]
     compared = []
     for name in names:
         a, b = ours[name], theirs.get(name)
-        number = name.startswith("perplexity/") or (name.startswith(METRIC) and not (a.is_share and b and b.is_share))
-        ratio = a.value / b.value if number and b and b.value > 0 else None
+        number = name.startswith(("perplexity/", MARGIN))
+        number = number or (name.startswith(METRIC) and not (a.is_share and b and b.is_share))
+        ratio = a.value / b.value if number and b and b.value > 0 and not name.startswith(MARGIN) else None
         difference = _difference(a, b) if b and not number else None
         if difference and name.startswith("harmful/"):
             difference = _paired_difference(results, label, name) or difference
@@ -217,6 +218,26 @@ def paired(results: Results, model: ModelFindings, judge: str) -> None:
     corrected = iter(holm([p for _, _, p, _, _ in measured if p is not None]))
     for attack, difference, p, prompts, seeds in measured:
         attack.paired = Paired(difference, p, None if p is None else next(corrected), prompts, seeds)
+
+
+def margins(results: Results, label: str) -> list[findings.Margin]:
+    """The area between the margins of model and control, by judge that reads the model, over every attack with a curve
+    and harmful rows: also those that are too weak for a share of prompts to pass phi."""
+    measured: list[tuple[str, str, list[float]]] = []
+    for score in results.margins:
+        for cell in (c for c in results.of(label) if c.harmful and c.has_curve):
+            control, areas = results.cell(results.control, cell.attack), []
+            for seed in (
+                sorted((set(cell.seeds) & set(control.seeds)) - cell.stopped - control.stopped) if control else ()
+            ):
+                ours, theirs = (dict(c.values(score, seed)) for c in (cell, control) if c)
+                if shared := (ours.keys() & theirs.keys()) - {0}:
+                    areas.append(fmean(ours[step] - theirs[step] for step in sorted(shared)))
+            if areas:
+                measured.append((str(cell.attack), score, areas))
+    tested = [(attack, score, *_over_seeds(areas), len(areas)) for attack, score, areas in measured]
+    corrected = iter(holm([p for *_, p, _ in tested if p is not None]))
+    return [findings.Margin(a, s, d, p, None if p is None else next(corrected), n) for a, s, d, p, n in tested]
 
 
 def _areas(ours: Cell, theirs: Cell, judge: str) -> tuple[list[float], int]:

@@ -15,7 +15,7 @@ from tunevax.errors import UsageError
 from tunevax.evidence.rows import ROLES, Kind, completed, numbered_rows
 from tunevax.evidence.stats import wilson
 from tunevax.evidence.words import joined
-from tunevax.records import METRIC, RESULTS, CellSummary, Generation, Row, RunRecord, Score, Traits, is_share
+from tunevax.records import MARGIN, METRIC, RESULTS, CellSummary, Generation, Row, RunRecord, Score, Traits, is_share
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,16 @@ class Results:
     @property
     def metrics(self) -> list[str]:
         """The scores `metric/NAME`, by name."""
+        return self._named(METRIC)
+
+    @property
+    def margins(self) -> list[str]:
+        """The scores `margin/JUDGE`, by name."""
+        return self._named(MARGIN)
+
+    def _named(self, prefix: str) -> list[str]:
         rows = (row for cell in self.cells for by_step in cell.rows.values() for row in by_step.values())
-        return sorted({name for row in rows for name in row["scores"] if name.startswith(METRIC)})
+        return sorted({name for row in rows for name in row["scores"] if name.startswith(prefix)})
 
     @cached_property
     def _index(self) -> dict[tuple[str, str | None], Cell]:

@@ -16,7 +16,7 @@ from tunevax.lineage import Lineage, absolute
 from tunevax.modeling import adapters as peft
 from tunevax.modeling.biases import attach_biases, read_biases
 from tunevax.modeling.blocks import unwrap
-from tunevax.modeling.checkpoints import causal_model, load_tokenizer, require_finite
+from tunevax.modeling.checkpoints import causal_model, host_dtype, load_tokenizer, require_finite
 from tunevax.modeling.quantization import dequantize, require_quantization, saved_quantization, size_of
 from tunevax.records import ModelInfo
 
@@ -42,7 +42,7 @@ def load(
             of a run and its parents are applied in order, each merged before the next; biases beside the weights, or
             in an adapter's place (a safety lock), are attached.
         revision: of a hub id.
-        dtype: auto (the checkpoint's on an accelerator, float32 on the CPU), float32, bfloat16 or float16.
+        dtype: auto (the checkpoint's on an accelerator, `host_dtype` on the CPU), float32, bfloat16 or float16.
         device: default cuda if there is one, else cpu.
         chat_template: alpaca, a jinja file, or None for the tokenizer's own.
         merge: merge the last adapter too; otherwise it stays a `PeftModel`.
@@ -72,7 +72,7 @@ def load(
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
-    chosen = dtype if dtype != "auto" else "float32" if device == "cpu" else "auto"
+    chosen = host_dtype(base, revision) if dtype == "auto" and device == "cpu" else dtype
     model: Any = causal_model(base, revision, chosen)  # or a `PeftModel` with it inside
     require_finite(model, base)
     locks = [(adapter / BIASES).is_file() for adapter in adapters]

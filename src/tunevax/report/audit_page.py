@@ -61,7 +61,12 @@ def content(results: Results | None, findings: Findings | None, provenance: Prov
     sections += [
         Section("Learning rate by steps", heat, maps=fig.heat_maps(results, findings)),
         Section("Every attack", order, tables=tb.every_attack(findings), fold=True),
-        Section("The same prompts, model and control", PAIRED, tables=tb.paired(findings), fold=True),
+        Section(
+            "The same prompts, model and control",
+            PAIRED,
+            tables=[*tb.paired(findings), *tb.margins(findings)],
+            fold=True,
+        ),
         _judges(results, findings),
         *of_runs,
         Section(
@@ -103,6 +108,17 @@ def _figures(results: Results, findings: Findings) -> list[Section]:
              for i, a in enumerate([*cells][: PANELS + FOLDED])},
             PANELS, len(cells),
         )
+    ]  # fmt: skip
+    sections += [
+        _panelled(
+            "Which answer the model prefers",
+            f"{score.partition('/')[2]}: mean log-likelihood per token of the harmful answer minus the refusal's, in "
+            "nats. Above 0 the harmful answer is preferred. It moves before a share of prompts does.",
+            {a: fig.curves(f"f3-{n}-{i}", cells[a], score, look, "margin in nats", 0.0)
+             for i, a in enumerate([*cells][:PANELS])},
+            PANELS, len(cells),
+        )
+        for n, score in enumerate(results.margins) if all(c.curve(score) for a in [*cells][:PANELS] for c in cells[a])
     ]  # fmt: skip
     if task := results.task:
         accuracies = {a: [[p.value for p in c.curve(task)] for c in curved] for a, curved in cells.items()}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tunevax.evidence.findings import Findings
 from tunevax.evidence.results import Cell, Point, Results
+from tunevax.records import is_share
 from tunevax.report.blocks import HeatMap
 
 if TYPE_CHECKING:
@@ -59,7 +60,10 @@ def curves(key: str, cells: list[Cell], score: str, look: Look, ylabel: str, phi
         style, x, faint = look[cell.model], [p.step for p in points], 0.11 if len(drawn) < 6 else 0.05
         axes.fill_between(x, *intervals(points), color=style["color"], alpha=faint, lw=0)
         axes.plot(x, [p.value for p in points], **MARKERS_EDGED, **style)
-    share_axis(axes, "y", ylabel)
+    if is_share(score):
+        share_axis(axes, "y", ylabel)
+    else:
+        y_title(axes, ylabel)
     axes.set_xscale("symlog", base=2, linthresh=next((s for s in steps if s > 0), 1), linscale=0.6)
     axes.set_xlim(steps[0], max(steps[-1], 1) * 1.06)
     ticks = apart(axes, steps)
@@ -71,7 +75,8 @@ def curves(key: str, cells: list[Cell], score: str, look: Look, ylabel: str, phi
     if phi is not None:
         axes.axhline(phi, **DOTTED)
     end_labels(axes, [(cell.model, points[-1].step, points[-1].value) for cell, points in drawn], look)
-    text = "; ".join(f"{c.model} {p[0]} at step {p[0].step}, {p[-1]} at step {p[-1].step}" for c, p in drawn)
+    put = str if is_share(score) else lambda point: f"{point.value:.2f}"
+    text = "; ".join(f"{c.model} {put(p[0])} at step {p[0].step}, {put(p[-1])} at step {p[-1].step}" for c, p in drawn)
     return as_svg(figure, key, f"{ylabel} against attack steps, {cells[0].attack} attack", text)
 
 

@@ -169,6 +169,27 @@ def paired(findings: Findings) -> list[Table]:
     return _tables("Paired comparison with the control", rows, _left_out(shown), split=True)
 
 
+def margins(findings: Findings) -> list[Table]:
+    """The area between the margins of model and control."""
+    rows = [
+        {
+            "attack": m.attack, "model": model.label, "judge": m.score.partition("/")[2],
+            "margin minus the control's, nats per token": nats(m.difference), "p over seeds": as_p(m.p),
+            "p after Holm": as_p(m.p_holm), "seeds": str(m.seeds),
+        }
+        for attack in findings.order for model in findings.models for m in model.margins if m.attack == attack
+    ]  # fmt: skip
+    return _tables("How much the model prefers the harmful answer", rows[: 4 * ATTACKS_SHOWN], split=True)
+
+
+def nats(difference: Difference) -> str:
+    """'-0.42 [-0.61, -0.23]': a difference of log-odds."""
+    texts = [
+        f"{x:+.2f}".replace("-", "−") for x in (difference.value, difference.low, difference.high) if x is not None
+    ]
+    return f"{texts[0]} [{texts[1]}, {texts[2]}]" if len(texts) == 3 else texts[0]
+
+
 def agreement(findings: Findings) -> list[Table]:
     """Each pair of judges on the outputs to harmful prompts: the share they agree on, and Cohen's kappa."""
     rows = [
