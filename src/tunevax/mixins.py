@@ -44,14 +44,14 @@ class LoadOptions:
 class ModelOptions(LoadOptions):
     """Which model, and how to load it."""
 
-    model: str | None = option(None, "hub id, model folder, run folder, or organism")
+    model: str | None = option(None, "hub id, model folder, run folder, GGUF file, or organism")
 
 
 @dataclass
 class ModelsOptions(LoadOptions):
     """Which models, and how to load them."""
 
-    model: list[str] = option([], "hub id, model folder or run folder; may be repeated", decides="cells")
+    model: list[str] = option([], "hub id, model folder, run folder or GGUF file; may be repeated", decides="cells")
 
 
 @dataclass

@@ -23,7 +23,7 @@ from tunevax.training import TrainingOptions, train, training_run
 class AlignOptions(TrainingOptions, AllowOverlap):
     """What `tunevax align` takes besides the method's own configuration."""
 
-    safety_data: str | None = option(None, "prompt, chosen, rejected: file, hub id, or organism")
+    safety_data: str | None = option(None, "prompt, chosen, rejected: file, hub id, organism, or proxy:TOPIC")
     task_data: str | None = option(None, "benign prompt and completion rows mixed in")
     held_out_prompts: int = option(40, "harmful and harmless prompts to evaluate the finished model on, 0 for none")
 

@@ -38,7 +38,9 @@ from tunevax.scoring.suite import SuiteOptions, build_suite, labels_of
 class SinkOptions(ModelsOptions, Overlap, RunOptions):
     """What `tunevax analyze sink` takes: one model, or two, before and after."""
 
-    safety_data: str | None = option(None, "prompt, chosen, rejected: file, hub id, or organism; the evaluation split")
+    safety_data: str | None = option(
+        None, "prompt, chosen, rejected: file, hub id, organism, or proxy:TOPIC; the evaluation split"
+    )
     output_dir: str | None = option(None, "the run folder to write")
     pairs: int = option(100, "at most so many pairs of answers, drawn by prompt hash")
     batch_size: int = option(8, "pairs in a forward pass")

@@ -8,6 +8,7 @@ from statistics import fmean
 from tunevax.evidence.findings import Attacked, Difference, Findings, Generalisation, ModelFindings
 from tunevax.evidence.results import Point
 from tunevax.evidence.words import number, percent
+from tunevax.records import MARGIN
 from tunevax.report.blocks import Table
 from tunevax.report.text import NONE, as_p
 
@@ -255,7 +256,7 @@ def points(difference: Difference | None) -> str:
 
 def share(point: Point, score: str) -> str:
     """A point as a percentage, or as a plain number for perplexity and whatever is not within [0, 1]."""
-    if not score.startswith("perplexity/") and 0 <= point.value <= 1:
+    if not score.startswith(("perplexity/", MARGIN)) and 0 <= point.value <= 1:
         return str(point) if point.low is not None else percent(point.value)
     text = f"{point.value:.4g}"
     return text if point.low is None else f"{text} [{point.low:.4g}, {point.high:.4g}]"

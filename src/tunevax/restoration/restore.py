@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 class RestoreOptions(ModelOptions, AllowOverlap, RunOptions):
     """What `tunevax restore` takes besides the method's own options."""
 
-    safety_data: str | None = option(None, "prompt, chosen, rejected: file, hub id, or organism; its alignment split")
+    safety_data: str | None = option(
+        None, "prompt, chosen, rejected: file, hub id, organism, or proxy:TOPIC; its alignment split"
+    )
 
 
 @dataclass
