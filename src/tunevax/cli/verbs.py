@@ -331,10 +331,10 @@ def overview() -> str:
         usage = f"  tunevax {verb.usage}"
         lines += [f"{usage:38}{verb.summary}"] if len(usage) < 37 else [usage, f"{'':38}{verb.summary}"]
     return "\n".join(lines) + (
-        "\n\nREF is a hub id, a model folder, a run folder, a GGUF file, or organism (the built-in tiny model); SRC is a\n"
-        "JSONL, JSON, CSV or parquet file, a hub id, organism, or proxy:geography. `tunevax VERB` lists the methods of\n"
-        "a verb, `tunevax VERB METHOD --help` its options. Every option can be in a YAML file: --config FILE.\n"
-        "Add --debug to see a traceback."
+        "\n\nREF is a hub id, a model folder, a run folder, a GGUF file, or organism (the built-in tiny model);\n"
+        "SRC is a JSONL, JSON, CSV or parquet file, a hub id, organism, or proxy:geography. `tunevax VERB` lists the\n"
+        "methods of a verb, `tunevax VERB METHOD --help` its options. Every option can be in a YAML file:\n"
+        "--config FILE. Add --debug to see a traceback."
     )
 
 
