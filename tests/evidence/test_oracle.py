@@ -25,7 +25,7 @@ STUDIES = sorted(file.parent.name for file in EXPERIMENTS.glob("*/findings.json"
 # Fields of the findings that are younger than the committed ones. The tables of report.md show most of them.
 YOUNGER = {
     *("agreement", "judged_otherwise", "judges", "limits", "metrics", "order", "outputs_kept", "repeats", "stopped"),
-    *("task", "as_judged", "before", "by_judge", "degenerate_at_end", "ends", "worst_by"),
+    *("task", "as_judged", "before", "by_judge", "degenerate_at_end", "ends", "margins", "worst_by"),
 }
 # Sections of report.md that quote outputs or the runs' command lines, neither of which is committed, or that depend on
 # the attacks there are today ("Limitations" names those that were not tried).

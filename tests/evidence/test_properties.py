@@ -9,7 +9,7 @@ import pytest
 from tunevax.errors import UsageError
 from tunevax.evidence.measure import measure
 from tunevax.evidence.ratios import Reached, average_ratio
-from tunevax.evidence.results import read_results
+from tunevax.evidence.results import from_rows, read_results
 from tunevax.evidence.stats import holm, newcombe
 
 STEPS = [0, 1, 2, 4]
@@ -823,3 +823,23 @@ def test_holms_correction_by_hand():
     # In order .005, .01, .03, .04 of 4: 4 * .005, 3 * .01, 2 * .03, and 1 * .04, which may not be below the .06 before.
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.5, 0.4]) == pytest.approx([0.8, 0.8]) and holm([0.7, 0.6]) == [1, 1] and holm([]) == []
+
+
+def test_margins_are_compared_over_every_attack_with_harmful_rows():
+    def rows(model, role, base, seeds=(1, 2, 3)):
+        return [
+            {"schema": 1, "model": model, "role": role, "kind": "finetune", "attack": "lora", "attack_hash": "h",
+             "settings": {}, "seed": seed, "step": step, "traits": {"curve": True, "harmful_rows": True, "common_prompts": True},
+             "scores": {"harmful/forced-choice": {"value": 0.0, "n": 10},
+                        "margin/forced-choice": {"value": base + 0.1 * seed * (model == "m") + step, "n": 10, "low": -9, "high": 9}}}
+            for seed in seeds for step in (0, 2, 4)
+        ]  # fmt: skip
+
+    findings = measure(from_rows(rows("c", "control", 0.0) + rows("m", "model", -2.0)))
+    (margin,) = findings.models[1].margins
+    assert (margin.attack, margin.score, margin.seeds) == ("lora", "margin/forced-choice", 3)
+    assert margin.difference.value == pytest.approx(-2 + 0.2)  # step 0 counts in neither, and cancels if it did
+    half = 4.302652729911275 * 0.1 / 3**0.5  # t of 2 degrees of freedom, standard deviation 0.1
+    assert margin.difference.low == pytest.approx(-1.8 - half)
+    assert margin.p_holm == margin.p < 0.01
+    assert findings.models[0].margins == []
