@@ -47,6 +47,20 @@ def test_another_method_cannot_resume(tmp_path):
             raise KeyboardInterrupt
 
 
+def test_a_damaged_unfinished_run_says_what_to_do(tmp_path):
+    record = {"verb": "align", "method": "sft", "config": {}}
+    with pytest.raises(KeyboardInterrupt), writing(str(tmp_path / "out"), dict(record)) as run:
+        (run.checkpoints / "checkpoint-3").mkdir()
+        raise KeyboardInterrupt
+    for content in ("{", "[]"):
+        (run.path / "config.json").write_text(content)
+        with (
+            pytest.raises(UsageError, match=f"delete the unfinished run {run.path}"),
+            writing(str(tmp_path / "out"), dict(record), resume=True),
+        ):
+            pass
+
+
 def test_a_failed_overwrite_keeps_the_old_run(tmp_path):
     record = {"verb": "x", "method": None, "config": {}}
     with writing(str(tmp_path / "out"), dict(record)):

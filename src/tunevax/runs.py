@@ -269,7 +269,10 @@ def _same_config(run: RunFolder) -> None:
         part = path.with_name("config.json.part")
         part.write_text(json.dumps(now), encoding="utf-8")
         part.replace(path)
-    before = read_object(path)
+    try:
+        before = read_object(path)
+    except UsageError as error:
+        raise UsageError(f"{path} cannot be read as a JSON object; delete the unfinished run {run.path}") from error
     if (before["verb"], before["method"]) != (now["verb"], now["method"]):
         by = f"{before['verb']} {before['method']}"
         raise UsageError(f"{run.path} was started by {by}; delete it or choose another --output-dir")

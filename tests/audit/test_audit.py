@@ -385,6 +385,7 @@ def test_a_screen_drops_no_seed_that_an_attack_names(models, tmp_path):
         ("scoring: {judge: [x]}", "unknown key 'judge'; did you mean 'judges'?"),
         ("defaults: {learning_rat: 1}", "defaults names 'learning_rat'"),
         ("attacks: []", "attacks is empty"),
+        ("attacks:", "attacks is empty"),
         ("attacks: [{kind: finetun}]", "did you mean 'finetune'?"),
         ("attacks: [{kind: finetune, learning_rate: []}]", "the grid of learning_rate is empty"),
         ("attacks: [{kind: finetune, lr: 1}]", "unknown option 'lr'"),
@@ -404,6 +405,12 @@ def test_a_bad_protocol_is_named(tmp_path, change, message):
     with pytest.raises(UsageError) as error:
         load_protocol(str(file))
     assert message in str(error.value) and "bad" in str(error.value)
+
+
+def test_a_protocol_without_attacks_is_named_by_its_file(tmp_path):
+    (tmp_path / "none.yaml").write_text("phi: 0.4")
+    with pytest.raises(UsageError, match=r"none\.yaml: attacks is missing"):
+        load_protocol(str(tmp_path / "none.yaml"))
 
 
 @pytest.mark.slow

@@ -60,3 +60,9 @@ def test_answers_are_encoded_by_name_and_a_class_without_a_name_says_its_own(mon
     trainer = Mine(tiny_llama(2), Mine.config_class("x"), safety_data=[ROW], processing_class=TinyTokenizer())
     assert (trainer.train_dataset, trainer.seen) == (rows("safe"), rows("harmful"))
     assert name_of(Mine).endswith("Mine")
+
+
+@pytest.mark.parametrize("share", ["0x1", "0o1", "1.5", "-0.1", ".nan", "al"])
+def test_a_share_of_blocks_is_a_plain_number(share, tmp_path):
+    with pytest.raises(UsageError, match="or a share of the frozen blocks"):
+        MethodTrainer.config_class(str(tmp_path), checkpoint_blocks=share)

@@ -104,7 +104,9 @@ def load_protocol(ref: str) -> Protocol:
             raise UsageError(f"{path}: scoring: {unknown('key', str(key), scoring)}")
     if isinstance(given, dict):
         content["scoring"] = {key: meant(value, key, scoring[key]) for key, value in given.items()}
-    protocol = Protocol(path.stem, **{"attacks": [], **content})
+    if "attacks" not in content:
+        raise UsageError(f"{path}: attacks is missing; list at least one")
+    protocol = Protocol(path.stem, **content)
     settings(protocol, depth=1, targets=())  # a typing error must not wait until a model is loaded
     return protocol
 

@@ -37,7 +37,7 @@ class Verb(NamedTuple):
 
 
 class MethodVerb(NamedTuple):
-    """A verb that takes a method: their package, and its last lines from run folder, method's name and options."""
+    """A verb that takes a method first: the package of its methods, and what it prints at its end."""
 
     folder: str
     done: Callable[[Path, str, Any], list[str]]

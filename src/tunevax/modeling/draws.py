@@ -55,7 +55,8 @@ class Draws:
 
 
 def noise_generator(trainer: ResponseTrainer, number: int, device: torch.device) -> torch.Generator:
-    """A generator for the noise of one micro-batch of one process, seeded by its number, for an exact resume."""
+    """A generator for the noise of one micro-batch of one process, seeded by its number: dropout masks do not depend on
+    it, and a resumed run continues exactly."""
     key = (trainer.args.seed, trainer.args.process_index, number)
     generator = torch.Generator(device)
     generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))

@@ -74,7 +74,8 @@ class TrainConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        share = number(str(self.checkpoint_blocks))
+        text = str(self.checkpoint_blocks)
+        share = None if text.startswith(("0x", "0o")) else number(text)  # `float` reads it later
         if self.checkpoint_blocks not in CHECKPOINT_BLOCKS and (share is None or not 0 <= share <= 1):
             raise UsageError(
                 f"checkpoint_blocks is {self.checkpoint_blocks!r}; known: {', '.join(CHECKPOINT_BLOCKS)}, or a share "

@@ -123,7 +123,7 @@ def pickle_of(content: bytes, place: str) -> bytes:
             if len(chosen) != 1:
                 raise LockError(f"{place} has {len(chosen)} files data.pkl and a .safelock has one")
             return archive.read(chosen[0])
-    except LockError:
+    except (LockError, MemoryError):
         raise
     except Exception as error:  # zipfile documents two of the many errors that a damaged archive raises
         raise LockError(f"{place} is not a zip archive as torch.save writes it ({type(error).__name__})") from error
@@ -236,6 +236,8 @@ def read_pickle(data: bytes, place: str) -> Any:
         if len(stack) != 1 or below or stream.read(1):
             raise ValueError("it goes on after its end")
         return stack[0]
+    except MemoryError:
+        raise
     except Exception as error:  # also of damage: a stack or a memo without the value, missing bytes
         why = shortened(error) if type(error) is ValueError else type(error).__name__
         raise LockError(f"{place} cannot be read at byte {at} of its pickle: {why}") from error
