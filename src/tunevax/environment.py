@@ -32,6 +32,11 @@ def require_one_process(what: str) -> None:
         raise UsageError(f"{what} runs in one process; start it without a launcher")
 
 
+def host_memory() -> int:
+    """The memory of the machine in bytes, 0 if it is unknown."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+
+
 def versions() -> dict[str, str]:
     """Versions of tunevax, Python and the libraries that numbers depend on."""
     from importlib.metadata import version
@@ -44,7 +49,7 @@ def hardware() -> HardwareRecord:
     """Processor, cores, memory and accelerator."""
     import torch
 
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    memory = host_memory()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cpu": platform.machine(), "cores": os.cpu_count(), "memory_gib": round(memory / 2**30, 1), "gpu": gpu,

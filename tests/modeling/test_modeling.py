@@ -427,3 +427,19 @@ def test_last_checkpoint_is_the_newest_whole_one(tmp_path):
         if text is not None:
             (folder / "trainer_state.json").write_text(text)
     assert last_checkpoint(tmp_path).name == "checkpoint-100"
+
+
+def test_a_kept_base_is_the_base_again_and_follows_its_files(tmp_path):
+    folder, kept = tmp_path / "base", {}
+    tiny = load("organism")
+    tiny.model.save_pretrained(folder)
+    tiny.tokenizer.save_pretrained(folder)
+    first = load(str(folder), kept=kept).model
+    with torch.no_grad():
+        first.model.embed_tokens.weight.zero_()  # an attack
+    again = load(str(folder), kept=kept).model
+    assert torch.equal(again.model.embed_tokens.weight, tiny.model.model.embed_tokens.weight)
+    assert again.lm_head.weight is not kept[next(iter(kept))].lm_head.weight
+    first.save_pretrained(folder)
+    assert not load(str(folder), kept=kept).model.model.embed_tokens.weight.any()
+    assert len(kept) == 1

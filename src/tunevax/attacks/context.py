@@ -47,6 +47,7 @@ class AttackContext:
     key: dict[str, Any]  # fields that every row of results carries: kind, attack, attack_hash, settings, seed
     folder: Path | None = None  # where the attacked weights are saved, or None
     before: dict[tuple[str, bool], tuple] | None = None  # cached scores of untouched models, shared in an audit
+    kept: dict[Any, Any] | None = None  # the base model, shared in an audit
     exclusion: Exclusion = field(default_factory=Exclusion)  # of prompts, for rows that the attack reads itself
     results: list[Row] = field(default_factory=list)
     generations: list[Generation] = field(default_factory=list)
@@ -60,7 +61,7 @@ class AttackContext:
         o = self.options
         self.loaded = (ref or self.target["ref"], how.get("merge", True))
         how = {"revision": o.revision, "dtype": o.dtype, "chat_template": chat_template or o.chat_template, **how}
-        loaded = load(self.loaded[0], **how)
+        loaded = load(self.loaded[0], kept=self.kept, **how)
         self.record |= cast(ModelInfo, {**loaded.info, "template_hash": digest(loaded.tokenizer.chat_template)})
         return loaded
 

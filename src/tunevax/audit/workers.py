@@ -111,7 +111,7 @@ def cores() -> int:
 
 
 class Worker:
-    """Runs cells; the suite (if this process has none), the data and the scores of untouched models are loaded once."""
+    """Runs cells; suite (if this process has none), data, base and scores of untouched models are loaded once."""
 
     def __init__(self, options: AuditOptions, exclusion: Exclusion, suite: Suite | None = None) -> None:
         self.options, self.exclusion = options, exclusion.fresh()
@@ -119,6 +119,7 @@ class Worker:
         # A model that refuses everything must show it somewhere.
         self.suite = suite._replace(benign=suite.benign or (suite.task and suite.task.rows))
         self.before: dict[Any, Any] = {}
+        self.kept: dict[Any, Any] = {}
         self.rows: dict[frozenset[str], tuple[list[Example], list[Example]]] = {}
 
     def run(self, cell: AuditCell, folder: Path, weights: Path | None) -> str:
@@ -168,7 +169,7 @@ class Worker:
             self.rows[needs] = attack_data(self.options, needs, self.exclusion)
         harmful, task = self.rows[needs]
         return AttackContext(
-            cell.target, self.options, harmful, task, self.suite, cell.key, keep, self.before, self.exclusion
+            cell.target, self.options, harmful, task, self.suite, cell.key, keep, self.before, self.kept, self.exclusion
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import torch
 
 from tunevax.data.chat import recorded
 from tunevax.data.encoding import set_chat_template
+from tunevax.environment import host_memory
 from tunevax.errors import UsageError, unknown
 from tunevax.files import BIASES, model_hash
 from tunevax.lineage import Lineage, absolute
@@ -34,6 +36,7 @@ class Loaded(NamedTuple):
 def load(
     ref: str, *, revision: str | None = None, dtype: str = "auto", device: str | None = None,
     chat_template: str | None = None, merge: bool = True, trainable: bool = False, quantization: str | None = None,
+    kept: dict[Any, Any] | None = None,
 ) -> Loaded:  # fmt: skip
     """Load `ref`, in full precision by default: also a run whose adapter was trained on a quantised base.
 
@@ -49,6 +52,7 @@ def load(
         trainable: with `merge=False`, leave the last adapter trainable.
         quantization: of the linear layers in the blocks: nf4, int8, or None. From `dtype`, after all that is merged on
             the host: a merge into quantised weights would round them twice. Matrix by matrix, on `device`.
+        kept: holds the base of the last load on the host, for a process that loads it again and again.
 
     Every weight that is missing, left over or of another shape is an error, as is an adapter that moves no logit. A
     merge is compared with the unmerged model on a few tokens; where rounding to the dtype loses too much of an adapter,
@@ -73,7 +77,7 @@ def load(
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     chosen = host_dtype(base, revision) if dtype == "auto" and device == "cpu" else dtype
-    model: Any = causal_model(base, revision, chosen)  # or a `PeftModel` with it inside
+    model: Any = _base_model(base, revision, chosen, kept)  # or a `PeftModel` with it inside
     require_finite(model, base)
     locks = [(adapter / BIASES).is_file() for adapter in adapters]
     merging = [not lock and (merge or i < len(adapters) - 1) for i, lock in enumerate(locks)]
@@ -110,7 +114,7 @@ def load(
         del model
         again = load(
             ref, revision=revision, dtype="float32", device=device, chat_template=chat_template, merge=merge,
-            trainable=trainable, quantization=quantization,
+            trainable=trainable, quantization=quantization, kept=kept,
         )  # fmt: skip
         again.info["widened"] = why
         return again
@@ -127,6 +131,21 @@ def load(
         "chat": recorded(tokenizer), "attached": any((f / BIASES).is_file() for f in (Path(base), *adapters)),
     }  # fmt: skip
     return Loaded(model, tokenizer, info)
+
+
+def _base_model(base: str, revision: str | None, dtype: str, kept: dict[Any, Any] | None) -> Any:
+    """`causal_model`, or a copy of the one in `kept`. Nothing is kept that takes over an eighth of the memory."""
+    if kept is None:
+        return causal_model(base, revision, dtype)
+    key = (base, revision, dtype, model_hash(base))
+    if key not in kept:
+        kept.clear()
+        model = causal_model(base, revision, dtype)
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        if 8 * size > host_memory() or saved_quantization(model):
+            return model
+        kept[key] = model
+    return copy.deepcopy(kept[key])
 
 
 def require_same_base(base: str, adapters: list[Path]) -> None:

@@ -44,7 +44,7 @@ def known_facts(topic: str, ref: str, chat_template: str | None = None, revision
     right = Counter(fact for (fact, _), answer in zip(asked, answers, strict=True) if proxy.says(answer, fact.answer))
     known = [fact for fact in facts if 2 * right[fact] > PHRASINGS]
     totals = Counter(fact.relation for fact in facts)
-    content = {"topic": topic, "model": str(ref), "asked": totals, "facts": known}
+    content = {"topic": topic, "model": Path(ref).name, "asked": totals, "facts": known}
     cache.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
