@@ -73,7 +73,7 @@ def test_bad_rows_name_file_line_and_field(capsys, here, line, message):
         (["align", "sft", "--safety-data", "organism", "--output-dir", "out"], "--model is missing"),
         (["align", "sft", "--model", "organism", "--safety-data", "no.jsonl", "--output-dir", "out"], "no such file: no.jsonl"),
         (["align", "sft", *ORGANISM, "--output-dir", "out", "--learning-rat", "1"], "did you mean '--learning-rate'?"),
-        (["align", "sft", *ORGANISM, "--output-dir", "out", "--learning-rate", "fast"], "invalid float value: 'fast'"),
+        (["align", "sft", *ORGANISM, "--output-dir", "out", "--learning-rate", "fast"], "takes a number, not 'fast'"),
         (["align", "t-vaccine", *ORGANISM, "--output-dir", "out", "--gamma", "9"], "gamma is 9; the model has 8 blocks"),
         (["align", "t-vaccine", *ORGANISM, "--output-dir", "out", "--rho", "-1"], "rho is -1.0; it must be"),
         (["align", "vaccine", *ORGANISM, "--output-dir", "out", "--rho", "nan"], "rho is nan; it must be"),

@@ -51,7 +51,7 @@ def test_values_of_a_config_file_mean_what_they_say(tmp_path, line, name, value)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("max_steps: 1.5", "invalid int value: '1.5'"), ("learning_rate: fast", "invalid float value: 'fast'"),
+        ("max_steps: 1.5", "--max-steps takes a whole number, not '1.5'"), ("learning_rate: fast", "--learning-rate takes a number, not 'fast'"),
         ("full_weights: maybe", "Truthy value expected"), ("max_steps: 1\nmax_steps: 2", "o.yaml:2: the key 'max_steps' is there twice"),
         ("max_steps: [", "o.yaml:1: not valid YAML"), ("- a", "must hold `option: value` lines"),
         ("save_total_limit: null", "save_total_limit has no value"), ("screen: on", "unknown screen 'on'"),

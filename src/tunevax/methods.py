@@ -6,7 +6,7 @@ import importlib
 from importlib.metadata import entry_points
 from typing import Any
 
-from tunevax.errors import unknown
+from tunevax.errors import UsageError, unknown
 
 NEEDS = {
     "chosen": "the safe answer in every row of the safety data",
@@ -23,19 +23,33 @@ def methods(folder: str) -> dict[str, str]:
     """Command-line name to `module:attribute` of a folder such as `tunevax.alignment` or `tunevax.scoring.judges`.
 
     Other packages add theirs by an entry-point group of the folder's last name: `tunevax.alignment`, `tunevax.judges`.
+    tunevax's own names cannot be replaced.
     """
     own = dict(importlib.import_module(folder).METHODS)
-    group = entry_points(group=f"tunevax.{folder.rpartition('.')[2]}")
-    return own | {entry.name: entry.value for entry in group if entry.name not in own}
+    return own | {e.name: e.value for e in entry_points(group=_group(folder)) if e.name not in own}
+
+
+def _group(folder: str) -> str:
+    return f"tunevax.{folder.rpartition('.')[2]}"
 
 
 def load_method(folder: str, name: str, kind: str = "method", *others: str) -> Any:
-    """Import what a name stands for; a `UsageError` for an unknown one, whose message calls it a `kind` and also knows
-    the names `others`."""
+    """Import what a name stands for. Raises `UsageError`, in which it is called a `kind`: an unknown name (`others` are
+    known too), one that several packages claim, or a package of which it cannot be imported."""
     known = methods(folder)
     if name not in known:
         raise unknown(kind, name, [*known, *others])
-    return attribute(known[name])
+    if name in importlib.import_module(folder).METHODS:
+        return attribute(known[name])
+    claimed = sorted({entry.value for entry in entry_points(group=_group(folder), name=name)})
+    if len(claimed) > 1:
+        raise UsageError(f"{kind} {name} is claimed by several packages ({', '.join(claimed)}); uninstall all but one")
+    try:
+        return attribute(known[name])
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"{kind} {name} cannot be imported from {known[name]} ({error}); fix or uninstall its package"
+        ) from error
 
 
 def attribute(target: str) -> Any:

@@ -32,8 +32,10 @@ def read_yaml(path: str | Path, words: bool = False) -> Any:
         raise UsageError(f"{path}:{line}: not UTF-8") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
-        why = getattr(error, "problem", None) if isinstance(error, yaml.constructor.ConstructorError) else None
-        raise UsageError(f"{path}:{mark.line + 1 if mark else 1}: {why or 'not valid YAML'}") from error
+        why = getattr(error, "problem", None)
+        if not isinstance(error, yaml.constructor.ConstructorError):
+            why = f"not valid YAML ({why})" if why else "not valid YAML"
+        raise UsageError(f"{path}:{mark.line + 1 if mark else 1}: {why}") from error
 
 
 @cache

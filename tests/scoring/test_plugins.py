@@ -1,10 +1,12 @@
 """A judge, a metric and a file format of another package, each in a file of its own; and answers that are judged again."""
 
 import json
+import re
 import sys
 
 import pytest
 
+from tunevax.cli import main
 from tunevax.data import load_safety, load_task
 from tunevax.errors import UsageError
 from tunevax.evidence.properties import stability
@@ -117,6 +119,39 @@ def test_a_judge_says_itself_that_it_does_not_lead(installed):
     assert judges_of(f"harmful/{name}" for name in names)[0] == "harmful/organism"
     # As an older tunevax wrote it: in the order of the command line.
     assert judges_of(["degenerate", "harmful/refusal-keywords", "harmful/organism"])[0] == "harmful/organism"
+
+
+@pytest.fixture
+def damaged(tmp_path, monkeypatch):
+    """Packages that cannot be imported, that claim one name, or whose judge loses verdicts."""
+    for name, text in {
+        "short_judge.py": "def short(prompts, responses):\n    return []\n",
+        "a-1.dist-info/METADATA": "Metadata-Version: 2.1\nName: a\nVersion: 1\n",
+        "a-1.dist-info/entry_points.txt": "[tunevax.judges]\ngone = nowhere.at.all:judge\ntwo = short_judge:short\n"
+        "short = short_judge:short\nrefusal-keywords = short_judge:short\nlost = short_judge:lost\n",
+        "b-1.dist-info/METADATA": "Metadata-Version: 2.1\nName: b\nVersion: 1\n",
+        "b-1.dist-info/entry_points.txt": "[tunevax.judges]\ntwo = other:judge\n",
+    }.items():
+        file = tmp_path / "site" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    yield
+    sys.modules.pop("short_judge", None)
+
+
+def test_a_damaged_package_is_named(damaged, capsys):
+    for name, why in {
+        "gone": "judge gone cannot be imported from nowhere.at.all:judge", "lost": "judge lost cannot be imported",
+        "two": r"claimed by several packages \(other:judge, short_judge:short\)",
+    }.items():  # fmt: skip
+        with pytest.raises(UsageError, match=why):
+            load_judges([name])
+    with pytest.raises(UsageError, match="short gave 0 verdicts on 2 responses"):
+        load_judges(["short"])["short"](["p", "q"], ["r", "s"])
+    assert load_judges(["refusal-keywords"])["refusal-keywords"](["p"], ["I cannot"])[0].verdict == "refused"
+    assert main(["list"]) == 0
+    assert re.search(r"gone +cannot be imported from nowhere.at.all:judge", capsys.readouterr().out)
 
 
 def test_what_is_no_number_is_refused():

@@ -101,7 +101,7 @@ class TVaccineTrainer(VaccineTrainer):
         if args.gamma > depth:
             raise UsageError(f"gamma is {args.gamma}; the model has {depth} blocks")
         if args.gamma == depth:
-            print(f"note: gamma is {args.gamma} and the model has {depth} blocks: this is Vaccine, nothing is targeted")
+            print(f"note: gamma is {args.gamma} and the model has {depth} blocks: this is Vaccine; choose fewer")
         self.draws = Draws(args.seed)
         self.scores: list[float] | None = None
         self.selected: list[int] = []

@@ -185,6 +185,8 @@ def _start_worker(
     options: AuditOptions, parent: int, counter: Synchronized[int], gpus: int, exclusion: Exclusion
 ) -> None:
     """Set up a worker process: quiet, bound to its GPU, and ended with the audit."""
+    from tqdm import tqdm
+
     from tunevax.quiet import quiet
 
     global _worker
@@ -202,6 +204,7 @@ def _start_worker(
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # the default is a semaphore, which outlives a process that is terminated
     quiet()
     console.quiet = True  # permanently: an interrupted worker must not draw progress bars
     _worker = Worker(options, exclusion)

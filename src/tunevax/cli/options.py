@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -37,7 +38,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise a `UsageError`."""
-        raise UsageError(f"{self.prog}: {message}")
+        if wrong := re.match(r"argument (?:\S+/)?(--\S+): invalid (int|float) value: (.*)", message):
+            kind = "a whole number" if wrong[2] == "int" else "a number"
+            message = f"{wrong[1]} takes {kind}, not {wrong[3]}"
+        raise UsageError(f"{self.prog.removeprefix('tunevax ')}: {message}")
 
 
 def parse(

@@ -245,8 +245,14 @@ def lines_of(folder: str) -> list[str]:
     known, lines = methods(folder), []
     width = max(map(len, known))
     for name, target in known.items():
-        spec = importlib.util.find_spec(target.partition(":")[0])
-        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8")) if spec and spec.origin else ast.Module([], [])
+        try:
+            spec = importlib.util.find_spec(target.partition(":")[0])
+        except ImportError:  # of a package around the module
+            spec = None
+        if spec is None or spec.origin is None:
+            lines.append(f"  {name:{width}}  cannot be imported from {target}")
+            continue
+        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
         first = " ".join((ast.get_docstring(tree) or "").partition("\n\n")[0].split())
         summary = first[: end.start() + 1] if (end := re.search(r"(?<!al)\. ", first)) else first
         paper = next(filter(None, map(_paper, ast.walk(tree))), "")

@@ -1,4 +1,4 @@
-"""Random subset: the baseline for every selector."""
+"""A random subset, which every selector must beat."""
 
 from __future__ import annotations
 

@@ -79,9 +79,9 @@ def read_rows(name: str, options: dict[str, str] | None = None) -> Iterator[tupl
             splits = _folder(path, options) if path.is_dir() else read_file(path)
             yield from _take(name, splits, options.get("rows"))
         elif ending(path) in methods(FORMATS):
-            raise UsageError(f"no such file: {name}")
+            raise UsageError(f"no such file: {name}{nearby(name)}")
         elif path.parent != Path() and path.parent.is_dir():
-            raise UsageError(f"no such file or folder: {name}")
+            raise UsageError(f"no such file or folder: {name}{nearby(name)}")
         else:
             yield from _hub(name, options)
     except PermissionError as error:

@@ -63,7 +63,12 @@ class SafeLoRA:
         aligned_ref = self.aligned or Lineage.of(ref).adapter_on
         base_ref = self.base or (aligned_ref and Lineage.of(aligned_ref).adapter_on)
         if not aligned_ref or not base_ref:
-            raise UsageError(f"--{'base' if aligned_ref else 'aligned'} is missing, and {ref} does not record it")
+            missing = (
+                "base, the model before its alignment," if aligned_ref else "aligned, the model before the fine-tune,"
+            )
+            raise UsageError(
+                f"{ref} does not record its {missing} as a fine-tuned run does; give --{missing.split(',')[0]}"
+            )
         loaded = job.load(dtype="float32", device="cpu", merge=False)
         layers = lora_layers(loaded.model, ref)
         adapter = {name: factors(layer) for name, layer in layers.items()}

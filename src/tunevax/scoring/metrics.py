@@ -49,13 +49,13 @@ def measure(metrics: dict[str, Metric], samples: Sequence[Sample]) -> dict[str, 
     something else than a finite number, a score or None."""
     scores: dict[str, Score] = {}
     for name, metric in metrics.items():
-        score = metric(samples)
+        score = given = metric(samples)
         if isinstance(score, int | float):
             score = {"value": float(score), "n": len(samples), "low": None, "high": None}
         if score is None:
             continue
         if not isinstance(score, dict) or not {"value", "n"} <= set(score) or not math.isfinite(score["value"]):
             way = "a metric gives a finite number, a score with value and n, or None"
-            raise UsageError(f"{name} gave {score!r}; {way}")
+            raise UsageError(f"{name} gave {given!r}; {way}")
         scores[name] = score
     return scores

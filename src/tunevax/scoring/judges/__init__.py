@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from tunevax.data.thoughts import split_thought
+from tunevax.errors import UsageError
 from tunevax.methods import attribute, load_method
 
 METHODS = {
@@ -54,6 +55,11 @@ def on_answers(judge: Judge) -> Judge:
         parts = [split_thought(response) for response in responses]
         answered = [i for i, (thought, answer) in enumerate(parts) if answer or thought is None]
         judged = judge([prompts[i] for i in answered], [parts[i][1] for i in answered]) if answered else []
+        if len(judged) != len(answered):
+            name = getattr(judge, "__name__", "a judge")
+            raise UsageError(
+                f"{name} gave {len(judged)} verdicts on {len(answered)} responses; a judge gives one for each"
+            )
         verdicts = dict(zip(answered, judged, strict=True))
         return [verdicts.get(i, UNANSWERED) for i in range(len(responses))]
 
