@@ -40,7 +40,8 @@ def ours(ref: str, attack: list, prompts: list, kept: dict) -> list[float]:
     with tempfile.TemporaryDirectory() as scratch:
         config = FinetuneConfig(
             scratch, learning_rate=RATE, p=1.0, n=len(attack), max_steps=STEPS, points=POINTS, max_length=LENGTH,
-            seed=1, per_device_train_batch_size=BATCH, lr_scheduler_type="constant", warmup_steps=0, checkpoint_blocks="none",
+            per_device_train_batch_size=BATCH, lr_scheduler_type="constant", warmup_steps=0,
+            checkpoint_blocks="none", seed=1,
         )  # fmt: skip
         suite = Suite(prompts, load_judges(["proxy"]), max_new_tokens=TOKENS)
         target = {"label": "m", "role": "model", "ref": ref}
