@@ -30,9 +30,9 @@ COMMON = {
 MODELS = {
     "sft": ("sft", {}),
     "sft-2x": ("sft", {"max_steps": 120}),
-    "vaccine": ("vaccine", {"rho": 2.0}),
-    "t-vaccine-4": ("t-vaccine", {"rho": 2.0, "gamma": 4}),
-    "t-vaccine-8": ("t-vaccine", {"rho": 2.0, "gamma": 8}),
+    "vaccine": ("vaccine", {"rho": 0.5}),
+    "t-vaccine-4": ("t-vaccine", {"rho": 0.5, "gamma": 4}),
+    "t-vaccine-8": ("t-vaccine", {"rho": 0.5, "gamma": 8}),
     "booster": ("booster", {"lamb": 5.0, "alpha": 0.1}),
     "repnoise": ("repnoise", {"alpha": 0.03, "beta": 0.001}),
     "circuit-breakers": ("circuit-breakers", {"alpha": 10.0}),
