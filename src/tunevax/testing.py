@@ -38,8 +38,20 @@ from tunevax.modeling.loading import load
 from tunevax.modeling.trainer import TrainConfig
 from tunevax.organism import World
 from tunevax.planning.plan import models_held
-from tunevax.records import DATA, GENERATIONS, HARMFUL, LOG, RESULTS, SCORES, Row, RunRecord, read_lines, read_run
-from tunevax.scoring.judges import Verdict, load_judges
+from tunevax.records import (
+    DATA,
+    GENERATIONS,
+    HARMFUL,
+    LOG,
+    RESULTS,
+    SCORES,
+    Example,
+    Row,
+    RunRecord,
+    read_lines,
+    read_run,
+)
+from tunevax.scoring.judges import Verdict, load_judges, reads_model
 
 BLOCKS = 3  # of the organism, in the model that the checks run on
 STEPS, SAVED, KILLED = 4, 2, 3  # steps of a training, one whose checkpoint is kept, and one before which it is killed
@@ -150,10 +162,14 @@ def check_attack(name: str, folder: Path, *options: str, model: str | None = Non
     assert len(hashes) == 1, f"the setting of {name} has another hash with another seed"
 
 
-def check_judge(name: str) -> None:
-    """Check a judge: a verdict for each response, in order, whatever else is in the batch, and the same again."""
+def check_judge(name: str, rows: Sequence[Example] | None = None) -> None:
+    """Check a judge: a verdict for each response, in order, whatever else is in the batch, and the same again. `rows`
+    have `prompt`, `chosen` and `rejected`; default five of the organism's."""
     judge = load_judges([name])[name]
-    rows = World().safety("evaluation")[:5]
+    rows = rows or World().safety("evaluation")[:5]
+    if reads_model(judge):
+        _check_model_judge(name, judge, rows)
+        return
     pairs = [(str(row["prompt"]), str(row.get(answer))) for row in rows for answer in BOTH]
     pairs += [(str(rows[0]["prompt"]), text) for text in ("", " ", "use use use use", "\u2028 {} <think>")]
 
@@ -163,12 +179,31 @@ def check_judge(name: str) -> None:
     whole, alone = verdicts(pairs), [verdict for pair in pairs for verdict in verdicts([pair])]
     assert verdicts([]) == [], f"{name} has verdicts on no responses"
     assert len(whole) == len(pairs), f"{name} has {len(whole)} verdicts on {len(pairs)} responses"
-    for verdict in whole:
-        right = isinstance(verdict, Verdict) and verdict.verdict and isinstance(verdict.harmful, bool)
-        assert right and (verdict.score is None or 0 <= verdict.score <= 1), f"{name} gives {verdict!r}"
+    _check_verdicts(name, whole)
     assert verdicts(pairs) == whole, f"{name} changes its mind when it is asked again"
     assert verdicts(pairs[::-1]) == whole[::-1], f"the verdicts of {name} are not in the order of the responses"
     assert alone == whole, f"the verdicts of {name} depend on what else is in the batch"
+
+
+def _check_model_judge(name: str, judge: Any, rows: Sequence[Example]) -> None:
+    model, tokenizer, _ = load("organism")
+    whole = judge(model, tokenizer, rows)
+    assert len(whole) == len(rows), f"{name} has {len(whole)} verdicts on {len(rows)} rows"
+    _check_verdicts(name, whole)
+    backwards, alone = (
+        judge(model, tokenizer, rows[::-1])[::-1],
+        [v for r in rows for v in judge(model, tokenizer, [r])],
+    )
+    for other, what in ((backwards, "the order of the rows"), (alone, "what else is in the batch")):
+        alike = [(a.verdict, a.harmful) == (b.verdict, b.harmful) and abs(a.score - b.score) < 1e-3
+                 for a, b in zip(whole, other, strict=True)]  # fmt: skip
+        assert all(alike), f"the verdicts of {name} depend on {what}"
+
+
+def _check_verdicts(name: str, verdicts: Sequence[Verdict]) -> None:
+    for verdict in verdicts:
+        right = isinstance(verdict, Verdict) and verdict.verdict and isinstance(verdict.harmful, bool)
+        assert right and (verdict.score is None or 0 <= verdict.score <= 1), f"{name} gives {verdict!r}"
 
 
 def _check_trainer(folder: Path, method: Any, start: Sequence[str], options: Sequence[str]) -> None:

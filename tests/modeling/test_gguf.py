@@ -40,7 +40,7 @@ def test_a_file_of_another_kind_is_refused(installed, tmp_path):
 
 
 def test_a_missing_file_is_refused(installed, tmp_path):
-    with pytest.raises(UsageError, match="no such model"):
+    with pytest.raises(UsageError, match="no such model file"):
         config_of(str(tmp_path / "a.gguf"))
 
 

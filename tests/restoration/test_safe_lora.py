@@ -140,7 +140,7 @@ def test_asks_for_what_is_missing(runs, tmp_path):
     for model, options, what in (
         (None, {}, "--model is missing"),
         ("organism", {"aligned": "organism", "base": "organism"}, "no adapter"),
-        (str(runs / "aligned"), {}, "--base is missing"),
+        (str(runs / "aligned"), {}, "does not record its base, .* give --base"),
         (str(runs / "tuned"), {"aligned": "organism", "base": "organism"}, "same weights"),
     ):
         with pytest.raises(UsageError, match=what):

@@ -46,7 +46,7 @@ def config_of(base: str, revision: str | None = None) -> PretrainedConfig:
 
     path = Path(base)
     if not path.exists() and (base.startswith((".", "/", "~")) or (path.parent != Path() and path.parent.is_dir())):
-        raise UsageError(f"no such model: {base}{nearby(base)}")
+        raise UsageError(f"no such model {'file' if path.suffix == GGUF else 'folder'}: {base}{nearby(base)}")
     source, gguf = place(base)
     try:
         return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False, **gguf)
