@@ -56,7 +56,7 @@ def test_the_three_commands_on_a_file(smollm2, known, tmp_path, monkeypatch):
     protocol = tmp_path / "small.yaml"
     protocol.write_text(
         "seeds: [1]\nscoring: {limit: 4, max_new_tokens: 8}\nattacks:\n"
-        "  - {name: lora, kind: finetune, learning_rate: 1.0e-4, max_steps: 2, eval_points: 1, max_length: 64, n: 8, p: 0.5}\n"
+        "  - {name: lora, kind: finetune, learning_rate: 1.0e-4, max_steps: 2, points: 1, max_length: 64, n: 8, p: 0.5}\n"
         "  - {kind: prefill}\n"
     )
     audit = ["audit", "--model", "hardened", "--control", "sft", "--protocol", str(protocol), "--safety-data", known]
