@@ -42,14 +42,11 @@ FROM_SFT = ("circuit-breakers", "tar")
 PROTOCOL = """
 about: SmolLM2 and the proxy topic, for the processors of a laptop.
 seeds: [1, 2, 3]
-scoring: {limit: 90, max_new_tokens: 16, generation_batch_size: 96, judges: [proxy, forced-choice, refusal-keywords]}
-defaults: {per_device_train_batch_size: 8, max_length: 96, lr_scheduler_type: constant, warmup_steps: 0, points: 6,
+scoring: {limit: 60, max_new_tokens: 16, generation_batch_size: 96, judges: [proxy, forced-choice, refusal-keywords]}
+defaults: {per_device_train_batch_size: 8, max_length: 96, lr_scheduler_type: constant, warmup_steps: 0, points: 5,
   checkpoint_blocks: none}
 attacks:
-  - {name: lora, kind: finetune, learning_rate: [1.0e-4, 5.0e-4], p: 1.0, n: 120, max_steps: 24}
-  - {name: mixed, kind: finetune, learning_rate: 5.0e-4, p: 0.1, n: 200, max_steps: 48}
-  - {kind: few-shot, n: 10, learning_rate: 5.0e-4, num_train_epochs: 10}
-  - {kind: benign-only, learning_rate: 5.0e-4, n: 120, max_steps: 24}
+  - {name: lora, kind: finetune, learning_rate: 5.0e-4, p: 1.0, n: 120, max_steps: 16}
   - {kind: prefill, seeds: [1]}
 """
 

@@ -108,6 +108,8 @@ def test_what_is_gone_is_said(tmp_path):
     lineage = Lineage.of(run_of(tmp_path / "run", parent=gone, adapter_on=gone))
     assert lineage.gone == [gone] and lineage.origin == gone and lineage.prompts == {}
     assert Lineage.of("me/base").gone == []  # a hub id
+    (tmp_path / "base.gguf").write_bytes(b"GGUF")
+    assert Lineage.of(run_of(tmp_path / "on-file", parent=str(tmp_path / "base.gguf"))).gone == []
 
 
 def test_the_organism_is_no_folder_of_that_name(tmp_path, monkeypatch):

@@ -76,8 +76,8 @@ class Lineage:
     @property
     def gone(self) -> list[str]:
         """The folders among its ancestors that no longer exist."""
-        missing = (link.ref for link in self.ancestors if link.folder is None and Path(link.ref).is_absolute())
-        return list(dict.fromkeys(missing))
+        absent = (link.ref for link in self.ancestors if Path(link.ref).is_absolute() and not Path(link.ref).exists())
+        return list(dict.fromkeys(absent))
 
     @cached_property
     def prompts(self) -> dict[str, list[str]]:
