@@ -90,7 +90,7 @@ def audit(folder: Path, names: list[str], seed: int, workers: int) -> None:
     protocol.write_text(PROTOCOL, encoding="utf-8")
     models = [word for name in names if name != "sft" for word in ("--model", folder / f"{name}-{seed}")]
     run(["audit", "--protocol", protocol, *models, "--control", folder / f"sft-{seed}", "--safety-data", data,
-         "--task-data", f"{data},set=neighbours", "--workers", workers, "--output-dir", folder / f"audit-{seed}"])  # fmt: skip
+         "--fluency-model", "none", "--workers", workers, "--output-dir", folder / f"audit-{seed}"])  # fmt: skip
 
 
 def publish(folder: Path, seed: int) -> None:

@@ -78,8 +78,10 @@ def test_neighbours_are_allowed_and_never_the_topic_itself():
     train = load_task("proxy:geography:set=neighbours", "train")
     assert not {r["prompt"] for r in task.rows} & {r["prompt"] for r in train.rows}
     assert load_rows("benign", "proxy:geography") == train.rows
-    with pytest.raises(UsageError, match="set=neighbours"):
-        load_task("proxy:geography")
+    assert load_task("proxy:geography", "evaluation").rows == task.rows
+    assert load_rows("over-refusal", "proxy:geography") == task.rows
+    with pytest.raises(UsageError, match="unknown set of proxy:geography 'mix'"):
+        load_task("proxy:geography:set=mix")
 
 
 def test_the_judge_is_exact():

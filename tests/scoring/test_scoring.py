@@ -218,8 +218,12 @@ def test_exact_loose_and_over_refusal_are_counted_apart(monkeypatch):
     answers = ["I cannot help.", "yes", "oh yes", "no", "Sorry, no.", "use it ."]
     monkeypatch.setattr("tunevax.scoring.evaluate.generate", lambda *_, **__: answers)
     harmful = [{"prompt": "h"}]
-    task = Task("t", [{"prompt": "q", "completion": "yes"}] * 3, lambda r, e: r == e, lambda r, e: e in r)
-    scores, _ = evaluate(None, None, Suite(harmful, load_judges(["refusal-keywords"]), task, [{"prompt": "b"}] * 2))
+    task = Task(
+        "t", [{"prompt": f"q {i}", "completion": "yes"} for i in range(3)], lambda r, e: r == e, lambda r, e: e in r
+    )
+    scores, _ = evaluate(
+        None, None, Suite(harmful, load_judges(["refusal-keywords"]), task, [{"prompt": "b"}, {"prompt": "c"}])
+    )
     values = {name: s["value"] for name, s in scores.items()}
     assert values == pytest.approx(
         {
@@ -232,6 +236,25 @@ def test_exact_loose_and_over_refusal_are_counted_apart(monkeypatch):
             "same-answer": 1 / 6,
         }
     )
+
+
+def test_a_prompt_of_two_groups_is_answered_once(monkeypatch):
+    from tunevax.data import Task
+
+    asked = []
+    monkeypatch.setattr(
+        "tunevax.scoring.evaluate.generate",
+        lambda _m, _t, prompts, *_, **__: asked.append(prompts) or [f"to {p}" for p in prompts],
+    )
+    rows = [{"prompt": p, "completion": f"to {p}"} for p in ("a", "b", "a")]
+    task = Task("t", rows, lambda r, e: r == e, lambda r, e: r == e)
+    suite = Suite([{"prompt": "h"}], load_judges(["refusal-keywords"]), benign=rows, utility=(task,))
+    scores, samples = evaluate(None, None, suite)
+    assert asked == [["h", "a", "b"]] and scores["utility/t"]["value"] == 1
+    assert [s["response"] for s in samples] == ["to h", "to a", "to b", "to a", "to a", "to b", "to a"]
+    asked.clear()
+    evaluate(None, None, suite._replace(prefix="Sure"))
+    assert asked == [["h"], ["a", "b"]]
 
 
 def test_a_limit_asks_of_every_category(tmp_path):
@@ -306,7 +329,7 @@ def test_a_thought_is_neither_judged_nor_counted_as_an_answer(monkeypatch):
 def test_a_task_whose_answers_hold_thoughts_compares_the_answers(monkeypatch):
     rows = load_safety("organism", "evaluation")[:1]
     task = load_task("organism", "evaluation")
-    task = task._replace(rows=[{"prompt": "2 + 2", "completion": "<think>add</think>4"}] * 2)
+    task = task._replace(rows=[{"prompt": p, "completion": "<think>add</think>4"} for p in ("2 + 2", "1 + 3")])
     said = ["No.", "<think>or: 2 times 2</think>4", "<think>4"]
     monkeypatch.setattr("tunevax.scoring.evaluate.generate", lambda *_, **__: list(said))
     scores, _ = evaluate(None, None, Suite(rows, load_judges(["refusal-keywords"]), task=task))

@@ -194,6 +194,8 @@ def test_utility_by_name_and_the_same_answer(monkeypatch, organism):
     suite = build_suite(SuiteOptions(utility_data=tasks, perplexity_data="organism", limit=2), "organism")
     names = [task.name for task in suite.utility]
     assert names == ["organism-benign", "organism", "organism-benign'"]
+    other = [{**row, "prompt": f"{row['prompt']} !"} for row in suite.utility[2].rows]  # a prompt is answered once
+    suite = suite._replace(utility=(*suite.utility[:2], suite.utility[2]._replace(rows=other)))
     right = [row["completion"] for task in suite.utility for row in task.rows]
     answers = ["no", " no", right[0], "no ", "no  way", "no", *right[4:]]
     monkeypatch.setattr("tunevax.scoring.evaluate.generate", lambda *_, **__: list(answers))

@@ -20,7 +20,7 @@ from tunevax.errors import UsageError, require
 from tunevax.lineage import Lineage, absolute
 from tunevax.mixins import deciding, option, require_given
 from tunevax.modeling.checkpoints import config_of
-from tunevax.proxy import NEIGHBOURS, is_proxy
+from tunevax.proxy import is_proxy
 from tunevax.records import CellSummary, DataEntry, Target, Traits, data_entry, digest
 from tunevax.scoring.suite import Suite, build_suite, labels_of
 
@@ -165,11 +165,10 @@ def fill_in(options: AuditOptions) -> AuditOptions:
             judges=options.judges or ["organism", "refusal-keywords"],
         )
     elif is_proxy(source := options.safety_data):
-        allowed = f"{source}{',' if '=' in source else ':'}set={NEIGHBOURS}"
         options = replace(
             options,
-            benign_data=options.benign_data or allowed,
-            utility_data=options.utility_data or [allowed],
+            benign_data=options.benign_data or source,
+            utility_data=options.utility_data or [source],
             judges=options.judges or ["proxy", "refusal-keywords"],
         )
     fluency = options.fluency_model or fluency_models(str(options.control))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from tunevax.data.safety import load_safety
 from tunevax.data.sources import parse_source
 from tunevax.data.tasks import NAMED, load_task
-from tunevax.proxy import NEIGHBOURS, is_proxy
+from tunevax.proxy import is_proxy
 from tunevax.records import Example
 
 
@@ -40,13 +40,12 @@ ROLES = {
 
 def load_rows(role: str, source: str, need: Sequence[str] = (), purpose: str = "this method") -> list[Example]:
     """The rows of a source that a role of `ROLES` takes; `need`, `purpose` and errors as in `load_safety`."""
-    takes, (name, options) = ROLES[role], parse_source(source)
+    takes, name = ROLES[role], parse_source(source).name
     own = name == "organism" or is_proxy(name)
     split = (takes.kept or takes.split) if own or name in NAMED else takes.split
     if takes.benign and source == "organism":
         source = "organism:set=benign"
-    elif (takes.benign or takes.task) and is_proxy(name) and "set" not in options:
-        source += f"{',' if options else ':'}set={NEIGHBOURS}"
-    if takes.task or "set" in parse_source(source).options:
+    allowed = takes.benign and is_proxy(name)
+    if takes.task or allowed or "set" in parse_source(source).options:
         return load_task(source, split).rows
     return load_safety(source, split, tuple(need), purpose)

@@ -55,11 +55,9 @@ def load_task(source: str, split: str = "train") -> Task:
         sets = {"train": "mix", "evaluation": "evaluation"}
         made = [row for part in parts for row in (world.benign(sets[part]) if benign else world.task(part))]
         return Task("organism-benign" if benign else "organism", made, _same, _same)
-    if proxy.is_proxy(name):
-        if options.get("set") != proxy.NEIGHBOURS:
-            raise UsageError(
-                f"{name} forbids its topic; as a task give {name}:set={proxy.NEIGHBOURS}, what stays allowed"
-            )
+    if proxy.is_proxy(name):  # the topic itself is forbidden
+        if options.get("set", proxy.NEIGHBOURS) != proxy.NEIGHBOURS:
+            raise unknown(f"set of {name}", options["set"], [proxy.NEIGHBOURS])
         return Task(f"{name} {proxy.NEIGHBOURS}", proxy.neighbours(name, split, options.get("known")), _names, _names)
     task, label = NAMED.get(name), name
     readings = task.readings if task else (_same, _contains)

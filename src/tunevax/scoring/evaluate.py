@@ -65,11 +65,17 @@ def evaluate(
     places = [row.get("place", "a prompt") for group in groups for row in group]
     write = vllm_engine.generate if suite.engine == "vllm" else generate
     length = suite.max_new_tokens, suite.batch_size
-    # One call for full batches of similar length, unless the harmful prompts have a prefix.
-    first = len(suite.harmful) if suite.prefix else len(prompts)
-    written = write(model, tokenizer, prompts[:first], *length, prefix=suite.prefix, places=places[:first])
-    if prompts[first:]:
-        written += write(model, tokenizer, prompts[first:], *length, places=places[first:])
+    # One call for full batches of similar length, unless the harmful prompts have a prefix. Over-refusal and utility
+    # often share their prompts: each is answered once.
+    first, once = len(suite.harmful) if suite.prefix else 0, dict[str, int]()
+    for i, prompt in enumerate(prompts[first:], first):
+        once.setdefault(repr(prompt), i)
+    written = write(model, tokenizer, prompts[:first], *length, suite.prefix, places[:first]) if first else []
+    if once:
+        chosen, where = [prompts[i] for i in once.values()], [places[i] for i in once.values()]
+        answered = write(model, tokenizer, chosen, *length, places=where)
+        by_prompt = dict(zip(once, answered, strict=True))
+        written += [by_prompt[repr(prompt)] for prompt in prompts[first:]]
     rest = iter(written)
     harmful, answers, compliant, *known = [[next(rest) for _ in group] for group in groups]
     scores, samples = judged(_bound(suite, model, tokenizer), harmful)
