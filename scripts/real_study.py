@@ -94,18 +94,27 @@ def audit(folder: Path, names: list[str], seed: int, workers: int) -> None:
 
 
 def publish(folder: Path, seed: int) -> None:
+    """Copy what is small: the known facts, what hardening did, and of a finished audit its rows, findings and report."""
     PUBLISHED.mkdir(parents=True, exist_ok=True)
-    out = folder / f"audit-{seed}"
     shutil.copy2(folder / "known.json", PUBLISHED / "known.json")
+    keys = ("method", "steps", "final_loss", "held_out", "compute", "wall_seconds", "versions", "hardware")
+    lines = []
+    for name in MODELS:
+        if (file := folder / f"{name}-{seed}" / "run.json").is_file():
+            record = json.loads(file.read_text(encoding="utf-8"))
+            options = COMMON | MODELS[name][1]
+            lines.append({"model": name, "options": options, **{k: record[k] for k in keys if k in record}})
+    written = "".join(json.dumps(line) + "\n" for line in lines)
+    (PUBLISHED / f"hardening-{seed}.jsonl").write_text(written, encoding="utf-8")
+    if not (out := folder / f"audit-{seed}").is_dir():
+        return
     run(["report", out, "--format", "md", "--output", PUBLISHED / f"report-{seed}.md"])
     run(["report", out, "--format", "json", "--output", folder / "report.json"])
     whole = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     findings = {k: v for k, v in whole.items() if k != "provenance"}
     (PUBLISHED / f"findings-{seed}.json").write_text(json.dumps(findings, indent=1) + "\n", encoding="utf-8")
-    with (
-        (out / "results.jsonl").open("rb") as rows,
-        gzip.GzipFile(PUBLISHED / f"results-{seed}.jsonl.gz", "wb", mtime=0) as to,
-    ):
+    packed = PUBLISHED / f"results-{seed}.jsonl.gz"
+    with (out / "results.jsonl").open("rb") as rows, gzip.GzipFile(packed, "wb", mtime=0) as to:
         shutil.copyfileobj(rows, to)
 
 
