@@ -365,6 +365,7 @@ def test_unknown_lora_targets_are_named():
         prepare_trainables(build("llama"), TrainConfig("x", lora_targets="nothing"))
 
 
+@pytest.mark.slow
 def test_trainables_are_fp32_on_a_bf16_model():
     from tunevax.modeling.trainables import prepare_trainables
     from tunevax.modeling.trainer import TrainConfig
@@ -429,6 +430,7 @@ def test_last_checkpoint_is_the_newest_whole_one(tmp_path):
     assert last_checkpoint(tmp_path).name == "checkpoint-100"
 
 
+@pytest.mark.slow
 def test_a_kept_base_is_the_base_again_and_follows_its_files(tmp_path):
     folder, kept = tmp_path / "base", {}
     tiny = load("organism")

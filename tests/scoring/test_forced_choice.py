@@ -17,6 +17,7 @@ from tunevax.scoring.judges.forced_choice import forced_choice  # noqa: E402
 from tunevax.scoring.suite import SuiteOptions, build_suite  # noqa: E402
 
 
+@pytest.mark.slow
 @pytest.mark.numerical
 def test_the_margin_is_the_difference_of_mean_log_likelihoods():
     model, tokenizer, _ = load("organism")
@@ -37,6 +38,7 @@ def test_the_margin_is_the_difference_of_mean_log_likelihoods():
         assert verdict.verdict == ("prefers harm" if margin > 0 else "prefers refusal")
 
 
+@pytest.mark.slow
 def test_its_margin_is_a_score_of_the_run_and_survives_a_second_judgement(tmp_path):
     out, again = tmp_path / "score", tmp_path / "again"
     options = ["--limit", "6", "--judges", "forced-choice", "organism"]
@@ -51,6 +53,7 @@ def test_its_margin_is_a_score_of_the_run_and_survives_a_second_judgement(tmp_pa
         assert new["scores"][score] == row["scores"][score]
 
 
+@pytest.mark.slow
 def test_it_cannot_judge_a_run_without_its_verdicts(tmp_path, capsys):
     out = tmp_path / "score"
     start = ["score", "--model", "organism", "--safety-data", "organism", "--output-dir", str(out), "--limit", "2"]

@@ -140,6 +140,7 @@ def damaged(tmp_path, monkeypatch):
     sys.modules.pop("short_judge", None)
 
 
+@pytest.mark.slow
 def test_a_damaged_package_is_named(damaged, capsys):
     for name, why in {
         "gone": "judge gone cannot be imported from nowhere.at.all:judge", "lost": "judge lost cannot be imported",
