@@ -94,7 +94,8 @@ def audit(folder: Path, names: list[str], seed: int, workers: int) -> None:
 
 
 def publish(folder: Path, seed: int) -> None:
-    """Copy what is small: the known facts, what hardening did, and of a finished audit its rows, findings and report."""
+    """Copy what is small: the known facts, what hardening did, and of an audit its rows, once it is finished its findings and
+    report."""
     PUBLISHED.mkdir(parents=True, exist_ok=True)
     shutil.copy2(folder / "known.json", PUBLISHED / "known.json")
     keys = ("method", "steps", "final_loss", "held_out", "compute", "wall_seconds", "versions", "hardware")
@@ -107,6 +108,10 @@ def publish(folder: Path, seed: int) -> None:
     written = "".join(json.dumps(line) + "\n" for line in lines)
     (PUBLISHED / f"hardening-{seed}.jsonl").write_text(written, encoding="utf-8")
     if not (out := folder / f"audit-{seed}").is_dir():
+        cells = sorted(out.with_name(f"{out.name}.partial").glob("cells/*.json"))
+        rows = [row for file in cells for row in json.loads(file.read_text(encoding="utf-8"))["results"]]
+        written = "".join(json.dumps(row) + "\n" for row in rows)
+        (PUBLISHED / f"unfinished-{seed}.jsonl").write_text(written, encoding="utf-8")
         return
     run(["report", out, "--format", "md", "--output", PUBLISHED / f"report-{seed}.md"])
     run(["report", out, "--format", "json", "--output", folder / "report.json"])
