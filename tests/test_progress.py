@@ -116,6 +116,7 @@ def test_a_reader_that_leaves_stops_the_display_and_not_the_run(monkeypatch):
     assert console.quiet
 
 
+@pytest.mark.slow
 def test_what_is_over_soon_gets_no_line_and_neither_does_nothing(fast, capsys, monkeypatch):
     monkeypatch.setattr(progress, "SOON", 0.9)
     for _ in range(3):  # one after the other, in a process that last wrote long ago

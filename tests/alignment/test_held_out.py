@@ -35,6 +35,7 @@ def measured(refused, safe=1.0, before=4.0, after=0.5, n=40, degenerate=0):
             "safe_answers": safe / n, "behind": paired_difference(pairs), "loss_before": before, "loss": after}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_does_on_rows_that_it_did_not_train_on(tmp_path, capsys):
     code = main(["align", "sft", "--model", "organism", "--safety-data", "organism", "--task-data", "organism",
                  "--output-dir", str(tmp_path / "out"), "--max-steps", "2", "--held-out-prompts", "8",

@@ -70,6 +70,7 @@ def finished(models, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_rows_are_whole_and_the_same_for_the_same_model(finished, models, capsys):
     rows = lines(finished / "results.jsonl")
     lora = [f"lora lr={lr}" for lr in ("0.0001", "0.001")]

@@ -329,6 +329,7 @@ def run(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_was_trained_on_and_loads_in_full_precision(run):
     record = read_run(run)
     assert record["config"]["quantization"] == record["model"]["quantization"] == "nf4"
@@ -342,6 +343,7 @@ def test_a_run_says_what_it_was_trained_on_and_loads_in_full_precision(run):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_a_chain_is_merged_first_and_packed_then(run, kind, tmp_path):
     """And not merged into packed weights, which would round the base once more and what was added along with it."""
     chained = load(str(run), quantization=kind).model
@@ -368,6 +370,7 @@ def test_a_chain_is_merged_first_and_packed_then(run, kind, tmp_path):
         assert torch.equal(decoded(a.o_proj.base_layer), decoded(b.o_proj))
 
 
+@pytest.mark.slow
 def test_a_control_is_packed_as_the_run_was(run, tmp_path):
     (control,) = make_controls(run, ["equal-compute"], tmp_path)
     record = read_run(control.ref)

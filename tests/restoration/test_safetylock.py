@@ -416,6 +416,7 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_runs_reload_locked(runs, tmp_path):
     plain = load(str(runs / "tuned"))
     lock = SafetyLock.load(runs / "lock")
