@@ -75,7 +75,7 @@ def causal_model(base: str, revision: str | None, dtype: str) -> PreTrainedModel
 
 def host_dtype(base: str, revision: str | None = None) -> str:
     """The dtype of a model on the CPU: bfloat16 for weights saved in two bytes or less, where the processor multiplies
-    in it (AVX512-BF16 or AMX: 2 to 7 times as fast), else float32."""
+    in it (AVX512-BF16 or AMX), else float32."""
     import torch
 
     saved = torch.bfloat16 if Path(base).suffix == GGUF else config_of(base, revision).dtype
